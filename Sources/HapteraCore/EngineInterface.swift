@@ -1,0 +1,158 @@
+// What goes into and comes out of `EngineCore`. The core is pure: it reads no clock, opens no
+// socket and starts no thread. The shell (the real process, or the simulator) feeds it
+// `EngineEvent`s one at a time and performs the `EngineAction`s it appended, in order.
+
+/// What a client can ask of one piece of a volume.
+package enum OperationKind: UInt8, BitwiseCopyable, Sendable {
+    case read
+    case write
+    /// Make the range read zero and give its space back (NBD TRIM).
+    case trim
+    /// Make the range read zero; `OperationFlags.noHole` keeps its space.
+    case writeZeroes
+    case flush
+    /// Which parts of the range hold data (NBD BLOCK_STATUS).
+    case status
+}
+
+package struct OperationFlags: OptionSet, BitwiseCopyable, Sendable {
+    package var rawValue: UInt8
+    package init(rawValue: UInt8) { self.rawValue = rawValue }
+    package static let fua = OperationFlags(rawValue: 1)
+    package static let noHole = OperationFlags(rawValue: 2)
+}
+
+/// One client operation as a frontend hands it in: any byte range within one region (a flush has
+/// none; a status may span regions, at most `EngineLimits.statusLengthMax`). A frontend cuts larger
+/// requests at region boundaries.
+///
+/// Buffer contract, read and write: `buffer` has room for the range rounded out to whole blocks, and
+/// the byte at `offset` is at position `offset % 4096` in it. The core keeps the reference it is
+/// given until `EngineAction.complete`, which hands it back to the frontend: the frontend releases
+/// it once it has used the data. Status: a 4 KiB buffer that receives the extents of
+/// `FrameKind.status`, the first `tableLength` bytes; `EngineAction.complete` says how many.
+package struct Operation: BitwiseCopyable, Sendable {
+    package var kind: OperationKind
+    package var flags: OperationFlags
+    package var offset: UInt64
+    package var length: Int
+    package var buffer: BufferID
+    /// The frontend's own; returned in `EngineAction.complete`.
+    package var userData: UInt64
+    package init(
+        kind: OperationKind, flags: OperationFlags = [], offset: UInt64 = 0, length: Int = 0,
+        buffer: BufferID = .none, userData: UInt64
+    ) {
+        self.kind = kind
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.buffer = buffer
+        self.userData = userData
+    }
+}
+
+package enum EngineLimits {
+    /// Operations the core holds at once, queued ones included; `EngineCore.canSubmit` says if
+    /// there is room for another.
+    package static let operationsMax = 2048
+    package static let statusLengthMax = 1 << 30
+}
+
+/// How an operation ended for the client.
+package enum OperationResult: UInt8, BitwiseCopyable, Sendable {
+    case ok
+    case ioError
+    case noSpace
+    /// The engine stops (fenced by another engine, or detached): the client must reconnect.
+    case shuttingDown
+}
+
+/// A replica's place in the engine, 0..<Geometry.replicaSlotsMax.
+package typealias ReplicaSlot = Int
+
+package enum EngineEvent {
+    /// Start: read the record, take the volume over.
+    case start
+    /// A client operation. Precondition: `canSubmit`.
+    case submit(Operation)
+    /// The replicas this volume has now, from the controller by way of the node. A replica new here
+    /// gets a slot; one no longer named is disconnected.
+    case configure([ReplicaID])
+    /// A connection to the replica is up (nothing said on it yet).
+    case connected(ReplicaSlot)
+    /// It is gone, whoever closed it. Everything sent on it and not answered is lost or in doubt.
+    case disconnected(ReplicaSlot)
+    /// A complete, checksum-verified frame from a replica. `table` and, for replies without a
+    /// `readTarget`, `data` are valid during the call only.
+    case frame(ReplicaSlot, FrameHeader, table: RawMemory, data: RawMemory)
+    case store(StoreOutcome)
+    /// Time passed. At least every 100 ms.
+    case tick
+    /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
+    case detach
+}
+
+/// The record service's answer to the one request outstanding.
+package enum StoreOutcome: Sendable {
+    /// get: the record. compareAndSwap: it was swapped, this is what stands.
+    case record(VolumeRecord)
+    /// compareAndSwap: the expected epoch is not there; this is.
+    case conflict(VolumeRecord)
+    case notFound
+    /// No answer (lost connection, time-out, store down): for compareAndSwap, in doubt.
+    case unavailable
+}
+
+package enum EngineAction: BitwiseCopyable {
+    /// Send the frame to the replica, in the order given. `header.tableLength` bytes of table come
+    /// from `EngineCore.table(operationIndex)` (already checksummed in the header), then
+    /// `header.dataLength` bytes at `bufferOffset` of `buffer` (which the shell retains until sent).
+    case send(ReplicaSlot, FrameHeader, tableOf: Int32, buffer: BufferID, bufferOffset: Int32)
+    /// Send a control frame: hello, install. Its table is `EngineCore.controlPayload`, copied at once.
+    case sendControl(ReplicaSlot, FrameHeader)
+    /// Close the connection to the replica. `disconnected` follows as an event. The shell connects
+    /// again by itself, with back-off, as long as the replica is configured.
+    case disconnect(ReplicaSlot)
+    /// Answer the client. `tableLength`: bytes of extents, for status. For read,
+    /// `isHole`: the whole range is known to read zero and the buffer was zero-filled.
+    case complete(
+        userData: UInt64, OperationResult, buffer: BufferID, tableLength: Int32, isHole: Bool)
+    /// Read the record; `EngineEvent.store` answers.
+    case storeGet
+    /// Swap in `EngineCore.proposedRecord` if the store's epoch is `expected`.
+    case storeCompareAndSwap(expected: Epoch)
+    /// Something an operator wants to know; the shell logs it and the node makes it an event.
+    case note(EngineNote)
+    /// The volume can be served / cannot at present (requests are held, not failed).
+    case serving(Bool)
+    /// The engine is done for good; see `EngineCore.stopReason`.
+    case stopped
+}
+
+/// What happened, in terms an operator knows. Details are in `EngineCore`'s state.
+package enum EngineNote: BitwiseCopyable, Sendable {
+    case tookOver(Epoch)
+    case replicaLost(ReplicaSlot)
+    case replicaRemoved(ReplicaSlot, Epoch)
+    case replicaJoining(ReplicaSlot, Epoch)
+    case replicaPromoted(ReplicaSlot, Epoch)
+    case joinFailed(ReplicaSlot)
+    /// Takeover has made the members equal: regions compared, blocks that differed.
+    case resolved(regions: UInt64, blocks: UInt64)
+    /// Every member is gone: requests wait for one to return.
+    case stalled
+    case storeUnavailable
+    case checksumMismatch(ReplicaSlot, offset: UInt64)
+    case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
+}
+
+/// Why an engine stopped.
+package enum StopReason: String, Sendable {
+    case detached = "detached"
+    case fenced = "another engine has taken the volume over"
+    case recordOlderThanReplica =
+        "a replica has promised a later epoch than the metadata store knows: the store was restored from an old copy; use 'storagectl store reconstruct'"
+    case volumeNotFound = "the metadata store knows no such volume"
+    case sizeMismatch = "a replica's size is not the volume's"
+}
