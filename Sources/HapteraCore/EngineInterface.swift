@@ -138,12 +138,18 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case replicaJoining(ReplicaSlot, Epoch)
     case replicaPromoted(ReplicaSlot, Epoch)
     case joinFailed(ReplicaSlot)
+    /// Every reachable member lost its host since the copies were last equal, and the client may
+    /// remember writes that none of them holds: waits for a better member.
+    case onlyRebootedMembers
     /// Takeover has made the members equal: regions compared, blocks that differed.
     case resolved(regions: UInt64, blocks: UInt64)
     /// Every member is gone: requests wait for one to return.
     case stalled
     case storeUnavailable
     case checksumMismatch(ReplicaSlot, offset: UInt64)
+    /// Resolution found no intact copy of the block and kept the bytes of this replica.
+    case doubtfulBytesKept(ReplicaSlot, offset: UInt64)
+    case protocolError(ReplicaSlot)
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }
 

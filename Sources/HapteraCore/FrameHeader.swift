@@ -15,7 +15,8 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// block table) per block; reply data: the blocks, states other than data zero-filled, or no
     /// data at all if no block is in state data.
     case read = 5
-    /// Sync everything. `sequence` is the point the flush was sent at. Reply: no payload.
+    /// Wait for every write and setState received before it on this connection, then sync everything
+    /// written. `sequence` is the point the flush was sent at. Reply: no payload.
     case flush = 6
     /// Announces S = (`auxiliary` as epoch, `sequence`); no reply.
     case stable = 7

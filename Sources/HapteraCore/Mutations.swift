@@ -1,0 +1,65 @@
+/// Rules of the protocol that a simulation may switch off, to see that their absence is noticed.
+/// Always empty in a real process.
+package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
+    package var rawValue: UInt64
+    package init(rawValue: UInt64) { self.rawValue = rawValue }
+    package init() { rawValue = 0 }
+    /// D: acknowledge without a lost member before its removal is recorded.
+    package static let ackBeforeCAS = MutationSet(rawValue: 1 << 0)
+    /// D: acknowledge when the removal is recorded, before the members have installed it.
+    package static let ackBeforeInstall = MutationSet(rawValue: 1 << 1)
+    /// W3: a replica takes requests of any epoch.
+    package static let noEpochCheck = MutationSet(rawValue: 1 << 2)
+    /// I: promise without waiting for the old connection's disk writes.
+    package static let installWithoutDrain = MutationSet(rawValue: 1 << 3)
+    /// J: acknowledge without the joiner while its promotion is on the way.
+    package static let promoteWithoutRequiringJoiner = MutationSet(rawValue: 1 << 4)
+    /// J: promote before the joiner has flushed.
+    package static let promoteWithoutFlush = MutationSet(rawValue: 1 << 5)
+    /// W1: let overlapping operations run together.
+    package static let noIntervalLock = MutationSet(rawValue: 1 << 6)
+    /// W3: write data before the region's activation is durable.
+    package static let dataBeforeActivate = MutationSet(rawValue: 1 << 7)
+    /// F: announce a stable point before everything is resolved.
+    package static let stableBeforeResolved = MutationSet(rawValue: 1 << 8)
+    /// F: drain regions the replica has not flushed itself.
+    package static let drainWithoutFlush = MutationSet(rawValue: 1 << 9)
+    /// I: leave the birth of active regions as it is.
+    package static let noRestamp = MutationSet(rawValue: 1 << 10)
+    /// T: serve without making the members equal.
+    package static let skipResolution = MutationSet(rawValue: 1 << 11)
+    /// T: take a rebooted member as the source like any other.
+    package static let rebootedSource = MutationSet(rawValue: 1 << 12)
+    /// F: take a failed sync for a clean one.
+    package static let retryFailedSync = MutationSet(rawValue: 1 << 13)
+    /// R: read from a joiner.
+    package static let readFromJoiner = MutationSet(rawValue: 1 << 14)
+    /// J: forget regions that writes were in flight to when the join began.
+    package static let inFlightRegionsNotCopied = MutationSet(rawValue: 1 << 15)
+    /// F: flush data without the log.
+    package static let flushWithoutLog = MutationSet(rawValue: 1 << 16)
+    /// D: take an unanswered compare-and-swap for one that did not happen.
+    package static let inDoubtCASAssumedLost = MutationSet(rawValue: 1 << 17)
+    /// W: do not hold a write's range until the joiner has answered.
+    package static let noJoinerLock = MutationSet(rawValue: 1 << 18)
+    /// R: return a block without looking at its checksum.
+    package static let readWithoutChecksum = MutationSet(rawValue: 1 << 19)
+    /// F: answer a flush without syncing.
+    package static let flushWithoutSync = MutationSet(rawValue: 1 << 20)
+
+    package static let named: [(name: String, mutation: MutationSet)] = [
+        ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
+        ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
+        ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),
+        ("promoteWithoutFlush", .promoteWithoutFlush), ("noIntervalLock", .noIntervalLock),
+        ("dataBeforeActivate", .dataBeforeActivate),
+        ("stableBeforeResolved", .stableBeforeResolved),
+        ("drainWithoutFlush", .drainWithoutFlush), ("noRestamp", .noRestamp),
+        ("skipResolution", .skipResolution), ("rebootedSource", .rebootedSource),
+        ("retryFailedSync", .retryFailedSync), ("readFromJoiner", .readFromJoiner),
+        ("inFlightRegionsNotCopied", .inFlightRegionsNotCopied),
+        ("flushWithoutLog", .flushWithoutLog),
+        ("inDoubtCASAssumedLost", .inDoubtCASAssumedLost), ("noJoinerLock", .noJoinerLock),
+        ("readWithoutChecksum", .readWithoutChecksum), ("flushWithoutSync", .flushWithoutSync),
+    ]
+}
