@@ -1,0 +1,241 @@
+/// The engine of one volume: takes it over, replicates its writes, reads it, keeps the in-sync set
+/// honest, fills returning replicas.
+///
+/// Pure: no clock, socket, thread or randomness of its own. `step` consumes one event and appends
+/// what is to be done to `actions`. Rules are named as in `docs/replication.md`: W (write),
+/// D (degraded acknowledgement), I (install), F (flush), R (read), T (takeover), J (join).
+package final class EngineCore {
+    package let configuration: EngineConfiguration
+    package let pool: BufferPool
+    package let actions = ValueQueue<EngineAction>(capacity: 1024)
+    package internal(set) var phase = EnginePhase.idle
+    package internal(set) var stopReason: StopReason?
+    /// The record as last known to stand in the store.
+    package internal(set) var record: VolumeRecord?
+    /// What `storeCompareAndSwap` asks for.
+    package internal(set) var proposedRecord: VolumeRecord
+    /// The table of the last `sendControl`.
+    package internal(set) var controlPayload: [UInt8] = []
+    package var mutations = MutationSet()
+
+    let replicas = FixedArray(repeating: ReplicaState(), count: Geometry.replicaSlotsMax)
+    var now = Instant.zero
+
+    // Operations.
+    static let internalSlots = 64
+    static let bucketCount = 1024
+    let slots = FixedArray(
+        repeating: OperationSlot(), count: EngineLimits.operationsMax + internalSlots)
+    let bucketHeads = FixedArray(repeating: Int32(-1), count: bucketCount)
+    let bucketTails = FixedArray(repeating: Int32(-1), count: bucketCount)
+    let tables = MemoryBlock(
+        count: (EngineLimits.operationsMax + internalSlots) * Geometry.blocksPerRegion * 4)
+    var freeHead: Int32 = -1
+    var freeCount = 0
+    /// One past the highest slot ever used: what a scan over all slots must visit.
+    var slotsUsed = 0
+    var edges: [BufferID] = []
+    var sequence = SequenceNumber.zero
+    /// Something waits for a buffer of the core's or the pool's.
+    var isStarved = false
+
+    // Membership.
+    /// Members by the record that stands.
+    var members: SlotSet = []
+    /// Whose reply an acknowledgement needs: the members of the last record every one of them has
+    /// installed, and a joiner about to be promoted.
+    var required: SlotSet = []
+    var joiner: ReplicaSlot?
+    var joinStage = JoinStage.none
+    var pendingChange: ChangePurpose?
+    var isStoreBusy = false
+    var storeRetryAt: Instant?
+    var nonceState: UInt64
+    var deadline = Instant.zero
+    var isDetaching = false
+    /// A flush that covers everything has been sent for the detach.
+    var isDetachFlushed = false
+    /// Reading the record again to learn why a replica has promised a later epoch.
+    var isVerifyingPromise = false
+    /// Only rebooted members and a client that may remember more: an admin must decide.
+    package internal(set) var isRefusing = false
+    /// A member restarted after its promise: the takeover needs a new epoch.
+    var mustClaimAgain = false
+    /// The record before this takeover: says whether the client survived and the copies were clean.
+    var recordBefore: VolumeRecord?
+    /// This engine has served before: its client lives, whatever the record says.
+    var hasServed = false
+
+    // Takeover.
+    var unresolved: Set<UInt64> = []
+    var unresolvedQueue: [UInt64] = []
+    /// Regions that requests wait for: resolved first.
+    let urgentRegions = ValueQueue<UInt64>(capacity: urgentRegionsMax)
+    static let urgentRegionsMax = 4096
+    var unresolvedPosition = 0
+    var installReplies: [InstallReply?]
+    var isResolving = false
+    var regionsResolved: UInt64 = 0
+    var blocksResolved: UInt64 = 0
+
+    // Stable point.
+    package internal(set) var stablePoint = StablePoint.zero
+    /// Highest sequence number ever acknowledged to a client as written, in any epoch.
+    var highestAcknowledged = SequenceNumber.zero
+    var highestStable = SequenceNumber.zero
+    var flushDueAt: Instant?
+    var isFlushInFlight = false
+    var isLogPressed = false
+
+    // Jobs.
+    static let jobsMax = 4
+    let jobs = FixedArray(repeating: Job(), count: jobsMax)
+    let jobBuffers: [BufferID]
+    let digests = MemoryBlock(count: jobsMax * Geometry.replicaSlotsMax * RegionDigest.size)
+
+    // Join.
+    var needed: [UInt64] = []
+    var neededCount = 0
+    var neededCursor = 0
+    var neededTotal = 0
+    var mapAwaiting: SlotSet = []
+    var mapRegion: UInt64 = 0
+    var joinSource: ReplicaSlot?
+    var isJoinFlushed = false
+    package internal(set) var blocksRebuilt: UInt64 = 0
+
+    package init(configuration: EngineConfiguration, pool: BufferPool) {
+        self.configuration = configuration
+        self.pool = pool
+        nonceState = configuration.nonceSeed
+        proposedRecord = VolumeRecord(
+            volume: configuration.volume, name: "", epoch: .zero, nonce: 0, size: 4096, inSync: [])
+        installReplies = Array(repeating: nil, count: Geometry.replicaSlotsMax)
+        // The core's own buffers are taken now, so that no client can starve what unblocks clients.
+        jobBuffers = (0..<Self.jobsMax).compactMap { _ in pool.allocate(BufferPool.sizeMax) }
+        edges = (0..<32).compactMap { _ in pool.allocate(Geometry.blockSize) }
+        precondition(jobBuffers.count == Self.jobsMax && edges.count == 32, "pool too small")
+        for index in (0..<slots.count).reversed() {
+            slots[index].next = freeHead
+            freeHead = Int32(index)
+        }
+        freeCount = slots.count
+    }
+
+    /// Buffers the core holds for itself, for leak checks.
+    package var ownBuffers: Int { jobBuffers.count + edges.count }
+    /// Whether there is room for another client operation.
+    package var canSubmit: Bool { freeCount > Self.internalSlots && phase != .stopped }
+    package var size: UInt64 { record?.size ?? 0 }
+    /// Regions still to be compared after a takeover.
+    package var unresolvedCount: Int { unresolved.count }
+    package var rebuildProgress: (done: Int, total: Int) {
+        (neededTotal - neededCount, neededTotal)
+    }
+
+    /// The checksums (4 bytes per block) that go with a `send` of this slot.
+    package func table(_ index: Int32) -> RawMemory {
+        let size = Geometry.blocksPerRegion * 4
+        return tables.memory.slice(Int(index) * size, size)
+    }
+
+    // MARK: - Step
+
+    package func step(_ event: EngineEvent, now: Instant) {
+        self.now = max(now, self.now)
+        guard phase != .stopped else {
+            if case .submit(let operation) = event { refuse(operation) }
+            return
+        }
+        switch event {
+        case .start: fetch()
+        case .submit(let operation): submit(operation)
+        case .configure(let list): configure(list)
+        case .connected(let slot): connected(slot)
+        case .disconnected(let slot): disconnected(slot)
+        case .frame(let slot, let header, let table, let data):
+            received(slot, header, table: table, data: data)
+        case .store(let outcome): storeAnswered(outcome)
+        case .tick: tick()
+        case .detach: isDetaching = true
+        }
+        reconcile()
+    }
+
+    /// Where the data of a reply must be received: in the buffer of the operation that asked for it.
+    /// Nil: nowhere in particular; the core will not look at it.
+    package func readTarget(_ header: FrameHeader, from slot: ReplicaSlot)
+        -> (buffer: BufferID, offset: Int)?
+    {
+        guard header.isReply, header.kind == .read || header.kind == .adopt,
+            let index = slotIndex(ofTag: header.tag)
+        else { return nil }
+        let op = slots[index]
+        switch op.use {
+        case .client where op.phase == .readingEdges:
+            guard header.dataLength == Geometry.blockSize else { return nil }
+            let block = header.offset / UInt64(Geometry.blockSize)
+            if block == op.firstBlock, op.headEdge != .none { return (op.headEdge, 0) }
+            if block == op.endBlock - 1, op.tailEdge != .none { return (op.tailEdge, 0) }
+            return nil
+        case .client where op.isRead && op.phase == .inFlight:
+            let length = Int(op.endBlock - op.firstBlock) * Geometry.blockSize
+            guard Int(header.dataLength) == length, Int(op.source) == slot else { return nil }
+            return (op.operation.buffer, 0)
+        case .job:
+            let job = Int(op.operation.userData)
+            guard Int(header.dataLength) == jobs[job].run.count * Geometry.blockSize else {
+                return nil
+            }
+            return (jobBuffers[job], 0)
+        default:
+            return nil
+        }
+    }
+
+    /// Lets everything that became possible happen: one place, after every event, so that no event's
+    /// handler must remember who waits for what.
+    private func reconcile() {
+        guard phase != .stopped else { return }
+        if isStarved, edges.count >= 2 {
+            isStarved = false
+            startAll()
+        }
+        advanceTakeover()
+        removeFailedMembers()
+        advanceJobs()
+        advanceJoin()
+        advanceFlush()
+        advanceDetach()
+    }
+
+    func stop(_ reason: StopReason) {
+        guard phase != .stopped else { return }
+        phase = .stopped
+        stopReason = reason
+        for index in 0..<slotsUsed where slots[index].use == .client {
+            completeClient(index, .shuttingDown)
+            release(index)
+        }
+        actions.append(.serving(false))
+        actions.append(.stopped)
+    }
+
+    func note(_ note: EngineNote) { actions.append(.note(note)) }
+
+    private func refuse(_ operation: Operation) {
+        actions.append(
+            .complete(
+                userData: operation.userData, .shuttingDown, buffer: operation.buffer,
+                tableLength: 0, isHole: false))
+    }
+
+    /// splitmix64 (Steele, Lea and Flood, 2014): spreads the seed over the nonces.
+    func nextNonce() -> UInt64 {
+        nonceState &+= 0x9E37_79B9_7F4A_7C15
+        var z = nonceState
+        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
+        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
+        return (z ^ (z >> 31)) | 1
+    }
+}

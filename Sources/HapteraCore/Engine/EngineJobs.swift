@@ -1,0 +1,341 @@
+// Making regions equal: the members after a takeover (T4), the joiner while it is filled (J).
+//
+// A job holds its region's lock, asks every participant for a digest, and treats the blocks that
+// differ run by run: read from one source, written to those who differ. Whatever interrupts it - a
+// lost participant, a changed record - it keeps the lock and begins again with fresh digests.
+
+extension EngineCore {
+    func hasJob(_ region: UInt64) -> Bool {
+        for job in 0..<Self.jobsMax where jobs[job].stage != .free && jobs[job].region == region {
+            return true
+        }
+        return false
+    }
+    private var hasFreeJob: Bool {
+        for job in 0..<Self.jobsMax where jobs[job].stage == .free { return true }
+        return false
+    }
+    func activeJobs(_ kind: Job.Kind) -> Int {
+        var count = 0
+        for job in 0..<Self.jobsMax where jobs[job].stage != .free && jobs[job].kind == kind {
+            count += 1
+        }
+        return count
+    }
+
+    /// Starts jobs while there is work and room, and lets waiting ones go on.
+    func advanceJobs() {
+        guard phase == .serving, isResolving || joinStage == .copying || anyJob else { return }
+        for job in 0..<Self.jobsMax where jobs[job].stage == .waiting { proceed(job) }
+        while isResolving, hasFreeJob, let region = nextUnresolved() { begin(.resolve, region) }
+        while joinStage == .copying, !isResolving, hasFreeJob, let region = nextNeeded() {
+            begin(.copy, region)
+        }
+    }
+    private var anyJob: Bool {
+        for job in 0..<Self.jobsMax where jobs[job].stage != .free { return true }
+        return false
+    }
+
+    private func begin(_ kind: Job.Kind, _ region: UInt64) {
+        guard let job = (0..<Self.jobsMax).first(where: { jobs[$0].stage == .free }) else { return }
+        let index = allocateSlot(
+            .job,
+            Operation(
+                kind: .write, offset: region * UInt64(Geometry.regionSize),
+                length: blockCount(region) * Geometry.blockSize, userData: UInt64(job)))
+        slots[index].firstBlock = region * UInt64(Geometry.blocksPerRegion)
+        slots[index].endBlock = slots[index].firstBlock + UInt64(blockCount(region))
+        append(index, bucketIndex(slots[index].firstBlock))
+        jobs[job] = Job()
+        jobs[job].stage = .waiting
+        jobs[job].kind = kind
+        jobs[job].region = region
+        jobs[job].slot = Int32(index)
+        proceed(job)
+    }
+
+    /// Blocks of the region; the volume's last region may be partial.
+    private func blockCount(_ region: UInt64) -> Int {
+        let start = region * UInt64(Geometry.regionSize)
+        return Int(min(UInt64(Geometry.regionSize), size - start)) / Geometry.blockSize
+    }
+
+    /// Takes the lock if it has not got it, and asks for digests once the membership is settled.
+    private func proceed(_ job: Int) {
+        let index = Int(jobs[job].slot)
+        if slots[index].phase == .waiting {
+            let blocked = jobs[job].kind == .resolve ? isRegionBusy(index) : isCopyBlocked(index)
+            if blocked { return }
+            slots[index].phase = .inFlight
+        }
+        guard isSettled, let source = chooseSource(job) else { return }
+        var participants: SlotSet
+        switch jobs[job].kind {
+        case .resolve: participants = members
+        case .copy:
+            guard let joiner, isLive(joiner) else { return }
+            participants = [SlotSet(source), SlotSet(joiner)]
+        }
+        slots[index].generation &+= 1
+        jobs[job].participants = participants
+        jobs[job].awaiting = participants
+        jobs[job].source = Int8(source)
+        jobs[job].nextBlock = 0
+        jobs[job].stage = .digesting
+        var header = FrameHeader(kind: .digest)
+        header.tag = tag(index)
+        header.offset = jobs[job].region * UInt64(Geometry.regionSize)
+        header.length = UInt32(blockCount(jobs[job].region) * Geometry.blockSize)
+        while let slot = participants.popFirst() { send(slot, header) }
+    }
+
+    /// Resolution prefers a member whose host has not restarted: a rebooted one may have lost writes
+    /// that were acknowledged.
+    private func chooseSource(_ job: Int) -> ReplicaSlot? {
+        var candidates = liveMembers.subtracting(jobs[job].unfit)
+        if candidates.isEmpty { candidates = liveMembers }
+        var rest = candidates
+        if jobs[job].kind == .resolve, !mutations.contains(.rebootedSource) {
+            while let slot = rest.popFirst() {
+                if !replicas[slot].isRebooted { return slot }
+            }
+        }
+        if mutations.contains(.rebootedSource), jobs[job].kind == .resolve {
+            while let slot = rest.popFirst() {
+                if replicas[slot].isRebooted { return slot }
+            }
+        }
+        return candidates.first
+    }
+
+    /// A participant is gone: begin again when the membership is settled, still under the lock.
+    func restartJobs(awaiting slot: ReplicaSlot) {
+        for job in 0..<Self.jobsMax where jobs[job].stage != .free && jobs[job].stage != .waiting {
+            if jobs[job].participants.contains(slot) { restart(job) }
+        }
+    }
+    private func restart(_ job: Int) {
+        jobs[job].stage = .waiting
+        slots[Int(jobs[job].slot)].generation &+= 1
+    }
+    func abandonJobs(_ kind: Job.Kind? = nil) {
+        for job in 0..<Self.jobsMax where jobs[job].stage != .free {
+            guard kind == nil || jobs[job].kind == kind else { continue }
+            jobs[job].stage = .free
+            release(Int(jobs[job].slot))
+        }
+    }
+
+    // MARK: - Replies
+
+    func receivedForJob(
+        _ job: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory,
+        _ data: RawMemory
+    ) {
+        guard jobs[job].awaiting.contains(slot) else { return protocolError(slot) }
+        switch (jobs[job].stage, header.kind) {
+        case (.digesting, .digest):
+            guard header.status == .ok, table.count == RegionDigest.size else {
+                return failReplica(slot)
+            }
+            digest(job, slot).copy(from: table)
+            answered(job, slot)
+        case (.reading, .read), (.reading, .adopt):
+            guard header.status == .ok else {
+                if header.status == .checksumMismatch { restart(job) } else { failReplica(slot) }
+                return
+            }
+            guard Int(header.dataLength) == jobs[job].run.count * Geometry.blockSize else {
+                return restart(job)
+            }
+            writeRun(job, table)
+        case (.writing, .write), (.writing, .setState):
+            guard header.status == .ok else {
+                return failReplica(slot, isFull: header.status == .noSpace)
+            }
+            answered(job, slot)
+        default:
+            protocolError(slot)
+        }
+    }
+
+    private func answered(_ job: Int, _ slot: ReplicaSlot) {
+        jobs[job].awaiting.remove(SlotSet(slot))
+        if jobs[job].awaiting.isEmpty { nextRun(job) }
+    }
+
+    private func digest(_ job: Int, _ slot: ReplicaSlot) -> RawMemory {
+        digests.memory.slice(
+            (job * Geometry.replicaSlotsMax + slot) * RegionDigest.size, RegionDigest.size)
+    }
+
+    // MARK: - Runs
+
+    private func nextRun(_ job: Int) {
+        let count = blockCount(jobs[job].region)
+        var block = jobs[job].nextBlock
+        var run = Job.Run()
+        while block < count {
+            let next = plan(job, block)
+            if run.action == .none {
+                run = next
+                run.first = block
+            } else if !run.continues(next) {
+                break
+            }
+            if run.action != .none { run.count += 1 }
+            block += 1
+        }
+        jobs[job].nextBlock = block
+        jobs[job].run = run
+        let index = Int(jobs[job].slot)
+        slots[index].generation &+= 1
+        var header = FrameHeader(kind: .read)
+        header.tag = tag(index)
+        header.offset =
+            jobs[job].region * UInt64(Geometry.regionSize)
+            + UInt64(run.first * Geometry.blockSize)
+        header.length = UInt32(run.count * Geometry.blockSize)
+        switch run.action {
+        case .none: finish(job)
+        case .copy, .adopt:
+            if run.action == .adopt {
+                header.kind = .adopt
+                note(.doubtfulBytesKept(ReplicaSlot(run.source), offset: header.offset))
+            }
+            jobs[job].stage = .reading
+            jobs[job].awaiting = SlotSet(ReplicaSlot(run.source))
+            send(ReplicaSlot(run.source), header)
+        case .setState:
+            header.kind = .setState
+            header.flags = FrameFlags.resync
+            header.auxiliary = UInt64(run.state.rawValue)
+            sendRun(job, &header, buffer: .none)
+        case .impossible:
+            tryAnotherSource(job)
+        }
+    }
+
+    /// What the block needs, from the digests.
+    private func plan(_ job: Int, _ block: Int) -> Job.Run {
+        var run = Job.Run()
+        let participants = jobs[job].participants
+        guard let source = sourceOfBlock(job, block) else {
+            // Nobody's copy is intact. Resolution keeps a steady member's bytes; a copy must not.
+            run.action = jobs[job].kind == .resolve ? .adopt : .impossible
+            run.source = jobs[job].source
+            run.targets = participants.subtracting(SlotSet(ReplicaSlot(run.source)))
+            return run
+        }
+        guard let good = RegionDigest.decode(index: block, from: digest(job, source)) else {
+            run.action = .impossible
+            return run
+        }
+        var rest = participants
+        while let slot = rest.popFirst() {
+            guard slot != source else { continue }
+            let other = RegionDigest.decode(index: block, from: digest(job, slot))
+            if other != good || other?.isDoubtful == true { run.targets.insert(SlotSet(slot)) }
+        }
+        guard !run.targets.isEmpty else { return Job.Run() }
+        run.source = Int8(source)
+        run.state = good.entry.state
+        run.action = good.entry.state == .data ? .copy : .setState
+        return run
+    }
+
+    /// Whose copy of the block stands, in this order: the job's source if intact; another member
+    /// that has not rebooted; a rebooted one that holds exactly what a steady member's entry names
+    /// (so it is the steady member's copy that rotted); and, if there is no steady member, any.
+    private func sourceOfBlock(_ job: Int, _ block: Int) -> ReplicaSlot? {
+        let chosen = ReplicaSlot(jobs[job].source)
+        guard let preferred = RegionDigest.decode(index: block, from: digest(job, chosen)) else {
+            return nil
+        }
+        if !preferred.isDoubtful { return chosen }
+        guard jobs[job].kind == .resolve else { return nil }
+        let steadyExists = !replicas[chosen].isRebooted
+        var rebooted: ReplicaSlot?
+        var rest = jobs[job].participants
+        while let slot = rest.popFirst() {
+            guard let other = RegionDigest.decode(index: block, from: digest(job, slot)),
+                !other.isDoubtful
+            else { continue }
+            if !replicas[slot].isRebooted { return slot }
+            if !steadyExists || other.entry == preferred.entry { rebooted = rebooted ?? slot }
+        }
+        return rebooted
+    }
+
+    /// The copy's source holds a doubtful block: another member may not.
+    private func tryAnotherSource(_ job: Int) {
+        jobs[job].unfit.insert(SlotSet(ReplicaSlot(jobs[job].source)))
+        if liveMembers.subtracting(jobs[job].unfit).isEmpty {
+            note(
+                .checksumMismatch(
+                    ReplicaSlot(jobs[job].source),
+                    offset: jobs[job].region * UInt64(Geometry.regionSize)))
+            dropJoiner(retryMilliseconds: 10_000)
+        } else {
+            restart(job)
+        }
+    }
+
+    /// The run has been read into the job's buffer: verifies it and writes it where it is missing.
+    private func writeRun(_ job: Int, _ entries: RawMemory) {
+        let run = jobs[job].run
+        let memory = pool.memory(jobBuffers[job])
+        guard verify(memory, entries, blocks: run.count, hasData: true) == true else {
+            return restart(job)
+        }
+        let index = Int(jobs[job].slot)
+        let table = table(Int32(index))
+        for block in 0..<run.count {
+            let content = memory.slice(block * Geometry.blockSize, Geometry.blockSize)
+            table.store(CRC32C.checksum(content), block * 4)
+        }
+        var header = FrameHeader(kind: .write)
+        header.flags = FrameFlags.resync
+        header.tag = tag(index)
+        header.offset =
+            jobs[job].region * UInt64(Geometry.regionSize)
+            + UInt64(run.first * Geometry.blockSize)
+        header.length = UInt32(run.count * Geometry.blockSize)
+        header.tableLength = UInt32(run.count * 4)
+        header.dataLength = header.length
+        header.tableChecksum = CRC32C.checksum(table.slice(0, run.count * 4))
+        sendRun(job, &header, buffer: jobBuffers[job])
+    }
+
+    private func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {
+        sequence = SequenceNumber(sequence.rawValue + 1)
+        header.sequence = sequence
+        let targets = jobs[job].run.targets
+        jobs[job].stage = .writing
+        jobs[job].awaiting = targets
+        jobs[job].blocksCopied += UInt64(jobs[job].run.count)
+        guard !targets.isEmpty else { return nextRun(job) }
+        var rest = targets
+        while let slot = rest.popFirst() {
+            send(slot, header, tableOf: jobs[job].slot, buffer: buffer)
+        }
+        if flushDueAt == nil {
+            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
+        }
+    }
+
+    private func finish(_ job: Int) {
+        let (kind, region, copied) = (jobs[job].kind, jobs[job].region, jobs[job].blocksCopied)
+        jobs[job].stage = .free
+        // First the region counts as equal, then its lock goes: what waits for it starts in release.
+        switch kind {
+        case .resolve:
+            regionResolved(region, blocks: copied)
+        case .copy:
+            blocksRebuilt += copied
+            regionCopied(region)
+        }
+        release(Int(jobs[job].slot))
+    }
+}

@@ -1,0 +1,215 @@
+// Rule J: a replica outside the in-sync set is filled and promoted.
+
+extension EngineCore {
+    func advanceJoin() {
+        guard phase == .serving, !isResolving else { return }
+        switch joinStage {
+        case .none: chooseJoiner()
+        case .installing:
+            guard let joiner, let record, isSettled,
+                replicas[joiner].installedEpoch == record.epoch
+            else { return }
+            beginMapping()
+        case .mapping, .promoting: break
+        case .copying:
+            if neededCount == 0, activeJobs(.copy) == 0 { beginJoinFlush() }
+        case .flushing: promoteIfFlushed()
+        }
+    }
+
+    /// Takes the first replica that is there, and not a member, through the record into joining.
+    private func chooseJoiner() {
+        guard !isDetaching, isSettled, !isStoreBusy, let record else { return }
+        for slot in 0..<replicas.count {
+            let replica = replicas[slot]
+            guard replica.isConfigured, replica.link == .greeted, !members.contains(slot),
+                now >= replica.joinAfter
+            else { continue }
+            guard replica.promise <= record.epoch else {
+                verifyPromise()
+                return
+            }
+            guard replica.size >= record.size else { continue }
+            joiner = slot
+            joinStage = .installing
+            replicas[slot].hasFailed = false
+            replicas[slot].isFull = false
+            let regions = Geometry.regionCount(size: record.size)
+            needed = [UInt64](repeating: 0, count: Int((regions + 63) / 64))
+            neededCount = 0
+            neededCursor = 0
+            // J: writes on the way now may or may not be in what the joiner is compared with.
+            if !mutations.contains(.inFlightRegionsNotCopied) { markRegionsInFlight() }
+            let member = VolumeRecord.Member(
+                replica: replica.id, incarnation: replica.incarnation)
+            propose(.join) { $0.joining = member }
+            return
+        }
+    }
+
+    private func markRegionsInFlight() {
+        for index in 0..<slotsUsed {
+            guard slots[index].use == .client, slots[index].phase != .waiting,
+                slots[index].endBlock > slots[index].firstBlock, !slots[index].isRead
+            else { continue }
+            markNeeded(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
+        }
+    }
+
+    func isNeeded(_ region: UInt64) -> Bool {
+        needed[Int(region / 64)] & (1 << (region % 64)) != 0
+    }
+    func markNeeded(_ region: UInt64) {
+        guard !isNeeded(region) else { return }
+        needed[Int(region / 64)] |= 1 << (region % 64)
+        neededCount += 1
+    }
+    /// The next region to copy that no job has yet, round and round until none is left.
+    func nextNeeded() -> UInt64? {
+        guard neededCount > activeJobs(.copy) else { return nil }
+        for _ in 0...needed.count {
+            if neededCursor >= needed.count { neededCursor = 0 }
+            var word = needed[neededCursor]
+            while word != 0 {
+                let region = UInt64(neededCursor * 64 + word.trailingZeroBitCount)
+                if !hasJob(region) { return region }
+                word &= word - 1
+            }
+            neededCursor += 1
+        }
+        return nil
+    }
+
+    func regionCopied(_ region: UInt64) {
+        guard joinStage == .copying, isNeeded(region) else { return }
+        needed[Int(region / 64)] &= ~(1 << (region % 64))
+        neededCount -= 1
+        let done = neededTotal - neededCount
+        if let joiner, done % 64 == 0 || neededCount == 0 {
+            note(
+                .rebuildProgress(
+                    joiner, regionsDone: UInt64(done), regionsTotal: UInt64(neededTotal)))
+        }
+    }
+
+    // MARK: - Which regions
+
+    private static let mapRegionsMax: UInt64 = 65536
+
+    private func beginMapping() {
+        joinStage = .mapping
+        mapRegion = 0
+        requestMap()
+    }
+    private func requestMap() {
+        guard let joiner, let source = liveMembers.first else { return }
+        joinSource = source
+        mapAwaiting = [SlotSet(source), SlotSet(joiner)]
+        var header = FrameHeader(kind: .regionMap)
+        header.tag = mapRegion
+        header.offset = mapRegion * UInt64(Geometry.regionSize)
+        header.length = UInt32(
+            min(Self.mapRegionsMax, Geometry.regionCount(size: size) - mapRegion))
+        send(source, header)
+        send(joiner, header)
+    }
+
+    func receivedMap(_ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory) {
+        guard joinStage == .mapping, header.tag == mapRegion, mapAwaiting.contains(slot) else {
+            return
+        }
+        guard header.status == .ok, table.count == (Int(header.length) + 7) / 8 else {
+            return protocolError(slot)
+        }
+        let regions = Geometry.regionCount(size: size)
+        for byte in 0..<table.count where table[byte] != 0 {
+            for bit in 0..<8 where table[byte] & (1 << UInt8(bit)) != 0 {
+                let region = mapRegion + UInt64(byte * 8 + bit)
+                if region < regions { markNeeded(region) }
+            }
+        }
+        mapAwaiting.remove(SlotSet(slot))
+        guard mapAwaiting.isEmpty else { return }
+        mapRegion += Self.mapRegionsMax
+        if mapRegion < regions { return requestMap() }
+        for region in joiner.flatMap({ installReplies[$0]?.activeRegions }) ?? []
+        where region < regions { markNeeded(region) }
+        neededTotal = neededCount
+        joinStage = .copying
+    }
+
+    // MARK: - Promotion
+
+    /// Everything is copied. From here on the joiner's reply is required, then it is flushed, then
+    /// the record makes it a member: in this order, so that it holds everything acknowledged before
+    /// the record says so and everything after.
+    private func beginJoinFlush() {
+        guard let joiner, isSettled, isLive(joiner) else { return }
+        joinStage = .flushing
+        if !mutations.contains(.promoteWithoutRequiringJoiner) {
+            required.insert(SlotSet(joiner))
+        }
+        isJoinFlushed = false
+        if mutations.contains(.promoteWithoutFlush) {
+            isJoinFlushed = true
+            return
+        }
+        var header = FrameHeader(kind: .flush)
+        let index = allocateSlot(.flush, Operation(kind: .flush, userData: Self.joinFlush))
+        sequence = SequenceNumber(sequence.rawValue + 1)
+        slots[index].phase = .inFlight
+        slots[index].sequence = sequence
+        slots[index].sent = SlotSet(joiner)
+        header.tag = tag(index)
+        header.sequence = sequence
+        send(joiner, header)
+    }
+    static let joinFlush: UInt64 = 1
+
+    private func promoteIfFlushed() {
+        guard isJoinFlushed, let joiner, isSettled, !isStoreBusy else { return }
+        let member = VolumeRecord.Member(
+            replica: replicas[joiner].id, incarnation: replicas[joiner].incarnation)
+        joinStage = .promoting
+        propose(.promote) { next in
+            next.inSync.append(member)
+            next.joining = nil
+            next.out.removeAll { $0.member.replica == member.replica }
+        }
+    }
+
+    func promoted() {
+        guard let joiner else { return }
+        note(.replicaPromoted(joiner, proposedRecord.epoch))
+        self.joiner = nil
+        joinStage = .none
+        needed = []
+        // Writes that were only held for the joiner now count it as a member.
+        recheckAll()
+        flushDueAt = now
+    }
+
+    /// The joiner drops out: no record change, no acknowledgement waits for it.
+    func dropJoiner(retryMilliseconds: UInt64) {
+        guard let slot = joiner, pendingChange != .promote else { return }
+        note(.joinFailed(slot))
+        joiner = nil
+        joinStage = .none
+        neededCount = 0
+        required.remove(SlotSet(slot))
+        replicas[slot].joinAfter = now.adding(milliseconds: retryMilliseconds)
+        replicas[slot].sentEpoch = .zero
+        abandonJobs(.copy)
+        for index in 0..<slotsUsed
+        where slots[index].use == .flush && slots[index].operation.userData == Self.joinFlush {
+            release(index)
+        }
+        if replicas[slot].link != .down {
+            // What is on the way to it belongs to this attempt: a new one begins on a new connection.
+            actions.append(.disconnect(slot))
+            replicas[slot].link = .down
+            replicas[slot].outstanding = 0
+        }
+        if phase == .serving { recheckAll() }
+    }
+}

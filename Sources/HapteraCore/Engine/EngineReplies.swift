@@ -1,0 +1,183 @@
+// What replicas answer.
+
+extension EngineCore {
+    func received(
+        _ slot: ReplicaSlot, _ header: FrameHeader, table: RawMemory, data: RawMemory
+    ) {
+        guard replicas[slot].link != .down else { return }
+        guard header.isReply else { return protocolError(slot) }
+        if replicas[slot].outstanding > 0 { replicas[slot].outstanding -= 1 }
+        replicas[slot].owingSince = now
+        if header.flags & FrameFlags.logPressure != 0 { isLogPressed = true }
+        if header.status == .staleEpoch { return refusedAsStale(slot, header) }
+        switch header.kind {
+        case .hello, .install: receivedControl(slot, header, table)
+        case .ping, .stable: break
+        case .regionMap: receivedMap(slot, header, table)
+        case .getRecord, .compareAndSwap: protocolError(slot)
+        case .write, .setState, .flush, .read, .status, .digest, .adopt:
+            guard let index = slotIndex(ofTag: header.tag) else { return }
+            if slots[index].use == .job {
+                receivedForJob(Int(slots[index].operation.userData), slot, header, table, data)
+            } else {
+                receivedForOperation(index, slot, header, table, data)
+            }
+        }
+    }
+
+    func protocolError(_ slot: ReplicaSlot) {
+        note(.protocolError(slot))
+        failReplica(slot)
+    }
+
+    private func receivedControl(_ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory) {
+        guard header.status == .ok else { return protocolError(slot) }
+        if header.kind == .hello {
+            guard replicas[slot].link == .connected,
+                let reply = HelloReply(decoding: table.bytes())
+            else { return protocolError(slot) }
+            greeted(slot, reply)
+        } else {
+            guard let reply = InstallReply(decoding: table.bytes()) else {
+                return protocolError(slot)
+            }
+            installed(slot, epoch: header.epoch, reply)
+        }
+    }
+
+    /// The replica's promise is not this engine's epoch. A higher one is never a failed member:
+    /// somebody has taken over, or the store is older than the replica. The same epoch: the replica
+    /// restarted after it promised, and needs a new one.
+    private func refusedAsStale(_ slot: ReplicaSlot, _ header: FrameHeader) {
+        guard let record else { return }
+        if header.epoch > record.epoch {
+            verifyPromise()
+            return
+        }
+        failReplica(slot)
+        if phase == .installing, members.contains(slot) { mustClaimAgain = true }
+    }
+
+    private func receivedForOperation(
+        _ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory,
+        _ data: RawMemory
+    ) {
+        switch header.kind {
+        case .write, .setState:
+            switch header.status {
+            case .ok:
+                slots[index].replied.insert(SlotSet(slot))
+                settleWrite(index)
+            case .noSpace:
+                slots[index].full.insert(SlotSet(slot))
+                settleWrite(index)
+            default: failReplica(slot)
+            }
+        case .flush:
+            // A failed sync is never retried as clean.
+            guard header.status == .ok else { return failReplica(slot) }
+            slots[index].replied.insert(SlotSet(slot))
+            settleFlush(index)
+        case .read where slots[index].phase == .readingEdges:
+            receivedEdge(index, slot, header, table, data)
+        case .read:
+            receivedRead(index, slot, header, table, data)
+        case .status:
+            receivedStatus(index, slot, header, table)
+        default: protocolError(slot)
+        }
+    }
+
+    // MARK: - Reads
+
+    /// R: verifies what was read against its checksums; blocks that are not data are made zero here,
+    /// whatever was received. False if anything does not match.
+    func verify(_ memory: RawMemory, _ table: RawMemory, blocks: Int, hasData: Bool) -> Bool? {
+        guard table.count == blocks * BlockEntry.size else { return nil }
+        var isIntact = true
+        for block in 0..<blocks {
+            guard let entry = BlockEntry(decoding: table, at: block * BlockEntry.size) else {
+                return nil
+            }
+            let content = memory.slice(block * Geometry.blockSize, Geometry.blockSize)
+            if entry.state == .data {
+                guard hasData else { return nil }
+                if CRC32C.checksum(content) != entry.checksum { isIntact = false }
+            } else {
+                content.fill()
+            }
+        }
+        return isIntact || mutations.contains(.readWithoutChecksum)
+    }
+
+    private func receivedRead(
+        _ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory,
+        _ data: RawMemory
+    ) {
+        let blocks = Int(slots[index].endBlock - slots[index].firstBlock)
+        if replicas[slot].reads > 0 { replicas[slot].reads -= 1 }
+        guard header.status == .ok else {
+            readFailed(index, slot, header)
+            return
+        }
+        let hasData = header.dataLength > 0
+        guard !hasData || Int(header.dataLength) == blocks * Geometry.blockSize else {
+            return protocolError(slot)
+        }
+        let memory = pool.memory(slots[index].operation.buffer)
+        switch verify(memory, table, blocks: blocks, hasData: hasData) {
+        case nil: protocolError(slot)
+        case false?: readFailed(index, slot, header)
+        case true?:
+            completeClient(index, .ok, isHole: !hasData)
+            release(index)
+        }
+    }
+
+    private func readFailed(_ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader) {
+        switch header.status {
+        case .ok, .checksumMismatch, .ioError:
+            note(.checksumMismatch(slot, offset: header.offset))
+            slots[index].tried.insert(SlotSet(slot))
+            retryRead(index)
+        default:
+            protocolError(slot)
+        }
+    }
+
+    private func receivedEdge(
+        _ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory,
+        _ data: RawMemory
+    ) {
+        guard header.status == .ok else {
+            readFailed(index, slot, header)
+            return
+        }
+        let block = header.offset / UInt64(Geometry.blockSize)
+        let isHead = block == slots[index].firstBlock && slots[index].headEdge != .none
+        let edge = isHead ? slots[index].headEdge : slots[index].tailEdge
+        guard edge != .none, slots[index].edgesMissing > 0 else { return protocolError(slot) }
+        switch verify(pool.memory(edge), table, blocks: 1, hasData: header.dataLength > 0) {
+        case nil: protocolError(slot)
+        case false?: readFailed(index, slot, header)
+        case true?:
+            slots[index].edgesMissing -= 1
+            if slots[index].edgesMissing == 0 { mergeEdges(index) }
+        }
+    }
+
+    private func receivedStatus(
+        _ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory
+    ) {
+        guard header.status == .ok, table.count >= 16, table.count % 16 == 0 else {
+            slots[index].tried.insert(SlotSet(slot))
+            retryRead(index)
+            return
+        }
+        let buffer = pool.memory(slots[index].operation.buffer)
+        let length = min(table.count, buffer.count / 16 * 16)
+        buffer.copy(from: table.slice(0, length))
+        completeClient(index, .ok, tableLength: length)
+        release(index)
+    }
+}

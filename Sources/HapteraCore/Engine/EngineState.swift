@@ -1,0 +1,241 @@
+// The plain values `EngineCore` keeps its state in: no references, no arrays, so that a step
+// allocates nothing.
+
+/// What a volume's engine is told when it starts.
+package struct EngineConfiguration: Sendable {
+    package var volume: VolumeID
+    /// This process's start: random, never zero.
+    package var instance: InstanceID
+    /// Where clients reach this engine; recorded, not used.
+    package var endpoint: String
+    /// The attachment this engine serves. The same number as before means: the client survived.
+    package var clientGeneration: UInt64
+    /// Makes the nonces of the record's changes; any random number.
+    package var nonceSeed: UInt64
+    /// A member that owes an answer for this long is removed from the in-sync set.
+    package var removalDeadlineMilliseconds: UInt64 = 3000
+    /// A flush is sent by itself this long after the first write it covers.
+    package var flushIntervalMilliseconds: UInt64 = 5000
+    /// An idle connection is asked for a sign of life this often.
+    package var pingIntervalMilliseconds: UInt64 = 1000
+
+    package init(
+        volume: VolumeID, instance: InstanceID, endpoint: String, clientGeneration: UInt64,
+        nonceSeed: UInt64, removalDeadlineMilliseconds: UInt64 = 3000
+    ) {
+        self.volume = volume
+        self.instance = instance
+        self.endpoint = endpoint
+        self.clientGeneration = clientGeneration
+        self.nonceSeed = nonceSeed
+        self.removalDeadlineMilliseconds = removalDeadlineMilliseconds
+    }
+}
+
+/// A set of replica slots, one bit each.
+package struct SlotSet: OptionSet, BitwiseCopyable, Sendable {
+    package var rawValue: UInt8
+    package init(rawValue: UInt8) { self.rawValue = rawValue }
+    package init(_ slot: ReplicaSlot) { rawValue = 1 << UInt8(slot) }
+    package var count: Int { rawValue.nonzeroBitCount }
+    package func contains(_ slot: ReplicaSlot) -> Bool { rawValue & (1 << UInt8(slot)) != 0 }
+    /// The lowest slot in the set.
+    package var first: ReplicaSlot? { rawValue == 0 ? nil : rawValue.trailingZeroBitCount }
+    /// Takes the lowest slot out: `while let slot = set.popFirst()`.
+    package mutating func popFirst() -> ReplicaSlot? {
+        guard let slot = first else { return nil }
+        rawValue &= rawValue - 1
+        return slot
+    }
+}
+
+/// Where an engine stands with its volume.
+///
+///     idle -> fetching -> claiming -> installing -> serving <-> (members change, still serving)
+///                            ^                         |
+///                            +------- stalled <--------+   every member gone: take over again
+///     any -> stopped
+package enum EnginePhase: UInt8, BitwiseCopyable, Sendable {
+    case idle
+    /// Reading the record.
+    case fetching
+    /// Its compare-and-swap as the volume's engine is on the way.
+    case claiming
+    /// Waiting for every member's promise.
+    case installing
+    case serving
+    /// No member is left to talk to; one must return.
+    case stalled
+    case stopped
+}
+
+/// One replica as the engine sees it.
+struct ReplicaState: BitwiseCopyable {
+    enum Link: UInt8, BitwiseCopyable {
+        case down
+        /// Connected; hello sent.
+        case connected
+        /// Hello answered.
+        case greeted
+    }
+    var isConfigured = false
+    var id = ReplicaID(rawValue: 0)
+    var link = Link.down
+    var incarnation = Incarnation(rawValue: 0)
+    var instance = InstanceID.none
+    /// Epoch of the last Install sent on this connection; frames behind it carry it.
+    var sentEpoch = Epoch.zero
+    /// Epoch the replica has promised on this connection.
+    var installedEpoch = Epoch.zero
+    var isRebooted = false
+    /// What it said of itself when greeted.
+    var promise = Epoch.zero
+    var size: UInt64 = 0
+    /// It failed as a member or joiner and has not been removed, or come back, yet.
+    var hasFailed = false
+    /// It failed for want of space.
+    var isFull = false
+    /// Requests without an answer, and since when it owes one.
+    var outstanding: Int32 = 0
+    var owingSince = Instant.zero
+    var lastSent = Instant.zero
+    /// No new attempt to let it join before this.
+    var joinAfter = Instant.zero
+    /// Reads on the way, to spread them.
+    var reads: Int32 = 0
+}
+
+/// What an operation slot is used for.
+enum SlotUse: UInt8, BitwiseCopyable {
+    case free
+    case client
+    /// A flush of the engine's own, to move the stable point.
+    case flush
+    /// A job's exclusive hold on a region.
+    case job
+}
+
+enum OperationPhase: UInt8, BitwiseCopyable {
+    /// Behind an overlapping operation, an unresolved region, or until the volume is served.
+    case waiting
+    /// A write of part of a block fetches the rest of it.
+    case readingEdges
+    /// Sent to replicas (or, for a job, the region is locked).
+    case inFlight
+}
+
+struct OperationSlot: BitwiseCopyable {
+    var use = SlotUse.free
+    var phase = OperationPhase.waiting
+    var operation = Operation(kind: .flush, userData: 0)
+    /// Raised whenever what is on the way for this slot stops mattering.
+    var generation: UInt32 = 0
+    /// Blocks held, within one region.
+    var firstBlock: UInt64 = 0
+    var endBlock: UInt64 = 0
+    var sequence = SequenceNumber.zero
+    /// The epoch it was sent in.
+    var epoch = Epoch.zero
+    var sent: SlotSet = []
+    var replied: SlotSet = []
+    /// Who has no space for it.
+    var full: SlotSet = []
+    /// Members already asked for a read.
+    var tried: SlotSet = []
+    var source: Int8 = -1
+    /// The client has its answer; the slot is kept until the joiner has answered.
+    var isAcknowledged = false
+    /// The write's buffer is the core's own (unaligned zeroes), not the frontend's.
+    var ownsBuffer = false
+    /// Flush: everything was resolved when it was sent, so it may become the stable point.
+    var mayStabilise = false
+    var headEdge = BufferID.none
+    var tailEdge = BufferID.none
+    var edgesMissing: UInt8 = 0
+    /// Bucket list, in order of arrival; `next` also links free slots.
+    var next: Int32 = -1
+    var previous: Int32 = -1
+
+    var isRead: Bool { operation.kind == .read }
+    var isFlush: Bool { operation.kind == .flush }
+    func overlaps(_ other: OperationSlot) -> Bool {
+        firstBlock < other.endBlock && other.firstBlock < endBlock
+    }
+}
+
+/// A piece of resolution or rebuild: makes one region equal on its participants.
+struct Job: BitwiseCopyable {
+    enum Stage: UInt8, BitwiseCopyable {
+        case free
+        /// Waiting for the region's lock, or to start again once the membership is settled.
+        case waiting
+        case digesting
+        case reading
+        case writing
+    }
+    enum Kind: UInt8, BitwiseCopyable {
+        /// Members against each other, after a takeover.
+        case resolve
+        /// The joiner against a member.
+        case copy
+    }
+    var stage = Stage.free
+    var kind = Kind.resolve
+    var region: UInt64 = 0
+    var slot: Int32 = -1
+    var participants: SlotSet = []
+    /// Whose answers the current stage still needs.
+    var awaiting: SlotSet = []
+    var source: Int8 = -1
+    /// Members that cannot be copied from (a doubtful block): a copy tries another.
+    var unfit: SlotSet = []
+    var nextBlock = 0
+    var run = Run()
+    var blocksCopied: UInt64 = 0
+
+    /// Blocks that get the same treatment.
+    struct Run: BitwiseCopyable, Equatable {
+        enum Action: UInt8, BitwiseCopyable {
+            case none
+            case copy
+            case setState
+            /// Every copy is doubtful: keep the bytes of `source`.
+            case adopt
+            /// No copy may be used.
+            case impossible
+        }
+        var action = Action.none
+        var state = BlockState.absent
+        var source: Int8 = -1
+        var targets: SlotSet = []
+        var first = 0
+        var count = 0
+        func continues(_ other: Run) -> Bool {
+            action == other.action && state == other.state && source == other.source
+                && targets == other.targets
+        }
+    }
+}
+
+/// Where the filling of a joiner stands.
+enum JoinStage: UInt8, BitwiseCopyable {
+    case none
+    /// Its record change or its promise is outstanding.
+    case installing
+    /// Asking which regions may hold anything.
+    case mapping
+    case copying
+    /// Everything is copied: flushing it. From here on its reply is required.
+    case flushing
+    /// The record change that makes it a member is on the way.
+    case promoting
+}
+
+/// Why the record is being changed.
+enum ChangePurpose: UInt8, BitwiseCopyable {
+    case takeover
+    case remove
+    case join
+    case promote
+    case detach
+}

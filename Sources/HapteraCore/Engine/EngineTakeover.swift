@@ -1,0 +1,236 @@
+// Rule T: a new engine assumes the volume, or this one again after every member was gone.
+
+extension EngineCore {
+    /// T1: the record names this engine.
+    func claim() {
+        guard pendingChange == nil, !isStoreBusy else { return }
+        phase = .claiming
+        mustClaimAgain = false
+        required = []
+        propose(.takeover) { next in
+            next.engine = configuration.instance
+            next.engineEndpoint = configuration.endpoint
+            next.clientGeneration = configuration.clientGeneration
+            next.isClean = false
+            next.joining = nil
+        }
+    }
+
+    /// T2: every member promises.
+    func beginInstalling() {
+        phase = .installing
+        deadline = now.adding(milliseconds: configuration.removalDeadlineMilliseconds)
+        for slot in 0..<replicas.count {
+            installReplies[slot] = nil
+            replicas[slot].hasFailed = false
+        }
+        installAll()
+    }
+
+    func advanceTakeover() {
+        switch phase {
+        case .stalled:
+            guard pendingChange == nil, !isStoreBusy, !isRefusing else { return }
+            var rest = members
+            while let slot = rest.popFirst() {
+                if replicas[slot].link == .greeted {
+                    claim()
+                    return
+                }
+            }
+        case .installing:
+            guard pendingChange == nil, !isStoreBusy else { return }
+            if mustClaimAgain { return claim() }
+            let promised = promisedMembers
+            if promised == members {
+                finishInstalling()
+            } else if now >= deadline, !promised.isEmpty, mayRemoveOthers(promised) {
+                proposeRemoval(members.subtracting(promised))
+            }
+        default: break
+        }
+    }
+
+    private var promisedMembers: SlotSet {
+        var promised: SlotSet = []
+        var rest = members
+        while let slot = rest.popFirst() {
+            if installReplies[slot] != nil, replicas[slot].installedEpoch == record?.epoch {
+                promised.insert(SlotSet(slot))
+            }
+        }
+        return promised
+    }
+
+    /// The client whose writes were acknowledged still lives, so it would notice a loss.
+    private var clientSurvived: Bool {
+        guard let recordBefore else { return true }
+        return hasServed || recordBefore.clientGeneration == configuration.clientGeneration
+    }
+    private var isEverythingStable: Bool {
+        if hasServed { return stablePoint.sequence > highestAcknowledged }
+        return recordBefore?.isClean ?? false
+    }
+    private func hasSteadyMember(_ set: SlotSet) -> Bool {
+        var rest = set
+        while let slot = rest.popFirst() {
+            if !replicas[slot].isRebooted { return true }
+        }
+        return false
+    }
+    /// Removing the members that are away leaves only rebooted ones: not while a better may return.
+    private func mayRemoveOthers(_ promised: SlotSet) -> Bool {
+        mutations.contains(.rebootedSource) || hasSteadyMember(promised) || !clientSurvived
+            || isEverythingStable
+    }
+
+    /// T3: what the members' activity logs name may differ; everything else is equal.
+    private func finishInstalling() {
+        guard let record else { return }
+        let isClean = !hasServed && (recordBefore?.isClean ?? false)
+        if !hasSteadyMember(members), clientSurvived, !isEverythingStable,
+            !mutations.contains(.rebootedSource)
+        {
+            isRefusing = true
+            phase = .stalled
+            note(.onlyRebootedMembers)
+            return
+        }
+        unresolved = []
+        if !isClean, !mutations.contains(.skipResolution) {
+            var rest = members
+            while let slot = rest.popFirst() {
+                for region in installReplies[slot]?.activeRegions ?? [] {
+                    guard region < Geometry.regionCount(size: record.size) else { continue }
+                    unresolved.insert(region)
+                }
+            }
+        }
+        unresolvedQueue = unresolved.sorted()
+        unresolvedPosition = 0
+        while urgentRegions.popFirst() != nil {}
+        isResolving = !unresolved.isEmpty
+        regionsResolved = 0
+        blocksResolved = 0
+        required = members
+        phase = .serving
+        hasServed = true
+        note(.tookOver(record.epoch))
+        if !isResolving { note(.resolved(regions: 0, blocks: 0)) }
+        // The first stable point lets replicas forget what the engine before left active.
+        flushDueAt = now
+        actions.append(.serving(true))
+        startAll()
+    }
+
+    /// Writes failed on every member and may be applied differently: the region is made equal before
+    /// anyone touches it again.
+    func addUnresolved(_ region: UInt64) {
+        guard unresolved.insert(region).inserted else { return }
+        unresolvedQueue.append(region)
+        isResolving = true
+    }
+
+    func regionResolved(_ region: UInt64, blocks: UInt64) {
+        unresolved.remove(region)
+        regionsResolved += 1
+        blocksResolved += blocks
+        guard unresolved.isEmpty else { return }
+        isResolving = false
+        unresolvedQueue.removeAll(keepingCapacity: true)
+        unresolvedPosition = 0
+        note(.resolved(regions: regionsResolved, blocks: blocksResolved))
+        flushDueAt = now
+        startAll()
+    }
+
+    /// The next region to resolve that no job has yet: those requests wait for come first.
+    func nextUnresolved() -> UInt64? {
+        while let region = urgentRegions.popFirst() {
+            if unresolved.contains(region), !hasJob(region) { return region }
+        }
+        while unresolvedPosition < unresolvedQueue.count {
+            let region = unresolvedQueue[unresolvedPosition]
+            unresolvedPosition += 1
+            if unresolved.contains(region), !hasJob(region) { return region }
+        }
+        return nil
+    }
+
+    /// Every member is gone. Nothing is removed and nothing is failed: what was on the way waits,
+    /// and is sent again, in its old order, after the next takeover.
+    func stall() {
+        phase = .stalled
+        required = []
+        note(.stalled)
+        actions.append(.serving(false))
+        if joiner != nil { dropJoiner(retryMilliseconds: 0) }
+        abandonJobs()
+        unresolved = []
+        isResolving = false
+        for index in 0..<slotsUsed {
+            switch slots[index].use {
+            case .free, .job: break
+            case .flush:
+                isFlushInFlight = false
+                release(index)
+            case .client:
+                guard slots[index].phase != .waiting else { continue }
+                if slots[index].isAcknowledged {
+                    release(index)
+                    continue
+                }
+                dropEdges(index)
+                slots[index].generation &+= 1
+                slots[index].phase = .waiting
+                slots[index].sent = []
+                slots[index].replied = []
+                slots[index].full = []
+                slots[index].tried = []
+            }
+        }
+    }
+
+    // MARK: - Flush and detach
+
+    func advanceFlush() {
+        guard phase == .serving, !isFlushInFlight else { return }
+        guard isLogPressed || (flushDueAt.map { now >= $0 } ?? false) else { return }
+        guard !liveMembers.isEmpty else { return }
+        isFlushInFlight = true
+        sendFlush(allocateSlot(.flush, Operation(kind: .flush, userData: 0)))
+    }
+
+    /// Leaves in order: nothing on the way, everything flushed, and the record says so.
+    func advanceDetach() {
+        guard isDetaching else { return }
+        switch phase {
+        case .idle, .fetching, .claiming, .installing, .stalled:
+            if pendingChange == nil { stop(.detached) }
+        case .stopped: break
+        case .serving:
+            if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }
+            guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, !hasClientOperations
+            else { return }
+            if record?.isClean == true {
+                stop(.detached)
+            } else if !isDetachFlushed {
+                isDetachFlushed = true
+                isFlushInFlight = true
+                sendFlush(allocateSlot(.flush, Operation(kind: .flush, userData: 0)))
+            } else if highestAcknowledged < stablePoint.sequence {
+                propose(.detach) { next in
+                    next.engine = .none
+                    next.engineEndpoint = ""
+                    next.isClean = true
+                    next.joining = nil
+                }
+            } else {
+                isDetachFlushed = false
+            }
+        }
+    }
+    private var hasClientOperations: Bool {
+        (0..<slotsUsed).contains { slots[$0].use == .client }
+    }
+}
