@@ -48,9 +48,9 @@ package struct BlockEntry: Equatable, BitwiseCopyable, Sendable {
 ///          0            8  birth       epoch of the region's last write on this replica
 ///          8 + 32 * i   32  block i:
 ///              +0        8  entry       as in the block table
-///              +8        1  doubtful    1: the data does not match the entry; `hash` is of what is there
+///              +8        1  doubtful    1: the data does not match the entry
 ///              +9        7  reserved    zero
-///             +16       16  hash        first 16 bytes of SHA-256 of the data; zero unless state is data
+///             +16       16  hash        first 16 bytes of SHA-256; zero unless state is data
 ///
 /// Blocks past the end of the volume are absent. Two blocks are equal if entry state and hash are,
 /// and neither is doubtful: CRC32C alone is no proof of equality over millions of blocks.

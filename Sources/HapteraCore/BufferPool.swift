@@ -8,7 +8,8 @@ package struct BufferID: RawRepresentable, Hashable, BitwiseCopyable, Sendable {
 /// Reference-counted I/O buffers in three size classes (4 KiB, 128 KiB, 1 MiB), 4 KiB aligned,
 /// handed out last-in first-out so that warm memory is reused.
 ///
-/// Memory is reserved at start (address space only) and becomes resident when first used, so an idle
+/// Memory is reserved at start (address space only) and becomes resident when first used, so an
+/// idle
 /// process stays small. `allocate` returns nil when a class has run out: the caller stops receiving
 /// (back-pressure) and tries again after a release. Single-threaded.
 package final class BufferPool {

@@ -17,7 +17,8 @@ package struct ByteWriter {
     }
 }
 
-/// Reads what `ByteWriter` wrote. After any failure `isValid` is false and every value is zero, so a
+/// Reads what `ByteWriter` wrote. After any failure `isValid` is false and every value is zero, so
+/// a
 /// decoder reads straight through and checks once at the end.
 package struct ByteReader {
     private let bytes: [UInt8]

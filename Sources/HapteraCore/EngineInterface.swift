@@ -26,7 +26,8 @@ package struct OperationFlags: OptionSet, BitwiseCopyable, Sendable {
 /// none; a status may span regions, at most `EngineLimits.statusLengthMax`). A frontend cuts larger
 /// requests at region boundaries.
 ///
-/// Buffer contract, read and write: `buffer` has room for the range rounded out to whole blocks, and
+/// Buffer contract, read and write: `buffer` has room for the range rounded out to whole blocks,
+/// and
 /// the byte at `offset` is at position `offset % 4096` in it. The core keeps the reference it is
 /// given until `EngineAction.complete`, which hands it back to the frontend: the frontend releases
 /// it once it has used the data. Status: a 4 KiB buffer that receives the extents of
@@ -107,9 +108,11 @@ package enum StoreOutcome: Sendable {
 package enum EngineAction: BitwiseCopyable {
     /// Send the frame to the replica, in the order given. `header.tableLength` bytes of table come
     /// from `EngineCore.table(operationIndex)` (already checksummed in the header), then
-    /// `header.dataLength` bytes at `bufferOffset` of `buffer` (which the shell retains until sent).
+    /// `header.dataLength` bytes at `bufferOffset` of `buffer` (which the shell retains until
+    /// sent).
     case send(ReplicaSlot, FrameHeader, tableOf: Int32, buffer: BufferID, bufferOffset: Int32)
-    /// Send a control frame: hello, install. Its table is `EngineCore.controlPayload`, copied at once.
+    /// Send a control frame: hello, install. Its table is `EngineCore.controlPayload`, copied at
+    /// once.
     case sendControl(ReplicaSlot, FrameHeader)
     /// Close the connection to the replica. `disconnected` follows as an event. The shell connects
     /// again by itself, with back-off, as long as the replica is configured.
@@ -158,7 +161,7 @@ package enum StopReason: String, Sendable {
     case detached = "detached"
     case fenced = "another engine has taken the volume over"
     case recordOlderThanReplica =
-        "a replica has promised a later epoch than the metadata store knows: the store was restored from an old copy; use 'storagectl store reconstruct'"
+        "a replica has promised a later epoch than the metadata store knows: was the store restored?"
     case volumeNotFound = "the metadata store knows no such volume"
     case sizeMismatch = "a replica's size is not the volume's"
 }

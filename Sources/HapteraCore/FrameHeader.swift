@@ -15,7 +15,8 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// block table) per block; reply data: the blocks, states other than data zero-filled, or no
     /// data at all if no block is in state data.
     case read = 5
-    /// Wait for every write and setState received before it on this connection, then sync everything
+    /// Wait for every write and setState received before it on this connection, then sync
+    /// everything
     /// written. `sequence` is the point the flush was sent at. Reply: no payload.
     case flush = 6
     /// Announces S = (`auxiliary` as epoch, `sequence`); no reply.
@@ -90,7 +91,7 @@ package enum FrameFlags {
 ///         24     8  sequence         the engine's sequence number of the request; echoed
 ///         32     8  offset           byte offset in the volume
 ///         40     4  length           bytes of the volume the request is about
-///         44     4  tableLength      bytes of the payload's first part: checksums, entries, control
+///         44     4  tableLength      bytes of the payload's first part
 ///         48     4  dataLength       bytes of the payload's second part: whole blocks
 ///         52     4  status           reply: `FrameStatus`; request: zero
 ///         56     8  auxiliary        by kind; otherwise zero

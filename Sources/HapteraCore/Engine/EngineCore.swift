@@ -162,7 +162,8 @@ package final class EngineCore {
         reconcile()
     }
 
-    /// Where the data of a reply must be received: in the buffer of the operation that asked for it.
+    /// Where the data of a reply must be received: in the buffer of the operation that asked for
+    /// it.
     /// Nil: nowhere in particular; the core will not look at it.
     package func readTarget(_ header: FrameHeader, from slot: ReplicaSlot)
         -> (buffer: BufferID, offset: Int)?
@@ -193,7 +194,8 @@ package final class EngineCore {
         }
     }
 
-    /// Lets everything that became possible happen: one place, after every event, so that no event's
+    /// Lets everything that became possible happen: one place, after every event, so that no
+    /// event's
     /// handler must remember who waits for what.
     private func reconcile() {
         guard phase != .stopped else { return }

@@ -90,7 +90,8 @@ extension EngineCore {
         while let slot = participants.popFirst() { send(slot, header) }
     }
 
-    /// Resolution prefers a member whose host has not restarted: a rebooted one may have lost writes
+    /// Resolution prefers a member whose host has not restarted: a rebooted one may have lost
+    /// writes
     /// that were acknowledged.
     private func chooseSource(_ job: Int) -> ReplicaSlot? {
         var candidates = liveMembers.subtracting(jobs[job].unfit)
@@ -328,7 +329,8 @@ extension EngineCore {
     private func finish(_ job: Int) {
         let (kind, region, copied) = (jobs[job].kind, jobs[job].region, jobs[job].blocksCopied)
         jobs[job].stage = .free
-        // First the region counts as equal, then its lock goes: what waits for it starts in release.
+        // First the region counts as equal, then its lock goes: what waits for it starts in
+        // release.
         switch kind {
         case .resolve:
             regionResolved(region, blocks: copied)

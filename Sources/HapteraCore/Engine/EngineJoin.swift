@@ -205,7 +205,8 @@ extension EngineCore {
             release(index)
         }
         if replicas[slot].link != .down {
-            // What is on the way to it belongs to this attempt: a new one begins on a new connection.
+            // What is on the way to it belongs to this attempt: a new one begins on a new
+            // connection.
             actions.append(.disconnect(slot))
             replicas[slot].link = .down
             replicas[slot].outstanding = 0

@@ -90,7 +90,8 @@ extension EngineCore {
 
     // MARK: - Reads
 
-    /// R: verifies what was read against its checksums; blocks that are not data are made zero here,
+    /// R: verifies what was read against its checksums; blocks that are not data are made zero
+    /// here,
     /// whatever was received. False if anything does not match.
     func verify(_ memory: RawMemory, _ table: RawMemory, blocks: Int, hasData: Bool) -> Bool? {
         guard table.count == blocks * BlockEntry.size else { return nil }

@@ -123,7 +123,8 @@ extension EngineCore {
         startAll()
     }
 
-    /// Writes failed on every member and may be applied differently: the region is made equal before
+    /// Writes failed on every member and may be applied differently: the region is made equal
+    /// before
     /// anyone touches it again.
     func addUnresolved(_ region: UInt64) {
         guard unresolved.insert(region).inserted else { return }

@@ -1,0 +1,117 @@
+// Reads, flushes and status requests (rules R and F).
+
+extension EngineCore {
+    /// A member to read from that this operation has not tried: the one with the fewest reads on
+    /// the
+    /// way. When all were tried in vain, the client gets an error.
+    func chooseReader(_ index: Int) -> ReplicaSlot? {
+        var candidates = liveMembers.subtracting(slots[index].tried)
+        if mutations.contains(.readFromJoiner), let joiner, isLive(joiner), joinStage == .copying {
+            candidates = SlotSet(joiner)
+        }
+        guard var best = candidates.first else {
+            // No member in contact at all: wait, the volume is about to stall or to change.
+            if slots[index].tried.isEmpty || liveMembers.isEmpty {
+                dropEdges(index)
+                slots[index].phase = .waiting
+                slots[index].tried = []
+                return nil
+            }
+            completeClient(index, .ioError)
+            release(index)
+            return nil
+        }
+        while let slot = candidates.popFirst() {
+            if replicas[slot].reads < replicas[best].reads { best = slot }
+        }
+        slots[index].source = Int8(best)
+        return best
+    }
+
+    func sendRead(_ index: Int) {
+        slots[index].phase = .inFlight
+        guard let source = chooseReader(index) else { return }
+        var header = FrameHeader(kind: .read)
+        header.tag = tag(index)
+        header.offset = slots[index].firstBlock * UInt64(Geometry.blockSize)
+        header.length =
+            UInt32(slots[index].endBlock - slots[index].firstBlock)
+            * UInt32(Geometry.blockSize)
+        replicas[source].reads += 1
+        send(source, header)
+    }
+
+    func sendStatus(_ index: Int) {
+        slots[index].phase = .inFlight
+        guard let source = chooseReader(index) else { return }
+        var header = FrameHeader(kind: .status)
+        header.tag = tag(index)
+        header.offset = slots[index].operation.offset
+        header.length = UInt32(min(slots[index].operation.length, EngineLimits.statusLengthMax))
+        send(source, header)
+    }
+
+    /// F: covers every write acknowledged so far; goes to every member and to a joiner.
+    func sendFlush(_ index: Int) {
+        sequence = SequenceNumber(sequence.rawValue + 1)
+        slots[index].phase = .inFlight
+        slots[index].sequence = sequence
+        slots[index].epoch = record?.epoch ?? .zero
+        slots[index].sent = []
+        slots[index].replied = []
+        slots[index].mayStabilise =
+            unresolved.isEmpty || mutations.contains(.stableBeforeResolved)
+        flushDueAt = nil
+        isLogPressed = false
+        var targets = liveMembers
+        if let joiner, isLive(joiner), joinStage != .installing, joinStage != .none {
+            targets.insert(SlotSet(joiner))
+        }
+        sendFlush(index, to: targets)
+    }
+    private func sendFlush(_ index: Int, to targets: SlotSet) {
+        var header = FrameHeader(kind: .flush)
+        header.tag = tag(index)
+        header.sequence = slots[index].sequence
+        slots[index].sent.formUnion(targets)
+        var rest = targets
+        while let slot = rest.popFirst() { send(slot, header) }
+    }
+
+    func settleFlush(_ index: Int) {
+        if slots[index].use == .flush, slots[index].operation.userData == Self.joinFlush {
+            guard slots[index].sent.isSubset(of: slots[index].replied) else { return }
+            isJoinFlushed = true
+            release(index)
+            return
+        }
+        // Somebody whose reply counts now was not asked yet: a joiner that became required.
+        let missing = required.intersection(liveMembers).subtracting(slots[index].sent)
+        if !missing.isEmpty { sendFlush(index, to: missing) }
+        guard mayAcknowledge(slots[index].replied) else { return }
+        if slots[index].mayStabilise {
+            let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
+            if point > stablePoint { announce(point, to: slots[index].replied) }
+        }
+        if slots[index].use == .client {
+            completeClient(index, .ok)
+        } else {
+            isFlushInFlight = false
+        }
+        release(index)
+    }
+
+    /// S moved: replicas may forget what it covers. Never relabelled with a later epoch.
+    private func announce(_ point: StablePoint, to replied: SlotSet) {
+        stablePoint = point
+        var header = FrameHeader(kind: .stable)
+        header.auxiliary = point.epoch.rawValue
+        header.sequence = point.sequence
+        var rest = replied
+        while let slot = rest.popFirst() {
+            guard isLive(slot) else { continue }
+            header.flags = members.contains(slot) ? FrameFlags.settled : 0
+            send(slot, header, expectsReply: false)
+        }
+    }
+}

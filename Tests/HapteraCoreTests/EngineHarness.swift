@@ -1,0 +1,269 @@
+@testable import HapteraCore
+
+/// A replica made of a dictionary: answers as a real one would, at once, unless told to misbehave.
+final class FakeReplica {
+    let member: VolumeRecord.Member
+    let size: UInt64
+    var blocks: [UInt64: (entry: BlockEntry, data: [UInt8])] = [:]
+    var promise = Epoch.zero
+    var isUp = true
+    var isRebooted = false
+    var active: [UInt64] = []
+    /// Requests of these kinds get no answer (they are applied).
+    var mute: Set<UInt16> = []
+    /// Answer these kinds with an error instead.
+    var errors: [UInt16: FrameStatus] = [:]
+    /// Kinds received, in order.
+    var seen: [FrameKind] = []
+
+    init(_ id: UInt64, size: UInt64) {
+        member = VolumeRecord.Member(
+            replica: ReplicaID(rawValue: id), incarnation: Incarnation(rawValue: id * 10))
+        self.size = size
+    }
+
+    func entry(_ block: UInt64) -> BlockEntry { blocks[block]?.entry ?? .absent }
+}
+
+/// One engine core, fake replicas and a store, run to a standstill after every event.
+final class EngineHarness {
+    static let size: UInt64 = 4 << 20
+    let pool = BufferPool(limits: .init(small: 128, medium: 8, large: 12))
+    let core: EngineCore
+    let fakes: [FakeReplica]
+    var stored: VolumeRecord
+    var now = Instant.zero
+    /// Lost: the store takes the change, but its answer does not arrive.
+    var losesStoreReplies = false
+    var isStoreDown = false
+    var results: [UInt64: OperationResult] = [:]
+    var reads: [UInt64: [UInt8]] = [:]
+    var notes: [EngineNote] = []
+    private var events: [EngineEvent] = []
+    private var operations: [UInt64: Operation] = [:]
+    private var nextUserData: UInt64 = 0
+
+    init(replicas: Int = 3, members: Int? = nil, generation: UInt64 = 1) {
+        fakes = (0..<replicas).map { FakeReplica(UInt64($0 + 1), size: Self.size) }
+        let volume = VolumeID(high: 1, low: 2)
+        stored = VolumeRecord(
+            volume: volume, name: "test", epoch: Epoch(1), nonce: 1, size: Self.size,
+            inSync: fakes.prefix(members ?? replicas).map(\.member))
+        core = EngineCore(
+            configuration: EngineConfiguration(
+                volume: volume, instance: InstanceID(rawValue: 99), endpoint: "",
+                clientGeneration: generation, nonceSeed: 5), pool: pool)
+        run(.configure(fakes.map(\.member.replica)))
+    }
+
+    func start() {
+        run(.start)
+        for fake in fakes where fake.isUp { connect(fake) }
+    }
+    func slot(_ fake: FakeReplica) -> ReplicaSlot {
+        core.slot(of: fake.member.replica) ?? -1
+    }
+    func connect(_ fake: FakeReplica) {
+        fake.isUp = true
+        run(.connected(slot(fake)))
+    }
+    func kill(_ fake: FakeReplica) {
+        fake.isUp = false
+        run(.disconnected(slot(fake)))
+    }
+    func pass(milliseconds: UInt64) {
+        for _ in 0..<(milliseconds / 100) {
+            now = now.adding(milliseconds: 100)
+            run(.tick)
+        }
+    }
+    func run(_ event: EngineEvent) {
+        events.append(event)
+        while !events.isEmpty {
+            core.step(events.removeFirst(), now: now)
+            while let action = core.actions.popFirst() { perform(action) }
+        }
+    }
+
+    @discardableResult
+    func write(_ offset: UInt64, _ bytes: [UInt8]) -> UInt64 {
+        let position = Int(offset % 4096)
+        guard let buffer = pool.allocate((position + bytes.count + 4095) / 4096 * 4096) else {
+            preconditionFailure("pool")
+        }
+        pool.memory(buffer).copy(from: bytes, at: position)
+        return submit(.write, offset, bytes.count, buffer)
+    }
+    @discardableResult
+    func read(_ offset: UInt64, _ count: Int) -> UInt64 {
+        guard let buffer = pool.allocate((Int(offset % 4096) + count + 4095) / 4096 * 4096) else {
+            preconditionFailure("pool")
+        }
+        return submit(.read, offset, count, buffer)
+    }
+    @discardableResult
+    func submit(
+        _ kind: OperationKind, _ offset: UInt64 = 0, _ length: Int = 0, _ buffer: BufferID = .none,
+        flags: OperationFlags = []
+    ) -> UInt64 {
+        nextUserData += 1
+        let operation = Operation(
+            kind: kind, flags: flags, offset: offset, length: length, buffer: buffer,
+            userData: nextUserData)
+        operations[nextUserData] = operation
+        run(.submit(operation))
+        return nextUserData
+    }
+
+    private func perform(_ action: EngineAction) {
+        switch action {
+        case .send(let slot, let header, let tableOf, let buffer, let bufferOffset):
+            let table =
+                tableOf >= 0
+                ? core.table(tableOf).slice(0, Int(header.tableLength)).bytes() : []
+            let data =
+                buffer == .none
+                ? [] : pool.memory(buffer).slice(Int(bufferOffset), Int(header.dataLength)).bytes()
+            deliver(slot, header, table, data)
+        case .sendControl(let slot, let header):
+            deliver(slot, header, core.controlPayload, [])
+        case .disconnect(let slot): events.append(.disconnected(slot))
+        case .complete(let userData, let result, let buffer, _, _):
+            precondition(results[userData] == nil, "answered twice")
+            results[userData] = result
+            guard buffer != .none, let operation = operations[userData] else { return }
+            if operation.kind == .read, result == .ok {
+                reads[userData] = pool.memory(buffer)
+                    .slice(Int(operation.offset % 4096), operation.length).bytes()
+            }
+            pool.release(buffer)
+        case .storeGet: events.append(.store(isStoreDown ? .unavailable : .record(stored)))
+        case .storeCompareAndSwap(let expected): swap(expected)
+        case .note(let note): notes.append(note)
+        case .serving, .stopped: break
+        }
+    }
+
+    private func swap(_ expected: Epoch) {
+        guard !isStoreDown else { return events.append(.store(.unavailable)) }
+        let matches = stored.epoch == expected
+        if matches { stored = core.proposedRecord }
+        if losesStoreReplies {
+            events.append(.store(.unavailable))
+        } else {
+            events.append(.store(matches ? .record(stored) : .conflict(stored)))
+        }
+    }
+
+    // MARK: - The replicas' side
+
+    private func deliver(
+        _ slot: ReplicaSlot, _ header: FrameHeader, _ table: [UInt8], _ data: [UInt8]
+    ) {
+        guard let fake = fakes.first(where: { self.slot($0) == slot }), fake.isUp else { return }
+        fake.seen.append(header.kind)
+        var reply = header.reply(.ok, epoch: fake.promise)
+        var replyTable: [UInt8] = []
+        var replyData: [UInt8] = []
+        if header.kind != .hello, header.kind != .install, header.epoch != fake.promise {
+            reply.status = .staleEpoch
+        } else if let error = fake.errors[header.kind.rawValue] {
+            reply.status = error
+        } else {
+            answer(fake, header, table, data, &reply, &replyTable, &replyData)
+        }
+        if header.kind == .stable || fake.mute.contains(header.kind.rawValue) { return }
+        reply.tableLength = UInt32(replyTable.count)
+        reply.dataLength = UInt32(replyData.count)
+        receive(slot, reply, replyTable, replyData)
+    }
+
+    private func receive(
+        _ slot: ReplicaSlot, _ reply: FrameHeader, _ table: [UInt8], _ data: [UInt8]
+    ) {
+        let tableBlock = MemoryBlock(count: max(table.count, 1))
+        tableBlock.memory.copy(from: table)
+        if !data.isEmpty, let target = core.readTarget(reply, from: slot) {
+            pool.memory(target.buffer).copy(from: data, at: target.offset)
+        }
+        core.step(
+            .frame(
+                slot, reply, table: tableBlock.memory.slice(0, table.count),
+                data: tableBlock.memory.slice(0, 0)), now: now)
+    }
+
+    private func answer(
+        _ fake: FakeReplica, _ header: FrameHeader, _ table: [UInt8], _ data: [UInt8],
+        _ reply: inout FrameHeader, _ replyTable: inout [UInt8], _ replyData: inout [UInt8]
+    ) {
+        let first = header.offset / 4096
+        let count = UInt64(header.length) / 4096
+        switch header.kind {
+        case .hello:
+            replyTable = HelloReply(
+                member: fake.member, instance: InstanceID(rawValue: 7), promise: fake.promise,
+                size: fake.size, installed: nil
+            ).encoded()
+        case .install:
+            guard let request = InstallRequest(decoding: table) else { return }
+            fake.promise = request.record.epoch
+            reply.epoch = fake.promise
+            replyTable = InstallReply(
+                instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted, flushed: .zero,
+                leaseRemainingMilliseconds: 0, activeRegions: fake.active
+            ).encoded()
+        case .write:
+            for index in 0..<count {
+                let bytes = [UInt8](data[Int(index) * 4096..<Int(index + 1) * 4096])
+                fake.blocks[first + index] = (
+                    BlockEntry(state: .data, checksum: checksum(of: bytes)), bytes
+                )
+            }
+        case .setState:
+            let state = BlockState(rawValue: UInt8(header.auxiliary)) ?? .absent
+            for index in first..<first + count {
+                fake.blocks[index] = (BlockEntry(state: state), [])
+            }
+        case .read: answerRead(fake, first, count, &replyTable, &replyData)
+        case .digest: replyTable = digest(fake, first, count)
+        case .regionMap:
+            replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
+            for block in fake.blocks.keys {
+                replyTable[Int(block / 256 / 8)] |= 1 << (block / 256 % 8)
+            }
+        default: break
+        }
+    }
+
+    private func answerRead(
+        _ fake: FakeReplica, _ first: UInt64, _ count: UInt64, _ table: inout [UInt8],
+        _ data: inout [UInt8]
+    ) {
+        var hasData = false
+        for block in first..<first + count {
+            let entry = fake.entry(block)
+            var writer = ByteWriter()
+            writer.append(UInt64(entry.state.rawValue) | UInt64(entry.checksum) << 32)
+            table += writer.bytes
+            if entry.state == .data { hasData = true }
+            data +=
+                entry.state == .data
+                ? fake.blocks[block]?.data ?? [] : [UInt8](repeating: 0, count: 4096)
+        }
+        if !hasData { data = [] }
+    }
+
+    private func digest(_ fake: FakeReplica, _ first: UInt64, _ count: UInt64) -> [UInt8] {
+        let block = MemoryBlock(count: RegionDigest.size)
+        for index in 0..<count {
+            let entry = fake.entry(first + index)
+            let data = fake.blocks[first + index]?.data ?? []
+            let isDoubtful = entry.state == .data && checksum(of: data) != entry.checksum
+            let low = UInt64(data.reduce(0) { ($0 &* 31) &+ UInt64($1) })
+            RegionDigest.encode(
+                .init(entry: entry, isDoubtful: isDoubtful, hashLow: low, hashHigh: 1),
+                index: Int(index), to: block.memory)
+        }
+        return block.memory.bytes()
+    }
+}
