@@ -152,6 +152,8 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case checksumMismatch(ReplicaSlot, offset: UInt64)
     /// Resolution found no intact copy of the block and kept the bytes of this replica.
     case doubtfulBytesKept(ReplicaSlot, offset: UInt64)
+    /// A damaged copy was rewritten from another member.
+    case repaired(region: UInt64, blocks: UInt64)
     case protocolError(ReplicaSlot)
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }

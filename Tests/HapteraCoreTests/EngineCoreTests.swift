@@ -111,8 +111,13 @@ import Testing
         h.write(0, block(5))
         for fake in h.fakes.dropLast() { fake.blocks[0]?.data = block(6) }
         for _ in 0..<4 { #expect(h.reads[h.read(0, 4096)] == block(5)) }
-        h.fakes[2].blocks[0]?.data = block(6)
+        #expect(h.fakes.allSatisfy { $0.blocks[0]?.data == block(5) }, "repaired in place")
+        #expect(h.core.blocksRepaired > 0)
+        for fake in h.fakes { fake.blocks[0]?.data = block(6) }
         #expect(h.results[h.read(0, 4096)] == .ioError, "no copy is intact")
+        #expect(h.results[h.read(4096, 4096)] == .ok)
+        #expect(h.results[h.write(0, block(7))] == .ok, "a write makes it good")
+        #expect(h.reads[h.read(0, 4096)] == block(7))
     }
 
     @Test func returningReplicaIsFilledAndPromoted() {

@@ -69,6 +69,9 @@ package final class EngineCore {
     // Takeover.
     var unresolved: Set<UInt64> = []
     var unresolvedQueue: [UInt64] = []
+    /// Those of `unresolved` that are there to be repaired only.
+    var damagedRegions: Set<UInt64> = []
+    package internal(set) var blocksRepaired: UInt64 = 0
     /// Regions that requests wait for: resolved first.
     let urgentRegions = ValueQueue<UInt64>(capacity: urgentRegionsMax)
     static let urgentRegionsMax = 4096

@@ -27,7 +27,9 @@ extension EngineCore {
     func advanceJobs() {
         guard phase == .serving, isResolving || joinStage == .copying || anyJob else { return }
         for job in 0..<Self.jobsMax where jobs[job].stage == .waiting { proceed(job) }
-        while isResolving, hasFreeJob, let region = nextUnresolved() { begin(.resolve, region) }
+        while isResolving, hasFreeJob, let region = nextUnresolved() {
+            begin(damagedRegions.contains(region) ? .repair : .resolve, region)
+        }
         while joinStage == .copying, !isResolving, hasFreeJob, let region = nextNeeded() {
             begin(.copy, region)
         }
@@ -65,14 +67,14 @@ extension EngineCore {
     private func proceed(_ job: Int) {
         let index = Int(jobs[job].slot)
         if slots[index].phase == .waiting {
-            let blocked = jobs[job].kind == .resolve ? isRegionBusy(index) : isCopyBlocked(index)
+            let blocked = jobs[job].kind == .copy ? isCopyBlocked(index) : isRegionBusy(index)
             if blocked { return }
             slots[index].phase = .inFlight
         }
         guard isSettled, let source = chooseSource(job) else { return }
         var participants: SlotSet
         switch jobs[job].kind {
-        case .resolve: participants = members
+        case .resolve, .repair: participants = members
         case .copy:
             guard let joiner, isLive(joiner) else { return }
             participants = [SlotSet(source), SlotSet(joiner)]
@@ -224,6 +226,7 @@ extension EngineCore {
         let participants = jobs[job].participants
         guard let source = sourceOfBlock(job, block) else {
             // Nobody's copy is intact. Resolution keeps a steady member's bytes; a copy must not.
+            if jobs[job].kind == .repair { return Job.Run() }
             run.action = jobs[job].kind == .resolve ? .adopt : .impossible
             run.source = jobs[job].source
             run.targets = participants.subtracting(SlotSet(ReplicaSlot(run.source)))
@@ -255,7 +258,7 @@ extension EngineCore {
             return nil
         }
         if !preferred.isDoubtful { return chosen }
-        guard jobs[job].kind == .resolve else { return nil }
+        guard jobs[job].kind != .copy else { return nil }
         let steadyExists = !replicas[chosen].isRebooted
         var rebooted: ReplicaSlot?
         var rest = jobs[job].participants
@@ -334,6 +337,8 @@ extension EngineCore {
         switch kind {
         case .resolve:
             regionResolved(region, blocks: copied)
+        case .repair:
+            regionRepaired(region, blocks: copied)
         case .copy:
             blocksRebuilt += copied
             regionCopied(region)

@@ -111,6 +111,7 @@ extension EngineCore {
         while let slot = rest.popFirst() {
             guard isLive(slot) else { continue }
             header.flags = members.contains(slot) ? FrameFlags.settled : 0
+            if members.contains(slot) { replicas[slot].isRebooted = false }
             send(slot, header, expectsReply: false)
         }
     }

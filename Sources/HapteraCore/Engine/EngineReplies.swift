@@ -131,7 +131,10 @@ extension EngineCore {
         case false?: readFailed(index, slot, header)
         case true?:
             completeClient(index, .ok, isHole: !hasData)
+            let wasRetried = !slots[index].tried.isEmpty
+            let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
             release(index)
+            if wasRetried { repair(region) }
         }
     }
 

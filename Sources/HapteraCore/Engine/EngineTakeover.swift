@@ -132,6 +132,23 @@ extension EngineCore {
         isResolving = true
     }
 
+    /// A read had to go to another member: the damaged copy is rewritten under the region's lock.
+    func repair(_ region: UInt64) {
+        guard members.count > 1, unresolved.insert(region).inserted else { return }
+        damagedRegions.insert(region)
+        unresolvedQueue.append(region)
+        isResolving = true
+    }
+
+    func regionRepaired(_ region: UInt64, blocks: UInt64) {
+        blocksRepaired += blocks
+        damagedRegions.remove(region)
+        unresolved.remove(region)
+        note(.repaired(region: region, blocks: blocks))
+        if unresolved.isEmpty { isResolving = false }
+        startAll()
+    }
+
     func regionResolved(_ region: UInt64, blocks: UInt64) {
         unresolved.remove(region)
         regionsResolved += 1
@@ -168,6 +185,7 @@ extension EngineCore {
         if joiner != nil { dropJoiner(retryMilliseconds: 0) }
         abandonJobs()
         unresolved = []
+        damagedRegions = []
         isResolving = false
         for index in 0..<slotsUsed {
             switch slots[index].use {
