@@ -176,8 +176,8 @@ struct Job: BitwiseCopyable {
     enum Kind: UInt8, BitwiseCopyable {
         /// Members against each other, after a takeover.
         case resolve
-        /// Members against each other, after a read found a damaged block: like resolve, but bytes that
-        /// nothing vouches for are never taken for data.
+        /// Members against each other, after a read found a damaged block: like resolve, but bytes
+        /// that nothing vouches for are never taken for data.
         case repair
         /// The joiner against a member.
         case copy
