@@ -1,0 +1,266 @@
+/// The option phase of one connection: what was agreed, and the replies to single options. Bytes
+/// are fed by `NBDSession`, which has bounded every option before it gets here.
+package struct NBDNegotiation {
+    /// What happens after an option was answered.
+    enum Outcome {
+        case goOn
+        case transmission
+        /// Send what was written, then close.
+        case close
+        /// No answer is possible.
+        case hangUp
+    }
+
+    /// The longest answer is that to GO with a name of the longest kind.
+    static let answerMax = 16 << 10
+
+    let export: NBDExport
+    /// Client flags of the handshake.
+    var isFixedNewstyle = false
+    var omitsZeroes = false
+    private(set) var agreement = NBDAgreement()
+    private let output: RawMemory
+    private(set) var outputCount = 0
+
+    init(export: NBDExport, output: RawMemory) {
+        precondition(output.count >= Self.answerMax)
+        self.export = export
+        self.output = output
+    }
+
+    mutating func resetOutput() { outputCount = 0 }
+
+    mutating func greet() {
+        output.storeBigEndian(NBDMagic.greeting, 0)
+        output.storeBigEndian(NBDMagic.option, 8)
+        output.storeBigEndian(NBDHandshakeFlags.fixedNewstyle | NBDHandshakeFlags.noZeroes, 16)
+        outputCount = 18
+    }
+
+    /// False if the client claims something that was not offered.
+    mutating func accept(clientFlags: UInt32) -> Bool {
+        isFixedNewstyle = clientFlags & UInt32(NBDHandshakeFlags.fixedNewstyle) != 0
+        omitsZeroes = clientFlags & UInt32(NBDHandshakeFlags.noZeroes) != 0
+        return clientFlags <= 3
+    }
+
+    /// Answers one option; `data` is nil if it was too long and has been thrown away.
+    mutating func handle(option raw: UInt32, data: RawMemory?) -> Outcome {
+        let option = NBDOption(rawValue: raw)
+        if option == .exportName {
+            guard let data, !export.isStopping else { return .hangUp }
+            return enterByName(data)
+        }
+        // Only fixed newstyle has replies to options.
+        guard isFixedNewstyle else { return .hangUp }
+        if option == .abort {
+            answer(raw, .ack)
+            return .close
+        }
+        if export.isStopping {
+            refuse(raw, .errorShutdown, "the server is shutting down")
+            return .goOn
+        }
+        guard let data else {
+            refuse(raw, .errorTooBig, "option data is limited to 65536 bytes")
+            return .goOn
+        }
+        switch option {
+        case .list: list(raw, data)
+        case .info, .go: return describe(raw, data, isGo: option == .go)
+        case .structuredReply, .extendedHeaders:
+            agree(raw, data, isExtended: option == .extendedHeaders)
+        case .listMetaContext, .setMetaContext:
+            metaContext(raw, data, isSet: option == .setMetaContext)
+        case .startTLS: refuse(raw, .errorUnsupported, "TLS is not available")
+        default: refuse(raw, .errorUnsupported, "unknown option")
+        }
+        return .goOn
+    }
+
+    // MARK: - Options
+
+    private mutating func enterByName(_ name: RawMemory) -> Outcome {
+        guard isServed(name), agreement.format != .extended else { return .hangUp }
+        output.storeBigEndian(export.size, 0)
+        output.storeBigEndian(export.transmissionFlags(agreement.format), 8)
+        let zeroes = omitsZeroes ? 0 : 124
+        output.slice(10, zeroes).fill()
+        outputCount = 10 + zeroes
+        return .transmission
+    }
+
+    private mutating func list(_ option: UInt32, _ data: RawMemory) {
+        guard data.count == 0 else {
+            refuse(option, .errorInvalid, "LIST takes no data")
+            return
+        }
+        let at = answer(option, .server, 4 + export.name.count)
+        output.storeBigEndian(UInt32(export.name.count), at)
+        output.copy(from: export.name, at: at + 4)
+        answer(option, .ack)
+    }
+
+    private mutating func describe(_ option: UInt32, _ data: RawMemory, isGo: Bool) -> Outcome {
+        var reader = NBDOptionReader(data)
+        let name = reader.readString()
+        let count = Int(reader.readUInt16())
+        var asksName = false
+        var asksBlockSize = false
+        for _ in 0..<count {
+            let item = reader.readUInt16()
+            guard reader.isValid else { break }
+            asksName = asksName || item == NBDInfo.name
+            asksBlockSize = asksBlockSize || item == NBDInfo.blockSize
+        }
+        guard reader.isAtEnd else {
+            refuse(option, .errorInvalid, "malformed option")
+            return .goOn
+        }
+        guard isServed(name) else {
+            refuse(option, .errorUnknown, "no such export")
+            return .goOn
+        }
+        var at = answer(option, .info, 12)
+        output.storeBigEndian(NBDInfo.export, at)
+        output.storeBigEndian(export.size, at + 2)
+        output.storeBigEndian(export.transmissionFlags(agreement.format), at + 10)
+        if asksName {
+            at = answer(option, .info, 2 + export.name.count)
+            output.storeBigEndian(NBDInfo.name, at)
+            output.copy(from: export.name, at: at + 2)
+        }
+        if asksBlockSize {
+            at = answer(option, .info, 14)
+            output.storeBigEndian(NBDInfo.blockSize, at)
+            output.storeBigEndian(UInt32(NBDLimits.blockSizeMin), at + 2)
+            output.storeBigEndian(UInt32(NBDLimits.blockSizePreferred), at + 6)
+            output.storeBigEndian(UInt32(NBDLimits.payloadMax), at + 10)
+        }
+        answer(option, .ack)
+        guard isGo else { return .goOn }
+        agreement.isBlockSizeNegotiated = asksBlockSize
+        return .transmission
+    }
+
+    private mutating func agree(_ option: UInt32, _ data: RawMemory, isExtended: Bool) {
+        guard data.count == 0 else {
+            refuse(option, .errorInvalid, "the option takes no data")
+            return
+        }
+        if !isExtended && agreement.format == .extended {
+            refuse(
+                option, .errorExtendedHeadersRequired, "extended headers were agreed on already")
+            return
+        }
+        agreement.format = isExtended ? .extended : .structured
+        answer(option, .ack)
+    }
+
+    private mutating func metaContext(_ option: UInt32, _ data: RawMemory, isSet: Bool) {
+        // Even a failed SET replaces what was selected before.
+        if isSet { agreement.hasAllocationContext = false }
+        guard agreement.format != .simple else {
+            refuse(option, .errorInvalid, "negotiate structured replies first")
+            return
+        }
+        var reader = NBDOptionReader(data)
+        let name = reader.readString()
+        let count = reader.readUInt32()
+        var isSelected = count == 0 && !isSet
+        var remaining = count
+        while remaining > 0, reader.isValid {
+            let query = reader.readString()
+            remaining -= 1
+            if query.equals(text: NBDAllocation.contextName) { isSelected = true }
+            if !isSet && query.equals(text: "base:") { isSelected = true }
+        }
+        guard reader.isAtEnd else {
+            refuse(option, .errorInvalid, "malformed option")
+            return
+        }
+        guard isServed(name) else {
+            refuse(option, .errorUnknown, "no such export")
+            return
+        }
+        if isSelected {
+            let context = [UInt8](NBDAllocation.contextName.utf8)
+            let at = answer(option, .metaContext, 4 + context.count)
+            output.storeBigEndian(isSet ? NBDAllocation.contextID : 0, at)
+            output.copy(from: context, at: at + 4)
+            if isSet { agreement.hasAllocationContext = true }
+        }
+        answer(option, .ack)
+    }
+
+    // MARK: - Answers
+
+    /// The empty name is the default export: the one there is.
+    private func isServed(_ name: RawMemory) -> Bool {
+        name.count == 0 || name.equals(bytes: export.name)
+    }
+
+    /// Writes a reply's header and returns where its `length` bytes of data go.
+    @discardableResult
+    private mutating func answer(
+        _ option: UInt32, _ type: NBDOptionReply, _ length: Int = 0
+    ) -> Int {
+        output.storeBigEndian(NBDMagic.optionReply, outputCount)
+        output.storeBigEndian(option, outputCount + 8)
+        output.storeBigEndian(type.rawValue, outputCount + 12)
+        output.storeBigEndian(UInt32(length), outputCount + 16)
+        let at = outputCount + 20
+        output.check(at, length)
+        outputCount = at + length
+        return at
+    }
+
+    private mutating func refuse(_ option: UInt32, _ type: NBDOptionReply, _ message: String) {
+        let text = [UInt8](message.utf8)
+        let at = answer(option, type, text.count)
+        output.copy(from: text, at: at)
+    }
+}
+
+/// Reads an option's data; after any overrun `isValid` is false and everything reads as zero.
+struct NBDOptionReader {
+    private let memory: RawMemory
+    private var position = 0
+    private(set) var isValid = true
+
+    init(_ memory: RawMemory) { self.memory = memory }
+
+    /// Everything was read, and nothing more than there was.
+    var isAtEnd: Bool { isValid && position == memory.count }
+
+    mutating func readUInt16() -> UInt16 {
+        take(2).map { memory.loadBigEndian(UInt16.self, $0) } ?? 0
+    }
+    mutating func readUInt32() -> UInt32 {
+        take(4).map { memory.loadBigEndian(UInt32.self, $0) } ?? 0
+    }
+    /// A length (4 bytes) and that many bytes, at most `NBDLimits.stringLengthMax`.
+    mutating func readString() -> RawMemory {
+        let length = Int(readUInt32())
+        if length > NBDLimits.stringLengthMax { isValid = false }
+        guard let at = take(length) else { return memory.slice(0, 0) }
+        return memory.slice(at, length)
+    }
+    private mutating func take(_ count: Int) -> Int? {
+        guard isValid, count <= memory.count - position else {
+            isValid = false
+            return nil
+        }
+        defer { position += count }
+        return position
+    }
+}
+
+extension RawMemory {
+    func equals(bytes other: [UInt8]) -> Bool {
+        guard count == other.count else { return false }
+        for index in 0..<count where self[index] != other[index] { return false }
+        return true
+    }
+    func equals(text: String) -> Bool { equals(bytes: [UInt8](text.utf8)) }
+}
