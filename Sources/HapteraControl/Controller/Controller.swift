@@ -1,0 +1,211 @@
+import Foundation
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+import Logging
+
+/// Joins what is stored (what is wanted) and what the nodes report (what is), answers requests, and
+/// tells each node what it shall run. All durable state is the store's; this can be restarted at
+/// any moment and learns the rest from the next reports.
+package actor Controller {
+    /// A node that was not heard of for this long is not ready.
+    package static let nodeSilenceMaxMilliseconds: Int64 = 6000
+
+    package nonisolated let store: MetadataStore
+    package nonisolated let changes = ChangeSignal()
+    /// HOST:PORT under which engines reach the record service.
+    package nonisolated let recordService: String
+    private nonisolated let logger: Logger
+    private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
+
+    package init(store: MetadataStore, recordService: String, logger: Logger) {
+        self.store = store
+        self.recordService = recordService
+        self.logger = logger
+    }
+
+    // MARK: Nodes
+
+    package func register(_ request: Haptera_V1_RegisterNodeRequest) async throws {
+        let row = NodeRow(
+            name: request.name, nodeID: request.nodeID, address: request.address,
+            directory: request.directory, version: request.version, pid: request.pid)
+        try await store.registerNode(row)
+        // Seen, but with nothing to report yet; what it reported before still stands.
+        observed[row.name] = (observed[row.name]?.report ?? .init(), store.clock())
+        changes.notify()
+    }
+
+    package func report(_ report: Haptera_V1_NodeReport) async throws {
+        try await requireNode(report.name, report.nodeID)
+        let previous = observed[report.name]
+        observed[report.name] = (report, store.clock())
+        let isChanged = try await store.apply(Self.facts(report), from: report.name)
+        try await noteTransitions(from: previous?.report, to: report)
+        if isChanged || previous?.report != report || !isFresh(previous?.seen) { changes.notify() }
+    }
+
+    private func requireNode(_ name: String, _ nodeID: String) async throws {
+        guard try await store.nodes().contains(where: { $0.name == name && $0.nodeID == nodeID })
+        else {
+            throw ControlError(.precondition, "node '\(name)' is not registered with this id")
+        }
+    }
+
+    private static func facts(_ report: Haptera_V1_NodeReport) -> ReportedFacts {
+        var facts = ReportedFacts()
+        facts.replicas = report.replicas.filter { $0.state != .failed && !$0.directory.isEmpty }
+            .map {
+                .init(
+                    id: $0.replicaID, address: $0.address, directory: $0.directory,
+                    isRemoved: $0.state == .removed)
+            }
+        facts.engines = report.engines.map {
+            .init(
+                volumeID: $0.volumeID, clientGeneration: Int64(clamping: $0.clientGeneration),
+                hasServed: $0.state == .serving, isDetached: $0.state == .detached)
+        }
+        return facts
+    }
+
+    /// Events for what only a comparison of two reports shows.
+    private func noteTransitions(
+        from old: Haptera_V1_NodeReport?, to new: Haptera_V1_NodeReport
+    ) async throws {
+        guard let old else { return }
+        let caller = Caller(actor: "node/\(new.name)")
+        for replica in new.replicas {
+            guard let before = old.replicas.first(where: { $0.replicaID == replica.replicaID }),
+                before.state != replica.state || before.restarts < replica.restarts
+            else { continue }
+            if let kind = Self.replicaEvents[replica.state] {
+                try await store.addEvent(
+                    kind, "replica/\(replica.replicaID)", replica.reason, by: caller)
+            }
+        }
+        for engine in new.engines {
+            guard let before = old.engines.first(where: { $0.volumeID == engine.volumeID }),
+                before.clientGeneration == engine.clientGeneration, before.state != engine.state,
+                let kind = Self.engineEvents[engine.state]
+            else { continue }
+            try await store.addEvent(
+                kind, "engine/\(engine.volumeID)", engine.reason, by: caller)
+        }
+    }
+
+    private static let replicaEvents: [Haptera_V1_ReplicaReport.State: String] = [
+        .running: "ReplicaRunning", .waiting: "ReplicaStopped", .failed: "ReplicaFailed",
+    ]
+    private static let engineEvents: [Haptera_V1_EngineReport.State: String] = [
+        .serving: "EngineServing", .stalled: "EngineStalled", .waiting: "EngineStopped",
+    ]
+
+    package func desired(for node: String, nodeID: String) async throws -> Haptera_V1_DesiredState {
+        try await requireNode(node, nodeID)
+        let (replicas, engines) = try await store.desired(for: node)
+        var message = Haptera_V1_DesiredState()
+        message.recordService = recordService
+        message.replicas = replicas.map { replica, volume in
+            var wanted = Haptera_V1_DesiredReplica()
+            wanted.volumeID = volume.id
+            wanted.volume = volume.name
+            wanted.replicaID = replica.id
+            wanted.incarnation = replica.incarnation
+            wanted.sizeBytes = UInt64(volume.sizeBytes)
+            wanted.phase =
+                switch replica.phase {
+                case .create: .create
+                case .run: .run
+                case .remove: .remove
+                }
+            return wanted
+        }
+        message.engines = engines.map { stored in
+            var wanted = Haptera_V1_DesiredEngine()
+            wanted.volumeID = stored.volume.id
+            wanted.volume = stored.volume.name
+            wanted.clientGeneration = UInt64(stored.volume.clientGeneration)
+            wanted.phase = stored.volume.isDetaching ? .detach : .attach
+            wanted.replicas = stored.replicas.filter { !$0.address.isEmpty }.map { replica in
+                var endpoint = Haptera_V1_ReplicaEndpoint()
+                endpoint.replicaID = replica.id
+                endpoint.address = replica.address
+                return endpoint
+            }
+            return wanted
+        }
+        return message
+    }
+
+    private func isFresh(_ seen: Int64?) -> Bool {
+        guard let seen else { return false }
+        return store.clock() - seen <= Self.nodeSilenceMaxMilliseconds
+    }
+
+    package var observedNodes: [String: ObservedNode] {
+        observed.mapValues {
+            ObservedNode(
+                report: $0.report, lastSeenMilliseconds: $0.seen, isReady: isFresh($0.seen))
+        }
+    }
+
+    package func nodes() async throws -> [Haptera_V1_Node] {
+        let now = observedNodes
+        return try await store.nodes().map { row in
+            var node = Haptera_V1_Node()
+            node.name = row.name
+            node.address = row.address
+            node.directory = row.directory
+            node.version = row.version
+            node.pid = row.pid
+            if let seen = now[row.name] {
+                node.ready = seen.isReady
+                node.lastSeenUnixMilliseconds = seen.lastSeenMilliseconds
+                node.capacityBytes = seen.report.capacityBytes
+                node.availableBytes = seen.report.availableBytes
+                node.replicas = UInt32(seen.report.replicas.count { $0.state == .running })
+                node.engines = UInt32(seen.report.engines.count { $0.state != .detached })
+            }
+            return node
+        }
+    }
+
+    private var readyNodes: [String] {
+        observed.filter { isFresh($0.value.seen) }.keys.sorted()
+    }
+
+    // MARK: Volumes
+
+    package func volumes(named name: String? = nil) async throws -> [Haptera_V1_Volume] {
+        let stored = try await store.volumes(named: name)
+        return stored.map(view)
+    }
+
+    package func volume(named name: String) async throws -> Haptera_V1_Volume {
+        view(try await store.volume(named: name))
+    }
+
+    private func view(_ stored: StoredVolume) -> Haptera_V1_Volume {
+        VolumeView(stored, nodes: observedNodes).message
+    }
+
+    package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
+        try changed(await store.createVolume(wanted, candidates: readyNodes))
+    }
+    package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
+        try changed(await store.attachVolume(name, node: node, ready: Set(readyNodes)))
+    }
+    package func detach(_ name: String) async throws -> Haptera_V1_Volume {
+        try changed(await store.detachVolume(name))
+    }
+    package func delete(_ name: String) async throws {
+        _ = try await store.deleteVolume(name)
+        changes.notify()
+    }
+
+    private func changed(_ stored: StoredVolume) -> Haptera_V1_Volume {
+        logger.info("volume changed", metadata: ["volume": "\(stored.volume.name)"])
+        changes.notify()
+        return view(stored)
+    }
+}

@@ -1,0 +1,197 @@
+import HapteraAPI
+import HapteraCore
+
+/// What a node said last, and when.
+package struct ObservedNode: Sendable {
+    package var report: Haptera_V1_NodeReport
+    package var lastSeenMilliseconds: Int64
+    /// Heard of recently enough to believe.
+    package var isReady: Bool
+
+    package init(report: Haptera_V1_NodeReport, lastSeenMilliseconds: Int64, isReady: Bool) {
+        self.report = report
+        self.lastSeenMilliseconds = lastSeenMilliseconds
+        self.isReady = isReady
+    }
+
+    func replica(_ id: String) -> Haptera_V1_ReplicaReport? {
+        report.replicas.first { $0.replicaID == id }
+    }
+    func engine(_ volume: VolumeRow) -> Haptera_V1_EngineReport? {
+        report.engines.first {
+            $0.volumeID == volume.id && $0.clientGeneration == UInt64(volume.clientGeneration)
+        }
+    }
+}
+
+/// A volume as users see it: derived from what is stored and what the nodes observe, and stored
+/// nowhere itself, so that it cannot disagree with either.
+package struct VolumeView: Sendable {
+    let stored: StoredVolume
+    let nodes: [String: ObservedNode]
+    /// The engine of the present attachment as its node sees it.
+    let engine: Haptera_V1_EngineReport?
+
+    package init(_ stored: StoredVolume, nodes: [String: ObservedNode]) {
+        self.stored = stored
+        self.nodes = nodes
+        engine = stored.volume.attachedNode.flatMap { nodes[$0]?.engine(stored.volume) }
+    }
+
+    package var message: Haptera_V1_Volume {
+        let volume = stored.volume
+        var message = Haptera_V1_Volume()
+        message.name = volume.name
+        message.id = volume.id
+        message.sizeBytes = UInt64(volume.sizeBytes)
+        message.state = state
+        message.epoch = stored.record?.epoch.rawValue ?? 0
+        message.clientGeneration = UInt64(volume.clientGeneration)
+        message.createdUnixMilliseconds = volume.createdMilliseconds
+        message.replicas = stored.replicas.map(replica)
+        (message.robustness, message.reason) = robustness(message.replicas)
+        if let node = volume.attachedNode {
+            message.engine.node = node
+            if let engine {
+                message.engine.pid = engine.pid
+                message.engine.uri = engine.uri
+                message.engine.unixUri = engine.unixUri
+                message.engine.connections = engine.connections
+                message.engine.rebuildDone = engine.rebuildDone
+                message.engine.rebuildTotal = engine.rebuildTotal
+                message.engine.restarts = engine.restarts
+            }
+        }
+        return message
+    }
+
+    var state: Haptera_V1_VolumeState {
+        let volume = stored.volume
+        switch volume.phase {
+        case .creating: return .creating
+        case .deleting: return .deleting
+        case .ready: break
+        }
+        guard volume.attachedNode != nil else { return .detached }
+        if volume.isDetaching { return .detaching }
+        // An engine that has served and is being restarted leaves its volume attached (and stalled).
+        return volume.servedGeneration == volume.clientGeneration ? .attached : .attaching
+    }
+
+    /// The engine's process runs and has taken the volume over.
+    private var isEngineUp: Bool { engine?.state == .serving || engine?.state == .stalled }
+
+    // MARK: Replicas
+
+    private func replica(_ row: ReplicaRow) -> Haptera_V1_Replica {
+        var message = Haptera_V1_Replica()
+        message.id = row.id
+        message.volume = stored.volume.name
+        message.node = row.node
+        message.address = row.address
+        message.directory = row.directory
+        message.inSync = isMember(row)
+        let report = nodes[row.node]?.replica(row.id)
+        if let report {
+            message.pid = report.pid
+            message.allocatedBytes = report.allocatedBytes
+            message.restarts = report.restarts
+            message.reason = report.reason
+        }
+        message.state = replicaState(row, report)
+        return message
+    }
+
+    private func isMember(_ row: ReplicaRow) -> Bool {
+        guard let member = row.member else { return false }
+        return stored.record?.inSync.contains(member) ?? false
+    }
+
+    private func replicaState(
+        _ row: ReplicaRow, _ report: Haptera_V1_ReplicaReport?
+    ) -> Haptera_V1_ReplicaState {
+        if report?.state == .failed { return .failed }
+        let isJoining = stored.record?.joining.map { $0 == row.member } ?? false
+        // The engine's connection says more about a replica than its own node does, which may be
+        // silent; but a process seen dead is dead, though the engine may not have noticed yet.
+        let isDead = nodes[row.node]?.isReady == true && report?.state != .running
+        if isDead { return .absent }
+        if isEngineUp {
+            let view = engine?.replicas.first { $0.replicaID == row.id }?.state
+            switch view {
+            case "failed": return .failed
+            case "full": return .full
+            case "inSync": return isMember(row) ? .inSync : (isJoining ? .joining : .absent)
+            case "joining": return .joining
+            default: return .absent
+            }
+        }
+        guard nodes[row.node]?.isReady == true else { return .absent }
+        if isMember(row) { return .inSync }
+        return isJoining ? .joining : .absent
+    }
+
+    // MARK: Robustness
+
+    private func robustness(
+        _ replicas: [Haptera_V1_Replica]
+    ) -> (Haptera_V1_Robustness, reason: String) {
+        switch stored.volume.phase {
+        case .creating:
+            let failed = replicas.first { $0.state == .failed }
+            return failed.map { (.faulted, "replica on node \($0.node): \($0.reason)") }
+                ?? (.healthy, "")
+        case .deleting: return (.healthy, "")
+        case .ready: break
+        }
+        if let reason = engine?.reason, let decision = Self.decision(reason) {
+            return (.faulted, decision)
+        }
+        if state == .attached, let trouble = engineTrouble { return trouble }
+        let inSync = replicas.count { $0.state == .inSync }
+        if inSync == replicas.count { return (.healthy, "") }
+        if inSync == 0, !isEngineUp {
+            return (.stalled, "no in-sync replica is running; it waits for one to return")
+        }
+        let missing = replicas.filter { $0.state != .inSync }
+            .map { "replica \($0.id) on node \($0.node) is \($0.state.word)" }
+        return (.degraded, missing.joined(separator: "; "))
+    }
+
+    private var engineTrouble: (Haptera_V1_Robustness, reason: String)? {
+        let node = stored.volume.attachedNode ?? ""
+        guard nodes[node]?.isReady == true, let engine else {
+            // The engine does not depend on its node agent: most likely it serves.
+            return (.degraded, "node \(node), which runs the engine, is not heard of")
+        }
+        switch engine.state {
+        case .serving: return nil
+        case .stalled:
+            let reason = engine.reason.isEmpty ? "no in-sync replica answers" : engine.reason
+            return (.stalled, reason)
+        default:
+            let reason = engine.reason.isEmpty ? "" : ": \(engine.reason)"
+            return (.stalled, "the engine is being started again\(reason)")
+        }
+    }
+
+    /// Reasons for which an engine stops that no restart cures.
+    private static func decision(_ reason: String) -> String? {
+        [StopReason.recordOlderThanReplica, .volumeNotFound, .sizeMismatch].map(\.rawValue)
+            .first(where: reason.contains)
+    }
+}
+
+extension Haptera_V1_ReplicaState {
+    /// As in the CLI and in engines' status.
+    package var word: String {
+        switch self {
+        case .inSync: "inSync"
+        case .joining: "joining"
+        case .absent: "absent"
+        case .full: "full"
+        case .failed: "failed"
+        case .unspecified, .UNRECOGNIZED: "unknown"
+        }
+    }
+}

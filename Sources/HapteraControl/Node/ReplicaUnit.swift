@@ -1,0 +1,185 @@
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+
+/// What all units of a node share.
+package struct NodeContext: Sendable {
+    package var host: any ProcessHost
+    package var directory: String
+    /// Host name or address the node's processes listen on.
+    package var address: String
+    package var ports: ClosedRange<Int>
+    package var replicaProgram: String
+    package var engineProgram: String
+
+    package init(
+        host: any ProcessHost, directory: String, address: String, ports: ClosedRange<Int>,
+        replicaProgram: String, engineProgram: String
+    ) {
+        self.host = host
+        self.directory = directory
+        self.address = address
+        self.ports = ports
+        self.replicaProgram = replicaProgram
+        self.engineProgram = engineProgram
+    }
+    var run: String { directory + "/run" }
+}
+
+/// Makes, runs and removes one replica.
+package actor ReplicaUnit {
+    private let context: NodeContext
+    private let directory: String
+    private var wanted: Haptera_V1_DesiredReplica
+    private var supervision: Supervision
+    private var settings: UnitSettings
+    private var isCreated = false
+    private var isRemoved = false
+    private var failure = ""
+    private var creation = RestartBackoff()
+    private var shutdownAsked: Int64?
+    private var isBusy = false
+
+    /// After being told to shut down, a replica gets this long to write its log back.
+    package static let shutdownMilliseconds: Int64 = 10_000
+
+    package init(_ wanted: Haptera_V1_DesiredReplica, _ context: NodeContext) {
+        self.wanted = wanted
+        self.context = context
+        directory = "\(context.directory)/replicas/\(wanted.replicaID)"
+        let files = UnitFiles(run: context.run, prefix: "r", id: wanted.replicaID)
+        supervision = Supervision(files: files)
+        settings = files.loadSettings()
+    }
+
+    package func want(_ wanted: Haptera_V1_DesiredReplica) { self.wanted = wanted }
+
+    /// One round: look, then do the next thing there is to do.
+    package func step(now: Int64) async {
+        guard !isBusy else { return }
+        isBusy = true
+        defer { isBusy = false }
+        if supervision.mustAdopt {
+            let answer = try? await context.host.request(
+                supervision.files.control, "status", timeoutSeconds: 2)
+            supervision.adopt(context.host, answer: answer, now: now)
+        }
+        supervision.observe(context.host, now: now)
+        switch wanted.phase {
+        case .create, .run: await serve(now: now)
+        case .remove: await remove(now: now)
+        case .unspecified, .UNRECOGNIZED: return
+        }
+    }
+
+    private func serve(now: Int64) async {
+        if !isCreated { await create(now: now) }
+        guard isCreated else { return }
+        if !supervision.isRunning { start(now: now) }
+        guard supervision.isPollDue(now: now, isSettling: supervision.status.isEmpty) else {
+            return
+        }
+        let values = try? await context.host.request(
+            supervision.files.control, "status", timeoutSeconds: 2)
+        supervision.polled(values, now: now)
+    }
+
+    /// A directory that held data is never made anew: an empty replica under the old identity would
+    /// pass for a member.
+    private func create(now: Int64) async {
+        if wanted.phase == .run {
+            isCreated = context.host.directoryExists(directory)
+            failure = isCreated ? "" : "its directory \(directory) is gone"
+            return
+        }
+        guard creation.mayStart(now: now) else { return }
+        do {
+            try HostFiles.makeDirectory(context.directory + "/replicas")
+            let status = try await context.host.run(
+                context.replicaProgram,
+                [
+                    "create", "--dir", directory, "--volume-id", wanted.volumeID, "--volume",
+                    wanted.volume, "--replica-id", wanted.replicaID, "--incarnation",
+                    wanted.incarnation, "--size", "\(wanted.sizeBytes)",
+                ], log: supervision.files.log)
+            guard status == 0 else {
+                let line = context.host.lastLine(of: supervision.files.log)
+                throw HostError("cannot be created (status \(status)): \(line)")
+            }
+            isCreated = true
+            failure = ""
+        } catch {
+            failure = "\(error)"
+            creation.ended(now: now)
+        }
+    }
+
+    private func start(now: Int64) {
+        guard supervision.backoff.mayStart(now: now) else { return }
+        do {
+            // Engines are told when it changes, so a port that somebody took is given up.
+            if settings.port == 0 || !context.host.isPortFree(settings.port, at: context.address) {
+                settings.port = try context.host.findPort(at: context.address, in: context.ports)
+                try supervision.files.save(settings)
+            }
+            failure = ""
+        } catch {
+            failure = "\(error)"
+            return
+        }
+        supervision.start(
+            context.host, context.replicaProgram,
+            [
+                "serve", "--dir", directory, "--listen", address, "--control",
+                supervision.files.control,
+            ], now: now)
+    }
+
+    private func remove(now: Int64) async {
+        guard !isRemoved else { return }
+        if let process = supervision.process {
+            if let shutdownAsked, now - shutdownAsked > Self.shutdownMilliseconds {
+                context.host.kill(process)
+                return
+            }
+            if shutdownAsked == nil { shutdownAsked = now }
+            _ = try? await context.host.request(
+                supervision.files.control, "shutdown", timeoutSeconds: 10)
+            return
+        }
+        do {
+            try await context.host.removeDirectory(directory)
+            supervision.files.removeAll()
+            isRemoved = true
+            failure = ""
+        } catch {
+            failure = "cannot remove \(directory): \(error)"
+        }
+    }
+
+    private var address: String { Names.endpoint(host: context.address, port: settings.port) }
+
+    package var report: Haptera_V1_ReplicaReport {
+        var report = Haptera_V1_ReplicaReport()
+        report.replicaID = wanted.replicaID
+        report.directory = isCreated || isRemoved ? directory : ""
+        report.address = settings.port == 0 ? "" : address
+        report.restarts = supervision.backoff.restarts
+        report.pid = supervision.process?.pid ?? 0
+        report.allocatedBytes = supervision.status["allocatedBytes"].flatMap { UInt64($0) } ?? 0
+        report.reason = failure.isEmpty ? supervision.reason : failure
+        report.state =
+            if isRemoved {
+                .removed
+            } else if !failure.isEmpty {
+                .failed
+            } else if supervision.isRunning {
+                supervision.status.isEmpty ? .created : .running
+            } else if isCreated {
+                supervision.reason.isEmpty ? .created : .waiting
+            } else {
+                .unspecified
+            }
+        return report
+    }
+}

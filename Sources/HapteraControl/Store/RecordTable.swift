@@ -1,0 +1,109 @@
+import Foundation
+import GRDB
+import HapteraCore
+
+/// How a compare-and-swap of a volume record ended.
+package enum SwapResult: Equatable, Sendable {
+    case swapped
+    /// Another record stands; here it is, encoded.
+    case conflict([UInt8])
+    case notFound
+    /// The proposal is no record this volume may have; nothing was looked at further.
+    case invalid(String)
+}
+
+extension MetadataStore {
+    /// The encoded record, or nil if there is no such volume (or it is not created yet).
+    package func record(of volume: VolumeID) async throws -> [UInt8]? {
+        try await database.read { db in try Self.storedRecord(db, volume.text)?.bytes }
+    }
+
+    static func storedRecord(
+        _ db: Database, _ volume: String
+    ) throws -> (epoch: Int64, bytes: [UInt8])? {
+        let row = try Row.fetchOne(
+            db, sql: "SELECT epoch, record FROM records WHERE volumeID = ?", arguments: [volume])
+        guard let row else { return nil }
+        let data: Data = row["record"]
+        return (row["epoch"], [UInt8](data))
+    }
+
+    /// Replaces the record if its epoch is `expected`; durable when it returns.
+    ///
+    /// A writer in doubt sends the same proposal again: if exactly that record stands already (it
+    /// carries its writer's nonce, so nobody else can have written it), the answer is `swapped`.
+    package func compareAndSwap(
+        _ volume: VolumeID, expected: Epoch, proposal: [UInt8]
+    ) async throws -> SwapResult {
+        guard let proposed = VolumeRecord(decoding: proposal), proposed.volume == volume else {
+            return .invalid("not a record of this volume")
+        }
+        guard expected.rawValue < UInt64(Int64.max), proposed.epoch == expected.next else {
+            return .invalid("the record's epoch does not follow the expected one")
+        }
+        return try await transaction { db in
+            guard let stored = try Self.storedRecord(db, volume.text) else { return .notFound }
+            if stored.bytes == proposal { return .swapped }
+            guard stored.epoch == Int64(expected.rawValue),
+                let current = VolumeRecord(decoding: stored.bytes)
+            else { return .conflict(stored.bytes) }
+            let replicas = try ReplicaRow.filter(Column("volumeID") == volume.text).fetchAll(db)
+            if let reason = Self.objection(to: proposed, after: current, replicas: replicas) {
+                return .invalid(reason)
+            }
+            try db.execute(
+                sql: "UPDATE records SET epoch = ?, record = ? WHERE volumeID = ? AND epoch = ?",
+                arguments: [
+                    Int64(proposed.epoch.rawValue), Data(proposal), volume.text,
+                    Int64(expected.rawValue),
+                ])
+            guard db.changesCount == 1 else { return .conflict(stored.bytes) }
+            try self.addEvents(db, of: proposed, after: current)
+            return .swapped
+        }
+    }
+
+    /// Why no engine of this volume can have meant the proposal; nil if there is no such reason.
+    private static func objection(
+        to proposed: VolumeRecord, after current: VolumeRecord, replicas: [ReplicaRow]
+    ) -> String? {
+        if proposed.size != current.size { return "the record changes the volume's size" }
+        if proposed.name != current.name { return "the record changes the volume's name" }
+        if proposed.clientGeneration < current.clientGeneration {
+            return "the record lowers the client generation"
+        }
+        let known = Set(replicas.compactMap(\.member))
+        let named = proposed.inSync + [proposed.joining].compactMap { $0 }
+        if !named.allSatisfy(known.contains) { return "the record names an unknown replica" }
+        if Set(named.map(\.replica)).count != named.count {
+            return "the record names a replica twice"
+        }
+        return nil
+    }
+
+    /// What the change means to an operator.
+    private func addEvents(
+        _ db: Database, of new: VolumeRecord, after old: VolumeRecord
+    ) throws {
+        let subject = "volume/\(new.name)"
+        let engine = Caller(actor: "engine/\(hexadecimal(new.engine.rawValue))")
+        let epoch = "epoch \(new.epoch.rawValue)"
+        if new.engine != old.engine, new.engine != .none {
+            try addEvent(
+                db, "EngineTookOver", subject, "engine at \(new.engineEndpoint), \(epoch)",
+                by: engine)
+        }
+        for member in old.inSync where !new.inSync.contains(member) {
+            let text = "replica \(member.replica.text) left the in-sync set, \(epoch)"
+            try addEvent(db, "ReplicaRemoved", subject, text, by: engine)
+        }
+        for member in new.inSync where !old.inSync.contains(member) {
+            let text = "replica \(member.replica.text) is in sync again, \(epoch)"
+            try addEvent(db, "ReplicaPromoted", subject, text, by: engine)
+        }
+        if let joining = new.joining, joining != old.joining {
+            let text = "replica \(joining.replica.text) is being filled, \(epoch)"
+            try addEvent(db, "ReplicaJoining", subject, text, by: engine)
+        }
+    }
+}

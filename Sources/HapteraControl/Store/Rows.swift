@@ -1,0 +1,107 @@
+import GRDB
+import HapteraCore
+
+/// How far a volume is in its life. The volume record exists from `ready` on.
+package enum VolumePhase: String, Codable, Sendable {
+    case creating
+    case ready
+    case deleting
+}
+
+/// What is wanted of a volume. The record engines swap is in a table of its own.
+package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, PersistableRecord {
+    package static let databaseTableName = "volumes"
+    /// 32 hexadecimal digits.
+    package var id: String
+    package var name: String
+    package var sizeBytes: Int64
+    package var replicaCount: Int
+    package var phase: VolumePhase
+    /// Where its engine shall be, from attach until detached.
+    package var attachedNode: String?
+    package var isDetaching: Bool
+    /// Raised by each attach; the engine passes it into the volume record.
+    package var clientGeneration: Int64
+    /// The highest client generation whose engine has served.
+    package var servedGeneration: Int64
+    package var createdMilliseconds: Int64
+
+    package init(id: VolumeID, name: String, sizeBytes: Int64, replicaCount: Int, created: Int64) {
+        self.id = id.text
+        self.name = name
+        self.sizeBytes = sizeBytes
+        self.replicaCount = replicaCount
+        phase = .creating
+        attachedNode = nil
+        isDetaching = false
+        clientGeneration = 0
+        servedGeneration = 0
+        createdMilliseconds = created
+    }
+}
+
+package enum ReplicaPhase: String, Codable, Sendable {
+    case create
+    case run
+    case remove
+}
+
+package struct ReplicaRow: Codable, Equatable, Sendable, FetchableRecord, PersistableRecord {
+    package static let databaseTableName = "replicas"
+    /// 16 hexadecimal digits, as the incarnation.
+    package var id: String
+    package var volumeID: String
+    /// Its place among the volume's replicas: for a stable order.
+    package var ordinal: Int
+    package var node: String
+    package var incarnation: String
+    package var phase: ReplicaPhase
+    /// HOST:PORT and directory as its node reported last; empty before that.
+    package var address: String
+    package var directory: String
+
+    var member: VolumeRecord.Member? {
+        guard let id = ReplicaID(id), let number = parseHexadecimal(incarnation.utf8) else {
+            return nil
+        }
+        return VolumeRecord.Member(replica: id, incarnation: Incarnation(rawValue: number))
+    }
+}
+
+package struct NodeRow: Codable, Equatable, Sendable, FetchableRecord, PersistableRecord {
+    package static let databaseTableName = "nodes"
+    package var name: String
+    /// Random, kept in the node's directory: tells two nodes of one name apart.
+    package var nodeID: String
+    package var address: String
+    package var directory: String
+    package var version: String
+    package var pid: Int32
+}
+
+package struct EventRow: Codable, Equatable, Sendable, FetchableRecord, MutablePersistableRecord {
+    package static let databaseTableName = "events"
+    package var id: Int64?
+    package var timeMilliseconds: Int64
+    package var kind: String
+    package var subject: String
+    package var message: String
+    package var actor: String
+    package var peer: String
+
+    package mutating func didInsert(_ inserted: InsertionSuccess) { id = inserted.rowID }
+}
+
+/// Who asked for a change, for the audit fields of events.
+package struct Caller: Equatable, Sendable {
+    package var actor: String
+    /// Network address; empty for the system itself.
+    package var peer: String
+    package init(actor: String, peer: String = "") {
+        self.actor = actor
+        self.peer = peer
+    }
+    package static let controller = Caller(actor: "controller")
+    /// The caller of the request that the current task serves.
+    @TaskLocal package static var current = Caller.controller
+}

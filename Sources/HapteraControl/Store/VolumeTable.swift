@@ -1,0 +1,252 @@
+import Foundation
+import GRDB
+import HapteraCore
+import HapteraHost
+
+/// A volume with everything the store knows of it, read in one transaction.
+package struct StoredVolume: Equatable, Sendable {
+    package var volume: VolumeRow
+    package var replicas: [ReplicaRow]
+    package var record: VolumeRecord?
+}
+
+/// Arguments of a create, checked.
+package struct VolumeSpecification: Equatable, Sendable {
+    package static let replicasDefault = 3
+    package var name: String
+    package var sizeBytes: UInt64
+    package var replicas: Int
+    package var nodes: [String]
+
+    package init(
+        name: String, sizeBytes: UInt64, replicas: UInt32, nodes: [String]
+    ) throws(ControlError) {
+        guard Names.isValidLabel(name) else {
+            throw ControlError(.invalid, "'\(name)' is no volume name: use \(Names.labelRule)")
+        }
+        guard VolumeSize.isValid(sizeBytes) else {
+            throw ControlError(.invalid, "a volume's size is \(VolumeSize.rule), not \(sizeBytes)")
+        }
+        let count = replicas == 0 ? Self.replicasDefault : Int(replicas)
+        guard count <= Geometry.replicasMax else {
+            throw ControlError(
+                .invalid, "a volume has 1 to \(Geometry.replicasMax) replicas, not \(count)")
+        }
+        for node in nodes where !Names.isValidLabel(node) {
+            throw ControlError(.invalid, "'\(node)' is no node name: use \(Names.labelRule)")
+        }
+        self.name = name
+        self.sizeBytes = sizeBytes
+        self.replicas = count
+        self.nodes = nodes
+    }
+}
+
+extension MetadataStore {
+    /// All volumes, or the one of that name, by name.
+    package func volumes(named name: String? = nil) async throws -> [StoredVolume] {
+        try await database.read { db in
+            let rows =
+                if let name {
+                    try VolumeRow.filter(Column("name") == name).fetchAll(db)
+                } else {
+                    try VolumeRow.order(Column("name")).fetchAll(db)
+                }
+            return try rows.map { try Self.stored(db, $0) }
+        }
+    }
+
+    package func volume(named name: String) async throws -> StoredVolume {
+        guard let found = try await volumes(named: name).first else { throw Self.noVolume(name) }
+        return found
+    }
+
+    static func stored(_ db: Database, _ row: VolumeRow) throws -> StoredVolume {
+        let replicas = try ReplicaRow.filter(Column("volumeID") == row.id).order(Column("ordinal"))
+            .fetchAll(db)
+        let record = try storedRecord(db, row.id).flatMap { VolumeRecord(decoding: $0.bytes) }
+        return StoredVolume(volume: row, replicas: replicas, record: record)
+    }
+
+    static func noVolume(_ name: String) -> ControlError {
+        ControlError(.notFound, "there is no volume '\(name)'; see 'storagectl volume list'")
+    }
+
+    /// Adds the volume and its replicas, to be made by their nodes. A volume of that name with the
+    /// same arguments is returned as it is.
+    package func createVolume(
+        _ wanted: VolumeSpecification, candidates ready: [String]
+    ) async throws -> StoredVolume {
+        try await transaction { db in
+            if let row = try VolumeRow.filter(Column("name") == wanted.name).fetchOne(db) {
+                let existing = try Self.stored(db, row)
+                try Self.requireSame(existing, wanted)
+                return existing
+            }
+            let counts = try Row.fetchAll(
+                db, sql: "SELECT node, COUNT(*) AS count FROM replicas GROUP BY node")
+            let used =
+                Dictionary(uniqueKeysWithValues: counts.map { ($0["node"], $0["count"]) })
+                as [String: Int]
+            let nodes = try Placement.choose(
+                replicas: wanted.replicas, requested: wanted.nodes,
+                candidates: ready.map { .init(name: $0, replicas: used[$0] ?? 0) })
+            let row = VolumeRow(
+                id: .random(), name: wanted.name, sizeBytes: Int64(wanted.sizeBytes),
+                replicaCount: wanted.replicas, created: self.clock())
+            try row.insert(db)
+            for (ordinal, node) in nodes.enumerated() {
+                try ReplicaRow(
+                    id: hexadecimal(UInt64.random(in: 1 ... .max)), volumeID: row.id,
+                    ordinal: ordinal, node: node,
+                    incarnation: hexadecimal(UInt64.random(in: 1 ... .max)), phase: .create,
+                    address: "", directory: ""
+                ).insert(db)
+            }
+            try db.execute(
+                sql: "DELETE FROM deletedVolumes WHERE name = ?", arguments: [wanted.name])
+            let size = VolumeSize.text(wanted.sizeBytes)
+            try self.addEvent(
+                db, "VolumeRequested", "volume/\(wanted.name)",
+                "\(size), replicas on \(nodes.joined(separator: ", "))")
+            return try Self.stored(db, row)
+        }
+    }
+
+    private static func requireSame(
+        _ existing: StoredVolume, _ wanted: VolumeSpecification
+    ) throws(ControlError) {
+        let volume = existing.volume
+        if volume.phase == .deleting {
+            throw ControlError(
+                .precondition, "volume '\(volume.name)' is being deleted; try again when it is gone"
+            )
+        }
+        let nodes = existing.replicas.map(\.node)
+        let isPlacedAsAsked =
+            wanted.nodes.count == wanted.replicas
+            ? nodes.sorted() == wanted.nodes.sorted()
+            : wanted.nodes.isEmpty || Set(nodes).isSubset(of: wanted.nodes)
+        guard volume.sizeBytes == Int64(wanted.sizeBytes),
+            volume.replicaCount == wanted.replicas, isPlacedAsAsked
+        else {
+            let size = VolumeSize.text(UInt64(volume.sizeBytes))
+            throw ControlError(
+                .conflict,
+                "volume '\(volume.name)' exists with other arguments: \(size), "
+                    + "\(volume.replicaCount) replicas on \(nodes.joined(separator: ", "))")
+        }
+    }
+
+    /// Wants an engine on `node`; without one, on a node that holds an in-sync replica.
+    package func attachVolume(
+        _ name: String, node: String?, ready: Set<String>
+    ) async throws -> StoredVolume {
+        try await changeVolume(name) { db, stored in
+            var row = stored.volume
+            guard row.phase == .ready else {
+                throw ControlError(
+                    .precondition, "volume '\(name)' is still being created; try again later")
+            }
+            if let attached = row.attachedNode {
+                if row.isDetaching {
+                    throw ControlError(
+                        .precondition,
+                        "volume '\(name)' is being detached from \(attached); wait "
+                            + "until it is, then attach it")
+                }
+                guard node == nil || node == attached else {
+                    throw ControlError(
+                        .precondition,
+                        "volume '\(name)' is attached to \(attached); detach it "
+                            + "first: storagectl volume detach \(name)")
+                }
+                return
+            }
+            let target = try Self.attachTarget(stored, node: node, ready: ready)
+            row.attachedNode = target
+            row.clientGeneration += 1
+            try row.update(db)
+            try self.addEvent(
+                db, "VolumeAttachRequested", "volume/\(name)",
+                "on node \(target), client generation \(row.clientGeneration)")
+        }
+    }
+
+    private static func attachTarget(
+        _ stored: StoredVolume, node: String?, ready: Set<String>
+    ) throws(ControlError) -> String {
+        if let node {
+            guard ready.contains(node) else {
+                throw ControlError(
+                    .precondition,
+                    "node \(node) is not known or not ready; see 'storagectl node "
+                        + "list'")
+            }
+            return node
+        }
+        let inSync = Set(stored.record?.inSync.map(\.replica.text) ?? [])
+        let holders = stored.replicas.filter { inSync.contains($0.id) }.map(\.node)
+        guard let best = (holders + ready.sorted()).first(where: ready.contains) else {
+            throw ControlError(.unavailable, "no node is ready; see 'storagectl node list'")
+        }
+        return best
+    }
+
+    package func detachVolume(_ name: String) async throws -> StoredVolume {
+        try await changeVolume(name) { db, stored in
+            var row = stored.volume
+            guard row.attachedNode != nil, !row.isDetaching else { return }
+            row.isDetaching = true
+            try row.update(db)
+            try self.addEvent(db, "VolumeDetachRequested", "volume/\(name)", "")
+        }
+    }
+
+    /// Begins to delete. True if the volume is gone already (it was deleted before).
+    package func deleteVolume(_ name: String) async throws -> Bool {
+        try await transaction { db in
+            guard var row = try VolumeRow.filter(Column("name") == name).fetchOne(db) else {
+                let wasDeleted = try Int.fetchOne(
+                    db, sql: "SELECT COUNT(*) FROM deletedVolumes WHERE name = ?",
+                    arguments: [name])
+                guard wasDeleted == 1 else { throw Self.noVolume(name) }
+                return true
+            }
+            if row.phase == .deleting { return false }
+            if let node = row.attachedNode {
+                throw ControlError(
+                    .precondition,
+                    "volume '\(name)' is attached to \(node); detach it first: "
+                        + "storagectl volume detach \(name)")
+            }
+            row.phase = .deleting
+            try row.update(db)
+            try db.execute(sql: "DELETE FROM records WHERE volumeID = ?", arguments: [row.id])
+            try db.execute(
+                sql: "UPDATE replicas SET phase = 'remove' WHERE volumeID = ?",
+                arguments: [row.id])
+            try self.addEvent(db, "VolumeDeleteRequested", "volume/\(name)", "")
+            return false
+        }
+    }
+
+    private func changeVolume(
+        _ name: String,
+        _ change: @escaping @Sendable (Database, StoredVolume) throws -> Void
+    ) async throws -> StoredVolume {
+        try await transaction { db in
+            guard let row = try VolumeRow.filter(Column("name") == name).fetchOne(db) else {
+                throw Self.noVolume(name)
+            }
+            guard row.phase != .deleting else {
+                throw ControlError(.precondition, "volume '\(name)' is being deleted")
+            }
+            try change(db, try Self.stored(db, row))
+            guard let now = try VolumeRow.fetchOne(db, key: row.id) else {
+                throw Self.noVolume(name)
+            }
+            return try Self.stored(db, now)
+        }
+    }
+}
