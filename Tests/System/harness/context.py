@@ -1,0 +1,15 @@
+from .cluster import Cluster
+
+
+class SkipTest(Exception):
+    """The machine lacks what the test needs; the message says what."""
+
+
+class Context:
+    """What the runner hands to a test."""
+
+    def __init__(self, backend, rounds, seed):
+        self.backend, self.rounds, self.seed = backend, rounds, seed
+
+    def cluster(self, **arguments):
+        return Cluster(environment={"HAPTERA_IO": self.backend}, **arguments)

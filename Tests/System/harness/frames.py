@@ -1,0 +1,146 @@
+"""Frame header and volume record, written against docs/wire-protocol.md.
+
+A second implementation on purpose: a field moved by mistake in the product does not move here.
+"""
+
+import struct
+from dataclasses import dataclass, field, replace
+
+GET_RECORD, COMPARE_AND_SWAP = 64, 65
+OK, INVALID, NOT_FOUND, CONFLICT, UNAVAILABLE = 0, 5, 6, 7, 8
+REPLY = 1
+
+_HEADER = struct.Struct("<4sHHQQQQIIIIQII")
+HEADER_SIZE = _HEADER.size
+assert HEADER_SIZE == 72
+
+
+def _crc_table():
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_TABLE = _crc_table()
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+@dataclass
+class Header:
+    kind: int
+    flags: int = 0
+    epoch: int = 0
+    tag: int = 0
+    sequence: int = 0
+    offset: int = 0
+    length: int = 0
+    table_length: int = 0
+    data_length: int = 0
+    status: int = 0
+    auxiliary: int = 0
+    table_checksum: int = 0
+
+    def encode(self):
+        raw = _HEADER.pack(
+            b"HPT1", self.kind, self.flags, self.epoch, self.tag, self.sequence, self.offset,
+            self.length, self.table_length, self.data_length, self.status, self.auxiliary,
+            self.table_checksum, 0)
+        return raw[:68] + struct.pack("<I", crc32c(raw[:68]))
+
+    @staticmethod
+    def decode(raw):
+        fields = _HEADER.unpack(raw)
+        if fields[0] != b"HPT1" or fields[-1] != crc32c(raw[:68]):
+            raise ValueError("not a frame header")
+        return Header(*fields[1:-1])
+
+
+def reply(request, status, table=b""):
+    """The reply frame's bytes."""
+    header = replace(
+        request, flags=REPLY, status=status, data_length=0, table_length=len(table), auxiliary=0,
+        table_checksum=crc32c(table) if table else 0)
+    return header.encode() + table
+
+
+@dataclass
+class Record:
+    """The volume record; `encode` and `decode` follow `VolumeRecord.encoded()`."""
+
+    volume: bytes  # 16: high and low half, each little-endian
+    name: str
+    size: int
+    in_sync: list  # of (replica, incarnation)
+    epoch: int = 1
+    nonce: int = 1
+    engine: int = 0
+    client_generation: int = 0
+    min_in_sync: int = 1
+    clean: int = 1
+    endpoint: str = ""
+    joining: list = field(default_factory=list)
+    out: list = field(default_factory=list)  # (replica, incarnation, leftEpoch, S epoch, S seq)
+    lineage: list = field(default_factory=list)
+    layers: list = field(default_factory=lambda: [1])
+
+    def encode(self):
+        def text(value):
+            raw = value.encode()
+            return struct.pack("<I", len(raw)) + raw
+
+        def rows(form, values):
+            packed = [struct.pack(form, *v) if isinstance(v, tuple) else struct.pack(form, v)
+                      for v in values]
+            return struct.pack("<I", len(packed)) + b"".join(packed)
+
+        body = struct.pack("<II", 0x56455248, 1) + self.volume + struct.pack(
+            "<QQQQQBB", self.epoch, self.nonce, self.size, self.engine, self.client_generation,
+            self.min_in_sync, self.clean)
+        body += text(self.name) + text(self.endpoint)
+        body += rows("<QQ", self.in_sync) + rows("<QQ", self.joining) + rows("<QQQQQ", self.out)
+        body += rows("<Q", self.lineage) + rows("<I", self.layers)
+        return body + struct.pack("<I", crc32c(body))
+
+    @staticmethod
+    def decode(raw):
+        if struct.unpack("<I", raw[-4:])[0] != crc32c(raw[:-4]):
+            raise ValueError("record checksum")
+        position = 0
+
+        def take(form):
+            nonlocal position
+            values = struct.unpack_from(form, raw, position)
+            position += struct.calcsize(form)
+            return values
+
+        def text():
+            nonlocal position
+            (count,) = take("<I")
+            position += count
+            return raw[position - count:position].decode()
+
+        def rows(form):
+            (count,) = take("<I")
+            values = [take(form) for _ in range(count)]
+            return [v[0] if len(v) == 1 else v for v in values]
+
+        if take("<II") != (0x56455248, 1):
+            raise ValueError("not a volume record")
+        (volume,) = take("<16s")
+        epoch, nonce, size, engine, generation, minimum, clean = take("<QQQQQBB")
+        name, endpoint = text(), text()
+        record = Record(
+            volume, name, size, rows("<QQ"), epoch, nonce, engine, generation, minimum, clean,
+            endpoint, rows("<QQ"), rows("<QQQQQ"), rows("<Q"), rows("<I"))
+        if position != len(raw) - 4:
+            raise ValueError("trailing bytes")
+        return record

@@ -1,0 +1,257 @@
+"""A client that keeps its own history and believes nothing.
+
+Every block carries its number and a version. Per block the history knows which values may be read:
+the last one acknowledged, and any whose outcome is unknown because the connection was lost.
+"""
+
+import os
+import random
+import struct
+import threading
+import time
+
+import nbd
+
+BLOCK = 4096
+_MAGIC = 0x4841505445524121
+
+
+def content(block, version):
+    """What a block holds after the write `version`; version 0 is zeros."""
+    if version == 0:
+        return bytes(BLOCK)
+    return struct.pack("<4Q", _MAGIC, block, version, block ^ version ^ _MAGIC) * (BLOCK // 32)
+
+
+class History:
+    """What each of the volume's first `blocks` blocks may hold."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self.acknowledged = [0] * blocks
+        self.doubtful = [[] for _ in range(blocks)]  # in flight, or of unknown outcome
+        self.zero_versions = set()
+        self.next_version = 1
+
+    def issue(self, first, count, is_zero):
+        version = self.next_version
+        self.next_version += 1
+        if is_zero:
+            self.zero_versions.add(version)
+        for block in range(first, first + count):
+            self.doubtful[block].append(version)
+        return version
+
+    def acknowledge(self, first, count, version):
+        for block in range(first, first + count):
+            self.acknowledged[block] = version
+            self.doubtful[block] = []
+
+    def expected(self, block, version):
+        return content(block, 0 if version in self.zero_versions else version)
+
+    def check(self, first, data, settles=True):
+        """Checks what was read; what is seen once must stay, so the doubt is over."""
+        for index in range(len(data) // BLOCK):
+            block = first + index
+            found = bytes(data[index * BLOCK:(index + 1) * BLOCK])
+            candidates = [self.acknowledged[block]] + self.doubtful[block]
+            matching = [v for v in candidates if self.expected(block, v) == found]
+            if not matching:
+                raise AssertionError(
+                    f"block {block} holds {describe(found)}, legal are "
+                    f"{[(v, 'zero' if v in self.zero_versions else 'data') for v in candidates]}")
+            if settles:
+                self.acknowledged[block] = matching[-1]
+                self.doubtful[block] = []
+
+
+def describe(found):
+    if not any(found):
+        return "zeros"
+    magic, block, version, _ = struct.unpack_from("<4Q", found)
+    if magic != _MAGIC:
+        return f"foreign bytes {found[:16].hex()}"
+    torn = "" if found == content(block, version) else ", torn"
+    return f"block {block} version {version}{torn}"
+
+
+class Workload:
+    """Random writes, reads, trims, zeroes and flushes over one connection, in its own thread."""
+
+    def __init__(self, history, socket, seed, depth=16, writes_only=False):
+        self.history, self.socket, self.depth = history, str(socket), depth
+        self.random = random.Random(seed)
+        self.writes_only = writes_only
+        self.completed = self.flushes = 0
+        self.longest_gap = 0.0
+        self.error = None
+        self.failure = None
+        self._busy = set()
+        self._in_flight = 0
+        self._last = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self):
+        self._thread.start()
+        return self
+
+    def stop(self):
+        """Finishes what is in flight; raises what the history found. The client's error, if any."""
+        self._stop.set()
+        return self.join()
+
+    def join(self):
+        self._thread.join(120)
+        assert not self._thread.is_alive(), "requests are stuck: the client never got its answers"
+        if self.failure:
+            raise self.failure
+        return self.error
+
+    def wait_completed(self, more, timeout=60.0):
+        """Waits until `more` further requests are answered."""
+        goal, deadline = self.completed + more, time.monotonic() + timeout
+        while self.completed < goal:
+            if self.failure:
+                raise self.failure
+            assert self._thread.is_alive(), f"the client stopped: {self.error}"
+            assert time.monotonic() < deadline, "no progress"
+            time.sleep(0.005)
+
+    def reset_gap(self):
+        self.longest_gap = 0.0
+
+    def _run(self):
+        try:
+            handle = nbd.NBD()
+            handle.set_export_name("volume")
+            handle.connect_unix(self.socket)
+            self._last = time.monotonic()
+            while self.error is None and not (self._stop.is_set() and self._in_flight == 0):
+                while self._in_flight < self.depth and not self._stop.is_set():
+                    if not self._submit(handle):
+                        break
+                handle.poll(100)
+        except nbd.Error as error:
+            self.error = self.error or error
+        except AssertionError as failure:
+            self.failure = failure
+
+    def _submit(self, handle):
+        count = self.random.choice((1, 1, 1, 1, 2, 5, 16, 64))
+        first = self.random.randrange(self.history.blocks - count + 1)
+        span = range(first, first + count)
+        if not self._busy.isdisjoint(span):
+            return self._in_flight == 0
+        dice = 0.0 if self.writes_only else self.random.random()
+        offset, length = first * BLOCK, count * BLOCK
+        if dice < 0.62:
+            version = self.history.issue(first, count, False)
+            data = b"".join(content(b, version) for b in span)
+            flags = nbd.CMD_FLAG_FUA if self.random.random() < 0.02 else 0
+            self._begin(span)
+            handle.aio_pwrite(data, offset, self._write_done(span, version, data), flags)
+        elif dice < 0.70:
+            version = self.history.issue(first, count, True)
+            self._begin(span)
+            if dice < 0.66:
+                handle.aio_trim(length, offset, self._write_done(span, version))
+            else:
+                handle.aio_zero(length, offset, self._write_done(span, version))
+        elif dice < 0.99:
+            buffer = nbd.Buffer(length)
+            self._begin(span)
+            handle.aio_pread(buffer, offset, self._read_done(span, buffer))
+        else:
+            self._begin(())
+            handle.aio_flush(self._flush_done)
+        return True
+
+    def _begin(self, span):
+        if self._in_flight == 0:
+            self._last = time.monotonic()
+        self._busy.update(span)
+        self._in_flight += 1
+
+    def _end(self, span, error):
+        now = time.monotonic()
+        self._in_flight -= 1
+        self._busy.difference_update(span)
+        if error:
+            self.error = self.error or nbd.Error(os.strerror(error), error)
+            return False
+        self.longest_gap = max(self.longest_gap, now - self._last)
+        self._last = now
+        self.completed += 1
+        return True
+
+    def _write_done(self, span, version, data=None):
+        def done(error):
+            _ = data  # libnbd reads it until now
+            if self._end(span, error.value if hasattr(error, "value") else error):
+                self.history.acknowledge(span.start, len(span), version)
+            return 1
+        return done
+
+    def _read_done(self, span, buffer):
+        def done(error):
+            if self._end(span, error.value if hasattr(error, "value") else error):
+                try:
+                    self.history.check(span.start, buffer.to_bytearray())
+                except AssertionError as failure:
+                    self.failure = self.failure or failure
+                    self._stop.set()
+            return 1
+        return done
+
+    def _flush_done(self, error):
+        if self._end((), error.value if hasattr(error, "value") else error):
+            self.flushes += 1
+        return 1
+
+
+def check_all(history, socket):
+    """Reads every block back; what is acknowledged must be there."""
+    handle = nbd.NBD()
+    handle.set_export_name("volume")
+    handle.connect_unix(str(socket))
+    step = 256
+    for first in range(0, history.blocks, step):
+        count = min(step, history.blocks - first)
+        history.check(first, handle.pread(count * BLOCK, first * BLOCK))
+    handle.shutdown()
+
+
+class SyncProbe:
+    """How long an fdatasync of one block takes on the same disk in the same minutes."""
+
+    def __init__(self, directory):
+        self.path = directory / "sync-probe"
+        self.seconds = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.path.unlink()
+
+    def _run(self):
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        index = 0
+        while not self._stop.wait(0.01):
+            os.pwrite(descriptor, bytes(BLOCK), index % 64 * BLOCK)
+            index += 1
+            start = time.monotonic()
+            os.fdatasync(descriptor)
+            self.seconds.append(time.monotonic() - start)
+        os.close(descriptor)
+
+    def p99(self):
+        ordered = sorted(self.seconds)
+        return ordered[int(len(ordered) * 0.99)] if ordered else 0.0

@@ -1,0 +1,70 @@
+"""The metadata store away: a healthy volume does not notice, a change of members waits."""
+
+import time
+
+from harness.cluster import MIB, wait_for
+from harness.workload import BLOCK, History, Workload, check_all
+
+LOADED = 64 * MIB // BLOCK
+
+
+def test_store_down_while_healthy(context):
+    with context.cluster() as cluster:
+        cluster.up()
+        history = History(LOADED)
+        load = Workload(history, cluster.engine.unix, context.seed).start()
+        load.wait_completed(500)
+        epoch = cluster.record().epoch
+        cluster.store.stop()
+        load.reset_gap()
+        load.wait_completed(5000)
+        gap = load.longest_gap
+        cluster.store.start()
+        assert load.stop() is None
+        assert cluster.record().epoch == epoch, "something changed the record"
+        check_all(history, cluster.engine.unix)
+        cluster.check_copies()
+        return f"5000 requests without the store, longest gap {gap * 1e3:.0f} ms"
+
+
+def test_store_down_during_a_loss(context):
+    """A member lost while the store is away: writes wait for the record, then go on."""
+    with context.cluster() as cluster:
+        cluster.up()
+        history = History(LOADED)
+        load = Workload(
+            history, cluster.engine.unix, context.seed, writes_only=True).start()
+        load.wait_completed(500)
+        cluster.store.stop()
+        cluster.replicas[0].process.kill()
+        wait_for(
+            lambda: cluster.engine.status().get("storeAvailable") in ("false", "0", "no"),
+            "the engine to miss the store")
+        # Everything in flight lacks the lost member by now; nothing may be acknowledged.
+        before = load.completed
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            assert load.completed == before, "a write was acknowledged without the record"
+            time.sleep(0.05)
+        cluster.store.start()
+        load.wait_completed(500)
+        error = load.stop()
+        assert error is None, f"the client got an error: {error}"
+        assert len(cluster.record().in_sync) == 2
+        check_all(history, cluster.engine.unix)
+        cluster.replicas[0].start()
+        cluster.wait_healthy()
+        cluster.check_copies()
+
+
+def test_attach_waits_for_the_store(context):
+    with context.cluster() as cluster:
+        cluster.up()
+        cluster.engine.detach()
+        cluster.store.stop()
+        engine = cluster.start_engine(wait=False)
+        wait_for(engine.control.exists, "the engine's control socket")
+        assert not engine.is_serving()
+        cluster.store.start()
+        engine.wait_serving()
+        cluster.check_copies()
