@@ -84,15 +84,15 @@ package enum ControlSocket {
     /// Reads up to the empty line that ends a reply.
     private static func receive(_ descriptor: Int32, _ path: String) throws -> [UInt8] {
         var reply: [UInt8] = []
-        var chunk = [UInt8](repeating: 0, count: 4096)
+        var part = [UInt8](repeating: 0, count: 4096)
         while !reply.ends(with: [10, 10]) {
             // SAFETY: the buffer is exclusively ours and as long as said.
-            let count = unsafe chunk.withUnsafeMutableBytes {
+            let count = unsafe part.withUnsafeMutableBytes {
                 unsafe recv(descriptor, $0.baseAddress, $0.count, 0)
             }
             if count == 0 { throw HostError("\(path) closed before it had answered") }
             guard count > 0 else { throw HostFiles.failure("read an answer from", path) }
-            reply += chunk[..<count]
+            reply += part[..<count]
             guard reply.count <= replySizeMax else {
                 throw HostError("the answer of \(path) is too long")
             }

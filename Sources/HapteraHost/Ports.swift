@@ -21,8 +21,8 @@ package enum Ports {
 
     /// True if a listener could be opened now.
     package static func isFree(host: String, port: Int) -> Bool {
-        // SAFETY: `hints` is a local. The list found is valid after a zero result until freeaddrinfo,
-        // and only its first element is used.
+        // SAFETY: `hints` is a local. The list found is valid after a zero result until
+        // freeaddrinfo, and only its first element is used.
         var hints = unsafe addrinfo()
         unsafe hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV
         unsafe hints.ai_socktype = Int32(SOCK_STREAM.rawValue)

@@ -1,7 +1,8 @@
 import Foundation
 
 /// Finds our other programs: in the directories of HAPTERA_BIN_DIR (separated by colons), then next
-/// to the program that runs. Never through PATH: a stranger's program of the same name must not run.
+/// to the program that runs. Never through PATH: a stranger's program of the same name must not
+/// run.
 package enum Programs {
     package static func find(
         _ name: String, environment: [String: String] = ProcessInfo.processInfo.environment,

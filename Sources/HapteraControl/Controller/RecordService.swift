@@ -7,8 +7,9 @@ import ServiceLifecycle
 import Synchronization
 
 /// The TCP server through which engines read and swap volume records: frames of `FrameHeader`,
-/// kinds getRecord, compareAndSwap and ping. Requests of one connection are answered in their order;
-/// while some wait for it nothing more is read, so a peer costs one receive buffer and one frame.
+/// kinds getRecord, compareAndSwap and ping. Requests of one connection are answered in their
+/// order; while some wait for it nothing more is read, so a peer costs one receive buffer and one
+/// frame.
 package struct RecordService: Service {
     /// Connections at once. Each engine holds one.
     package static let connectionsMax = 4096

@@ -74,7 +74,8 @@ package struct VolumeView: Sendable {
         }
         guard volume.attachedNode != nil else { return .detached }
         if volume.isDetaching { return .detaching }
-        // An engine that has served and is being restarted leaves its volume attached (and stalled).
+        // An engine that has served and is being restarted leaves its volume attached (and
+        // stalled).
         return volume.servedGeneration == volume.clientGeneration ? .attached : .attaching
     }
 

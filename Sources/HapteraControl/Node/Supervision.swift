@@ -89,8 +89,8 @@ package struct Supervision: Sendable {
 
     package var isRunning: Bool { process != nil }
 
-    /// The first look, after our own start: adopts the process our predecessor left. `answer` is what
-    /// the control socket said to `status`, which finds a process whose file was not written.
+    /// The first look, after our own start: adopts the process our predecessor left. `answer` is
+    /// what the control socket said to `status`, which finds a process whose file was not written.
     package mutating func adopt(
         _ host: some ProcessHost, answer: [String: String]?, now: Int64
     ) {

@@ -33,8 +33,8 @@ package struct Placement: Equatable, Sendable {
         guard allowed.count >= replicas else {
             throw ControlError(
                 .precondition,
-                "\(replicas) replicas need \(replicas) nodes, and \(allowed.count) can be used; ask "
-                    + "for fewer with --replicas, or name a node for each replica with --node "
+                "\(replicas) replicas need \(replicas) nodes, and \(allowed.count) can be used; "
+                    + "ask for fewer with --replicas, or name a node for each replica with --node "
                     + "(repeats put several on one node)")
         }
         return allowed.prefix(replicas).map(\.name)
