@@ -40,33 +40,37 @@ RUN apt-get update \
 VOLUME /var/lib/haptera
 WORKDIR /var/lib/haptera
 USER haptera
-# A program that answers on its control socket is healthy; HAPTERA_CONTROL names the socket, the
-# one given with --control.
-ENV HAPTERA_CONTROL=/var/lib/haptera/control.sock
+# An engine or replica that answers on its control socket is healthy: start it with
+# --control /var/lib/haptera/control.sock.
+COPY scripts/control /usr/bin/haptera-control
 
 FROM runtime AS engine
 COPY --from=build-data /source/.build/release/haptera-engine /usr/bin/
 EXPOSE 10809
-HEALTHCHECK --interval=10s --timeout=3s CMD ["test", "-S", "/var/lib/haptera/control.sock"]
+HEALTHCHECK --interval=10s --timeout=3s \
+    CMD ["haptera-control", "/var/lib/haptera/control.sock", "ping"]
 ENTRYPOINT ["haptera-engine"]
 
 FROM runtime AS replica
 COPY --from=build-data /source/.build/release/haptera-replica /usr/bin/
-HEALTHCHECK --interval=10s --timeout=3s CMD ["test", "-S", "/var/lib/haptera/control.sock"]
+HEALTHCHECK --interval=10s --timeout=3s \
+    CMD ["haptera-control", "/var/lib/haptera/control.sock", "ping"]
 ENTRYPOINT ["haptera-replica"]
 
 FROM runtime AS controller
 COPY --from=build-control /source/.build/release/haptera-controller /usr/bin/
 COPY --from=build-control /source/.build/release/storagectl /usr/bin/
-HEALTHCHECK --interval=10s --timeout=5s CMD ["storagectl", "cluster", "status", "--quiet"]
+HEALTHCHECK --interval=10s --timeout=5s \
+    CMD ["storagectl", "cluster", "status", "--quiet"]
 ENTRYPOINT ["haptera-controller"]
 
-# The node agent starts engines and replicas, so it carries them.
+# The node agent starts engines and replicas, so it carries them. It listens nowhere: whether it
+# lives is seen by the controller it reports to (`storagectl node list`).
 FROM runtime AS node
 COPY --from=build-data /source/.build/release/haptera-engine /usr/bin/
 COPY --from=build-data /source/.build/release/haptera-replica /usr/bin/
 COPY --from=build-control /source/.build/release/haptera-node /usr/bin/
-HEALTHCHECK --interval=10s --timeout=3s CMD ["test", "-d", "/var/lib/haptera"]
+HEALTHCHECK NONE
 ENTRYPOINT ["haptera-node"]
 
 FROM runtime AS storagectl
