@@ -21,12 +21,12 @@ var products: [Product] = [
 var dependencies: [Package.Dependency] = []
 var targets: [Target] = [
     .target(name: "CHaptera", cSettings: [.unsafeFlags(["-O2", "-Wall", "-Werror"])]),
-    .target(name: "CUring", linkerSettings: [.linkedLibrary("uring")]),
-    .target(name: "CAio", linkerSettings: [.linkedLibrary("aio")]),
+    .target(name: "CUring", dependencies: ["CHaptera"], linkerSettings: [.linkedLibrary("uring")]),
+    .target(name: "CAio", dependencies: ["CHaptera"], linkerSettings: [.linkedLibrary("aio")]),
     .target(name: "COpenSSL", linkerSettings: [.linkedLibrary("crypto")]),
     .target(name: "HapteraCore", dependencies: ["CHaptera"], swiftSettings: strict),
     .target(
-        name: "HapteraIO", dependencies: ["HapteraCore", "CUring", "CAio", "COpenSSL"],
+        name: "HapteraIO", dependencies: ["HapteraCore", "CHaptera", "CUring", "CAio", "COpenSSL"],
         swiftSettings: strict),
     .target(
         name: "HapteraEngine", dependencies: ["HapteraCore", "HapteraIO"], swiftSettings: strict),
