@@ -23,6 +23,7 @@ var targets: [Target] = [
     .target(name: "CHaptera", cSettings: [.unsafeFlags(["-O2", "-Wall", "-Werror"])]),
     .target(name: "CUring", dependencies: ["CHaptera"], linkerSettings: [.linkedLibrary("uring")]),
     .target(name: "CAio", dependencies: ["CHaptera"], linkerSettings: [.linkedLibrary("aio")]),
+    .target(name: "CAllocations"),
     .target(name: "COpenSSL", linkerSettings: [.linkedLibrary("crypto")]),
     .target(name: "HapteraCore", dependencies: ["CHaptera"], swiftSettings: strict),
     .target(
@@ -42,6 +43,9 @@ var targets: [Target] = [
         name: "haptera-sim", dependencies: ["HapteraTesting"], swiftSettings: strict),
     .testTarget(
         name: "HapteraCoreTests", dependencies: ["HapteraCore"], swiftSettings: strict),
+    .testTarget(
+        name: "HapteraIOTests", dependencies: ["HapteraIO", "CAllocations", "CHaptera"],
+        swiftSettings: strict),
     .testTarget(
         name: "TidyTests", exclude: ["long-functions.txt", "glossary.txt"], swiftSettings: strict),
 ]

@@ -13,6 +13,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#define ADDRESS(operation) ((void *)(operation)->address)
+
 enum { DISK_DEPTH = 512, EVENTS = 128 };
 
 // A socket's two directions. Epoll is edge-triggered: `ready` says that the next try may succeed, and
@@ -176,9 +178,9 @@ static void queue_disk(struct haptera_aio *aio, const struct haptera_operation *
     aio->free = aio->next_free[index];
     struct iocb *block = &aio->blocks[index];
     if (op->kind == HAPTERA_READ) {
-        io_prep_pread(block, op->fd, op->address, op->length, (long long)op->offset);
+        io_prep_pread(block, op->fd, ADDRESS(op), op->length, (long long)op->offset);
     } else if (op->kind == HAPTERA_WRITE) {
-        io_prep_pwrite(block, op->fd, op->address, op->length, (long long)op->offset);
+        io_prep_pwrite(block, op->fd, ADDRESS(op), op->length, (long long)op->offset);
     } else {
         io_prep_fdsync(block, op->fd);
     }
@@ -259,16 +261,16 @@ static void attempt(struct haptera_aio *aio, struct descriptor *state, struct di
     do {
         switch ((enum haptera_operation_kind)op->kind) {
         case HAPTERA_RECEIVE:
-            result = recv(op->fd, op->address, op->length, MSG_DONTWAIT);
+            result = recv(op->fd, ADDRESS(op), op->length, MSG_DONTWAIT);
             break;
         case HAPTERA_RECEIVE_VECTOR:
-            result = recvmsg(op->fd, op->address, MSG_DONTWAIT);
+            result = recvmsg(op->fd, ADDRESS(op), MSG_DONTWAIT);
             break;
         case HAPTERA_SEND:
-            result = send(op->fd, op->address, op->length, MSG_DONTWAIT | MSG_NOSIGNAL);
+            result = send(op->fd, ADDRESS(op), op->length, MSG_DONTWAIT | MSG_NOSIGNAL);
             break;
         case HAPTERA_SEND_VECTOR:
-            result = sendmsg(op->fd, op->address, MSG_DONTWAIT | MSG_NOSIGNAL);
+            result = sendmsg(op->fd, ADDRESS(op), MSG_DONTWAIT | MSG_NOSIGNAL);
             break;
         default: // HAPTERA_POLL
             result = poll(&poller, 1, 0);

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <sys/socket.h>
 
+#define ADDRESS(operation) ((void *)(operation)->address)
+
 struct haptera_ring {
     struct io_uring ring;
 };
@@ -99,16 +101,16 @@ void haptera_ring_prepare(struct haptera_ring *ring, const struct haptera_operat
     switch ((enum haptera_operation_kind)op->kind) {
     case HAPTERA_READ:
         if (op->buffer_index >= 0) {
-            io_uring_prep_read_fixed(sqe, fd, op->address, length, op->offset, op->buffer_index);
+            io_uring_prep_read_fixed(sqe, fd, ADDRESS(op), length, op->offset, op->buffer_index);
         } else {
-            io_uring_prep_read(sqe, fd, op->address, length, op->offset);
+            io_uring_prep_read(sqe, fd, ADDRESS(op), length, op->offset);
         }
         break;
     case HAPTERA_WRITE:
         if (op->buffer_index >= 0) {
-            io_uring_prep_write_fixed(sqe, fd, op->address, length, op->offset, op->buffer_index);
+            io_uring_prep_write_fixed(sqe, fd, ADDRESS(op), length, op->offset, op->buffer_index);
         } else {
-            io_uring_prep_write(sqe, fd, op->address, length, op->offset);
+            io_uring_prep_write(sqe, fd, ADDRESS(op), length, op->offset);
         }
         break;
     case HAPTERA_SYNC:
@@ -118,16 +120,16 @@ void haptera_ring_prepare(struct haptera_ring *ring, const struct haptera_operat
         io_uring_prep_fallocate(sqe, fd, (int)op->mode, (off_t)op->offset, (off_t)op->length);
         break;
     case HAPTERA_RECEIVE:
-        io_uring_prep_recv(sqe, fd, op->address, length, op->mode ? MSG_WAITALL : 0);
+        io_uring_prep_recv(sqe, fd, ADDRESS(op), length, op->mode ? MSG_WAITALL : 0);
         break;
     case HAPTERA_RECEIVE_VECTOR:
-        io_uring_prep_recvmsg(sqe, fd, op->address, 0);
+        io_uring_prep_recvmsg(sqe, fd, ADDRESS(op), 0);
         break;
     case HAPTERA_SEND:
-        io_uring_prep_send(sqe, fd, op->address, length, MSG_NOSIGNAL | MSG_WAITALL);
+        io_uring_prep_send(sqe, fd, ADDRESS(op), length, MSG_NOSIGNAL | MSG_WAITALL);
         break;
     case HAPTERA_SEND_VECTOR:
-        io_uring_prep_sendmsg(sqe, fd, op->address, MSG_NOSIGNAL | MSG_WAITALL);
+        io_uring_prep_sendmsg(sqe, fd, ADDRESS(op), MSG_NOSIGNAL | MSG_WAITALL);
         break;
     case HAPTERA_POLL:
         io_uring_prep_poll_add(sqe, fd, op->mode);

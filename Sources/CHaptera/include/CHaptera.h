@@ -28,7 +28,7 @@ enum haptera_operation_kind {
 };
 
 struct haptera_operation {
-    void *address;
+    uintptr_t address; // of memory that stays untouched until completion
     uint64_t offset;
     uint64_t length;
     uint64_t user_data;
@@ -46,5 +46,27 @@ struct haptera_completion {
 
 // Completions of cancel requests carry this and mean nothing.
 #define HAPTERA_USER_DATA_NONE UINT64_MAX
+
+// System calls and constants that Swift's C library module does not show. Descriptors are
+// close-on-exec and non-blocking; results are a value or a negative errno.
+int haptera_eventfd(void);
+void haptera_eventfd_signal(int fd);
+int haptera_timerfd(void);                        // CLOCK_BOOTTIME
+void haptera_timerfd_set(int fd, uint64_t nanoseconds); // absolute; 0 disarms
+int haptera_signalfd(const int *signals, int count); // blocks the signals in this thread
+int haptera_signalfd_read(int fd);                // a signal's number, or -EAGAIN
+void haptera_drain(int fd);                       // of an eventfd or timerfd
+int haptera_accept(int fd);                       // close-on-exec, blocking
+// A stream socket that listens, or begins to connect. Host names may block while they are resolved;
+// `*resolution` is then getaddrinfo's error, or 0.
+int haptera_socket_tcp(const char *host, const char *port, int listening, int *resolution);
+int haptera_socket_unix(const char *path, int listening);
+int haptera_socket_error(int fd);                 // the outcome of a connect: 0 or negative errno
+int haptera_local_port(int fd);
+uint64_t haptera_random(void);
+int haptera_open(const char *path, int flags, int direct);
+int haptera_fallocate(int fd, int mode, int64_t offset, int64_t length);
+// The next data (`data` 1) or hole (0) at or after `offset`; -ENXIO past the last.
+int64_t haptera_seek(int fd, int64_t offset, int data);
 
 #endif
