@@ -1,0 +1,283 @@
+/// One record of the activity log: 32 bytes, so that none straddles a sector and a torn write keeps
+/// the sector's other records.
+///
+///     offset  size  field
+///          0     4  checksum  CRC32C of bytes 4..<32
+///          4     1  kind      raw value of `Kind`
+///          5     1  state     entry: raw value of `BlockState`; otherwise zero
+///          6     2  count     entry: blocks it is about (1 for data); otherwise zero
+///          8     8  index     counts records for ever; its slot is index % capacity
+///         16     4  layer     activate, entry, drained
+///         20     4  crc       entry in state data: CRC32C of the block; otherwise zero
+///         24     8  position  activate, drained: region; entry: first block
+///     flushed has the epoch in 16..<24 and the sequence number in 24..<32.
+package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
+    package static let size = 32
+
+    package enum Kind: UInt8, BitwiseCopyable, Sendable {
+        /// The region may differ from what is durable from here on. Durable before data changes.
+        case activate = 1
+        case entry = 2
+        /// Everything up to the point was durable here.
+        case flushed = 3
+        /// The region's page was durable when this was written.
+        case drained = 4
+    }
+    package var kind: Kind
+    package var state: BlockState = .absent
+    package var count: UInt16 = 0
+    package var index: UInt64 = 0
+    package var layer = LayerID(rawValue: 0)
+    package var checksum: UInt32 = 0
+    package var position: UInt64 = 0
+    package var epoch: Epoch = .zero
+
+    package static func activate(layer: LayerID, region: UInt64) -> LogRecord {
+        LogRecord(kind: .activate, layer: layer, position: region)
+    }
+    package static func drained(layer: LayerID, region: UInt64) -> LogRecord {
+        LogRecord(kind: .drained, layer: layer, position: region)
+    }
+    package static func entry(layer: LayerID, block: UInt64, count: Int, _ entry: BlockEntry)
+        -> LogRecord
+    {
+        LogRecord(
+            kind: .entry, state: entry.state, count: UInt16(count), layer: layer,
+            checksum: entry.checksum, position: block)
+    }
+    package static func flushed(_ point: StablePoint) -> LogRecord {
+        LogRecord(kind: .flushed, position: point.sequence.rawValue, epoch: point.epoch)
+    }
+
+    package func encode(to memory: RawMemory, at offset: Int) {
+        let target = memory.slice(offset, Self.size)
+        target.store(
+            UInt32(kind.rawValue) | UInt32(state.rawValue) << 8 | UInt32(count) << 16, 4)
+        target.store(index, 8)
+        if kind == .flushed {
+            target.store(epoch.rawValue, 16)
+        } else {
+            target.store(UInt64(layer.rawValue) | UInt64(checksum) << 32, 16)
+        }
+        target.store(position, 24)
+        target.store(CRC32C.checksum(target.slice(4, Self.size - 4)), 0)
+    }
+
+    /// Nil if this is not a whole record this version could have written.
+    package init?(decoding memory: RawMemory, at offset: Int) {
+        let source = memory.slice(offset, Self.size)
+        guard let kind = Kind(rawValue: source[4]), let state = BlockState(rawValue: source[5]),
+            source.load(UInt32.self, 0) == CRC32C.checksum(source.slice(4, Self.size - 4))
+        else { return nil }
+        self.init(kind: kind, state: state, count: source.load(UInt16.self, 6))
+        index = source.load(UInt64.self, 8)
+        position = source.load(UInt64.self, 24)
+        if kind == .flushed {
+            epoch = Epoch(source.load(UInt64.self, 16))
+        } else {
+            layer = LayerID(rawValue: source.load(UInt32.self, 16))
+            checksum = source.load(UInt32.self, 20)
+        }
+        guard isWellFormed else { return nil }
+    }
+
+    private init(
+        kind: Kind, state: BlockState = .absent, count: UInt16 = 0,
+        layer: LayerID = LayerID(rawValue: 0), checksum: UInt32 = 0, position: UInt64 = 0,
+        epoch: Epoch = .zero
+    ) {
+        self.kind = kind
+        self.state = state
+        self.count = count
+        self.layer = layer
+        self.checksum = checksum
+        self.position = position
+        self.epoch = epoch
+    }
+
+    private var isWellFormed: Bool {
+        guard kind == .entry else { return state == .absent && count == 0 && checksum == 0 }
+        guard count >= 1, Int(count) <= Geometry.blocksPerRegion else { return false }
+        guard state != .data || count == 1, state == .data || checksum == 0 else { return false }
+        let within = position % UInt64(Geometry.blocksPerRegion)
+        return Int(within) + Int(count) <= Geometry.blocksPerRegion
+    }
+}
+
+/// A replica's activity log: a ring of records in a mapped file. What is stored survives the
+/// process; what was stored before a sync of the file began survives the machine.
+///
+///     offset  size  header slot (at 0 and, alternating, at 4096; counter % 2 picks the slot)
+///          0     4  magic      "HPAL"
+///          4     4  format     1
+///          8     8  counter    the higher valid one wins
+///         16     8  tail       records with a smaller index are no longer needed
+///         24     8  capacity   records in the ring
+///         32     8  flushed    epoch of the last flushed point
+///         40     8             its sequence number
+///         48     4  checksum   CRC32C of bytes 0..<48
+///
+/// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail, so
+/// a replay that begins at whichever header survived finds every record it needs.
+package final class ActivityLog {
+    package static let magic: UInt32 = 0x4c41_5048
+    package static let formatVersion: UInt32 = 1
+    package static let ringOffset = 8192
+    /// 16 MiB of records.
+    package static let capacityDefault: UInt64 = 524_288
+    package static let capacityMin: UInt64 = 1024
+    package static let capacityMax: UInt64 = 1 << 24
+
+    package let capacity: UInt64
+    private let memory: RawMemory
+    private var counter: UInt64
+    /// Index of the next record.
+    package private(set) var nextIndex: UInt64
+    /// The tail of the last header known to be durable.
+    package private(set) var durableTail: UInt64
+    /// Highest flushed point found in header and records.
+    package private(set) var flushed: StablePoint
+    /// Records promised to writes whose data is on its way to the disk.
+    package private(set) var reserved: UInt64 = 0
+    /// Rises with every store: what a sync has to cover.
+    package private(set) var storeCount: UInt64 = 1
+
+    package static func fileSize(capacity: UInt64) -> UInt64 {
+        UInt64(ringOffset) + capacity * UInt64(LogRecord.size)
+    }
+
+    /// Writes the first header of a new log into its (zeroed) first 8 KiB.
+    package static func format(_ memory: RawMemory, capacity: UInt64) {
+        storeHeader(
+            to: memory, counter: 0, tail: 0, capacity: capacity, flushed: .zero)
+    }
+
+    /// Reads the header; call `replay` before appending.
+    package init(opening memory: RawMemory) throws(StorageError) {
+        self.memory = memory
+        guard memory.count >= Self.ringOffset else {
+            throw StorageError(.damaged, "activity.log: too short for its header")
+        }
+        let slots = [Self.loadHeader(memory, slot: 0), Self.loadHeader(memory, slot: 1)]
+        guard let header = slots.compactMap({ $0 }).max(by: { $0.counter < $1.counter }) else {
+            throw StorageError(.damaged, "activity.log: neither header slot is valid")
+        }
+        guard (Self.capacityMin...Self.capacityMax).contains(header.capacity),
+            UInt64(memory.count) == Self.fileSize(capacity: header.capacity),
+            header.tail <= UInt64(Int64.max)
+        else {
+            throw StorageError(
+                .damaged, "activity.log: header gives \(header.capacity) records, file has not")
+        }
+        capacity = header.capacity
+        counter = header.counter
+        durableTail = header.tail
+        nextIndex = header.tail
+        flushed = header.flushed
+    }
+
+    /// Hands every record that may still matter to `body`, in index order. A gap is a record that
+    /// was never made durable.
+    package func replay(_ body: (LogRecord) throws(StorageError) -> Void) throws(StorageError) {
+        for index in durableTail..<durableTail + capacity {
+            guard let record = LogRecord(decoding: memory, at: offset(index)),
+                record.index == index
+            else { continue }
+            nextIndex = index + 1
+            if record.kind == .flushed {
+                flushed = max(
+                    flushed,
+                    StablePoint(
+                        epoch: record.epoch, sequence: SequenceNumber(record.position)))
+            }
+            try body(record)
+        }
+    }
+
+    /// Records in use or promised.
+    package var used: UInt64 { nextIndex - durableTail + reserved }
+
+    /// Kept back from writes, so that draining and renewing activations always goes on.
+    package var margin: UInt64 { min(capacity / 4, 16_384) }
+
+    package func hasRoom(_ count: Int) -> Bool { used + UInt64(count) + margin <= capacity }
+    /// Room in the margin: for the records that make room.
+    package var hasRoomForUpkeep: Bool { used < capacity }
+
+    package func reserve(_ count: Int) { reserved += UInt64(count) }
+    package func unreserve(_ count: Int) {
+        precondition(reserved >= UInt64(count))
+        reserved -= UInt64(count)
+    }
+
+    /// Stores the record and returns its index. The caller has made sure of the room.
+    @discardableResult
+    package func append(_ record: LogRecord) -> UInt64 {
+        precondition(nextIndex - durableTail < capacity)
+        var numbered = record
+        numbered.index = nextIndex
+        numbered.encode(to: memory, at: offset(nextIndex))
+        nextIndex += 1
+        storeCount += 1
+        return numbered.index
+    }
+    /// As `append`, using up one reserved record.
+    package func appendReserved(_ record: LogRecord) {
+        unreserve(1)
+        append(record)
+    }
+
+    /// Stores a header with this tail in the slot not in use. The space is free only when a sync
+    /// begun later has ended and `tailBecameDurable` was called; one header at a time.
+    package func storeHeader(tail: UInt64, flushed: StablePoint) {
+        precondition(tail >= durableTail && tail <= nextIndex)
+        counter += 1
+        self.flushed = max(self.flushed, flushed)
+        Self.storeHeader(
+            to: memory, counter: counter, tail: tail, capacity: capacity, flushed: self.flushed)
+        storeCount += 1
+    }
+    package func tailBecameDurable(_ tail: UInt64) {
+        precondition(tail >= durableTail && tail <= nextIndex)
+        durableTail = tail
+    }
+
+    private func offset(_ index: UInt64) -> Int {
+        Self.ringOffset + Int(index % capacity) * LogRecord.size
+    }
+
+    private struct Header {
+        var counter: UInt64
+        var tail: UInt64
+        var capacity: UInt64
+        var flushed: StablePoint
+    }
+
+    private static func storeHeader(
+        to memory: RawMemory, counter: UInt64, tail: UInt64, capacity: UInt64,
+        flushed: StablePoint
+    ) {
+        let slot = memory.slice(Int(counter % 2) * 4096, 512)
+        slot.fill()
+        slot.store(magic, 0)
+        slot.store(formatVersion, 4)
+        slot.store(counter, 8)
+        slot.store(tail, 16)
+        slot.store(capacity, 24)
+        slot.store(flushed.epoch.rawValue, 32)
+        slot.store(flushed.sequence.rawValue, 40)
+        slot.store(CRC32C.checksum(slot.slice(0, 48)), 48)
+    }
+    private static func loadHeader(_ memory: RawMemory, slot: Int) -> Header? {
+        let slot = memory.slice(slot * 4096, 512)
+        guard slot.load(UInt32.self, 0) == magic, slot.load(UInt32.self, 4) == formatVersion,
+            slot.load(UInt32.self, 48) == CRC32C.checksum(slot.slice(0, 48))
+        else { return nil }
+        return Header(
+            counter: slot.load(UInt64.self, 8), tail: slot.load(UInt64.self, 16),
+            capacity: slot.load(UInt64.self, 24),
+            flushed: StablePoint(
+                epoch: Epoch(slot.load(UInt64.self, 32)),
+                sequence: SequenceNumber(slot.load(UInt64.self, 40))))
+    }
+}

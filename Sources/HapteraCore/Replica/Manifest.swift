@@ -1,0 +1,168 @@
+/// Which boot of the host this is: 128 bits that differ after every restart.
+package struct BootID: Hashable, BitwiseCopyable, Sendable {
+    package var high: UInt64
+    package var low: UInt64
+    package init(high: UInt64, low: UInt64) {
+        self.high = high
+        self.low = low
+    }
+    package static let none = BootID(high: 0, low: 0)
+}
+
+/// Whose copy of what a directory is. Never changes.
+package struct ReplicaIdentity: Equatable, Sendable {
+    package var volume: VolumeID
+    package var name: String
+    package var replica: ReplicaID
+    package var incarnation: Incarnation
+    /// Bytes, whole blocks.
+    package var size: UInt64
+    package init(
+        volume: VolumeID, name: String, replica: ReplicaID, incarnation: Incarnation, size: UInt64
+    ) {
+        self.volume = volume
+        self.name = name
+        self.replica = replica
+        self.incarnation = incarnation
+        self.size = size
+    }
+    package var member: VolumeRecord.Member {
+        VolumeRecord.Member(replica: replica, incarnation: incarnation)
+    }
+}
+
+/// The durable heart of a replica: identity, promise, layer chain. Two slots of 64 KiB, written in
+/// turn; the valid one with the higher counter counts.
+///
+///     offset  size  slot
+///          0     4  magic      "HPMF"
+///          4     4  format     1
+///          8     8  counter    grows by one per write; counter % 2 is the slot
+///         16     4  length     bytes of the body
+///         20     4  checksum   CRC32C of bytes 0..<20, then of the body
+///         24        body       in this order, integers little-endian, texts and lists with a
+///                              4-byte count: volume (16), name, replica (8), incarnation (8),
+///                              size (8), promise (8), engine it was promised to (8), settled boot
+///                              (16), clean (1), layers, installed record (bytes, as a list)
+package struct Manifest: Equatable, Sendable {
+    package static let slotSize = 64 << 10
+    package static let fileSize = UInt64(2 * slotSize)
+    package static let magic: UInt32 = 0x464d_5048
+    package static let formatVersion: UInt32 = 1
+    private static let bodyOffset = 24
+
+    package var counter: UInt64 = 0
+    package var identity: ReplicaIdentity
+    package var promise: Epoch = .zero
+    package var promisedEngine: InstanceID = .none
+    /// The boot during which this copy was last known to be equal to the others.
+    package var settledBoot: BootID = .none
+    /// Everything was synced and nothing has been written since.
+    package var isClean = true
+    package var layers: [LayerID] = [LayerID(rawValue: 1)]
+    package var installed: VolumeRecord?
+
+    package init(identity: ReplicaIdentity) { self.identity = identity }
+
+    package var head: LayerID { layers[layers.count - 1] }
+    package var slotOffset: UInt64 { (counter % 2) * UInt64(Self.slotSize) }
+
+    /// Bytes to write at `slotOffset`, padded to whole 4 KiB.
+    package func encoded() -> [UInt8] {
+        var body = ByteWriter()
+        body.append(identity.volume.high)
+        body.append(identity.volume.low)
+        body.append(text: identity.name)
+        body.append(identity.replica.rawValue)
+        body.append(identity.incarnation.rawValue)
+        body.append(identity.size)
+        body.append(promise.rawValue)
+        body.append(promisedEngine.rawValue)
+        body.append(settledBoot.high)
+        body.append(settledBoot.low)
+        body.append(isClean ? 1 as UInt8 : 0)
+        body.append(UInt32(layers.count))
+        for layer in layers { body.append(layer.rawValue) }
+        let record = installed?.encoded() ?? []
+        body.append(UInt32(record.count))
+        body.append(raw: record)
+
+        var slot = ByteWriter()
+        slot.append(Self.magic)
+        slot.append(Self.formatVersion)
+        slot.append(counter)
+        slot.append(UInt32(body.bytes.count))
+        slot.append(checksum(of: slot.bytes + body.bytes))
+        slot.append(raw: body.bytes)
+        let padded = (slot.bytes.count + 4095) & ~4095
+        precondition(padded <= Self.slotSize)
+        return slot.bytes + [UInt8](repeating: 0, count: padded - slot.bytes.count)
+    }
+
+    /// Nil unless `memory` (one slot) holds a whole valid manifest that belongs in `slot`.
+    package init?(decoding memory: RawMemory, slot: Int) {
+        guard memory.count >= Self.bodyOffset, memory.load(UInt32.self, 0) == Self.magic,
+            memory.load(UInt32.self, 4) == Self.formatVersion
+        else { return nil }
+        let length = Int(memory.load(UInt32.self, 16))
+        guard length <= min(memory.count, Self.slotSize) - Self.bodyOffset else { return nil }
+        let body = memory.slice(Self.bodyOffset, length)
+        let expected = CRC32C.checksum(
+            body, continuing: CRC32C.checksum(memory.slice(0, 20)))
+        guard memory.load(UInt32.self, 20) == expected else { return nil }
+        self.init(body: body.bytes())
+        counter = memory.load(UInt64.self, 8)
+        guard counter % 2 == UInt64(slot) else { return nil }
+    }
+
+    private init?(body: [UInt8]) {
+        var r = ByteReader(body)
+        let volume = VolumeID(high: r.read(UInt64.self), low: r.read(UInt64.self))
+        let name = r.readText(limit: VolumeRecord.nameLengthMax)
+        identity = ReplicaIdentity(
+            volume: volume, name: name, replica: ReplicaID(rawValue: r.read(UInt64.self)),
+            incarnation: Incarnation(rawValue: r.read(UInt64.self)), size: r.read(UInt64.self))
+        promise = Epoch(r.read(UInt64.self))
+        promisedEngine = InstanceID(rawValue: r.read(UInt64.self))
+        settledBoot = BootID(high: r.read(UInt64.self), low: r.read(UInt64.self))
+        let clean = r.read(UInt8.self)
+        isClean = clean == 1
+        layers = (0..<r.readCount(limit: 4096)).map { _ in LayerID(rawValue: r.read(UInt32.self)) }
+        let record = r.read(raw: r.readCount(limit: VolumeRecord.encodedSizeMax))
+        if !record.isEmpty {
+            guard let decoded = VolumeRecord(decoding: record) else { return nil }
+            installed = decoded
+        }
+        guard r.isValid, r.remaining == 0, clean <= 1, !layers.isEmpty, identity.isValid else {
+            return nil
+        }
+    }
+
+    package enum Loaded {
+        /// Neither slot was ever written: making the directory was cut short.
+        case neverWritten
+        case manifest(Manifest)
+        case damaged
+    }
+
+    /// Chooses between the two slots, `memory` being the whole file or as much of it as there is.
+    package static func load(_ memory: RawMemory) -> Loaded {
+        var newest: Manifest?
+        for slot in 0..<2 where memory.count >= (slot + 1) * slotSize {
+            let bytes = memory.slice(slot * slotSize, slotSize)
+            guard let found = Manifest(decoding: bytes, slot: slot) else { continue }
+            if found.counter >= newest?.counter ?? 0 { newest = found }
+        }
+        if let newest { return .manifest(newest) }
+        return memory.isZero ? .neverWritten : .damaged
+    }
+}
+
+extension ReplicaIdentity {
+    /// Sane, whether it came from a disk or from a command line.
+    package var isValid: Bool {
+        replica.rawValue != 0 && incarnation.rawValue != 0 && size > 0
+            && size <= Geometry.volumeSizeMax && size % UInt64(Geometry.blockSize) == 0
+            && !name.isEmpty && name.utf8.count <= VolumeRecord.nameLengthMax
+    }
+}

@@ -1,0 +1,39 @@
+/// How one process serves a replica's files.
+package struct ReplicaOptions {
+    package var instance: InstanceID
+    package var bootID: BootID
+    /// Regions held in memory, active ones included; about 2.2 KiB each. At least
+    /// `activeRegionsMax` + 64.
+    package var tableCachePagesMax = 12_288
+    /// Regions in the activity log, at most `InstallReply.activeRegionsMax`.
+    package var activeRegionsMax = 6144
+    package var mutations = MutationSet()
+    /// 128 bits of a block's data for `RegionDigest`; the process gives SHA-256. Must be the same
+    /// function on all replicas of a volume. The default is fast and no cryptographic hash: for
+    /// simulations.
+    package var hash: (RawMemory) -> (low: UInt64, high: UInt64) = ReplicaOptions.quickHash
+
+    package init(
+        instance: InstanceID, bootID: BootID = .none, tableCachePagesMax: Int = 12_288,
+        activeRegionsMax: Int = 6144, mutations: MutationSet = MutationSet()
+    ) {
+        self.instance = instance
+        self.bootID = bootID
+        self.tableCachePagesMax = tableCachePagesMax
+        self.activeRegionsMax = activeRegionsMax
+        self.mutations = mutations
+    }
+
+    package static func quickHash(_ memory: RawMemory) -> (low: UInt64, high: UInt64) {
+        var low: UInt64 = 0x243F_6A88_85A3_08D3
+        var high: UInt64 = 0x1319_8A2E_0370_7344
+        for word in 0..<memory.count / 8 {
+            let value = memory.load(UInt64.self, word * 8)
+            low = (low ^ value) &* 0x9E37_79B9_7F4A_7C15
+            low ^= low >> 29
+            high = (high &+ value) &* 0xC2B2_AE3D_27D4_EB4F
+            high ^= high >> 31
+        }
+        return (low, high)
+    }
+}
