@@ -168,6 +168,8 @@
         unsafe (base + tail).initialize(to: element)
         tail += 1
     }
+    @inlinable package var first: Element? { head == tail ? nil : unsafe base[head] }
+
     @inlinable package func popFirst() -> Element? {
         if head == tail { return nil }
         let element = unsafe base[head]
