@@ -1,0 +1,360 @@
+@testable import HapteraCore
+
+/// A small deterministic random source: a failing seed fails again.
+struct TestRandom {
+    private var state: UInt64
+    init(seed: UInt64) { state = seed &* 0x9E37_79B9_7F4A_7C15 | 1 }
+    mutating func next() -> UInt64 {
+        state ^= state << 13
+        state ^= state >> 7
+        state ^= state << 17
+        return state
+    }
+    mutating func below(_ limit: Int) -> Int { Int(next() >> 11) % limit }
+    mutating func chance(_ percent: Int) -> Bool { below(100) < percent }
+}
+
+/// Files in memory that know what is durable. `cutPower` keeps any subset of the 512-byte sectors
+/// written since each file's last sync.
+final class ReplicaTestDisk: ReplicaStorage {
+    private static let sector = 512
+    private final class File {
+        let now: MemoryBlock
+        let durable: MemoryBlock
+        let size: UInt64
+        /// Sectors that may differ from what is durable.
+        var dirty: Set<Int> = []
+        init(size: UInt64) {
+            now = MemoryBlock(count: Int(size))
+            durable = MemoryBlock(count: Int(size))
+            self.size = size
+        }
+        func markAll(_ range: Range<Int>) {
+            guard !range.isEmpty else { return }
+            for sector in range.lowerBound / 512...(range.upperBound - 1) / 512 {
+                dirty.insert(sector)
+            }
+        }
+        func keep(_ sector: Int) {
+            let length = min(512, Int(size) - sector * 512)
+            durable.memory.copy(from: now.memory.slice(sector * 512, length), at: sector * 512)
+        }
+        func forget(_ sector: Int) {
+            let length = min(512, Int(size) - sector * 512)
+            now.memory.copy(from: durable.memory.slice(sector * 512, length), at: sector * 512)
+        }
+    }
+    private var files: [ReplicaFile: File] = [:]
+    private var namesDurable: Set<ReplicaFile> = []
+    /// Changes (writes, creations, syncs) so far, and after how many the power fails.
+    private(set) var changeCount = 0
+    var changesMax = Int.max
+    struct PowerCut: Error {}
+
+    private func file(_ name: ReplicaFile) throws(StorageError) -> File {
+        guard let file = files[name] else { throw StorageError(.notFound, "\(name): not there") }
+        return file
+    }
+    private func change() throws(StorageError) {
+        guard changeCount < changesMax else { throw StorageError(.io(errno: 5), "power cut") }
+        changeCount += 1
+    }
+
+    func read(_ name: ReplicaFile, offset: UInt64, into memory: RawMemory) throws(StorageError)
+        -> Int
+    {
+        let file = try file(name)
+        guard offset < file.size else { return 0 }
+        let length = min(memory.count, Int(file.size - offset))
+        memory.copy(from: file.now.memory.slice(Int(offset), length))
+        return length
+    }
+    func write(_ name: ReplicaFile, offset: UInt64, from memory: RawMemory) throws(StorageError) {
+        let file = try file(name)
+        try change()
+        file.now.memory.copy(from: memory, at: Int(offset))
+        file.markAll(Int(offset)..<Int(offset) + memory.count)
+    }
+    func sync(_ name: ReplicaFile) throws(StorageError) {
+        let file = try file(name)
+        try change()
+        if name == .log { file.markAll(0..<Int(file.size)) }
+        for sector in file.dirty { file.keep(sector) }
+        file.dirty = []
+    }
+    func size(_ name: ReplicaFile) throws(StorageError) -> UInt64 { try file(name).size }
+    func create(_ name: ReplicaFile, size: UInt64) throws(StorageError) {
+        guard files[name] == nil else { throw StorageError(.exists, "\(name): is there") }
+        try change()
+        files[name] = File(size: size)
+    }
+    func syncDirectories() throws(StorageError) {
+        try change()
+        namesDurable = Set(files.keys)
+    }
+    func nextAllocated(_ name: ReplicaFile, from offset: UInt64) throws(StorageError) -> Range<
+        UInt64
+    >? {
+        let file = try file(name)
+        var page = Int(offset) / 4096
+        while page * 4096 < Int(file.size) {
+            let length = min(4096, Int(file.size) - page * 4096)
+            if !file.now.memory.slice(page * 4096, length).isZero {
+                return max(offset, UInt64(page * 4096))..<UInt64(page * 4096 + length)
+            }
+            page += 1
+        }
+        return nil
+    }
+    func mapLog(size: Int) throws(StorageError) -> RawMemory {
+        try file(.log).now.memory.slice(0, size)
+    }
+    func punch(_ name: ReplicaFile, offset: UInt64, length: UInt64) throws(StorageError) {
+        let file = try file(name)
+        try change()
+        file.now.memory.slice(Int(offset), Int(length)).fill()
+        file.markAll(Int(offset)..<Int(offset + length))
+    }
+
+    /// Keeps each unsynced sector with the given chance; names not synced are lost or kept together
+    /// with their files.
+    func cutPower(_ random: inout TestRandom, keepPercent: Int) {
+        for (name, file) in files.sorted(by: { "\($0.key)" < "\($1.key)" }) {
+            if !namesDurable.contains(name), random.chance(50) {
+                files[name] = nil
+                continue
+            }
+            if name == .log { markLogChanges(file) }
+            for sector in file.dirty.sorted() {
+                if random.chance(keepPercent) { file.keep(sector) } else { file.forget(sector) }
+            }
+            file.dirty = []
+        }
+        changesMax = .max
+    }
+    /// Stores into the mapping leave no trace but the difference.
+    private func markLogChanges(_ file: File) {
+        for sector in 0..<Int(file.size) / Self.sector {
+            let at = sector * Self.sector
+            if !file.now.memory.slice(at, 512).equals(file.durable.memory.slice(at, 512)) {
+                file.dirty.insert(sector)
+            }
+        }
+    }
+    /// Direct access, for damage.
+    func memory(_ name: ReplicaFile) throws(StorageError) -> RawMemory {
+        try file(name).now.memory
+    }
+}
+
+/// A replica on a test disk with an engine's side of one or more connections.
+final class ReplicaBench {
+    static let volume = VolumeID(high: 1, low: 2)
+    let disk: ReplicaTestDisk
+    let pool = BufferPool(limits: .init(small: 600, medium: 200, large: 16))
+    var core: ReplicaCore
+    var now = Instant(rawValue: 1_000_000_000)
+    var replies: [(connection: Int, header: FrameHeader, table: [UInt8], data: [UInt8])] = []
+    var failure: ReplicaFailure?
+    var closed: Set<Int> = []
+    /// Disk operations not yet performed, and those that may be picked for reordering.
+    var pending: [ReplicaAction] = []
+    var random: TestRandom
+    /// Fails the next disk operation it says yes to, with the result it gives.
+    var fault: ((ReplicaAction) -> Int?)?
+    private var tag: UInt64 = 0
+
+    static func identity(regions: Int = 8) -> ReplicaIdentity {
+        ReplicaIdentity(
+            volume: volume, name: "vol", replica: ReplicaID(rawValue: 7),
+            incarnation: Incarnation(rawValue: 8), size: UInt64(regions * Geometry.regionSize))
+    }
+    static func options(active: Int = 16, instance: UInt64 = 1, boot: UInt64 = 1)
+        -> ReplicaOptions
+    {
+        ReplicaOptions(
+            instance: InstanceID(rawValue: instance), bootID: BootID(high: 0, low: boot),
+            tableCachePagesMax: active + 64, activeRegionsMax: active)
+    }
+
+    init(
+        disk: ReplicaTestDisk = ReplicaTestDisk(), create: Bool = true, regions: Int = 8,
+        options: ReplicaOptions = ReplicaBench.options(), seed: UInt64 = 1
+    ) throws(StorageError) {
+        self.disk = disk
+        if create {
+            try ReplicaCore.create(
+                storage: disk, identity: Self.identity(regions: regions),
+                logCapacity: ActivityLog.capacityMin)
+        }
+        core = try ReplicaCore(opening: disk, options: options, pool: pool)
+        random = TestRandom(seed: seed)
+    }
+
+    func step(_ event: ReplicaEvent) {
+        core.step(event, now: now)
+        drain()
+    }
+    private func drain() {
+        while let action = core.actions.popFirst() {
+            switch action {
+            case .read, .write, .sync, .punch: pending.append(action)
+            case .reply(let connection, let header, let table, let data, let offset):
+                take(connection, header, table, data, offset)
+            case .close(let connection): closed.insert(connection)
+            case .note: break
+            case .failed(let reason): failure = reason
+            }
+        }
+    }
+    private func take(
+        _ connection: Int, _ header: FrameHeader, _ table: BufferID, _ data: BufferID,
+        _ offset: Int
+    ) {
+        var tableBytes: [UInt8] = []
+        var dataBytes: [UInt8] = []
+        if table != .none {
+            tableBytes = pool.memory(table).slice(0, Int(header.tableLength)).bytes()
+            pool.release(table)
+        }
+        if data != .none {
+            dataBytes = pool.memory(data).slice(offset, Int(header.dataLength)).bytes()
+            pool.release(data)
+        }
+        replies.append((connection, header, tableBytes, dataBytes))
+    }
+
+    /// Performs one pending disk operation: the first, or any.
+    func performOne(anyOrder: Bool = false) throws(StorageError) {
+        let action = pending.remove(at: anyOrder ? random.below(pending.count) : 0)
+        var result = fault?(action)
+        let token: UInt64
+        switch action {
+        case .read(let file, let offset, let length, let buffer, let at, let own):
+            token = own
+            if result == nil {
+                result = try disk.read(
+                    file, offset: offset, into: pool.memory(buffer).slice(at, length))
+            }
+        case .write(let file, let offset, let length, let buffer, let at, let own):
+            token = own
+            if result == nil {
+                try disk.write(file, offset: offset, from: pool.memory(buffer).slice(at, length))
+                result = length
+            }
+        case .sync(let file, let own):
+            token = own
+            if result == nil {
+                try disk.sync(file)
+                result = 0
+            }
+        case .punch(let file, let offset, let length, let own):
+            token = own
+            if result == nil {
+                try disk.punch(file, offset: offset, length: length)
+                result = 0
+            }
+        default: preconditionFailure("not a disk operation")
+        }
+        step(.disk(token: token, result: result ?? -5))
+    }
+    func run() throws(StorageError) {
+        while !pending.isEmpty, failure == nil { try performOne() }
+    }
+    func tick(milliseconds: UInt64 = 100) throws(StorageError) {
+        now = now.adding(milliseconds: milliseconds)
+        step(.tick)
+        try run()
+    }
+
+    // MARK: the engine's side
+
+    @discardableResult
+    func send(
+        _ kind: FrameKind, on connection: Int = 0, epoch: UInt64 = 1, offset: UInt64 = 0,
+        length: Int = 0, sequence: UInt64 = 1, auxiliary: UInt64 = 0, flags: UInt16 = 0,
+        table: [UInt8] = [], data: [UInt8]? = nil
+    ) -> UInt64 {
+        tag += 1
+        var header = FrameHeader(kind: kind)
+        header.flags = flags
+        header.epoch = Epoch(epoch)
+        header.tag = tag
+        header.sequence = SequenceNumber(sequence)
+        header.offset = offset
+        header.length = UInt32(length)
+        header.auxiliary = auxiliary
+        header.tableLength = UInt32(table.count)
+        var buffer = BufferID.none
+        if let data, let allocated = pool.allocate(data.count) {
+            buffer = allocated
+            pool.memory(allocated).copy(from: data)
+            header.dataLength = UInt32(data.count)
+        }
+        let block = MemoryBlock(count: max(table.count, 1))
+        block.memory.copy(from: table)
+        step(
+            .frame(
+                connection: connection, header, table: block.memory.slice(0, table.count),
+                buffer: buffer))
+        return tag
+    }
+    func reply(_ tag: UInt64) -> (
+        connection: Int, header: FrameHeader, table: [UInt8], data: [UInt8]
+    )? {
+        replies.first { $0.header.tag == tag }
+    }
+    func status(_ tag: UInt64) -> FrameStatus? { reply(tag)?.header.status }
+
+    func record(epoch: UInt64, engine: UInt64 = 1) -> VolumeRecord {
+        var record = VolumeRecord(
+            volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
+            size: core.identity.size, inSync: [core.identity.member])
+        record.engine = InstanceID(rawValue: engine)
+        return record
+    }
+    @discardableResult
+    func hello(on connection: Int = 0, engine: UInt64 = 1) -> UInt64 {
+        step(.connected(connection: connection))
+        return send(
+            .hello, on: connection,
+            table: HelloRequest(volume: Self.volume, engine: InstanceID(rawValue: engine))
+                .encoded())
+    }
+    @discardableResult
+    func install(on connection: Int = 0, epoch: UInt64, engine: UInt64 = 1) -> UInt64 {
+        let request = InstallRequest(
+            engine: InstanceID(rawValue: engine), record: record(epoch: epoch, engine: engine))
+        return send(.install, on: connection, epoch: epoch, table: request.encoded())
+    }
+    func attach(epoch: UInt64 = 1, on connection: Int = 0, engine: UInt64 = 1) throws(StorageError)
+        -> InstallReply?
+    {
+        hello(on: connection, engine: engine)
+        let tag = install(on: connection, epoch: epoch, engine: engine)
+        try run()
+        return reply(tag).flatMap { InstallReply(decoding: $0.table) }
+    }
+
+    static func pattern(_ value: UInt64, blocks: Int = 1) -> [UInt8] {
+        (0..<blocks * Geometry.blockSize).map {
+            UInt8(truncatingIfNeeded: (value &+ UInt64($0 / 4096)) &* 31 &+ UInt64($0 % 251) &+ 1)
+        }
+    }
+    static func checksums(_ data: [UInt8]) -> [UInt8] {
+        var writer = ByteWriter()
+        for block in 0..<data.count / 4096 {
+            writer.append(checksum(of: [UInt8](data[block * 4096..<(block + 1) * 4096])))
+        }
+        return writer.bytes
+    }
+    @discardableResult
+    func write(
+        _ data: [UInt8], at offset: UInt64, epoch: UInt64 = 1, sequence: UInt64 = 1,
+        flags: UInt16 = 0, on connection: Int = 0
+    ) -> UInt64 {
+        send(
+            .write, on: connection, epoch: epoch, offset: offset, length: data.count,
+            sequence: sequence, flags: flags, table: Self.checksums(data), data: data)
+    }
+}
