@@ -1,0 +1,202 @@
+// Hello, Install and the manifest.
+
+extension ReplicaCore {
+    func hello(_ slot: Int32, _ table: RawMemory) {
+        let connection = Int(requests[Int(slot)].connection)
+        guard let request = HelloRequest(decoding: table.bytes()),
+            request.version == HelloRequest.protocolVersion
+        else { return refuse(slot, .invalid) }
+        guard request.volume == identity.volume else { return refuse(slot, .notInstalled) }
+        let reply = HelloReply(
+            member: identity.member, instance: options.instance, promise: promise, size: size,
+            installed: manifest.installed)
+        guard sendControl(slot, reply.encoded()) else { return refuse(slot, .unavailable) }
+        connections[connection].hasSaidHello = true
+        connections[connection].engine = request.engine
+        free(slot)
+    }
+
+    private func sendControl(_ slot: Int32, _ payload: [UInt8]) -> Bool {
+        guard let table = pool.allocate(payload.count) else { return false }
+        pool.memory(table).copy(from: payload)
+        var header = replyHeader(slot, .ok)
+        header.tableLength = UInt32(payload.count)
+        header.tableChecksum = CRC32C.checksum(pool.memory(table).slice(0, payload.count))
+        send(slot, header, table: table)
+        return true
+    }
+
+    /// Install(e, engine, V). In this order, and what a crash leaves:
+    /// 1. nothing else is admitted; requests under way end, parked ones are refused -> old promise
+    /// 2. births of active regions rise to e in memory                              -> old promise
+    /// 3. the manifest with e and V is written to the slot not in use               -> old or new
+    /// 4. it is synced                                                              -> new promise,
+    ///    and opening gives active regions the promise as birth: step 2 is not lost
+    /// 5. the reply                                                                 -> new promise
+    func beginInstall(_ slot: Int32) {
+        let connection = Int(requests[Int(slot)].connection)
+        guard let request = decodedInstalls[slot] else { return refuse(slot, .invalid) }
+        guard connections[connection].hasSaidHello, request.record.volume == identity.volume,
+            connections[connection].engine == request.engine
+        else { return refuse(slot, .notInstalled) }
+        guard shutdown == .none else { return refuse(slot, .unavailable) }
+        let epoch = request.record.epoch
+        let isAgain =
+            epoch == promise && hasPromisedHere && manifest.promisedEngine == request.engine
+            && manifest.installed == request.record
+        guard epoch > admittedEpoch || (isAgain && epoch == admittedEpoch) else {
+            actions.append(.note(.refusedStale(connection: connection, epoch)))
+            return refuse(slot, .staleEpoch)
+        }
+        let member = identity.member
+        guard request.record.size == size, request.record.layers == manifest.layers,
+            (request.record.inSync + [request.record.joining].compactMap { $0 }).allSatisfy({
+                $0.replica != member.replica || $0 == member
+            })
+        else { return refuse(slot, .invalid) }
+
+        connections[connection].isHeld = true
+        requests[Int(slot)].phase = .held
+        guard currentInstall < 0 else { return waitingInstalls.append(slot) }
+        currentInstall = slot
+        admittedEpoch = epoch
+        for other in 0..<connections.count where other != connection {
+            connections[other].installedEpoch = .zero
+        }
+        refuseParked(.staleEpoch)
+    }
+
+    /// Step 2 on, once nothing is under way. Tried at the end of every step.
+    func pumpInstall() {
+        guard currentInstall >= 0, manifestProposal == nil else { return }
+        guard startedCount == 0 || options.mutations.contains(.installWithoutDrain) else { return }
+        guard let request = decodedInstalls[currentInstall] else { return }
+        if request.record.epoch == promise { return completeInstall() }
+        if !options.mutations.contains(.noRestamp) { restamp(request.record.epoch) }
+        var proposal = manifest
+        proposal.promise = request.record.epoch
+        proposal.promisedEngine = request.engine
+        proposal.installed = request.record
+        // A clean copy has lost nothing in a restart since.
+        if proposal.isClean { proposal.settledBoot = options.bootID }
+        proposal.isClean = false
+        writeManifest(proposal, .install)
+    }
+
+    private func restamp(_ epoch: Epoch) {
+        var frame = cache.oldestActive
+        while frame >= 0 {
+            cache.frames[Int(frame)].birth = max(cache.frames[Int(frame)].birth, epoch)
+            frame = cache.nextActive(frame)
+        }
+    }
+
+    private func completeInstall() {
+        let slot = currentInstall
+        let connection = Int(requests[Int(slot)].connection)
+        hasPromisedHere = true
+        actions.append(.note(.installed(promise)))
+        let isAlive = isConnected(slot)
+        if isAlive {
+            connections[connection].installedEpoch = promise
+            let isAnswered = sendControl(slot, installReply().encoded())
+            // The engine tries again on a new connection: the promise stands.
+            if !isAnswered { actions.append(.close(connection: connection)) }
+        }
+        free(slot)
+        currentInstall = -1
+        if isAlive { letGo(connection) }
+        while currentInstall < 0, !waitingInstalls.isEmpty {
+            let next = waitingInstalls.removeFirst()
+            let waiting = Int(requests[Int(next)].connection)
+            beginInstall(next)
+            if currentInstall != next { letGo(waiting) }
+        }
+    }
+
+    /// Runs what was held behind an Install, up to the next Install.
+    private func letGo(_ connection: Int) {
+        connections[connection].isHeld = false
+        while !connections[connection].isHeld {
+            var held = connections[connection].held
+            guard let slot = pop(&held) else { return }
+            connections[connection].held = held
+            dispatch(slot)
+        }
+    }
+
+    private func installReply() -> InstallReply {
+        var regions: [UInt64] = []
+        var frame = cache.oldestActive
+        while frame >= 0 {
+            regions.append(cache.frames[Int(frame)].region)
+            frame = cache.nextActive(frame)
+        }
+        return InstallReply(
+            instance: options.instance, isRebooted: isRebooted && !hasSettledHere,
+            flushed: flushedPoint, leaseRemainingMilliseconds: 0, activeRegions: regions)
+    }
+    private var hasSettledHere: Bool { manifest.settledBoot == options.bootID }
+
+    // MARK: stable
+
+    /// S, and whether the copies are known equal. No reply.
+    func takeStable(_ header: FrameHeader) {
+        let point = StablePoint(epoch: Epoch(header.auxiliary), sequence: header.sequence)
+        // A point of an epoch not promised yet says nothing about this copy.
+        guard point.epoch <= promise else { return }
+        stablePoint = max(stablePoint, point)
+        guard header.flags & FrameFlags.settled != 0, !hasSettledHere else { return }
+        isSettleWanted = true
+    }
+    func pumpSettle() {
+        guard isSettleWanted, manifestProposal == nil, currentInstall < 0, shutdown == .none else {
+            return
+        }
+        var proposal = manifest
+        proposal.settledBoot = options.bootID
+        writeManifest(proposal, .settle)
+    }
+
+    // MARK: the manifest
+
+    /// 1. the slot not in use is written   -> torn: the other slot counts
+    /// 2. the file is synced               -> the new one counts
+    func writeManifest(_ proposal: Manifest, _ purpose: ManifestPurpose) {
+        precondition(manifestProposal == nil)
+        var next = proposal
+        next.counter = manifest.counter + 1
+        let bytes = next.encoded()
+        // No buffer now: the next step tries again.
+        guard let buffer = pool.allocate(bytes.count) else { return }
+        pool.memory(buffer).copy(from: bytes)
+        manifestProposal = next
+        manifestPurpose = purpose
+        let token = startOperation(
+            .manifestWrite, index: 0, buffer: buffer, length: bytes.count)
+        actions.append(
+            .write(
+                .manifest, offset: next.slotOffset, length: bytes.count, buffer: buffer,
+                bufferOffset: 0, token: token))
+    }
+    func manifestWritten(_ operation: DiskOperation, _ result: Int) {
+        release(operation.buffer)
+        guard result == operation.length else {
+            return fail(.manifestWriteFailed(errno: result < 0 ? Int32(-result) : 5))
+        }
+        let token = startOperation(.manifestSync, index: 0)
+        actions.append(.sync(.manifest, token: token))
+    }
+    func manifestSynced(_ result: Int) {
+        guard result == 0, let made = manifestProposal else {
+            return fail(.manifestWriteFailed(errno: Int32(-result)))
+        }
+        manifest = made
+        manifestProposal = nil
+        switch manifestPurpose {
+        case .install: completeInstall()
+        case .settle: isSettleWanted = false
+        case .shutdown: shutdown = .done
+        }
+    }
+}

@@ -1,0 +1,341 @@
+// Write, setState and adopt: what changes a copy.
+//
+// Order of a write, and what a crash leaves:
+// 1. the region's slots in the table are made (first write ever)   -> an empty page or none: absent
+// 2. the activation is stored in the log and synced                -> active, nothing changed
+// 3. the data is written                                           -> old entry, new, old or torn
+//                                                                     data: doubtful, never served
+// 4. the entry records are stored in the log                       -> survive the process; after a
+//                                                                     power cut perhaps not: doubtful
+// 5. FUA only: data file and log are synced                        -> data and entries there
+// 6. the reply
+// A setState is 2, 4, 5 and 6: its space is given back after its region has drained.
+
+extension ReplicaCore {
+    func mayBeInTable(_ region: UInt64) -> Bool {
+        regionMap[Int(region / 64)] >> (region % 64) & 1 != 0
+    }
+
+    /// The region's frame with its entries known, or nil: then the request waits and is resumed.
+    func residentFrame(_ slot: Int32, _ region: UInt64) -> Int32? {
+        if let frame = cache.find(region) {
+            guard cache.frames[Int(frame)].state == .loading else { return frame }
+            wait(slot, on: frame)
+            return nil
+        }
+        guard let frame = bringIn(region) else {
+            push(slot, &awaitingResources)
+            return nil
+        }
+        guard cache.frames[Int(frame)].state == .loading else { return frame }
+        wait(slot, on: frame)
+        return nil
+    }
+
+    /// A frame for a region not in memory: loading, or clean if it was never written. Nil: no room.
+    func bringIn(_ region: UInt64) -> Int32? {
+        guard let frame = cache.allocate(region) else { return nil }
+        guard mayBeInTable(region) else {
+            cache.entries(frame).fill()
+            cache.frames[Int(frame)].state = .clean
+            shelve(frame)
+            return frame
+        }
+        guard hasOperationForRequests, let buffer = pool.allocate(TablePage.pairSize) else {
+            cache.release(frame)
+            return nil
+        }
+        let token = startOperation(.pageLoad, index: frame, buffer: buffer)
+        actions.append(
+            .read(
+                .table(head), offset: TablePage.pairOffset(region: region),
+                length: TablePage.pairSize, buffer: buffer, bufferOffset: 0, token: token))
+        return frame
+    }
+
+    func pageLoaded(_ frame: Int32, _ buffer: BufferID, _ result: Int) {
+        defer { pool.release(buffer) }
+        guard result == TablePage.pairSize else {
+            var queue = cache.frames[Int(frame)].waiters
+            cache.frames[Int(frame)].waiters = SlotQueue()
+            cache.release(frame)
+            while let slot = pop(&queue) {
+                requests[Int(slot)].status = .ioError
+                if requests[Int(slot)].operationsLeft == 0 { finish(slot, .ioError) }
+            }
+            return
+        }
+        guard cache.fill(frame, fromPair: pool.memory(buffer), layer: head),
+            !cache.frames[Int(frame)].isTorn
+        else { return fail(.tableUnreadable(region: cache.frames[Int(frame)].region)) }
+        wake(frame)
+    }
+
+    func resumeMutation(_ slot: Int32) {
+        guard let frame = residentFrame(slot, requests[Int(slot)].region) else { return }
+        switch cache.frames[Int(frame)].state {
+        case .clean:
+            if changesNothing(slot, frame) { return finishDurably(slot) }
+            activate(slot, frame)
+        case .active:
+            if changesNothing(slot, frame) { return finishDurably(slot) }
+            perform(slot, frame)
+        case .loading, .activating, .draining, .punching: wait(slot, on: frame)
+        case .free: preconditionFailure("a region is found in a free frame")
+        }
+    }
+
+    /// A setState of blocks that are all so already. Absent blocks read zero and hold no space.
+    private func changesNothing(_ slot: Int32, _ frame: Int32) -> Bool {
+        let header = requests[Int(slot)].header
+        guard header.kind == .setState else { return false }
+        for block in requests[Int(slot)].blocks {
+            let state = cache.entry(frame, block).state
+            let isSame =
+                UInt64(state.rawValue) == header.auxiliary
+                || state == .absent && header.auxiliary == UInt64(BlockState.zero.rawValue)
+            if !isSame { return false }
+        }
+        return true
+    }
+
+    // MARK: activation
+
+    private func activate(_ slot: Int32, _ frame: Int32) {
+        guard cache.activeCount + slotsInitCount < options.activeRegionsMax else {
+            return park(slot)
+        }
+        guard log.hasRoom(1 + requests[Int(slot)].blocks.count) else {
+            actions.append(.note(.logFull))
+            return push(slot, &awaitingLog)
+        }
+        if cache.frames[Int(frame)].hasSlots {
+            log.reserve(1)
+            appendActivation(frame)
+        } else if !makeSlots(frame) {
+            return push(slot, &awaitingResources)
+        }
+        resumeAfterActivation(slot, frame)
+    }
+
+    private func resumeAfterActivation(_ slot: Int32, _ frame: Int32) {
+        if cache.frames[Int(frame)].state == .active {
+            perform(slot, frame)
+        } else {
+            wait(slot, on: frame)
+        }
+    }
+
+    /// Writes an empty page to both slots of a region that has none, so that draining it needs no
+    /// space later. Only their first sectors are not zero: a torn one is all zero, or whole.
+    private func makeSlots(_ frame: Int32) -> Bool {
+        guard hasOperationForRequests, let buffer = pool.allocate(TablePage.pairSize) else {
+            return false
+        }
+        let region = cache.frames[Int(frame)].region
+        for version in 0..<2 {
+            let page = TablePage(
+                layer: head, region: region, version: UInt64(version), birth: .zero, logIndex: 0)
+            page.encode(
+                entries: nil,
+                to: pool.memory(buffer).slice(version * TablePage.size, TablePage.size))
+        }
+        cache.move(frame, to: .none)
+        cache.frames[Int(frame)].state = .activating
+        slotsInitCount += 1
+        log.reserve(1)
+        let token = startOperation(.slotsInit, index: frame, buffer: buffer)
+        actions.append(
+            .write(
+                .table(head), offset: TablePage.pairOffset(region: region),
+                length: TablePage.pairSize, buffer: buffer, bufferOffset: 0, token: token))
+        return true
+    }
+
+    func slotsInitialised(_ frame: Int32, _ buffer: BufferID, _ result: Int) {
+        pool.release(buffer)
+        slotsInitCount -= 1
+        syncs[FileSync.table].written += 1
+        let region = cache.frames[Int(frame)].region
+        regionMap[Int(region / 64)] |= 1 << (region % 64)
+        guard result == TablePage.pairSize else {
+            log.unreserve(1)
+            cache.frames[Int(frame)].state = .clean
+            var queue = cache.frames[Int(frame)].waiters
+            cache.frames[Int(frame)].waiters = SlotQueue()
+            while let slot = pop(&queue) { finish(slot, status(ofError: result)) }
+            return shelve(frame)
+        }
+        cache.frames[Int(frame)].hasSlots = true
+        cache.frames[Int(frame)].version = 1
+        appendActivation(frame)
+        if cache.frames[Int(frame)].state == .active { wake(frame) }
+    }
+
+    /// Stores the activation, for which a record is reserved, and has the log synced.
+    private func appendActivation(_ frame: Int32) {
+        let index = log.nextIndex
+        log.appendReserved(.activate(layer: head, region: cache.frames[Int(frame)].region))
+        cache.enterLog(frame, firstIndex: index)
+        cache.frames[Int(frame)].pendingTicket = log.storeCount
+        cache.frames[Int(frame)].state = .activating
+        cache.move(frame, to: .none)
+        if options.mutations.contains(.dataBeforeActivate) { return becomeActive(frame) }
+        activations.append(frame)
+        want(FileSync.log, log.storeCount)
+    }
+    private func becomeActive(_ frame: Int32) {
+        cache.frames[Int(frame)].state = .active
+        cache.frames[Int(frame)].lastUse = now
+        cache.move(frame, to: .active)
+    }
+    /// A sync of the log has ended.
+    func releaseActivations() {
+        while let frame = activations.first,
+            cache.frames[Int(frame)].pendingTicket <= syncs[FileSync.log].durable
+        {
+            _ = activations.popFirst()
+            becomeActive(frame)
+            wake(frame)
+        }
+    }
+
+    // MARK: on an active region
+
+    private func perform(_ slot: Int32, _ frame: Int32) {
+        let index = Int(slot)
+        let header = requests[index].header
+        let count = requests[index].blocks.count
+        guard log.hasRoom(count) else {
+            actions.append(.note(.logFull))
+            return push(slot, &awaitingLog)
+        }
+        if header.kind == .setState {
+            touch(frame, header)
+            setState(slot, frame)
+            return finishDurably(slot)
+        }
+        guard hasOperationForRequests else { return push(slot, &awaitingResources) }
+        let length = Int(header.length)
+        if header.kind == .adopt {
+            guard reserveTable(slot, count * BlockEntry.size) else { return }
+            guard let buffer = pool.allocate(length) else {
+                return push(slot, &awaitingResources)
+            }
+            requests[index].buffer = buffer
+        }
+        touch(frame, header)
+        log.reserve(count)
+        pin(slot, frame)
+        cache.frames[Int(frame)].writes += 1
+        requests[index].operationsLeft = 1
+        let buffer = requests[index].buffer
+        let kind = header.kind == .write ? DiskOperation.Kind.dataWrite : .dataRead
+        let token = startOperation(kind, index: slot, length: length)
+        actions.append(
+            kind == .dataWrite
+                ? .write(
+                    .data(head), offset: header.offset, length: length, buffer: buffer,
+                    bufferOffset: 0, token: token)
+                : .read(
+                    .data(head), offset: header.offset, length: length, buffer: buffer,
+                    bufferOffset: 0, token: token))
+    }
+
+    /// The region holds a change of this point from here on, whatever becomes of it.
+    private func touch(_ frame: Int32, _ header: FrameHeader) {
+        let index = Int(frame)
+        let point = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        cache.frames[index].lastWrite = max(cache.frames[index].lastWrite, point)
+        cache.frames[index].birth = max(cache.frames[index].birth, promise)
+        cache.frames[index].lastUse = now
+        cache.move(frame, to: .active)
+    }
+
+    private func setState(_ slot: Int32, _ frame: Int32) {
+        let header = requests[Int(slot)].header
+        let blocks = requests[Int(slot)].blocks
+        guard let state = BlockState(rawValue: UInt8(header.auxiliary)) else { return }
+        let entry = BlockEntry(state: state)
+        log.append(
+            .entry(
+                layer: head, block: header.offset / UInt64(Geometry.blockSize),
+                count: blocks.count, entry))
+        for block in blocks {
+            let old = cache.entry(frame, block).state
+            let mayHoldSpace = old == .data || old == .zeroAllocated
+            if state == .zeroAllocated {
+                cache.frames[Int(frame)].unneeded[block] = false
+            } else if mayHoldSpace {
+                cache.frames[Int(frame)].unneeded[block] = true
+            }
+            cache.setEntry(frame, block, entry)
+        }
+    }
+
+    func dataWritten(_ slot: Int32, _ result: Int) {
+        let index = Int(slot)
+        let header = requests[index].header
+        let frame = requests[index].frame
+        let blocks = requests[index].blocks
+        syncs[FileSync.data].written += 1
+        cache.frames[Int(frame)].dataTicket = syncs[FileSync.data].written
+        cache.frames[Int(frame)].writes -= 1
+        requests[index].operationsLeft = 0
+        guard result == Int(header.length) else {
+            // Whatever is there now, the old checksums stand: the blocks are doubtful.
+            log.unreserve(blocks.count)
+            unpin(slot)
+            return finish(slot, status(ofError: result))
+        }
+        for block in blocks {
+            record(
+                frame, block,
+                BlockEntry(
+                    state: .data, checksum: payloadChecksum(slot, block - blocks.lowerBound)))
+        }
+        unpin(slot)
+        finishDurably(slot)
+    }
+
+    /// Uses up one reserved record.
+    private func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
+        let first = cache.frames[Int(frame)].region * UInt64(Geometry.blocksPerRegion)
+        log.appendReserved(
+            .entry(layer: head, block: first + UInt64(block), count: 1, entry))
+        cache.setEntry(frame, block, entry)
+        cache.frames[Int(frame)].unneeded[block] = false
+    }
+
+    /// The bytes that are there become the data of blocks whose entries they do not match.
+    func adoptRead(_ slot: Int32, _ result: Int) {
+        let index = Int(slot)
+        let frame = requests[index].frame
+        let blocks = requests[index].blocks
+        cache.frames[Int(frame)].writes -= 1
+        requests[index].operationsLeft = 0
+        guard result == Int(requests[index].header.length) else {
+            log.unreserve(blocks.count)
+            unpin(slot)
+            return finish(slot, .ioError)
+        }
+        let memory = pool.memory(requests[index].buffer)
+        for block in blocks {
+            let bytes = memory.slice(
+                (block - blocks.lowerBound) * Geometry.blockSize, Geometry.blockSize)
+            let checksum = CRC32C.checksum(bytes)
+            let entry = cache.entry(frame, block)
+            if entry.state == .data, entry.checksum != checksum {
+                record(frame, block, BlockEntry(state: .data, checksum: checksum))
+            } else {
+                log.unreserve(1)
+            }
+        }
+        answerRead(slot, frame)
+    }
+
+    func status(ofError result: Int) -> FrameStatus {
+        // ENOSPC and EDQUOT: the space may come back; anything else is the device's.
+        result == -28 || result == -122 ? .noSpace : .ioError
+    }
+}

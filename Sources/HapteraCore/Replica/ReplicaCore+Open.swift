@@ -1,0 +1,305 @@
+// Creating and opening a replica's files: the only synchronous I/O of the core.
+
+extension ReplicaCore {
+    /// Makes a replica in an empty directory. Does nothing if this very replica is there already;
+    /// refuses a directory that holds anything else.
+    ///
+    /// Order, and what a crash leaves:
+    /// 1. files are created at their sizes, the log is written with zeros   -> no manifest: made anew
+    /// 2. the log's header is written                                       -> same
+    /// 3. all files and then their names are synced                         -> same
+    /// 4. the manifest's slot 0 is written and synced                       -> none, or complete
+    package static func create(
+        storage: ReplicaStorage, identity: ReplicaIdentity,
+        logCapacity: UInt64 = ActivityLog.capacityDefault
+    ) throws(StorageError) {
+        precondition(identity.isValid)
+        let manifest = Manifest(identity: identity)
+        if try isMade(storage, identity, layer: manifest.head) { return }
+
+        let files: [(ReplicaFile, UInt64)] = [
+            (.log, ActivityLog.fileSize(capacity: logCapacity)),
+            (.data(manifest.head), identity.size),
+            (.table(manifest.head), tableSize(identity.size)),
+            (.manifest, Manifest.fileSize),
+        ]
+        for (file, size) in files { try createOrReuse(storage, file, size: size) }
+        try prewriteLog(storage, capacity: logCapacity)
+        for (file, _) in files { try storage.sync(file) }
+        try storage.syncDirectories()
+
+        let bytes = manifest.encoded()
+        let block = MemoryBlock(count: bytes.count)
+        block.memory.copy(from: bytes)
+        try storage.write(.manifest, offset: manifest.slotOffset, from: block.memory)
+        try storage.sync(.manifest)
+    }
+
+    static func tableSize(_ size: UInt64) -> UInt64 {
+        Geometry.regionCount(size: size) * UInt64(TablePage.pairSize)
+    }
+
+    private static func isMade(
+        _ storage: ReplicaStorage, _ identity: ReplicaIdentity, layer: LayerID
+    ) throws(StorageError) -> Bool {
+        switch try loadManifest(storage) {
+        case .manifest(let found):
+            guard found.identity == identity else {
+                throw StorageError(
+                    .exists,
+                    "the directory holds replica \(found.identity.replica.text) of volume "
+                        + "\(found.identity.volume.text); use another directory")
+            }
+            return true
+        case .damaged:
+            throw StorageError(.damaged, "manifest: neither slot is valid; the directory is kept")
+        case .neverWritten:
+            // Only a making that was cut short may be made anew: then nothing was ever written to
+            // the table.
+            if try fileSize(storage, .table(layer)) != nil,
+                try storage.nextAllocated(.table(layer), from: 0) != nil
+            {
+                throw StorageError(
+                    .damaged, "there is a block table but no manifest; the directory is kept")
+            }
+            return false
+        }
+    }
+
+    private static func createOrReuse(
+        _ storage: ReplicaStorage, _ file: ReplicaFile, size: UInt64
+    ) throws(StorageError) {
+        do throws(StorageError) {
+            try storage.create(file, size: size)
+        } catch {
+            guard error.code == .exists, try storage.size(file) == size else { throw error }
+        }
+    }
+
+    private static func prewriteLog(_ storage: ReplicaStorage, capacity: UInt64)
+        throws(StorageError)
+    {
+        let total = ActivityLog.fileSize(capacity: capacity)
+        let chunk = MemoryBlock(count: 1 << 20)
+        var offset: UInt64 = 0
+        while offset < total {
+            let length = Int(min(UInt64(chunk.memory.count), total - offset))
+            try storage.write(.log, offset: offset, from: chunk.memory.slice(0, length))
+            offset += UInt64(length)
+        }
+        ActivityLog.format(chunk.memory, capacity: capacity)
+        try storage.write(
+            .log, offset: 0, from: chunk.memory.slice(0, ActivityLog.ringOffset))
+    }
+
+    /// Nil if there is no such file.
+    private static func fileSize(_ storage: ReplicaStorage, _ file: ReplicaFile)
+        throws(StorageError) -> UInt64?
+    {
+        do throws(StorageError) {
+            return try storage.size(file)
+        } catch {
+            guard error.code == .notFound else { throw error }
+            return nil
+        }
+    }
+
+    /// For opening and for the offline tools.
+    package static func loadManifest(_ storage: ReplicaStorage) throws(StorageError)
+        -> Manifest.Loaded
+    {
+        guard let size = try fileSize(storage, .manifest) else { return .neverWritten }
+        guard size == Manifest.fileSize else {
+            // Created and not yet extended, or not ours.
+            return size == 0 ? .neverWritten : .damaged
+        }
+        let block = MemoryBlock(count: Int(Manifest.fileSize))
+        let count = try storage.read(.manifest, offset: 0, into: block.memory)
+        guard count == block.memory.count else { return .damaged }
+        return Manifest.load(block.memory)
+    }
+}
+
+/// What opening finds. The caller holds the lock on the files.
+///
+/// 1. the manifest: identity, promise, layers
+/// 2. the log's header, then its records in order; the table page of each region they name is read.
+///    A record whose index is below its page's logIndex is in the page already. A region with an
+///    activation that is not is active: its blocks may be doubtful, which reading finds out.
+/// 3. active regions get the promise as birth: they may have been written in any epoch up to it
+/// 4. the log is synced: activations that a killed process left unsynced are relied upon from here
+/// Nothing else is written, so a crash while opening changes nothing.
+package struct OpenedReplica {
+    package let manifest: Manifest
+    package let log: ActivityLog
+    package let cache: TableCache
+    let regionMap: FixedArray<UInt64>
+    private let storage: ReplicaStorage
+    private let pair = MemoryBlock(count: TablePage.pairSize)
+    private var head: LayerID { manifest.head }
+
+    package init(storage: ReplicaStorage, options: ReplicaOptions, isReadOnly: Bool = false)
+        throws(StorageError)
+    {
+        self.storage = storage
+        switch try ReplicaCore.loadManifest(storage) {
+        case .manifest(let found): manifest = found
+        case .neverWritten:
+            throw StorageError(.notFound, "no replica here: create it first")
+        case .damaged:
+            throw StorageError(.damaged, "manifest: neither slot is valid")
+        }
+        guard manifest.layers.count == 1 else {
+            throw StorageError(
+                .unsupported, "manifest: \(manifest.layers.count) layers; this version knows one")
+        }
+        let regions = Geometry.regionCount(size: manifest.identity.size)
+        try Self.expect(storage, .data(manifest.head), size: manifest.identity.size)
+        try Self.expect(
+            storage, .table(manifest.head), size: ReplicaCore.tableSize(manifest.identity.size))
+
+        let logSize = try storage.size(.log)
+        guard logSize >= UInt64(ActivityLog.ringOffset),
+            logSize <= ActivityLog.fileSize(capacity: ActivityLog.capacityMax)
+        else {
+            throw StorageError(.damaged, "activity.log: has \(logSize) bytes")
+        }
+        log = try ActivityLog(opening: try storage.mapLog(size: Int(logSize)))
+        // A log written under larger limits must be read all the same.
+        cache = TableCache(
+            frameCount: max(options.tableCachePagesMax, InstallReply.activeRegionsMax + 64))
+        regionMap = FixedArray(repeating: 0, count: Int((regions + 63) / 64))
+        try markAllocated(regions: regions)
+        try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
+        try finish()
+        if !isReadOnly { try storage.sync(.log) }
+    }
+
+    private static func expect(_ storage: ReplicaStorage, _ file: ReplicaFile, size: UInt64)
+        throws(StorageError)
+    {
+        let found = try storage.size(file)
+        guard found == size else {
+            throw StorageError(.damaged, "\(file): has \(found) bytes instead of \(size)")
+        }
+    }
+
+    /// Regions without space in the table were never written: their pages need not be read.
+    private func markAllocated(regions: UInt64) throws(StorageError) {
+        var offset: UInt64 = 0
+        while let range = try storage.nextAllocated(.table(head), from: offset) {
+            let first = range.lowerBound / UInt64(TablePage.pairSize)
+            let end = min(
+                (range.upperBound + UInt64(TablePage.pairSize) - 1) / UInt64(TablePage.pairSize),
+                regions)
+            for region in first..<max(first, end) { mark(region) }
+            guard range.upperBound > offset else { break }
+            offset = range.upperBound
+        }
+    }
+    private func mark(_ region: UInt64) {
+        regionMap[Int(region / 64)] |= 1 << (region % 64)
+    }
+
+    private func apply(_ record: LogRecord, regions: UInt64) throws(StorageError) {
+        guard record.kind != .flushed else { return }
+        let region =
+            record.kind == .entry
+            ? record.position / UInt64(Geometry.blocksPerRegion) : record.position
+        guard region < regions, record.layer == head else {
+            throw StorageError(
+                .damaged, "activity.log: record \(record.index) is about no region of this volume")
+        }
+        let frame = try load(region)
+        guard record.index >= cache.frames[Int(frame)].logIndex else { return }
+        let isActive = cache.frames[Int(frame)].state == .active
+        if record.kind == .drained {
+            guard !isActive else {
+                throw StorageError(
+                    .damaged,
+                    "table page of region \(region) is older than the log says: written pages were lost"
+                )
+            }
+            return
+        }
+        if !isActive {
+            mark(region)
+            cache.frames[Int(frame)].state = .active
+            cache.move(frame, to: .active)
+            cache.enterLog(frame, firstIndex: record.index)
+        }
+        guard record.kind == .entry else { return }
+        let first = Int(record.position % UInt64(Geometry.blocksPerRegion))
+        let entry = BlockEntry(state: record.state, checksum: record.checksum)
+        for block in first..<first + Int(record.count) { cache.setEntry(frame, block, entry) }
+    }
+
+    /// The region's frame, its page read if need be.
+    private func load(_ region: UInt64) throws(StorageError) -> Int32 {
+        if let frame = cache.find(region) { return frame }
+        let evicted = cache.first(.unused) < 0 ? cache.first(.clean) : -1
+        if evicted >= 0 { try checkWhole(evicted) }
+        guard let frame = cache.allocate(region) else {
+            throw StorageError(.damaged, "activity.log: more active regions than there may be")
+        }
+        let count = try storage.read(
+            .table(head), offset: TablePage.pairOffset(region: region), into: pair.memory)
+        guard count == pair.memory.count else {
+            throw StorageError(.damaged, "table: ends within the page of region \(region)")
+        }
+        guard cache.fill(frame, fromPair: pair.memory, layer: head) else {
+            throw StorageError(.damaged, "table page of region \(region): both slots are damaged")
+        }
+        cache.move(frame, to: .clean)
+        return frame
+    }
+
+    private func checkWhole(_ frame: Int32) throws(StorageError) {
+        guard cache.frames[Int(frame)].isTorn else { return }
+        throw StorageError(
+            .damaged,
+            "table page of region \(cache.frames[Int(frame)].region): one slot is damaged")
+    }
+
+    private func finish() throws(StorageError) {
+        var frame = cache.first(.clean)
+        while frame >= 0 {
+            try checkWhole(frame)
+            frame = cache.next(frame)
+        }
+        frame = cache.oldestActive
+        // Whatever the earlier engine wrote is stable only by a point of a later epoch.
+        let last = StablePoint(
+            epoch: manifest.promise, sequence: SequenceNumber(UInt64.max))
+        while frame >= 0 {
+            cache.frames[Int(frame)].birth = max(
+                cache.frames[Int(frame)].birth, manifest.promise)
+            cache.frames[Int(frame)].lastWrite = last
+            cache.frames[Int(frame)].dataTicket = 1
+            frame = cache.nextActive(frame)
+        }
+    }
+}
+
+extension TableCache {
+    /// Takes a region's two slots as read into its loading frame, which becomes clean. False: the
+    /// page is damaged.
+    package func fill(_ frame: Int32, fromPair memory: RawMemory, layer: LayerID) -> Bool {
+        let index = Int(frame)
+        switch TablePage.loadPair(memory, layer: layer, region: frames[index].region) {
+        case .neverWritten:
+            entries(frame).fill()
+        case .page(let page, let isWhole):
+            let from = Int(page.version % 2) * TablePage.size + TablePage.entriesOffset
+            entries(frame).copy(from: memory.slice(from, TablePage.entriesSize))
+            frames[index].hasSlots = true
+            frames[index].isTorn = !isWhole
+            frames[index].version = page.version
+            frames[index].birth = page.birth
+            frames[index].logIndex = page.logIndex
+        case .damaged: return false
+        }
+        frames[index].state = .clean
+        return true
+    }
+}

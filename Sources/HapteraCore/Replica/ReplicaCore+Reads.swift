@@ -1,0 +1,247 @@
+// Read, digest, status and regionMap: what looks at a copy. None of them activates a region.
+
+extension ReplicaCore {
+    /// Table page and data are fetched in parallel when the region is not in memory.
+    func resumeRead(_ slot: Int32) {
+        let index = Int(slot)
+        let header = requests[index].header
+        let region = requests[index].region
+        let known = cache.find(region)
+        if requests[index].buffer != .none {
+            // The page has come; perhaps the data has, too.
+            guard let frame = known else { preconditionFailure("woken by a region not in memory") }
+            return requests[index].operationsLeft > 0
+                ? pin(slot, frame) : answerRead(slot, frame)
+        }
+        guard reserveTable(slot, requests[index].blocks.count * BlockEntry.size) else { return }
+        if let known {
+            let isKnown = cache.frames[Int(known)].state != .loading
+            if isKnown, !holdsData(known, requests[index].blocks) {
+                return answerRead(slot, known)
+            }
+        } else if !mayBeInTable(region) {
+            return answerAbsent(slot)
+        }
+        guard hasOperationForRequests, let buffer = pool.allocate(Int(header.length)) else {
+            return push(slot, &awaitingResources)
+        }
+        guard let frame = known ?? bringIn(region) else {
+            pool.release(buffer)
+            return push(slot, &awaitingResources)
+        }
+        requests[index].buffer = buffer
+        startDataRead(slot, length: Int(header.length))
+        if cache.frames[Int(frame)].state == .loading {
+            wait(slot, on: frame)
+        } else {
+            pin(slot, frame)
+        }
+    }
+
+    /// The reply's table, kept from the start so that what was read can always be answered. False:
+    /// the request waits.
+    func reserveTable(_ slot: Int32, _ length: Int) -> Bool {
+        guard requests[Int(slot)].table == .none else { return true }
+        guard let table = pool.allocate(length) else {
+            push(slot, &awaitingResources)
+            return false
+        }
+        requests[Int(slot)].table = table
+        return true
+    }
+    private func takeTable(_ slot: Int32) -> BufferID {
+        let table = requests[Int(slot)].table
+        requests[Int(slot)].table = .none
+        return table
+    }
+
+    private func startDataRead(_ slot: Int32, length: Int) {
+        requests[Int(slot)].operationsLeft = 1
+        let token = startOperation(.dataRead, index: slot, length: length)
+        actions.append(
+            .read(
+                .data(head), offset: requests[Int(slot)].header.offset, length: length,
+                buffer: requests[Int(slot)].buffer, bufferOffset: 0, token: token))
+    }
+
+    func dataRead(_ slot: Int32, _ result: Int) {
+        let index = Int(slot)
+        requests[index].dataResult = result
+        let kind = requests[index].header.kind
+        if kind == .adopt { return adoptRead(slot, result) }
+        requests[index].operationsLeft = 0
+        if kind == .digest { return answerDigest(slot, requests[index].frame) }
+        // The page could not be read.
+        guard requests[index].status == .ok else { return finish(slot, requests[index].status) }
+        // Not pinned: the page is still on its way.
+        if requests[index].frame >= 0 { answerRead(slot, requests[index].frame) }
+    }
+
+    private func holdsData(_ frame: Int32, _ blocks: Range<Int>) -> Bool {
+        for block in blocks where cache.entry(frame, block).state == .data { return true }
+        return false
+    }
+
+    private func answerAbsent(_ slot: Int32) {
+        let length = requests[Int(slot)].blocks.count * BlockEntry.size
+        let table = takeTable(slot)
+        pool.memory(table).slice(0, length).fill()
+        finish(slot, .ok, table: table, tableLength: length)
+    }
+
+    /// Every data block is verified; nothing is sent of a range that holds a bad one.
+    func answerRead(_ slot: Int32, _ frame: Int32) {
+        let index = Int(slot)
+        let blocks = requests[index].blocks
+        let tableLength = blocks.count * BlockEntry.size
+        let table = requests[index].table
+        let first = blocks.lowerBound * BlockEntry.size
+        pool.memory(table).copy(from: cache.entries(frame).slice(first, tableLength))
+        guard holdsData(frame, blocks) else {
+            return finish(slot, .ok, table: takeTable(slot), tableLength: tableLength)
+        }
+        let header = requests[index].header
+        guard requests[index].dataResult == Int(header.length) else {
+            return finish(slot, .ioError)
+        }
+        let data = pool.memory(requests[index].buffer)
+        for block in blocks {
+            let place = (block - blocks.lowerBound) * Geometry.blockSize
+            let bytes = data.slice(place, Geometry.blockSize)
+            let entry = cache.entry(frame, block)
+            if entry.state != .data {
+                bytes.fill()
+            } else if CRC32C.checksum(bytes) != entry.checksum,
+                !options.mutations.contains(.readWithoutChecksum)
+            {
+                actions.append(.note(.checksumMismatch(offset: header.offset + UInt64(place))))
+                return finish(
+                    slot, .checksumMismatch, table: takeTable(slot), tableLength: tableLength)
+            }
+        }
+        finish(
+            slot, .ok, table: takeTable(slot), tableLength: tableLength,
+            dataLength: Int(header.length))
+    }
+
+    // MARK: digest
+
+    func resumeDigest(_ slot: Int32) {
+        let index = Int(slot)
+        let region = requests[index].region
+        guard let frame = residentFrame(slot, region) else { return }
+        // `residentFrame` returns nil having queued the request, and so do these.
+        guard reserveTable(slot, RegionDigest.size) else { return }
+        guard holdsData(frame, 0..<Geometry.blocksPerRegion) else {
+            return answerDigest(slot, frame)
+        }
+        let start = region * UInt64(Geometry.regionSize)
+        let length = Int(min(UInt64(Geometry.regionSize), size - start))
+        guard hasOperationForRequests, let buffer = pool.allocate(Geometry.regionSize) else {
+            return push(slot, &awaitingResources)
+        }
+        requests[index].buffer = buffer
+        pin(slot, frame)
+        startDataRead(slot, length: length)
+    }
+
+    private func answerDigest(_ slot: Int32, _ frame: Int32) {
+        let index = Int(slot)
+        let table = pool.memory(requests[index].table)
+        table.store(cache.frames[Int(frame)].birth.rawValue, 0)
+        for block in 0..<Geometry.blocksPerRegion {
+            let entry = cache.entry(frame, block)
+            var digest = RegionDigest.Block(
+                entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0)
+            if entry.state == .data {
+                let end = (block + 1) * Geometry.blockSize
+                guard requests[index].dataResult >= end else { return finish(slot, .ioError) }
+                let bytes = pool.memory(requests[index].buffer).slice(
+                    block * Geometry.blockSize, Geometry.blockSize)
+                digest.isDoubtful = CRC32C.checksum(bytes) != entry.checksum
+                (digest.hashLow, digest.hashHigh) = options.hash(bytes)
+            }
+            RegionDigest.encode(digest, index: block, to: table)
+        }
+        finish(slot, .ok, table: takeTable(slot), tableLength: RegionDigest.size)
+    }
+
+    // MARK: status
+
+    private static let extentSize = 16
+    private static let extentsMax = 4096 / extentSize
+    /// Pages one status request may have read.
+    private static let statusLoadsMax = 64
+
+    func resumeStatus(_ slot: Int32) {
+        let index = Int(slot)
+        guard reserveTable(slot, 4096) else { return }
+        let end = requests[index].header.offset + UInt64(requests[index].header.length)
+        if requests[index].extents == 0 { requests[index].position = requests[index].header.offset }
+        while requests[index].position < end {
+            let region = Geometry.region(ofByte: requests[index].position)
+            let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
+            if !mayBeInTable(region) {
+                guard extend(slot, .absent, to: regionEnd) else { break }
+                continue
+            }
+            if let frame = cache.find(region), cache.frames[Int(frame)].state != .loading {
+                guard extend(slot, frame, to: regionEnd) else { break }
+                continue
+            }
+            if requests[index].extents > 0, requests[index].loads >= Self.statusLoadsMax { break }
+            requests[index].loads += 1
+            guard let frame = residentFrame(slot, region) else { return }
+            precondition(cache.frames[Int(frame)].state != .loading)
+        }
+        finish(
+            slot, .ok, table: takeTable(slot),
+            tableLength: Int(requests[index].extents) * Self.extentSize)
+    }
+
+    private func extend(_ slot: Int32, _ frame: Int32, to end: UInt64) -> Bool {
+        while requests[Int(slot)].position < end {
+            let position = requests[Int(slot)].position
+            let block = Int(position % UInt64(Geometry.regionSize)) / Geometry.blockSize
+            let next = position + UInt64(Geometry.blockSize)
+            guard extend(slot, cache.entry(frame, block).state, to: next) else { return false }
+        }
+        return true
+    }
+    /// False: the table is full.
+    private func extend(_ slot: Int32, _ state: BlockState, to end: UInt64) -> Bool {
+        let index = Int(slot)
+        let memory = pool.memory(requests[index].table)
+        let length = end - requests[index].position
+        let count = Int(requests[index].extents)
+        let last = (count - 1) * Self.extentSize
+        if count > 0, memory.load(UInt32.self, last + 8) == UInt32(state.rawValue) {
+            memory.store(memory.load(UInt64.self, last) + length, last)
+        } else {
+            guard count < Self.extentsMax else { return false }
+            memory.store(length, count * Self.extentSize)
+            memory.store(UInt64(state.rawValue), count * Self.extentSize + 8)
+            requests[index].extents += 1
+        }
+        requests[index].position = end
+        return true
+    }
+
+    // MARK: regionMap
+
+    func answerRegionMap(_ slot: Int32) {
+        let header = requests[Int(slot)].header
+        let length = (Int(header.length) + 7) / 8
+        guard reserveTable(slot, length) else { return }
+        let table = takeTable(slot)
+        let memory = pool.memory(table).slice(0, length)
+        memory.fill()
+        let first = Geometry.region(ofByte: header.offset)
+        for place in 0..<Int(header.length) {
+            let region = first + UInt64(place)
+            guard region < regionCount else { break }
+            if mayBeInTable(region) { memory[place / 8] |= 1 << UInt8(place % 8) }
+        }
+        finish(slot, .ok, table: table, tableLength: length)
+    }
+}

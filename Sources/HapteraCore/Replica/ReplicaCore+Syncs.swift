@@ -1,0 +1,107 @@
+// What is durable: one sync at a time per file, each covering all that was written before it began.
+
+/// Counts what was written to a file and what of it a sync has covered.
+struct FileSync: BitwiseCopyable {
+    static let log = 0
+    static let data = 1
+    static let table = 2
+    /// Starts above `durable`: what an earlier process wrote counts as not synced.
+    var written: UInt64 = 1
+    /// `written` when the sync under way began; zero: none is.
+    var syncing: UInt64 = 0
+    var durable: UInt64 = 0
+    var wanted: UInt64 = 0
+}
+
+extension ReplicaCore {
+    /// Has the file synced past `ticket`, soon.
+    func want(_ file: Int, _ ticket: UInt64) {
+        syncs[file].wanted = max(syncs[file].wanted, ticket)
+        pumpSync(file)
+    }
+    private func pumpSync(_ file: Int) {
+        guard syncs[file].syncing == 0, syncs[file].wanted > syncs[file].durable else { return }
+        syncs[file].syncing = written(file)
+        let token = startOperation(.sync, index: Int32(file))
+        let name: ReplicaFile =
+            file == FileSync.log ? .log : file == FileSync.data ? .data(head) : .table(head)
+        actions.append(.sync(name, token: token))
+    }
+    func written(_ file: Int) -> UInt64 {
+        file == FileSync.log ? log.storeCount : syncs[file].written
+    }
+
+    func syncEnded(_ file: Int, _ result: Int) {
+        guard result == 0 || options.mutations.contains(.retryFailedSync) else {
+            // The kernel may have dropped the pages it could not write: a second sync would lie.
+            return fail(.syncFailed(errno: Int32(-result)))
+        }
+        syncs[file].durable = syncs[file].syncing
+        syncs[file].syncing = 0
+        pumpSync(file)
+        if file == FileSync.log { releaseActivations() }
+        completeSynced()
+    }
+
+    // MARK: requests that wait for syncs
+
+    /// Answers a mutation now, or with FUA when it is durable.
+    func finishDurably(_ slot: Int32) {
+        guard requests[Int(slot)].header.flags & FrameFlags.fua != 0 else {
+            return finish(slot, .ok)
+        }
+        waitForSync(slot, (log.storeCount, syncs[FileSync.data].written, 0))
+    }
+
+    /// Flushes begin when the mutations admitted before them have ended.
+    func pumpFlushes() {
+        while awaitingMutations.head >= 0 {
+            let flush = requests[Int(awaitingMutations.head)].number
+            if oldestMutation >= 0, requests[Int(oldestMutation)].number < flush { break }
+            guard let slot = pop(&awaitingMutations) else { break }
+            if options.mutations.contains(.flushWithoutSync) {
+                flushed(slot)
+                continue
+            }
+            let logTicket = options.mutations.contains(.flushWithoutLog) ? 0 : log.storeCount
+            waitForSync(
+                slot, (logTicket, syncs[FileSync.data].written, syncs[FileSync.table].written))
+        }
+    }
+
+    private func waitForSync(_ slot: Int32, _ tickets: (UInt64, UInt64, UInt64)) {
+        requests[Int(slot)].tickets = tickets
+        push(slot, &awaitingSync)
+        want(FileSync.log, tickets.0)
+        want(FileSync.data, tickets.1)
+        want(FileSync.table, tickets.2)
+        completeSynced()
+    }
+
+    private func completeSynced() {
+        while awaitingSync.head >= 0 {
+            let tickets = requests[Int(awaitingSync.head)].tickets
+            guard syncs[FileSync.log].durable >= tickets.0,
+                syncs[FileSync.data].durable >= tickets.1,
+                syncs[FileSync.table].durable >= tickets.2,
+                let slot = pop(&awaitingSync)
+            else { return }
+            if requests[Int(slot)].header.kind == .flush {
+                flushed(slot)
+            } else {
+                finish(slot, .ok)
+            }
+        }
+    }
+
+    private func flushed(_ slot: Int32) {
+        let header = requests[Int(slot)].header
+        let point = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        if point > flushedPoint {
+            flushedPoint = point
+            // Durable with the next sync: the mark may lag, it never leads.
+            if log.hasRoom(1) { log.append(.flushed(point)) }
+        }
+        finish(slot, .ok)
+    }
+}

@@ -1,0 +1,317 @@
+// What happens behind the requests: regions leave the activity log, its tail moves, space is given
+// back, and at the end everything is put in order.
+//
+// Order of draining a region, and what a crash leaves:
+// 1. S and this copy's own sync cover its last write; no write is let in    -> active
+// 2. its page, naming the log's next index, goes to the slot not in use     -> active; a torn slot
+//                                                                              is written again
+// 3. the table is synced                                                    -> not active: the page
+//                                                                              has all its records
+// 4. the drained record is stored; writes are let in                        -> same
+//
+// Order of renewing a region that cannot drain, so that the tail can pass it:
+// 1. a second activation is stored and the log synced     -> active from the first one
+// 2. its page, naming that activation, is written         -> same
+// 3. the table is synced                                  -> active from the second one
+//
+// Order of moving the tail:
+// 1. all regions whose records it passes have drained or been renewed (durable, as above)
+// 2. the header goes to the slot not in use               -> old or new tail: both find all they need
+// 3. the log is synced                                    -> new tail; only now are slots reused
+//
+// Space is given back only after step 3 of draining: the entry that makes it unneeded is durable.
+
+struct Upkeep: BitwiseCopyable {
+    static let batchMax = 128
+    static let idleMilliseconds: UInt64 = 10_000
+    static let punchesPerTick = 64
+
+    enum Phase: UInt8, BitwiseCopyable {
+        case idle
+        case syncingLog
+        case writingPages
+        case syncingTable
+        case syncingHeader
+    }
+    var phase = Phase.idle
+    var count = 0
+    var outstanding = 0
+    var ticket: UInt64 = 0
+    var tail: UInt64 = 0
+    var isTickDue = false
+    /// A page could not be written: not again before this.
+    var notBefore = Instant.zero
+}
+
+extension ReplicaCore {
+    func tick() {
+        upkeep.isTickDue = true
+        punchBudget = Upkeep.punchesPerTick
+        startPunch()
+    }
+
+    private var isLogFilling: Bool { log.used * 2 > log.capacity }
+    private var isCrowded: Bool { cache.activeCount * 4 > options.activeRegionsMax * 3 }
+    /// Tells the engine that a flush is due.
+    var isUnderPressure: Bool {
+        log.used * 4 > log.capacity * 3 || isCrowded || !parked.isEmpty
+    }
+
+    func pumpUpkeep() {
+        guard !hasFailed else { return }
+        while advanceUpkeep() {}
+    }
+
+    /// True: something was done, and more may be possible at once.
+    private func advanceUpkeep() -> Bool {
+        switch upkeep.phase {
+        case .idle:
+            let isDue = upkeep.isTickDue
+            guard isDue || isLogFilling || isCrowded || shutdown == .draining else { return false }
+            upkeep.isTickDue = false
+            if now >= upkeep.notBefore { collect(isTick: isDue) }
+            if upkeep.count == 0 {
+                if moveTail() { return true }
+                if shutdown == .draining { shutdown = .syncingLog }
+                return false
+            }
+            upkeep.phase = .syncingLog
+        case .syncingLog:
+            guard syncs[FileSync.log].durable >= upkeep.ticket else { return false }
+            upkeep.phase = .writingPages
+            writePages()
+        case .writingPages:
+            guard upkeep.outstanding == 0 else { return false }
+            upkeep.ticket = syncs[FileSync.table].written
+            want(FileSync.table, upkeep.ticket)
+            upkeep.phase = .syncingTable
+        case .syncingTable:
+            guard syncs[FileSync.table].durable >= upkeep.ticket else { return false }
+            completeBatch()
+            upkeep.phase = .idle
+            _ = moveTail()
+        case .syncingHeader:
+            guard syncs[FileSync.log].durable >= upkeep.ticket else { return false }
+            log.tailBecameDurable(upkeep.tail)
+            upkeep.phase = .idle
+        }
+        return true
+    }
+
+    // MARK: draining and renewing
+
+    private func canDrain(_ frame: Int32) -> Bool {
+        let found = cache.frames[Int(frame)]
+        guard found.state == .active, !found.isRenewing, found.writes == 0,
+            found.waiters.isEmpty, found.lastWrite <= stablePoint
+        else { return false }
+        return found.dataTicket <= syncs[FileSync.data].durable
+            || options.mutations.contains(.drainWithoutFlush)
+    }
+
+    private func collect(isTick: Bool) {
+        upkeep.count = 0
+        upkeep.ticket = 0
+        if isLogFilling { collectOldest() }
+        if isTick || isCrowded || shutdown == .draining { collectIdle() }
+    }
+
+    /// Regions whose records are the oldest in the log.
+    private func collectOldest() {
+        let limit = log.durableTail + log.capacity / 8
+        var frame = cache.oldestActive
+        while frame >= 0, upkeep.count < Upkeep.batchMax,
+            cache.frames[Int(frame)].firstIndex < limit
+        {
+            let next = cache.nextActive(frame)
+            if canDrain(frame) {
+                startDraining(frame)
+            } else if cache.frames[Int(frame)].state == .active, log.hasRoomForUpkeep {
+                cache.frames[Int(frame)].isRenewing = true
+                cache.frames[Int(frame)].pendingIndex = log.append(
+                    .activate(layer: head, region: cache.frames[Int(frame)].region))
+                upkeep.ticket = log.storeCount
+                addToBatch(frame)
+            }
+            frame = next
+        }
+        if upkeep.ticket > 0 { want(FileSync.log, upkeep.ticket) }
+    }
+
+    /// Regions used longest ago, if they have been idle for a while or there are many.
+    private func collectIdle() {
+        var frame = cache.first(.active)
+        var looks = 4 * Upkeep.batchMax
+        while frame >= 0, upkeep.count < Upkeep.batchMax, looks > 0 {
+            let next = cache.next(frame)
+            let idle = now.nanoseconds(since: cache.frames[Int(frame)].lastUse) / 1_000_000
+            guard isCrowded || shutdown == .draining || idle >= Upkeep.idleMilliseconds else {
+                return
+            }
+            if canDrain(frame) { startDraining(frame) }
+            looks -= 1
+            frame = next
+        }
+    }
+
+    private func startDraining(_ frame: Int32) {
+        cache.frames[Int(frame)].state = .draining
+        addToBatch(frame)
+    }
+    private func addToBatch(_ frame: Int32) {
+        batch[upkeep.count] = frame
+        upkeep.count += 1
+    }
+
+    private func writePages() {
+        for place in 0..<upkeep.count {
+            let frame = batch[place]
+            guard freeOperationCount > 8, let buffer = pool.allocate(TablePage.size) else {
+                cancel(place)
+                continue
+            }
+            let found = cache.frames[Int(frame)]
+            let page = TablePage(
+                layer: head, region: found.region, version: found.version + 1, birth: found.birth,
+                logIndex: found.isRenewing ? found.pendingIndex : log.nextIndex)
+            page.encode(entries: cache.entries(frame), to: pool.memory(buffer))
+            upkeep.outstanding += 1
+            let token = startOperation(.pageWrite, index: Int32(place), buffer: buffer)
+            actions.append(
+                .write(
+                    .table(head),
+                    offset: TablePage.offset(region: page.region, version: page.version),
+                    length: TablePage.size, buffer: buffer, bufferOffset: 0, token: token))
+        }
+    }
+
+    func pageWritten(_ place: Int32, _ buffer: BufferID, _ result: Int) {
+        pool.release(buffer)
+        upkeep.outstanding -= 1
+        syncs[FileSync.table].written += 1
+        guard result == TablePage.size else { return cancel(Int(place)) }
+        cache.frames[Int(batch[Int(place)])].version += 1
+    }
+
+    /// The region stays as it was. (A second activation in the log does no harm.)
+    private func cancel(_ place: Int) {
+        let frame = batch[place]
+        batch[place] = -1
+        upkeep.notBefore = now.adding(milliseconds: 1000)
+        cache.frames[Int(frame)].isRenewing = false
+        guard cache.frames[Int(frame)].state == .draining else { return }
+        cache.frames[Int(frame)].state = .active
+        wake(frame)
+    }
+
+    private func completeBatch() {
+        for place in 0..<upkeep.count where batch[place] >= 0 {
+            let frame = batch[place]
+            cache.frames[Int(frame)].isTorn = false
+            if cache.frames[Int(frame)].isRenewing {
+                cache.frames[Int(frame)].isRenewing = false
+                cache.renewInLog(frame, firstIndex: cache.frames[Int(frame)].pendingIndex)
+                continue
+            }
+            cache.leaveLog(frame)
+            cache.move(frame, to: .none)
+            cache.frames[Int(frame)].state = .clean
+            if log.hasRoom(1) {
+                log.append(.drained(layer: head, region: cache.frames[Int(frame)].region))
+            }
+            wake(frame)
+        }
+        upkeep.count = 0
+    }
+
+    // MARK: the tail
+
+    private func moveTail() -> Bool {
+        let oldest = cache.oldestActive
+        let tail = oldest >= 0 ? cache.frames[Int(oldest)].firstIndex : log.nextIndex
+        let gain = tail - log.durableTail
+        guard gain >= log.capacity / 16 || (shutdown == .draining && gain > 0) else { return false }
+        log.storeHeader(tail: tail, flushed: flushedPoint)
+        upkeep.tail = tail
+        upkeep.ticket = log.storeCount
+        upkeep.phase = .syncingHeader
+        want(FileSync.log, upkeep.ticket)
+        return true
+    }
+
+    // MARK: giving space back
+
+    private func startPunch() {
+        guard punchingFrame < 0, punchBudget > 0, hasOperationForRequests else { return }
+        var frame = cache.first(.punch)
+        while frame >= 0, cache.frames[Int(frame)].pins > 0 { frame = cache.next(frame) }
+        guard frame >= 0, let run = cache.frames[Int(frame)].unneeded.firstRun() else { return }
+        for block in run {
+            let state = cache.entry(frame, block).state
+            precondition(state == .absent || state == .zero)
+        }
+        cache.frames[Int(frame)].state = .punching
+        punchingFrame = frame
+        punchRun = run
+        punchBudget -= 1
+        let start = cache.frames[Int(frame)].region * UInt64(Geometry.regionSize)
+        let token = startOperation(.punch, index: frame)
+        actions.append(
+            .punch(
+                .data(head), offset: start + UInt64(run.lowerBound * Geometry.blockSize),
+                length: UInt64(run.count * Geometry.blockSize), token: token))
+    }
+
+    /// Whether it worked or not: the blocks read zero either way.
+    func punched(_ frame: Int32) {
+        for block in punchRun ?? 0..<0 { cache.frames[Int(frame)].unneeded[block] = false }
+        punchingFrame = -1
+        punchRun = nil
+        cache.frames[Int(frame)].state = .clean
+        wake(frame)
+        startPunch()
+    }
+
+    // MARK: shutdown
+
+    /// Ends what is under way, syncs everything, drains what S covers and marks the manifest clean;
+    /// `isShutDown` says when. Requests are refused from here on.
+    package func beginShutdown(now: Instant) {
+        guard shutdown == .none, !hasFailed else { return }
+        self.now = now
+        shutdown = .finishing
+        refuseParked(.unavailable)
+        for slot in waitingInstalls { refuse(slot, .unavailable) }
+        waitingInstalls = []
+        pumpFlushes()
+        pumpShutdown()
+    }
+
+    func pumpShutdown() {
+        if shutdown == .finishing {
+            guard startedCount == 0, currentInstall < 0, manifestProposal == nil else { return }
+            for file in 0..<3 { want(file, written(file)) }
+            shutdown = .syncing
+        }
+        if shutdown == .syncing {
+            for file in 0..<3 where syncs[file].durable < written(file) {
+                want(file, written(file))
+                return
+            }
+            shutdown = .draining
+            pumpUpkeep()
+        }
+        if shutdown == .syncingLog, upkeep.phase == .idle {
+            for file in 0..<3 where syncs[file].durable < written(file) {
+                want(file, written(file))
+                return
+            }
+            shutdown = .writingManifest
+        }
+        if shutdown == .writingManifest, manifestProposal == nil {
+            var proposal = manifest
+            proposal.isClean = true
+            writeManifest(proposal, .shutdown)
+        }
+    }
+}

@@ -1,0 +1,296 @@
+/// One copy of a volume, as a pure state machine: the shell feeds it `ReplicaEvent`s and performs
+/// the `ReplicaAction`s it appended, in order.
+///
+/// The parts, each an extension in a file of its own: opening and replay; frames in and replies out;
+/// install; mutations (write, setState, adopt) with activation; reads; syncs; upkeep (draining, the
+/// log's tail, punching); shutdown. All memory is taken at init: requests, disk operations and
+/// regions live in fixed arrays, and what finds no room waits in order.
+package final class ReplicaCore {
+    package let actions = ValueQueue<ReplicaAction>(capacity: 1024)
+    package let identity: ReplicaIdentity
+    let options: ReplicaOptions
+    let pool: BufferPool
+    let size: UInt64
+    let regionCount: UInt64
+    let head: LayerID
+    let log: ActivityLog
+    let cache: TableCache
+
+    /// As on disk.
+    var manifest: Manifest
+    var now = Instant.zero
+    /// Dead: a sync failed or the table is damaged. Nothing is answered any more.
+    package private(set) var hasFailed = false
+
+    // Requests.
+    static let requestsMax = 4096
+    let requests = FixedArray(repeating: Request(), count: requestsMax)
+    /// Checksums of a write's blocks, 1 KiB per request.
+    let checksums = MemoryBlock(count: requestsMax * 1024)
+    var freeRequest: Int32 = 0
+    var freeRequestCount = requestsMax
+    var nextNumber: UInt64 = 1
+    /// Admitted and not yet answered, parked ones aside.
+    var startedCount = 0
+    /// Mutations under way, in order of admission.
+    var oldestMutation: Int32 = -1
+    var newestMutation: Int32 = -1
+    let connections = FixedArray(
+        repeating: ConnectionState(), count: ReplicaLimits.connectionsMax)
+
+    // Waiting.
+    /// For a buffer, a disk operation or a frame in memory.
+    var awaitingResources = SlotQueue()
+    /// For room in the log.
+    var awaitingLog = SlotQueue()
+    /// For another region to leave the activity log, which takes a stable point. An Install or a
+    /// flush does not wait for these.
+    var parked = SlotQueue()
+    /// Flushes waiting for the mutations before them.
+    var awaitingMutations = SlotQueue()
+    /// For syncs.
+    var awaitingSync = SlotQueue()
+    /// Frames whose activation waits for a sync of the log, in order.
+    let activations = ValueQueue<Int32>(capacity: 1024)
+    /// Frames whose slots in the table are being made.
+    var slotsInitCount = 0
+
+    // Disk operations.
+    let operations = FixedArray(
+        repeating: DiskOperation(), count: ReplicaLimits.diskOperationsMax)
+    var freeOperation: Int32 = 0
+    var freeOperationCount = ReplicaLimits.diskOperationsMax
+    let syncs = FixedArray(repeating: FileSync(), count: 3)
+
+    // Install.
+    var decodedInstalls: [Int32: InstallRequest] = [:]
+    var waitingInstalls: [Int32] = []
+    var currentInstall: Int32 = -1
+    /// The highest epoch an Install that was let in asks for; the promise, but for one under way.
+    var admittedEpoch = Epoch.zero
+    /// The promise was made by this instance, so that its engine may install it again.
+    var hasPromisedHere = false
+    /// What a manifest write on its way to the disk makes true.
+    var manifestProposal: Manifest?
+    var manifestPurpose = ManifestPurpose.install
+    var isSettleWanted = false
+    /// The host restarted since the copies were last known equal; fixed at open.
+    package let isRebooted: Bool
+
+    // Stability.
+    /// S, the highest announced here.
+    package internal(set) var stablePoint = StablePoint.zero
+    /// The highest point flushed here.
+    package internal(set) var flushedPoint: StablePoint
+    /// A bit per region: 1 if the table or the log may know it.
+    let regionMap: FixedArray<UInt64>
+
+    // Upkeep.
+    var upkeep = Upkeep()
+    let batch = FixedArray<Int32>(repeating: -1, count: Upkeep.batchMax)
+    var punchRun: Range<Int>?
+    var punchingFrame: Int32 = -1
+    var punchBudget = 0
+    var shutdown = ShutdownPhase.none
+
+    /// Opens the copy in `storage`; see "Opening" for the order. Throws what is wrong with it.
+    package init(opening storage: ReplicaStorage, options: ReplicaOptions, pool: BufferPool)
+        throws(StorageError)
+    {
+        precondition(options.tableCachePagesMax >= options.activeRegionsMax + 64)
+        precondition(options.activeRegionsMax <= InstallReply.activeRegionsMax)
+        let opened = try OpenedReplica(storage: storage, options: options)
+        self.options = options
+        self.pool = pool
+        manifest = opened.manifest
+        identity = opened.manifest.identity
+        size = identity.size
+        regionCount = Geometry.regionCount(size: identity.size)
+        head = opened.manifest.head
+        log = opened.log
+        cache = opened.cache
+        regionMap = opened.regionMap
+        flushedPoint = opened.log.flushed
+        admittedEpoch = opened.manifest.promise
+        isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID
+        for slot in 0..<Self.requestsMax {
+            requests[slot].next = slot + 1 < Self.requestsMax ? Int32(slot + 1) : -1
+        }
+        for index in 0..<operations.count {
+            operations[index].next = index + 1 < operations.count ? Int32(index + 1) : -1
+        }
+    }
+
+    /// False: the shell stops reading from its connections until a step made it true again.
+    package var canAccept: Bool { freeRequestCount > 0 }
+    /// Something waits for a buffer that the shell may have released: it should step with a tick.
+    package var isShortOfResources: Bool { !awaitingResources.isEmpty }
+    package var promise: Epoch { manifest.promise }
+    package var installedRecord: VolumeRecord? { manifest.installed }
+    package var activeRegionCount: Int { cache.activeCount }
+    package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
+    package var isShutDown: Bool { shutdown == .done }
+
+    package func step(_ event: ReplicaEvent, now: Instant) {
+        self.now = now
+        guard !hasFailed else {
+            if case .frame(_, _, _, let buffer) = event { release(buffer) }
+            return
+        }
+        switch event {
+        case .connected(let connection): connected(connection)
+        case .disconnected(let connection): disconnected(connection)
+        case .frame(let connection, let header, let table, let buffer):
+            receive(connection, header, table, buffer)
+        case .disk(let token, let result): diskEnded(token, result)
+        case .tick: tick()
+        }
+        retryWaiting()
+        pumpFlushes()
+        pumpInstall()
+        pumpSettle()
+        pumpUpkeep()
+        if shutdown != .none { pumpShutdown() }
+    }
+
+    func fail(_ failure: ReplicaFailure) {
+        guard !hasFailed else { return }
+        hasFailed = true
+        actions.append(.failed(failure))
+    }
+    func release(_ buffer: BufferID) {
+        if buffer != .none { pool.release(buffer) }
+    }
+
+    // MARK: queues of request slots
+
+    func push(_ slot: Int32, _ queue: inout SlotQueue) {
+        requests[Int(slot)].next = -1
+        if queue.tail >= 0 {
+            requests[Int(queue.tail)].next = slot
+        } else {
+            queue.head = slot
+        }
+        queue.tail = slot
+    }
+    func pop(_ queue: inout SlotQueue) -> Int32? {
+        guard queue.head >= 0 else { return nil }
+        let slot = queue.head
+        queue.head = requests[Int(slot)].next
+        if queue.head < 0 { queue.tail = -1 }
+        requests[Int(slot)].next = -1
+        return slot
+    }
+
+    /// Lets what waits try again, in order, as long as it gets on.
+    private func retryWaiting() {
+        retry(\.awaitingLog)
+        if cache.activeCount < options.activeRegionsMax { retry(\.parked) }
+        retry(\.awaitingResources)
+    }
+    private func retry(_ path: ReferenceWritableKeyPath<ReplicaCore, SlotQueue>) {
+        guard !self[keyPath: path].isEmpty else { return }
+        var waiting = self[keyPath: path]
+        self[keyPath: path] = SlotQueue()
+        while let slot = pop(&waiting) {
+            resume(slot)
+            guard self[keyPath: path].isEmpty else { break }
+        }
+        // What stopped us is now alone in the queue: the rest goes behind it.
+        while let slot = pop(&waiting) { push(slot, &self[keyPath: path]) }
+    }
+}
+
+/// One request, from its frame to its reply.
+struct Request: BitwiseCopyable {
+    enum Phase: UInt8, BitwiseCopyable {
+        case free
+        /// Behind an Install on its connection.
+        case held
+        /// In `parked`: not started as far as flushes and Installs are concerned.
+        case parked
+        case started
+    }
+    var header = FrameHeader(kind: .ping)
+    var connection: Int32 = 0
+    var connectionGeneration: UInt32 = 0
+    var phase = Phase.free
+    /// The frame's data, or what a read returns.
+    var buffer = BufferID.none
+    /// What the reply's table will be in.
+    var table = BufferID.none
+    /// The frame it keeps in memory.
+    var frame: Int32 = -1
+    var dataResult = 0
+    /// Status: how far it has come.
+    var position: UInt64 = 0
+    var extents: Int32 = 0
+    var loads: Int32 = 0
+    var operationsLeft: Int32 = 0
+    var number: UInt64 = 0
+    var next: Int32 = -1
+    var olderMutation: Int32 = -1
+    var newerMutation: Int32 = -1
+    var isMutation = false
+    var status = FrameStatus.ok
+    /// Syncs to wait for: of log, data, table.
+    var tickets: (UInt64, UInt64, UInt64) = (0, 0, 0)
+
+    var region: UInt64 { Geometry.region(ofByte: header.offset) }
+    /// Within the region.
+    var blocks: Range<Int> {
+        let first = Int(header.offset % UInt64(Geometry.regionSize)) / Geometry.blockSize
+        return first..<first + Int(header.length) / Geometry.blockSize
+    }
+}
+
+struct ConnectionState: BitwiseCopyable {
+    var generation: UInt32 = 0
+    var isConnected = false
+    var engine = InstanceID.none
+    var hasSaidHello = false
+    /// The epoch it may act in; zero: none.
+    var installedEpoch = Epoch.zero
+    /// Behind an Install on the way.
+    var isHeld = false
+    var held = SlotQueue()
+}
+
+struct DiskOperation: BitwiseCopyable {
+    enum Kind: UInt8, BitwiseCopyable {
+        case free
+        case dataWrite
+        case dataRead
+        case pageLoad
+        case slotsInit
+        case pageWrite
+        case sync
+        case punch
+        case manifestWrite
+        case manifestSync
+    }
+    var kind = Kind.free
+    /// Request, frame, file or place in the batch, by kind.
+    var index: Int32 = 0
+    var generation: UInt32 = 0
+    var buffer = BufferID.none
+    var length = 0
+    var next: Int32 = -1
+}
+
+enum ManifestPurpose: UInt8, BitwiseCopyable {
+    case install
+    case settle
+    case shutdown
+}
+
+enum ShutdownPhase: UInt8, BitwiseCopyable {
+    case none
+    /// Waiting for requests under way.
+    case finishing
+    case syncing
+    case draining
+    case syncingLog
+    case writingManifest
+    case done
+}
