@@ -1,1 +1,9 @@
-print("building")
+import HapteraTesting
+
+#if canImport(Glibc)
+    import Glibc
+#else
+    import Musl
+#endif
+
+exit(SimulatorCommand.run(Array(CommandLine.arguments.dropFirst())))

@@ -1,0 +1,42 @@
+import HapteraCore
+
+/// What a write put into one sector, or zero for a sector that reads zero.
+package typealias ValueID = UInt64
+
+/// Self-describing content: every 512-byte sector names the write it came from and where it belongs,
+/// so that a misplaced, torn or rotten sector is told from any the volume may legally hold.
+package enum Content {
+    /// The smallest unit a client writes, and a disk keeps whole, bytes.
+    package static let sectorSize = 512
+    package static let sectorsPerBlock = Geometry.blockSize / sectorSize
+    /// What `value(in:sector:)` says of bytes no write ever made.
+    package static let garbage: ValueID = .max
+
+    private static func fillByte(_ value: ValueID, _ sector: UInt64) -> UInt8 {
+        UInt8(truncatingIfNeeded: RandomSource.mix(value &* 31 &+ sector) | 1)
+    }
+
+    /// Fills one sector. `sector`: its index in the volume.
+    package static func fill(_ memory: RawMemory, value: ValueID, sector: UInt64) {
+        let memory = memory.slice(0, sectorSize)
+        guard value != 0 else { return memory.fill() }
+        memory.fill(fillByte(value, sector))
+        memory.store(value, 0)
+        memory.store(sector, 8)
+    }
+
+    private static let zeroSector = MemoryBlock(count: sectorSize)
+    private static let zeroChecksum = CRC32C.checksum(zeroSector.memory)
+
+    /// Which write the sector's bytes came from: zero for all zeroes, `garbage` for anything no
+    /// write produced. `scratch`: at least one sector, overwritten.
+    package static func value(in memory: RawMemory, sector: UInt64, scratch: RawMemory) -> ValueID {
+        let value = memory.load(UInt64.self, 0)
+        let checksum = CRC32C.checksum(memory.slice(0, sectorSize))
+        if value == 0 { return checksum == zeroChecksum ? 0 : garbage }
+        guard memory.load(UInt64.self, 8) == sector else { return garbage }
+        fill(scratch, value: value, sector: sector)
+        let expected = CRC32C.checksum(scratch.slice(0, sectorSize))
+        return checksum == expected ? value : garbage
+    }
+}

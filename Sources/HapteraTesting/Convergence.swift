@@ -1,0 +1,96 @@
+import HapteraCore
+
+// The end of every run: troubles stop, and everything must come right in bounded time.
+
+extension World {
+    /// Simulated seconds within which a healed volume must be whole again (invariant 31).
+    static let convergenceSeconds = 120
+
+    func converge() {
+        heal()
+        if run(seconds: Self.convergenceSeconds, until: { isWhole }) { return }
+        guard failure == nil else { return }
+        if isLossPossible {
+            // Only copies that lost power are left, and the clients might notice: the engine is
+            // right to refuse until somebody decides. Here the clients give up.
+            note("the volume refuses; the clients are replaced")
+            for engine in engines { killEngine(engine) }
+            loseClients()
+            startEngine(generation: generation)
+            if run(seconds: Self.convergenceSeconds, until: { isWhole }) { return }
+        }
+        guard failure == nil else { return }
+        fail("invariant 31: not whole \(Self.convergenceSeconds) s after the last trouble: \(why)")
+    }
+
+    private func heal() {
+        note("troubles end")
+        network.unblockAll()
+        network.corruptionPermille = 0
+        store.setDown(false)
+        store.requestLoss = 0
+        store.replyLoss = 0
+        store.lateArrival = 0
+        store.duplicates = 0
+        for host in hosts {
+            host.disk.trouble = DiskTrouble()
+            if host.core == nil {
+                timeline.schedule(after: milliseconds(1), .startReplica(host.index))
+            }
+        }
+        if currentEngine.map({ !engines[$0].isRunning }) ?? true {
+            startEngine(generation: generation)
+            attach(to: engines[engines.count - 1])
+        }
+    }
+
+    /// The current engine serves, every replica is in sync, nothing is unanswered.
+    private var isWhole: Bool {
+        guard let current = currentEngine else { return false }
+        let engine = engines[current]
+        if !engine.isRunning {
+            // The node starts an engine that stopped again.
+            startEngine(generation: generation)
+            attach(to: engines[engines.count - 1])
+            return false
+        }
+        return engine.isServing && store.record.engine == engine.instance
+            && hosts.allSatisfy { store.record.contains($0.id) } && unanswered.isEmpty
+            && engine.core.unresolvedCount == 0
+    }
+
+    private var why: String {
+        guard let current = currentEngine else { return "no engine" }
+        return
+            "\(engines[current].name) \(engines[current].core.phase), \(names(store.record)), \(unanswered.count) unanswered"
+    }
+
+    /// Reads everything that was ever used, flushes, detaches in order, and looks at the disks.
+    func finish() {
+        guard let current = currentEngine else { return }
+        let engine = engines[current]
+        for cluster in workload.clusters {
+            for block in cluster {
+                let operation = newOperation(
+                    (.read, [], block * UInt64(Geometry.blockSize), Geometry.blockSize), worker: 0)
+                submit(operation, to: engine)
+            }
+        }
+        submit(newOperation((.flush, [], 0, 0), worker: 0), to: engine)
+        guard run(seconds: 30, until: { unanswered.isEmpty }) else {
+            return fail("invariant 31: the last reads are not answered: \(why)")
+        }
+        step(engine, .detach)
+        guard run(seconds: 60, until: { engine.core.phase == .stopped }) else {
+            return fail("invariant 31: the volume does not detach: \(why)")
+        }
+        guard engine.core.stopReason == .detached else {
+            return fail("detach ended with: \(engine.core.stopReason?.rawValue ?? "nothing")")
+        }
+        if !store.record.isClean { fail("detached, but the record is not clean") }
+        auditAtRest()
+        if engine.pool.inUse != engine.core.ownBuffers {
+            fail("\(engine.name) keeps \(engine.pool.inUse - engine.core.ownBuffers) buffers")
+        }
+    }
+}

@@ -1,0 +1,173 @@
+import HapteraCore
+
+// The clients of a world: workers that issue requests to the current engine, hold on to what is not
+// answered when it dies, and give it to the next one first, as the kernel's client does.
+
+extension World {
+    func newOperation(
+        _ draw: (kind: OperationKind, flags: OperationFlags, offset: UInt64, length: Int),
+        worker: Int
+    ) -> ClientOperation {
+        let operation = ClientOperation(
+            id: operations.count + 1, kind: draw.kind, flags: draw.flags, offset: draw.offset,
+            length: draw.length, worker: worker, generation: generation)
+        operations.append(operation)
+        history.append(.invoked(operation), step: timeline.step)
+        promises.began(operation)
+        return operation
+    }
+
+    /// A worker's turn: one more request, unless it waits for too many already.
+    func work(_ worker: Int) {
+        guard isChaos else { return }
+        let pause =
+            random.permille(600)
+            ? random.delay(microseconds: 10, 500)
+            : milliseconds(random.below(workload.thinkMillisecondsMax) + 1)
+        timeline.schedule(after: pause, .work(worker: worker))
+        guard let current = currentEngine, outstanding(worker) < workload.depth else { return }
+        if let stale = staleEngine(), random.permille(300) {
+            // Somebody still talks to an engine that was superseded; nobody repeats what it says.
+            let operation = newOperation(workload.draw(random), worker: -1)
+            submit(operation, to: stale)
+            return
+        }
+        let operation = newOperation(workload.draw(random), worker: worker)
+        submit(operation, to: engines[current])
+    }
+
+    private func outstanding(_ worker: Int) -> Int {
+        unanswered.count { $0.worker == worker }
+    }
+    private func staleEngine() -> SimulatedEngine? {
+        engines.last { $0.isRunning && $0.index != currentEngine && $0.generation == generation }
+    }
+
+    func submit(_ operation: ClientOperation, to engine: SimulatedEngine) {
+        if operation.firstEngine < 0 { operation.firstEngine = engine.index }
+        operation.engine = engine.index
+        if operation.worker >= 0 && !unanswered.contains(where: { $0 === operation }) {
+            unanswered.append(operation)
+        }
+        engine.unsent.append(operation)
+        submitUnsent(engine)
+    }
+
+    /// Hands over what the engine has room for, in order.
+    func submitUnsent(_ engine: SimulatedEngine) {
+        guard engine.isRunning, !engine.isSubmitting else { return }
+        engine.isSubmitting = true
+        defer { engine.isSubmitting = false }
+        while let operation = engine.unsent.first, engine.core.canSubmit, engine.isRunning {
+            guard let buffer = fillBuffer(operation, engine.pool) else { return }
+            engine.unsent.removeFirst()
+            trace("client -> \(engine.name) \(operation.text)")
+            step(
+                engine,
+                .submit(
+                    Operation(
+                        kind: operation.kind, flags: operation.flags, offset: operation.offset,
+                        length: operation.length, buffer: buffer,
+                        userData: UInt64(operation.id))))
+        }
+    }
+
+    /// A buffer with the write's content (or room for what is read); nil if the pool is empty.
+    private func fillBuffer(_ operation: ClientOperation, _ pool: BufferPool) -> BufferID? {
+        guard operation.kind == .read || operation.kind == .write || operation.kind == .status
+        else { return BufferID.none }
+        let blockSize = UInt64(Geometry.blockSize)
+        let blocks = Geometry.blocks(offset: operation.offset, length: operation.length)
+        // The engine's jobs and edges must find buffers too.
+        guard pool.available(blocks.count * Int(blockSize)) > 4,
+            let buffer = pool.allocate(blocks.count * Int(blockSize))
+        else { return nil }
+        guard operation.kind == .write else { return buffer }
+        let memory = pool.memory(buffer)
+        var position = Int(operation.offset % blockSize)
+        for sector in operation.sectors {
+            Content.fill(
+                memory.slice(position, Content.sectorSize), value: operation.value,
+                sector: UInt64(sector))
+            position += Content.sectorSize
+        }
+        return buffer
+    }
+
+    /// An engine answered.
+    func completed(
+        _ engine: SimulatedEngine, _ id: Int, _ result: OperationResult, buffer: BufferID,
+        isHole: Bool
+    ) {
+        let operation = operations[id - 1]
+        defer { if buffer != .none { engine.pool.release(buffer) } }
+        trace("\(engine.name) -> client \(operation.text): \(result)")
+        guard operation.isOutstanding, operation.engine == engine.index else { return }
+        switch result {
+        case .shuttingDown:
+            // Nothing is known of it: it waits for the next engine.
+            if operation.worker < 0 { operation.isAbandoned = true }
+        case .ioError, .noSpace:
+            operation.isAbandoned = true
+            unanswered.removeAll { $0 === operation }
+            observeError(operation, result)
+        case .ok:
+            // What a superseded engine read may be old: leases are not built yet.
+            let isStale = store.record.engine != engine.instance
+            operation.isComplete = true
+            unanswered.removeAll { $0 === operation }
+            if operation.kind == .read {
+                readCompleted(operation, engine, buffer, isHole: isHole, isStale: isStale)
+            }
+            if operation.kind == .read && isStale { return }
+            observeAcknowledgement(operation, engine)
+            history.append(.returned(operation), step: timeline.step)
+            promises.ended(operation)
+            if operation.kind == .flush { audit() }
+        }
+    }
+
+    private func readCompleted(
+        _ operation: ClientOperation, _ engine: SimulatedEngine, _ buffer: BufferID,
+        isHole: Bool, isStale: Bool
+    ) {
+        let memory = engine.pool.memory(buffer)
+        var position = Int(operation.offset % UInt64(Geometry.blockSize))
+        var values: [ValueID] = []
+        for sector in operation.sectors {
+            let value = Content.value(
+                in: memory.slice(position, Content.sectorSize), sector: UInt64(sector),
+                scratch: sectorBlock.memory)
+            position += Content.sectorSize
+            guard value != Content.garbage else {
+                return fail(
+                    "invariant 27: \(operation.text) returned what nobody wrote to sector \(sector)"
+                )
+            }
+            if isHole && value != 0 { return fail("\(operation.text): a hole with data in it") }
+            observeReadValue(operation, engine, value, sector: sector)
+            values.append(value)
+        }
+        if !isStale { operation.values = values }
+    }
+
+    /// The clients (a kernel's NBD device) move to the engine, all at once: what is unanswered first.
+    func attach(to engine: SimulatedEngine) {
+        let waiting = unanswered
+        unanswered = []
+        for operation in waiting where operation.isOutstanding {
+            engines[max(operation.engine, 0)].unsent.removeAll { $0 === operation }
+            submit(operation, to: engine)
+        }
+    }
+
+    /// The clients' host is gone with all it held: a new generation begins.
+    func loseClients() {
+        for operation in operations where operation.isOutstanding { operation.isAbandoned = true }
+        for engine in engines { engine.unsent = [] }
+        unanswered = []
+        generation += 1
+        isGenerationUnserved = true
+        note("the clients are gone; generation \(generation) begins")
+    }
+}

@@ -1,0 +1,236 @@
+import HapteraCore
+
+/// One engine process: the real core, and the part of its shell that the simulator plays.
+final class SimulatedEngine {
+    let index: Int
+    let instance: InstanceID
+    let generation: UInt64
+    let core: EngineCore
+    let pool: BufferPool
+    var connections: [SimulatedNetwork.Connection?]
+    private(set) var isAlive = true
+    var isServing = false
+    var hasServed = false
+    /// The nonce of the change it asked for last.
+    var proposedNonce: UInt64 = 0
+    /// It took the volume over for clients that remember nothing.
+    var servesNewClients = false
+    /// Guards against handing requests over from within a hand-over.
+    var isSubmitting = false
+    /// Requests the core or the pool had no room for yet, in order.
+    var unsent: [ClientOperation] = []
+
+    init(
+        index: Int, volume: VolumeID, generation: UInt64, random: RandomSource,
+        mutations: MutationSet
+    ) {
+        self.index = index
+        self.generation = generation
+        instance = InstanceID(rawValue: random.next() | 1)
+        pool = BufferPool(limits: .init(small: 96, medium: 16, large: 12))
+        core = EngineCore(
+            configuration: EngineConfiguration(
+                volume: volume, instance: instance, endpoint: "engine-\(index)",
+                clientGeneration: generation, nonceSeed: random.next()),
+            pool: pool)
+        core.mutations = mutations
+        connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
+    }
+
+    var isRunning: Bool { isAlive && core.phase != .stopped }
+    func kill() { isAlive = false }
+    var name: String { "engine-\(index)" }
+}
+
+extension World {
+    /// Starts an engine process that takes the volume over and becomes the clients' engine.
+    func startEngine(generation: UInt64) {
+        let engine = SimulatedEngine(
+            index: engines.count, volume: volume, generation: generation, random: random,
+            mutations: options.mutations)
+        engines.append(engine)
+        currentEngine = engine.index
+        note("\(engine.name) starts, client generation \(generation)")
+        step(engine, .configure(hosts.map(\.id)))
+        step(engine, .start)
+        for host in hosts {
+            guard let slot = engine.core.slot(of: host.id) else { continue }
+            timeline.schedule(
+                after: random.delay(microseconds: 100, 20_000),
+                .connect(engine: engine.index, slot: slot))
+        }
+        timeline.schedule(
+            after: milliseconds(random.below(100)), .engineTick(engine.index))
+    }
+
+    func killEngine(_ engine: SimulatedEngine) {
+        guard engine.isAlive else { return }
+        note("\(engine.name) is killed")
+        engine.kill()
+        engine.isServing = false
+        closeAll(engine)
+    }
+    private func closeAll(_ engine: SimulatedEngine) {
+        for connection in engine.connections {
+            if let connection { network.closeFromEngine(connection) }
+        }
+        engine.connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
+    }
+
+    /// Feeds the core one event and performs what it asks for.
+    func step(_ engine: SimulatedEngine, _ event: EngineEvent) {
+        guard engine.isAlive else { return }
+        engine.core.step(event, now: timeline.instant)
+        while let action = engine.core.actions.popFirst() { perform(action, engine) }
+        submitUnsent(engine)
+    }
+
+    private func perform(_ action: EngineAction, _ engine: SimulatedEngine) {
+        switch action {
+        case .send(let slot, let header, let table, let buffer, let offset):
+            guard let connection = engine.connections[slot] else { return }
+            let data =
+                header.dataLength > 0
+                ? engine.pool.memory(buffer).slice(Int(offset), Int(header.dataLength)) : nil
+            let bytes =
+                header.tableLength > 0
+                ? engine.core.table(table).slice(0, Int(header.tableLength)) : nil
+            observeRequest(engine, connection, header)
+            network.send(connection, toReplica: true, header: header, table: bytes, data: data)
+        case .sendControl(let slot, let header):
+            guard let connection = engine.connections[slot] else { return }
+            let payload = engine.core.controlPayload
+            let block = MemoryBlock(count: max(1, payload.count))
+            block.memory.copy(from: payload)
+            network.send(
+                connection, toReplica: true, header: header,
+                table: block.memory.slice(0, payload.count), data: nil)
+        case .disconnect(let slot):
+            guard let connection = engine.connections[slot] else { return }
+            trace("\(engine.name) disconnects \(hosts[connection.replica].name)")
+            engine.connections[slot] = nil
+            network.closeFromEngine(connection)
+            timeline.schedule(
+                after: milliseconds(random.between(10, 500)),
+                .connect(engine: engine.index, slot: slot))
+            pendingDisconnects.append((engine, slot))
+        case .complete(let userData, let result, let buffer, _, let isHole):
+            completed(engine, Int(userData), result, buffer: buffer, isHole: isHole)
+        case .storeGet:
+            store.get(engine: engine.index)
+        case .storeCompareAndSwap(let expected):
+            observeProposal(engine)
+            store.compareAndSwap(
+                engine: engine.index, expected: expected, record: engine.core.proposedRecord)
+        case .note(let note):
+            self.note("\(engine.name): \(note)")
+            if case .resolved = note { observeResolved(engine) }
+        case .serving(let serving):
+            self.note("\(engine.name) serving: \(serving)")
+            engine.isServing = serving
+            if serving { engineServes(engine) }
+        case .stopped:
+            note("\(engine.name) stopped: \(engine.core.stopReason?.rawValue ?? "")")
+            closeAll(engine)
+        }
+    }
+
+    /// `disconnected` follows `disconnect` as an event of its own.
+    func deliverDisconnects() {
+        while !pendingDisconnects.isEmpty {
+            let (engine, slot) = pendingDisconnects.removeFirst()
+            if engine.connections[slot] == nil { step(engine, .disconnected(slot)) }
+        }
+    }
+
+    /// A frame or the end of a connection reaches an engine.
+    func deliver(
+        _ parcel: SimulatedNetwork.Parcel, to engine: SimulatedEngine,
+        _ connection: SimulatedNetwork.Connection
+    ) {
+        let slot = connection.slot
+        switch parcel {
+        case .opened:
+            guard engine.isRunning, engine.connections[slot] == nil else {
+                network.closeFromEngine(connection)
+                return
+            }
+            engine.connections[slot] = connection
+            step(engine, .connected(slot))
+        case .closed:
+            guard engine.connections[slot] === connection else { return }
+            trace("\(engine.name) loses \(hosts[connection.replica].name)")
+            engine.connections[slot] = nil
+            network.closeFromEngine(connection)
+            timeline.schedule(
+                after: milliseconds(random.between(10, 500)),
+                .connect(engine: engine.index, slot: slot))
+            step(engine, .disconnected(slot))
+        case .frame(let bytes):
+            guard engine.connections[slot] === connection, engine.isRunning else { return }
+            guard let frame = decode(bytes) else {
+                return fail("a frame of \(hosts[connection.replica].name) does not parse")
+            }
+            trace("\(engine.name) <- \(hosts[connection.replica].name) \(describe(frame.header))")
+            let empty = frame.table.slice(0, 0)
+            if frame.header.dataLength > 0,
+                let target = engine.core.readTarget(frame.header, from: slot)
+            {
+                engine.pool.memory(target.buffer).copy(from: frame.data, at: target.offset)
+                step(engine, .frame(slot, frame.header, table: frame.table, data: empty))
+            } else {
+                step(engine, .frame(slot, frame.header, table: frame.table, data: frame.data))
+            }
+        }
+        deliverDisconnects()
+    }
+
+    /// The engine's shell tries to reach a replica, again and again with a pause.
+    func connect(_ engine: SimulatedEngine, _ slot: ReplicaSlot) {
+        guard engine.isRunning, engine.connections[slot] == nil,
+            let host = hosts.first(where: { $0.id == engine.core.replicaID(slot) })
+        else { return }
+        let isBlocked =
+            network.blockedUntil(engine: engine.index, replica: host.index, toReplica: true) > 0
+            || network.blockedUntil(engine: engine.index, replica: host.index, toReplica: false)
+                > 0
+        guard !isBlocked, host.core != nil, let number = host.freeConnection else {
+            timeline.schedule(
+                after: milliseconds(isBlocked ? 1000 : random.between(50, 500)),
+                .connect(engine: engine.index, slot: slot))
+            return
+        }
+        let connection = network.open(
+            engine: engine.index, slot: slot, replica: host.index, process: host.process,
+            number: number)
+        host.connections[number] = connection
+        step(host, .connected(connection: number))
+    }
+
+    func decode(_ bytes: [UInt8]) -> (header: FrameHeader, table: RawMemory, data: RawMemory)? {
+        let memory = frameBlock.memory
+        memory.copy(from: bytes)
+        guard let header = try? FrameHeader(decoding: memory),
+            bytes.count == FrameHeader.size + header.payloadLength
+        else { return nil }
+        let table = memory.slice(FrameHeader.size, Int(header.tableLength))
+        guard header.tableLength == 0 || CRC32C.checksum(table) == header.tableChecksum else {
+            return nil
+        }
+        let data = memory.slice(
+            FrameHeader.size + Int(header.tableLength), Int(header.dataLength))
+        return (header, table, data)
+    }
+
+    func describe(_ header: FrameHeader) -> String {
+        var text = header.isReply ? "\(header.kind) reply \(header.status)" : "\(header.kind)"
+        text += " e\(header.epoch.rawValue)"
+        if header.sequence != .zero { text += " s\(header.sequence.rawValue)" }
+        if header.length > 0 {
+            text += " block \(header.offset / 4096)+\(Int(header.length) / 4096)"
+        }
+        if header.auxiliary != 0 { text += " aux \(header.auxiliary)" }
+        if header.flags > 1 { text += " flags \(header.flags)" }
+        return text
+    }
+}

@@ -1,0 +1,248 @@
+import HapteraCore
+
+/// One replica's host: its disk, and the real core while its process runs.
+final class SimulatedReplica {
+    let index: Int
+    let id: ReplicaID
+    let incarnation: Incarnation
+    let disk: SimulatedDisk
+    private(set) var bootID: UInt64
+    /// Counts process starts; what belongs to an earlier one is dropped.
+    private(set) var process = 0
+    private(set) var core: ReplicaCore?
+    private(set) var pool: BufferPool?
+    var connections: [SimulatedNetwork.Connection?]
+    /// The host lost power since its copy was last equal to the others.
+    var isLossy = false
+    /// The replica says of itself that it may have lost something (`InstallReply.isRebooted`).
+    var isMarkedRebooted = false
+    /// When the power was last cut, and the process last started; nanoseconds.
+    var powerCutAt: UInt64 = 0
+    var startedAt: UInt64 = 0
+    var installedAt: UInt64 = 0
+    /// What the world has seen of the replica's promises.
+    var promised = Epoch.zero
+    var installed = Epoch.zero
+    /// Values of the sectors it acknowledged, ever.
+    var applied: Set<ValueID> = []
+    /// Requests that change data, taken in and not answered.
+    var requests: [DataRequest] = []
+    /// Highest (epoch, sequence) applied per block, for the order of writes.
+    var order: [StablePoint]
+
+    struct DataRequest {
+        var connection: Int
+        var tag: UInt64
+        var epoch: Epoch
+        var sequence: SequenceNumber
+        var blocks: Range<UInt64>
+        var values: [ValueID]
+    }
+
+    init(index: Int, random: RandomSource, blockCount: Int) {
+        self.index = index
+        id = ReplicaID(rawValue: random.next() | 1)
+        incarnation = Incarnation(rawValue: random.next() | 1)
+        disk = SimulatedDisk(random: random.fork())
+        bootID = random.next() | 1
+        connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
+        order = Array(repeating: .zero, count: blockCount)
+    }
+
+    var name: String { "replica-\(index)" }
+    var freeConnection: Int? { connections.firstIndex { $0 == nil } }
+
+    func created(_ random: RandomSource) { bootID = random.next() | 1 }
+    func started(_ core: ReplicaCore, _ pool: BufferPool) {
+        self.core = core
+        self.pool = pool
+    }
+    func nextProcess() { process += 1 }
+    func stopped() {
+        core = nil
+        pool = nil
+        process += 1
+        requests = []
+        connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
+    }
+    func rebooted(_ random: RandomSource) { bootID = random.next() | 1 }
+}
+
+extension World {
+    /// Fewer than a volume may have, so that writes also wait for a region to be drained.
+    static let activeRegionsMax = 2
+
+    /// Starts the replica's process when the one before has no disk operation left (its lock is
+    /// on the descriptors the kernel still uses).
+    func startReplica(_ host: SimulatedReplica) {
+        guard host.core == nil else { return }
+        guard host.disk.operationsInFlight == 0 else {
+            timeline.schedule(after: milliseconds(1), .startReplica(host.index))
+            return
+        }
+        if host.disk.hasFailedSync {
+            // The kernel has forgotten which pages are not on the disk: only a restart of the host
+            // gives the replica a true view of it.
+            cutPower(host)
+        }
+        let pool = BufferPool(limits: .init(small: 192, medium: 24, large: 20))
+        if faults.cutsDuringOpen && isChaos && random.permille(300) {
+            host.disk.callsUntilCut = random.below(60)
+        }
+        do throws(StorageError) {
+            let core = try ReplicaCore(
+                opening: host.disk,
+                options: ReplicaOptions(
+                    instance: InstanceID(rawValue: random.next() | 1),
+                    bootID: BootID(high: host.bootID, low: 1),
+                    tableCachePagesMax: Self.activeRegionsMax + 64,
+                    activeRegionsMax: Self.activeRegionsMax, mutations: options.mutations),
+                pool: pool)
+            host.disk.callsUntilCut = nil
+            host.started(core, pool)
+        } catch {
+            guard host.disk.callsUntilCut != nil else {
+                return fail("\(host.name) does not open: \(error.message)")
+            }
+            host.disk.callsUntilCut = nil
+            note("\(host.name) is cut off while opening")
+            if random.permille(500) { cutPower(host) }
+            host.nextProcess()
+            timeline.schedule(
+                after: milliseconds(random.between(10, 500)), .startReplica(host.index))
+            return
+        }
+        host.startedAt = timeline.now
+        note("\(host.name) starts")
+        step(host, .tick)
+        timeline.schedule(
+            after: milliseconds(random.below(100)),
+            .replicaTick(replica: host.index, process: host.process))
+    }
+
+    /// The process ends at once; what it asked of the disk goes on.
+    func killReplica(_ host: SimulatedReplica, restartAfter milliseconds: Int?) {
+        if host.core != nil {
+            for connection in host.connections {
+                if let connection { network.closeFromReplica(connection) }
+            }
+            host.stopped()
+        }
+        guard let milliseconds else { return }
+        timeline.schedule(
+            after: UInt64(milliseconds) * 1_000_000, .startReplica(host.index))
+    }
+
+    /// The host's power fails. Its process must have been stopped.
+    func cutPower(_ host: SimulatedReplica) {
+        host.disk.cutPower()
+        host.rebooted(random)
+        host.isLossy = true
+        host.isMarkedRebooted = true
+        host.powerCutAt = timeline.now
+    }
+
+    func step(_ host: SimulatedReplica, _ event: ReplicaEvent) {
+        guard let core = host.core else { return }
+        core.step(event, now: timeline.instant)
+        while let action = core.actions.popFirst() {
+            perform(action, host)
+            if host.core !== core { return }
+        }
+    }
+
+    private func perform(_ action: ReplicaAction, _ host: SimulatedReplica) {
+        guard let pool = host.pool else { return }
+        switch action {
+        case .read, .write, .sync, .punch:
+            guard let submitted = host.disk.submit(action, pool: pool) else { return }
+            traceDisk(host, action)
+            timeline.schedule(
+                after: submitted.delay,
+                .disk(
+                    replica: host.index, process: host.process, operation: submitted.operation))
+        case .reply(let number, let header, let tableBuffer, let buffer, let offset):
+            observeReply(host, number, header, tableBuffer)
+            if let connection = host.connections[number] {
+                network.send(
+                    connection, toReplica: false, header: header,
+                    table: header.tableLength > 0
+                        ? pool.memory(tableBuffer).slice(0, Int(header.tableLength)) : nil,
+                    data: header.dataLength > 0
+                        ? pool.memory(buffer).slice(offset, Int(header.dataLength)) : nil)
+            }
+            if tableBuffer != .none { pool.release(tableBuffer) }
+            if buffer != .none { pool.release(buffer) }
+        case .close(let number):
+            guard let connection = host.connections[number] else { return }
+            trace("\(host.name) closes connection \(number)")
+            network.closeFromReplica(connection)
+            pendingReplicaCloses.append((host, number, host.process))
+        case .note(let note):
+            if case .refusedStale = note { return trace("\(host.name): \(note)") }
+            self.note("\(host.name): \(note)")
+        case .failed(let failure):
+            note("\(host.name) failed: \(failure)")
+            observeFailure(host, failure)
+            killReplica(host, restartAfter: random.between(200, 3000))
+        }
+    }
+
+    func deliverReplicaCloses() {
+        while !pendingReplicaCloses.isEmpty {
+            let (host, number, process) = pendingReplicaCloses.removeFirst()
+            guard host.process == process, host.connections[number] != nil else { continue }
+            host.connections[number] = nil
+            host.requests.removeAll { $0.connection == number }
+            step(host, .disconnected(connection: number))
+        }
+    }
+
+    func deliver(
+        _ parcel: SimulatedNetwork.Parcel, to host: SimulatedReplica,
+        _ connection: SimulatedNetwork.Connection
+    ) {
+        guard host.process == connection.process, host.core != nil, let pool = host.pool else {
+            return
+        }
+        let number = connection.number
+        guard host.connections[number] === connection else { return }
+        switch parcel {
+        case .opened: break
+        case .closed:
+            trace("\(host.name) loses connection \(number)")
+            network.closeFromReplica(connection)
+            host.connections[number] = nil
+            host.requests.removeAll { $0.connection == number }
+            step(host, .disconnected(connection: number))
+        case .frame(let bytes):
+            guard let frame = decode(bytes) else {
+                return fail("a frame for \(host.name) does not parse")
+            }
+            var buffer = BufferID.none
+            if frame.header.dataLength > 0 {
+                guard let free = pool.allocate(Int(frame.header.dataLength)) else {
+                    network.putBack(parcel, connection, toReplica: true)
+                    return
+                }
+                buffer = free
+                pool.memory(buffer).copy(from: frame.data)
+            }
+            trace("\(host.name) <- \(engines[connection.engine].name) \(describe(frame.header))")
+            observeArrival(host, number, frame.header, frame.data)
+            step(
+                host,
+                .frame(connection: number, frame.header, table: frame.table, buffer: buffer))
+        }
+        deliverReplicaCloses()
+    }
+
+    func diskCompleted(_ host: SimulatedReplica, process: Int, operation: UInt64) {
+        let isSame = host.process == process && host.core != nil
+        guard let done = host.disk.complete(operation, pool: isSame ? host.pool : nil), isSame
+        else { return }
+        if done.result < 0 { note("\(host.name): disk error \(done.result)") }
+        step(host, .disk(token: done.token, result: done.result))
+        deliverReplicaCloses()
+    }
+}

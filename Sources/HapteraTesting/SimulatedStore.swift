@@ -1,0 +1,106 @@
+import HapteraCore
+
+/// The metadata store and the way to it: requests and replies are late or lost, a swap may arrive
+/// long after its sender gave up on it, and may arrive twice.
+final class SimulatedStore {
+    private struct Request {
+        var engine: Int
+        /// Nil: a get.
+        var swap: (expected: Epoch, record: VolumeRecord)?
+        var outcome = StoreOutcome.unavailable
+        var isAnswered = false
+    }
+
+    private let timeline: Timeline
+    private let random: RandomSource
+    private var requests: [Request] = []
+    /// Every record that ever stood, by epoch, from the first.
+    private(set) var history: [VolumeRecord]
+    private(set) var isDown = false
+
+    // Per thousand.
+    var requestLoss = 0
+    var replyLoss = 0
+    var lateArrival = 0
+    var duplicates = 0
+
+    init(record: VolumeRecord, timeline: Timeline, random: RandomSource) {
+        history = [record]
+        self.timeline = timeline
+        self.random = random
+    }
+
+    var record: VolumeRecord { history[history.count - 1] }
+    func record(at epoch: Epoch) -> VolumeRecord? {
+        guard let first = history.first, epoch >= first.epoch, epoch <= record.epoch else {
+            return nil
+        }
+        return history[Int(epoch.rawValue - first.epoch.rawValue)]
+    }
+
+    func setDown(_ down: Bool) { isDown = down }
+
+    func get(engine: Int) { send(Request(engine: engine, swap: nil)) }
+    func compareAndSwap(engine: Int, expected: Epoch, record: VolumeRecord) {
+        send(Request(engine: engine, swap: (expected, record)))
+    }
+
+    private func send(_ request: Request) {
+        let id = requests.count
+        requests.append(request)
+        let timeout = milliseconds(1000)
+        timeline.schedule(after: timeout, .storeReply(request: id, isTimeout: true))
+        guard !isDown, !random.permille(requestLoss) else { return }
+        var delay = random.delay(microseconds: 100, 5000)
+        if random.permille(lateArrival) { delay += milliseconds(random.below(4000)) }
+        timeline.schedule(after: delay, .storeArrival(request: id))
+        if request.swap != nil && random.permille(duplicates) {
+            timeline.schedule(
+                after: delay + milliseconds(random.below(8000)), .storeArrival(request: id))
+        }
+    }
+
+    /// A request reaches the store. Returns a violation of invariants 1 and 2, if there is one.
+    func arrived(_ id: Int) -> String? {
+        guard !isDown else { return nil }
+        var violation: String?
+        if let swap = requests[id].swap {
+            if swap.expected == record.epoch {
+                violation = check(swap.record)
+                history.append(swap.record)
+                requests[id].outcome = .record(swap.record)
+            } else {
+                requests[id].outcome = .conflict(record)
+            }
+        } else {
+            requests[id].outcome = .record(record)
+        }
+        if !random.permille(replyLoss) {
+            timeline.schedule(
+                after: random.delay(microseconds: 100, 5000),
+                .storeReply(request: id, isTimeout: false))
+        }
+        return violation
+    }
+
+    private func check(_ new: VolumeRecord) -> String? {
+        if new.epoch != record.epoch.next {
+            return "invariant 1: epoch \(record.epoch.rawValue) followed by \(new.epoch.rawValue)"
+        }
+        if new.inSync.isEmpty { return "invariant 2: empty in-sync set" }
+        if new.volume != record.volume || new.size != record.size {
+            return "invariant 1: the volume's identity changed"
+        }
+        if VolumeRecord(decoding: new.encoded()) != new {
+            return "record does not survive encoding"
+        }
+        return nil
+    }
+
+    /// The answer (or the time-out) gets to the engine: whichever is first counts.
+    func answer(_ id: Int, isTimeout: Bool) -> (engine: Int, outcome: StoreOutcome)? {
+        guard !requests[id].isAnswered else { return nil }
+        requests[id].isAnswered = true
+        return (requests[id].engine, isTimeout ? .unavailable : requests[id].outcome)
+    }
+}

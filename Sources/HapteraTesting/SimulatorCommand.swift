@@ -1,0 +1,119 @@
+#if canImport(Glibc)
+    import Glibc
+#else
+    import Musl
+#endif
+import HapteraCore
+
+/// `haptera-sim`: runs seeds and reports which fail.
+package enum SimulatorCommand {
+    private static let usage = """
+        usage: haptera-sim [--seed N | --seeds FROM-TO] [--steps M] [--replicas K]
+                           [--mutation NAME] [--until-failure] [--trace]
+          --seed N         run one seed (default 1)
+          --seeds FROM-TO  run all of them, both ends included
+          --steps M        events of each run's troubled part (default \
+        \(SimulationOptions().steps))
+          --replicas K     copies of the volume, 1 to \(Geometry.replicasMax) (default 3)
+          --mutation NAME  switch one rule off; the run should then fail
+          --until-failure  stop at the first failing seed
+          --trace          print every event
+        mutations: \(MutationSet.named.map(\.name).joined(separator: " "))
+        """
+
+    private struct Arguments {
+        var seeds: ClosedRange<UInt64> = 1...1
+        var options = SimulationOptions()
+        var stopsAtFailure = false
+    }
+
+    /// The exit status: 0 all passed, 1 some failed, 2 usage.
+    package static func run(_ arguments: [String]) -> Int32 {
+        guard let parsed = parse(arguments) else {
+            print(usage)
+            return arguments.contains("--help") ? 0 : 2
+        }
+        reportTraps()
+        let start = seconds()
+        var failed = 0
+        var acknowledged = 0
+        var runs = 0
+        for seed in parsed.seeds {
+            // SAFETY: see `currentSeed`.
+            unsafe currentSeed = seed
+            let outcome = simulate(seed: seed, options: parsed.options)
+            runs += 1
+            acknowledged += outcome.acknowledged
+            guard let failure = outcome.failure else { continue }
+            failed += 1
+            print("seed \(seed): FAILED at step \(failure.step): \(failure.what)")
+            if parsed.stopsAtFailure { break }
+        }
+        let elapsed = max(seconds() - start, 0.001)
+        print(
+            "\(runs) seeds, \(failed) failed, \(acknowledged) requests answered,"
+                + " \(Int(Double(runs) * 60 / elapsed)) seeds per minute")
+        return failed == 0 ? 0 : 1
+    }
+
+    private static func parse(_ arguments: [String]) -> Arguments? {
+        var result = Arguments()
+        var rest = arguments[...]
+        while let option = rest.popFirst() {
+            switch option {
+            case "--trace": result.options.trace = { print($0) }
+            case "--until-failure": result.stopsAtFailure = true
+            case "--seed":
+                guard let seed = rest.popFirst().flatMap({ UInt64($0) }) else { return nil }
+                result.seeds = seed...seed
+            case "--seeds":
+                let ends = rest.popFirst()?.split(separator: "-").compactMap { UInt64($0) } ?? []
+                guard ends.count == 2, ends[0] <= ends[1] else { return nil }
+                result.seeds = ends[0]...ends[1]
+            case "--steps":
+                guard let steps = rest.popFirst().flatMap({ Int($0) }), steps > 0 else {
+                    return nil
+                }
+                result.options.steps = steps
+            case "--replicas":
+                guard let count = rest.popFirst().flatMap({ Int($0) }),
+                    (1...Geometry.replicasMax).contains(count)
+                else { return nil }
+                result.options.replicas = count
+            case "--mutation":
+                let name = rest.popFirst()
+                guard let found = MutationSet.named.first(where: { $0.name == name }) else {
+                    return nil
+                }
+                result.options.mutations.insert(found.mutation)
+            default:
+                return nil
+            }
+        }
+        return result
+    }
+
+    private static func seconds() -> Double {
+        var time = timespec()
+        // SAFETY: `time` is a valid timespec for the call to fill.
+        unsafe clock_gettime(CLOCK_MONOTONIC, &time)
+        return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
+    }
+
+    // SAFETY: written by the only thread that runs seeds, read by the trap handler on that thread.
+    nonisolated(unsafe) private static var currentSeed: UInt64 = 0
+
+    /// A broken precondition ends the process: says in which seed before it does.
+    private static func reportTraps() {
+        for number in [SIGILL, SIGTRAP, SIGSEGV, SIGABRT] {
+            // SAFETY: the handler captures nothing.
+            _ = signal(number) { number in
+                // SAFETY: see `currentSeed`; the process is past caring about allocation here.
+                print("seed \(unsafe SimulatorCommand.currentSeed): FAILED by a trap")
+                fflush(nil)
+                signal(number, SIG_DFL)
+                raise(number)
+            }
+        }
+    }
+}

@@ -1,0 +1,127 @@
+import HapteraCore
+
+/// One request of a simulated client, from its first submission to its end.
+final class ClientOperation {
+    let id: Int
+    let kind: OperationKind
+    let flags: OperationFlags
+    let offset: UInt64
+    let length: Int
+    let worker: Int
+    let generation: UInt64
+    /// The engine it was first given to, and the one that has it now; -1: none.
+    var firstEngine = -1
+    var engine = -1
+    var isComplete = false
+    /// Its client is gone, or got an error: nobody knows whether it happened.
+    var isAbandoned = false
+    /// For a read: what each sector held.
+    var values: [ValueID] = []
+
+    init(
+        id: Int, kind: OperationKind, flags: OperationFlags, offset: UInt64, length: Int,
+        worker: Int, generation: UInt64
+    ) {
+        self.id = id
+        self.kind = kind
+        self.flags = flags
+        self.offset = offset
+        self.length = length
+        self.worker = worker
+        self.generation = generation
+    }
+
+    /// What a write leaves in each of its sectors.
+    var value: ValueID { kind == .write ? ValueID(id) : 0 }
+    var changesData: Bool { kind == .write || kind == .trim || kind == .writeZeroes }
+    /// The sectors it reads or changes. A trim is rounded inwards to whole blocks.
+    var sectors: Range<Int> {
+        let sector = Content.sectorSize
+        if kind == .flush { return 0..<0 }
+        guard kind == .trim else {
+            return Int(offset) / sector..<(Int(offset) + length) / sector
+        }
+        let block = Geometry.blockSize
+        let first = (Int(offset) + block - 1) / block
+        let end = (Int(offset) + length) / block
+        guard first < end else { return 0..<0 }
+        return first * Content.sectorsPerBlock..<end * Content.sectorsPerBlock
+    }
+    var isOutstanding: Bool { !isComplete && !isAbandoned }
+    var text: String {
+        "\(kind)\(flags.contains(.fua) ? "+fua" : "") #\(id) \(offset / 512)+\(length / 512)"
+    }
+}
+
+/// What clients do: which ranges they use and in which mixture. Few blocks are hot, so that requests
+/// meet; some ranges are adjacent, cross a region's end, or are parts of blocks.
+struct Workload {
+    let sizeBytes: UInt64
+    /// Runs of hot blocks.
+    let clusters: [Range<UInt64>]
+    let subBlockPermille: Int
+    let readPermille: Int
+    let flushPermille: Int
+    let trimPermille: Int
+    let fuaPermille: Int
+    /// Longest pause between two requests of a worker.
+    let thinkMillisecondsMax: Int
+    let depth: Int
+
+    init(random: RandomSource, sizeBytes: UInt64) {
+        self.sizeBytes = sizeBytes
+        let blocks = sizeBytes / UInt64(Geometry.blockSize)
+        let perRegion = UInt64(Geometry.blocksPerRegion)
+        var clusters: [Range<UInt64>] = [0..<2, blocks - 2..<blocks]
+        if blocks > perRegion + 2 { clusters.append(perRegion - 2..<perRegion + 2) }
+        for _ in 0..<random.between(2, 6) {
+            let start = UInt64(random.below(Int(blocks) - 8))
+            clusters.append(start..<start + UInt64(random.between(1, 6)))
+        }
+        self.clusters = clusters
+        subBlockPermille = random.pick([0, 100, 400])
+        readPermille = random.pick([200, 350, 500])
+        flushPermille = random.pick([5, 30, 100])
+        trimPermille = random.pick([0, 60, 200])
+        fuaPermille = random.pick([0, 50, 300])
+        thinkMillisecondsMax = random.pick([5, 40, 200])
+        depth = random.between(1, 4)
+    }
+
+    /// A request within one region.
+    func draw(_ random: RandomSource) -> (
+        kind: OperationKind, flags: OperationFlags, offset: UInt64, length: Int
+    ) {
+        if random.permille(flushPermille) { return (.flush, [], 0, 0) }
+        let kind: OperationKind
+        if random.permille(readPermille) {
+            kind = .read
+        } else if random.permille(trimPermille) {
+            kind = random.permille(500) ? .trim : .writeZeroes
+        } else {
+            kind = .write
+        }
+        var (offset, length) = drawRange(random)
+        if random.permille(subBlockPermille) {
+            let sectors = length / Content.sectorSize
+            let first = random.below(sectors)
+            let count = random.between(1, sectors - first)
+            offset += UInt64(first * Content.sectorSize)
+            length = count * Content.sectorSize
+        }
+        var flags: OperationFlags = []
+        if kind != .read && random.permille(fuaPermille) { flags.insert(.fua) }
+        if kind == .writeZeroes && random.permille(300) { flags.insert(.noHole) }
+        return (kind, flags, offset, length)
+    }
+
+    private func drawRange(_ random: RandomSource) -> (offset: UInt64, length: Int) {
+        let cluster = random.pick(clusters)
+        let first = cluster.lowerBound + UInt64(random.below(cluster.count))
+        let regionEnd =
+            (first / UInt64(Geometry.blocksPerRegion) + 1) * UInt64(Geometry.blocksPerRegion)
+        let end = min(cluster.upperBound, regionEnd)
+        let count = random.between(1, Int(end - first))
+        return (first * UInt64(Geometry.blockSize), count * Geometry.blockSize)
+    }
+}

@@ -1,0 +1,247 @@
+import HapteraCore
+
+/// What a run of the simulator is asked to do.
+package struct SimulationOptions: Sendable {
+    package var replicas = 3
+    /// Events of the troubled part of a run; what follows heals and must converge.
+    package var steps = 12_000
+    package var mutations = MutationSet()
+    /// Receives every line of the trace.
+    package var trace: (@Sendable (String) -> Void)?
+    package init() {}
+}
+
+/// How a seed ended.
+package struct SimulationOutcome: Sendable {
+    package var seed: UInt64
+    package var steps: Int
+    /// What is wrong, if anything is.
+    package var failure: (step: Int, what: String)?
+    package var acknowledged: Int
+    package var epochs: Int
+}
+
+/// A whole installation in one thread: the real cores, and everything around them made up from one
+/// seed. The same seed gives the same run on every machine.
+package final class World {
+    let options: SimulationOptions
+    let random: RandomSource
+    let timeline = Timeline()
+    let network: SimulatedNetwork
+    let store: SimulatedStore
+    let volume: VolumeID
+    let workload: Workload
+    let faults: FaultPlan
+    private(set) var hosts: [SimulatedReplica] = []
+    var engines: [SimulatedEngine] = []
+    var currentEngine: Int?
+    var history = History()
+    var operations: [ClientOperation] = []
+    var promises: Promises
+    /// The sectors clients use, ascending.
+    let hotSectors: [Int]
+    /// Requests of live clients without an answer, in the order they were made.
+    var unanswered: [ClientOperation] = []
+    var generation: UInt64 = 1
+    /// A new generation of clients has not been served yet.
+    var isGenerationUnserved = true
+    /// Only members that lost power are left: the volume may refuse to be served.
+    var isLossPossible = false
+    var joinStartedAt: UInt64 = 0
+    var isChaos = true
+    /// The replica that rot and the faults that go with it spare.
+    let keeper: Int
+    var pendingDisconnects: [(SimulatedEngine, ReplicaSlot)] = []
+    var pendingReplicaCloses: [(SimulatedReplica, Int, Int)] = []
+    let frameBlock = MemoryBlock(
+        count: FrameHeader.size + FrameHeader.tableLengthMax + FrameHeader.dataLengthMax)
+    let sectorBlock = MemoryBlock(count: Content.sectorSize)
+    private(set) var failure: (step: Int, what: String)?
+    private let seed: UInt64
+
+    package init(seed: UInt64, options: SimulationOptions) {
+        self.seed = seed
+        self.options = options
+        random = RandomSource(seed: RandomSource.mix(seed))
+        let regions = random.between(1, 3)
+        let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
+        volume = VolumeID(high: random.next(), low: random.next())
+        workload = Workload(random: random.fork(), sizeBytes: size)
+        hotSectors = Set(
+            workload.clusters.joined().flatMap {
+                let first = Int($0) * Content.sectorsPerBlock
+                return first..<first + Content.sectorsPerBlock
+            }
+        ).sorted()
+        promises = Promises(sectorCount: Int(size) / Content.sectorSize)
+        faults = FaultPlan(random: random.fork())
+        keeper = random.below(options.replicas)
+        network = SimulatedNetwork(timeline: timeline, random: random.fork())
+        let hostsRandom = random.fork()
+        let hosts = (0..<options.replicas).map {
+            SimulatedReplica(
+                index: $0, random: hostsRandom, blockCount: Int(size) / Geometry.blockSize)
+        }
+        self.hosts = hosts
+        store = SimulatedStore(
+            record: VolumeRecord(
+                volume: volume, name: "sim", epoch: Epoch(1), nonce: 1, size: size,
+                inSync: hosts.map { .init(replica: $0.id, incarnation: $0.incarnation) }),
+            timeline: timeline, random: random.fork())
+        network.latencyMax = random.pick([100, 600, 20_000])
+        if faults.corruptsFrames { network.corruptionPermille = 2 }
+        if faults.kinds.contains(.storeOutage) {
+            store.requestLoss = 50
+            store.replyLoss = 100
+            store.lateArrival = 100
+            store.duplicates = 100
+        }
+    }
+
+    // MARK: Telling
+
+    /// Something an operator would want to know.
+    func note(_ text: @autoclosure () -> String) { trace("-- " + text()) }
+
+    func trace(_ text: @autoclosure () -> String) {
+        guard let sink = options.trace else { return }
+        let time = (timeline.now - 1_000_000_000) / 1000
+        sink(
+            "\(timeline.step) \(time / 1000).\(String(time % 1000 + 1000).dropFirst())ms \(text())")
+    }
+    func traceDisk(_ host: SimulatedReplica, _ action: ReplicaAction) {
+        trace("\(host.name) \(describe(action))")
+    }
+    private func describe(_ action: ReplicaAction) -> String {
+        switch action {
+        case .read(let file, let offset, let length, _, _, _):
+            "reads \(file) \(offset)+\(length)"
+        case .write(let file, let offset, let length, _, _, _):
+            "writes \(file) \(offset)+\(length)"
+        case .sync(let file, _): "syncs \(file)"
+        case .punch(let file, let offset, let length, _): "punches \(file) \(offset)+\(length)"
+        default: ""
+        }
+    }
+
+    /// The first thing that is wrong ends the run.
+    func fail(_ what: String) {
+        guard failure == nil else { return }
+        failure = (timeline.step, what)
+        note("FAILED: \(what)")
+    }
+    func fail(atStep step: Int, _ what: String) {
+        guard failure == nil else { return }
+        failure = (step, what)
+        note("FAILED: \(what)")
+    }
+
+    // MARK: Running
+
+    package func run() -> SimulationOutcome {
+        setUp()
+        runChaos()
+        if failure == nil { converge() }
+        if failure == nil { finish() }
+        if let wrong = history.check(sectorCount: Int(workload.sizeBytes) / Content.sectorSize) {
+            fail(atStep: wrong.step, wrong.what)
+        }
+        return SimulationOutcome(
+            seed: seed, steps: timeline.step, failure: failure,
+            acknowledged: operations.count(where: \.isComplete),
+            epochs: Int(store.record.epoch.rawValue))
+    }
+
+    private func setUp() {
+        note("\(hosts.count) replicas, \(workload.sizeBytes) bytes, faults \(faults.kinds)")
+        for host in hosts {
+            do throws(StorageError) {
+                try ReplicaCore.create(
+                    storage: host.disk,
+                    identity: ReplicaIdentity(
+                        volume: volume, name: "sim", replica: host.id,
+                        incarnation: host.incarnation,
+                        size: workload.sizeBytes),
+                    logCapacity: ActivityLog.capacityMin)
+                host.created(random)
+            } catch {
+                return fail("\(host.name) cannot be created: \(error.message)")
+            }
+            startReplica(host)
+        }
+        startEngine(generation: generation)
+        for worker in 0..<random.between(1, 4) {
+            timeline.schedule(after: milliseconds(random.below(50)), .work(worker: worker))
+        }
+        timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
+    }
+
+    private func runChaos() {
+        while failure == nil, timeline.step < options.steps, advance() {
+            if timeline.step % 400 == 0 { audit() }
+        }
+        isChaos = false
+    }
+
+    /// Lets time pass until `condition` holds; false if it does not within `seconds`.
+    func run(seconds: Int, until condition: () -> Bool) -> Bool {
+        let deadline = timeline.now + UInt64(seconds) * 1_000_000_000
+        while failure == nil, timeline.now < deadline {
+            if condition() { return true }
+            guard advance() else { return condition() }
+        }
+        return failure == nil && condition()
+    }
+
+    private func advance() -> Bool {
+        guard let event = timeline.advance() else { return false }
+        handle(event)
+        return true
+    }
+
+    private func handle(_ event: WorldEvent) {
+        switch event {
+        case .deliver(let id, let toReplica): deliver(network.connection(id), toReplica)
+        case .connect(let engine, let slot): connect(engines[engine], slot)
+        case .disk(let replica, let process, let operation):
+            diskCompleted(hosts[replica], process: process, operation: operation)
+        case .storeArrival(let request): storeArrived(request)
+        case .storeReply(let request, let isTimeout):
+            guard let answer = store.answer(request, isTimeout: isTimeout) else { return }
+            step(engines[answer.engine], .store(answer.outcome))
+            deliverDisconnects()
+        case .engineTick(let index):
+            let engine = engines[index]
+            guard engine.isRunning else { return }
+            step(engine, .tick)
+            deliverDisconnects()
+            timeline.schedule(after: milliseconds(random.between(20, 100)), event)
+        case .replicaTick(let index, let process):
+            guard hosts[index].process == process, hosts[index].core != nil else { return }
+            step(hosts[index], .tick)
+            deliverReplicaCloses()
+            timeline.schedule(after: milliseconds(random.between(20, 100)), event)
+        case .startReplica(let index): startReplica(hosts[index])
+        case .work(let worker): work(worker)
+        case .fault: nextFault()
+        case .relief(let relief): relieve(relief)
+        }
+    }
+
+    private func storeArrived(_ request: Int) {
+        let before = store.record
+        if let violation = store.arrived(request) { return fail(violation) }
+        guard store.record.epoch != before.epoch else { return }
+        observeRecord(store.record, before: before)
+        audit()
+    }
+
+    private func deliver(_ connection: SimulatedNetwork.Connection, _ toReplica: Bool) {
+        guard let parcel = network.take(connection, toReplica: toReplica) else { return }
+        if toReplica {
+            deliver(parcel, to: hosts[connection.replica], connection)
+        } else {
+            deliver(parcel, to: engines[connection.engine], connection)
+        }
+    }
+}
