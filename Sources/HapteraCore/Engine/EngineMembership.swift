@@ -73,7 +73,11 @@ extension EngineCore {
         sendControl(slot, FrameHeader(kind: .hello))
     }
 
-    func disconnected(_ slot: ReplicaSlot) { wentDown(slot) }
+    /// Only now is nothing received into an operation's buffer any more: reads may be asked again.
+    func disconnected(_ slot: ReplicaSlot) {
+        wentDown(slot)
+        retryReads(from: slot)
+    }
 
     /// Gives a replica up: closes its connection and lets the rules for lost replicas run.
     func failReplica(_ slot: ReplicaSlot, isFull: Bool = false) {
@@ -103,7 +107,6 @@ extension EngineCore {
             }
         }
         restartJobs(awaiting: slot)
-        retryReads(from: slot)
     }
 
     /// Reads that a lost replica will not answer are asked of another.
