@@ -28,6 +28,10 @@ package struct StablePoint: Hashable, Comparable, BitwiseCopyable, Sendable {
         self.sequence = sequence
     }
     package static let zero = StablePoint(epoch: .zero, sequence: .zero)
+    /// The first point this one does not cover.
+    package var next: StablePoint {
+        StablePoint(epoch: epoch, sequence: SequenceNumber(sequence.rawValue + 1))
+    }
     @inlinable package static func < (a: StablePoint, b: StablePoint) -> Bool {
         a.epoch == b.epoch ? a.sequence < b.sequence : a.epoch < b.epoch
     }

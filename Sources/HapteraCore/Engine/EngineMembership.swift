@@ -73,11 +73,7 @@ extension EngineCore {
         sendControl(slot, FrameHeader(kind: .hello))
     }
 
-    /// Only now is nothing received into an operation's buffer any more: reads may be asked again.
-    func disconnected(_ slot: ReplicaSlot) {
-        wentDown(slot)
-        retryReads(from: slot)
-    }
+    func disconnected(_ slot: ReplicaSlot) { wentDown(slot) }
 
     /// Gives a replica up: closes its connection and lets the rules for lost replicas run.
     func failReplica(_ slot: ReplicaSlot, isFull: Bool = false) {
@@ -107,6 +103,7 @@ extension EngineCore {
             }
         }
         restartJobs(awaiting: slot)
+        retryReads(from: slot)
     }
 
     /// Reads that a lost replica will not answer are asked of another.
@@ -333,8 +330,9 @@ extension EngineCore {
             if let joiner { note(.replicaJoining(joiner, proposedRecord.epoch)) }
             installAll()
         case .promote:
-            promoted()
+            // First its promise, then its first read as a member.
             installAll()
+            promoted()
         case .detach:
             installAll()
         }

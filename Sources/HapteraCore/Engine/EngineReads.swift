@@ -59,6 +59,7 @@ extension EngineCore {
         slots[index].epoch = record?.epoch ?? .zero
         slots[index].sent = []
         slots[index].replied = []
+        slots[index].isPartial = false
         slots[index].mayStabilise =
             unresolved.isEmpty || mutations.contains(.stableBeforeResolved)
         flushDueAt = nil
@@ -81,7 +82,9 @@ extension EngineCore {
     func settleFlush(_ index: Int) {
         if slots[index].use == .flush, slots[index].operation.userData == Self.joinFlush {
             guard slots[index].sent.isSubset(of: slots[index].replied) else { return }
-            isJoinFlushed = true
+            // What the flush did not wait for may have been acknowledged without the joiner.
+            isJoinFlushed = !slots[index].isPartial
+            if slots[index].isPartial { joinStage = .copying }
             release(index)
             return
         }
@@ -91,7 +94,10 @@ extension EngineCore {
         guard mayAcknowledge(slots[index].replied) else { return }
         if slots[index].mayStabilise {
             let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
-            if point > stablePoint { announce(point, to: slots[index].replied) }
+            if point > stablePoint {
+                if slots[index].isPartial { leaveOut(point, to: slots[index].replied) }
+                announce(point, to: slots[index].replied)
+            }
         }
         if slots[index].use == .client {
             completeClient(index, .ok)
@@ -99,6 +105,24 @@ extension EngineCore {
             isFlushInFlight = false
         }
         release(index)
+    }
+
+    /// Some member let the flush pass by writes that wait for room in its activity log: the regions
+    /// of what is still on the way stay active everywhere.
+    private func leaveOut(_ point: StablePoint, to replied: SlotSet) {
+        var header = FrameHeader(kind: .stable)
+        header.auxiliary = point.epoch.rawValue
+        header.sequence = point.sequence
+        header.length = UInt32(Geometry.regionSize)
+        for index in 0..<slotsUsed where slots[index].isChanging {
+            guard slots[index].sequence < point.sequence else { continue }
+            let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
+            header.offset = region * UInt64(Geometry.regionSize)
+            var rest = replied
+            while let slot = rest.popFirst() {
+                if isLive(slot) { send(slot, header, expectsReply: false) }
+            }
+        }
     }
 
     /// S moved: replicas may forget what it covers. Never relabelled with a later epoch.

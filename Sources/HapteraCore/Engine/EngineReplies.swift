@@ -77,6 +77,7 @@ extension EngineCore {
             // A failed sync is never retried as clean.
             guard header.status == .ok else { return failReplica(slot) }
             slots[index].replied.insert(SlotSet(slot))
+            if header.auxiliary != 0 { slots[index].isPartial = true }
             settleFlush(index)
         case .read where slots[index].phase == .readingEdges:
             receivedEdge(index, slot, header, table, data)
@@ -140,6 +141,10 @@ extension EngineCore {
 
     private func readFailed(_ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader) {
         switch header.status {
+        case .ok where slots[index].transitErrors < OperationSlot.transitErrorsMax:
+            // The replica has verified it: damaged on the way, so the copy itself is good.
+            slots[index].transitErrors += 1
+            retryRead(index)
         case .ok, .checksumMismatch, .ioError:
             note(.checksumMismatch(slot, offset: header.offset))
             slots[index].tried.insert(SlotSet(slot))

@@ -143,12 +143,17 @@ struct OperationSlot: BitwiseCopyable {
     /// Members already asked for a read.
     var tried: SlotSet = []
     var source: Int8 = -1
+    /// Times a read arrived damaged although the replica had verified it.
+    var transitErrors: UInt8 = 0
+    static let transitErrorsMax: UInt8 = 3
     /// The client has its answer; the slot is kept until the joiner has answered.
     var isAcknowledged = false
     /// The write's buffer is the core's own (unaligned zeroes), not the frontend's.
     var ownsBuffer = false
     /// Flush: everything was resolved when it was sent, so it may become the stable point.
     var mayStabilise = false
+    /// Flush: some replica's reply does not cover all that was sent before.
+    var isPartial = false
     var headEdge = BufferID.none
     var tailEdge = BufferID.none
     var edgesMissing: UInt8 = 0
@@ -158,6 +163,11 @@ struct OperationSlot: BitwiseCopyable {
 
     var isRead: Bool { operation.kind == .read }
     var isFlush: Bool { operation.kind == .flush }
+    /// Something that changes data is on the way and not known to be everywhere.
+    var isChanging: Bool {
+        guard phase == .inFlight, !isAcknowledged, endBlock > firstBlock else { return false }
+        return use == .job || use == .client && !isRead
+    }
     func overlaps(_ other: OperationSlot) -> Bool {
         firstBlock < other.endBlock && other.firstBlock < endBlock
     }

@@ -145,9 +145,15 @@ extension ReplicaCore {
         let point = StablePoint(epoch: Epoch(header.auxiliary), sequence: header.sequence)
         // A point of an epoch not promised yet says nothing about this copy.
         guard point.epoch <= promise else { return }
+        if header.length > 0 { return leaveOut(Geometry.region(ofByte: header.offset), point) }
         stablePoint = max(stablePoint, point)
         guard header.flags & FrameFlags.settled != 0, !hasSettledHere else { return }
         isSettleWanted = true
+    }
+    /// The region stays active past the point: some member has not got all that was written to it.
+    private func leaveOut(_ region: UInt64, _ point: StablePoint) {
+        guard region < regionCount, let frame = cache.find(region) else { return }
+        cache.frames[Int(frame)].lastWrite = max(cache.frames[Int(frame)].lastWrite, point.next)
     }
     func pumpSettle() {
         guard isSettleWanted, manifestProposal == nil, currentInstall < 0, shutdown == .none else {

@@ -245,7 +245,9 @@ extension ReplicaCore {
     /// The region holds a change of this point from here on, whatever becomes of it.
     private func touch(_ frame: Int32, _ header: FrameHeader) {
         let index = Int(frame)
-        let point = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        var point = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        // Parked while a later point became stable: that one does not cover it.
+        if point <= stablePoint { point = stablePoint.next }
         cache.frames[index].lastWrite = max(cache.frames[index].lastWrite, point)
         cache.frames[index].birth = max(cache.frames[index].birth, promise)
         cache.frames[index].lastUse = now

@@ -139,7 +139,10 @@ extension ReplicaCore {
         case .digest: resumeDigest(slot)
         case .status: resumeStatus(slot)
         case .regionMap: answerRegionMap(slot)
-        case .flush: push(slot, &awaitingMutations)
+        case .flush:
+            requests[index].parkCount = parkCount
+            requests[index].passesParked = !parked.isEmpty
+            push(slot, &awaitingMutations)
         case .stable:
             takeStable(requests[index].header)
             end(slot)
@@ -250,6 +253,7 @@ extension ReplicaCore {
         }
         unlinkMutation(slot)
         startedCount -= 1
+        parkCount += 1
         requests[Int(slot)].phase = .parked
         push(slot, &parked)
     }

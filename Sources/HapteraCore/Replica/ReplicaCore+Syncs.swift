@@ -95,13 +95,17 @@ extension ReplicaCore {
     }
 
     private func flushed(_ slot: Int32) {
-        let header = requests[Int(slot)].header
-        let point = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        let request = requests[Int(slot)]
+        let point = StablePoint(epoch: request.header.epoch, sequence: request.header.sequence)
         if point > flushedPoint {
             flushedPoint = point
             // Durable with the next sync: the mark may lag, it never leads.
             if log.hasRoom(1) { log.append(.flushed(point)) }
         }
-        finish(slot, .ok)
+        var header = replyHeader(slot, .ok)
+        // Writes sent before the flush may be missing here: the engine leaves their regions out.
+        header.auxiliary = request.passesParked || request.parkCount != parkCount ? 1 : 0
+        send(slot, header)
+        end(slot)
     }
 }

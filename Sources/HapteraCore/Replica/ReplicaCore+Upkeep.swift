@@ -3,11 +3,12 @@
 //
 // Order of draining a region, and what a crash leaves:
 // 1. S and this copy's own sync cover its last write; no write is let in    -> active
-// 2. its page, naming the log's next index, goes to the slot not in use     -> active; a torn slot
+// 2. the log is synced: no later record gets an index below the page's      -> active
+// 3. its page, naming the log's next index, goes to the slot not in use     -> active; a torn slot
 //                                                                              is written again
-// 3. the table is synced                                                    -> not active: the page
+// 4. the table is synced                                                    -> not active: the page
 //                                                                              has all its records
-// 4. the drained record is stored; writes are let in                        -> same
+// 5. the drained record is stored; writes are let in                        -> same
 //
 // Order of renewing a region that cannot drain, so that the tail can pass it:
 // 1. a second activation is stored and the log synced     -> active from the first one
@@ -19,7 +20,7 @@
 // 2. the header goes to the slot not in use               -> old or new tail: both find all they need
 // 3. the log is synced                                    -> new tail; only now are slots reused
 //
-// Space is given back only after step 3 of draining: the entry that makes it unneeded is durable.
+// Space is given back only after step 4 of draining: the entry that makes it unneeded is durable.
 
 struct Upkeep: BitwiseCopyable {
     static let batchMax = 128
@@ -37,6 +38,9 @@ struct Upkeep: BitwiseCopyable {
     var count = 0
     var outstanding = 0
     var ticket: UInt64 = 0
+    /// The log's next index when the batch was collected; everything before it is synced by the
+    /// time a page names it.
+    var logIndex: UInt64 = 0
     var tail: UInt64 = 0
     var isTickDue = false
     /// A page could not be written: not again before this.
@@ -114,6 +118,10 @@ extension ReplicaCore {
         upkeep.ticket = 0
         if isLogFilling { collectOldest() }
         if isTick || isCrowded || shutdown == .draining { collectIdle() }
+        guard upkeep.count > 0 else { return }
+        upkeep.logIndex = log.nextIndex
+        upkeep.ticket = log.storeCount
+        want(FileSync.log, upkeep.ticket)
     }
 
     /// Regions whose records are the oldest in the log.
@@ -130,12 +138,10 @@ extension ReplicaCore {
                 cache.frames[Int(frame)].isRenewing = true
                 cache.frames[Int(frame)].pendingIndex = log.append(
                     .activate(layer: head, region: cache.frames[Int(frame)].region))
-                upkeep.ticket = log.storeCount
                 addToBatch(frame)
             }
             frame = next
         }
-        if upkeep.ticket > 0 { want(FileSync.log, upkeep.ticket) }
     }
 
     /// Regions used longest ago, if they have been idle for a while or there are many.
@@ -173,7 +179,7 @@ extension ReplicaCore {
             let found = cache.frames[Int(frame)]
             let page = TablePage(
                 layer: head, region: found.region, version: found.version + 1, birth: found.birth,
-                logIndex: found.isRenewing ? found.pendingIndex : log.nextIndex)
+                logIndex: found.isRenewing ? found.pendingIndex : upkeep.logIndex)
             page.encode(entries: cache.entries(frame), to: pool.memory(buffer))
             upkeep.outstanding += 1
             let token = startOperation(.pageWrite, index: Int32(place), buffer: buffer)

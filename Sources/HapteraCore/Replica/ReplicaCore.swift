@@ -10,8 +10,7 @@ package final class ReplicaCore {
     package let identity: ReplicaIdentity
     let options: ReplicaOptions
     let pool: BufferPool
-    /// Bytes of the volume.
-    package let size: UInt64
+    let size: UInt64
     let regionCount: UInt64
     let head: LayerID
     let log: ActivityLog
@@ -47,6 +46,8 @@ package final class ReplicaCore {
     /// For another region to leave the activity log, which takes a stable point. An Install or a
     /// flush does not wait for these.
     var parked = SlotQueue()
+    /// Counts what was ever parked.
+    var parkCount: UInt64 = 0
     /// Flushes waiting for the mutations before them.
     var awaitingMutations = SlotQueue()
     /// For syncs.
@@ -128,7 +129,6 @@ package final class ReplicaCore {
     package var isShortOfResources: Bool { !awaitingResources.isEmpty }
     package var promise: Epoch { manifest.promise }
     package var installedRecord: VolumeRecord? { manifest.installed }
-    package var headLayer: LayerID { head }
     package var activeRegionCount: Int { cache.activeCount }
     package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
     package var isShutDown: Bool { shutdown == .done }
@@ -235,6 +235,9 @@ struct Request: BitwiseCopyable {
     var newerMutation: Int32 = -1
     var isMutation = false
     var status = FrameStatus.ok
+    /// Flush: `parkCount` when it was admitted, and whether requests were parked then.
+    var parkCount: UInt64 = 0
+    var passesParked = false
     /// Syncs to wait for: of log, data, table.
     var tickets: (UInt64, UInt64, UInt64) = (0, 0, 0)
 
