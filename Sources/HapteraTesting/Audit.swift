@@ -30,7 +30,10 @@ struct Promises {
         }
     }
     /// Unflushed writes may be gone: only what was flushed is still promised.
-    mutating func lost() { acknowledged = flushed }
+    mutating func lost() {
+        acknowledged = flushed
+        for operation in snapshots.keys { snapshots[operation] = flushed }
+    }
 
     private func isLater(_ a: Int, _ b: Int) -> Bool { order[a, default: 0] > order[b, default: 0] }
     /// Whether a copy that holds the outcome of `held` keeps the promise `promised`.

@@ -46,7 +46,7 @@ struct FaultPlan {
         if kinds.isEmpty { kinds = [.killReplica] }
         pauseMillisecondsMax = random.pick([300, 1500, 5000])
         cutsDuringOpen = random.permille(300)
-        corruptsFrames = random.permille(200)
+        corruptsFrames = !kinds.contains(.rot) && random.permille(200)
     }
 }
 
@@ -68,7 +68,7 @@ extension World {
             killReplica(host, restartAfter: downtime)
         case .killAllReplicas:
             note("fault: kill -9 of every replica")
-            for host in hosts where host.core != nil {
+            for host in hosts where host.core != nil && !isKeeper(host) {
                 killReplica(host, restartAfter: random.between(1, 3000))
             }
         case .cutPower: injectPowerCut(host, downtime)
@@ -119,7 +119,7 @@ extension World {
     }
 
     private func injectCut(_ host: SimulatedReplica) {
-        guard let current = currentEngine else { return }
+        guard let current = currentEngine, !isKeeper(host) else { return }
         for connection in engines[current].connections {
             if let connection, connection.replica == host.index {
                 note("fault: connection to \(host.name) breaks")
@@ -129,6 +129,7 @@ extension World {
     }
 
     private func injectDiskTrouble(_ kind: FaultPlan.Kind, _ host: SimulatedReplica) {
+        guard !isKeeper(host) else { return }
         let duration = milliseconds(random.between(20, 4000))
         switch kind {
         case .slowDisk:
@@ -169,7 +170,7 @@ extension World {
             if random.permille(400) {
                 // The old engine keeps one replica for itself for a while.
                 let kept = random.pick(hosts)
-                for host in hosts where host !== kept {
+                for host in hosts where host !== kept && !isKeeper(host) {
                     network.block(
                         engine: current, replica: host.index, toReplica: random.permille(500),
                         until: timeline.now + milliseconds(random.between(100, 6000)))

@@ -128,6 +128,7 @@ package struct RegisterChecker {
             for (slot, entry) in pending.enumerated() where entry?.isRead == true {
                 satisfied |= states.reduce(0) { $0 | $1.happened } & (1 << slot)
             }
+            for index in flushes.indices { flushes[index].candidates += values }
             states = values.map { withReads(State(value: $0, happened: satisfied)) }
         }
     }

@@ -26,7 +26,10 @@ extension World {
             : milliseconds(random.below(workload.thinkMillisecondsMax) + 1)
         timeline.schedule(after: pause, .work(worker: worker))
         guard let current = currentEngine, outstanding(worker) < workload.depth else { return }
-        if let stale = staleEngine(), random.permille(300) {
+        if let stale = staleEngine(), random.permille(300),
+            operations.count(where: { $0.worker < 0 && $0.isOutstanding })
+                < Workload.staleRequestsMax
+        {
             // Somebody still talks to an engine that was superseded; nobody repeats what it says.
             let operation = newOperation(workload.draw(random), worker: -1)
             submit(operation, to: stale)

@@ -69,9 +69,6 @@ final class SimulatedReplica {
 }
 
 extension World {
-    /// Fewer than a volume may have, so that writes also wait for a region to be drained.
-    static let activeRegionsMax = 2
-
     /// Starts the replica's process when the one before has no disk operation left (its lock is
     /// on the descriptors the kernel still uses).
     func startReplica(_ host: SimulatedReplica) {
@@ -95,8 +92,8 @@ extension World {
                 options: ReplicaOptions(
                     instance: InstanceID(rawValue: random.next() | 1),
                     bootID: BootID(high: host.bootID, low: 1),
-                    tableCachePagesMax: Self.activeRegionsMax + 64,
-                    activeRegionsMax: Self.activeRegionsMax, mutations: options.mutations),
+                    tableCachePagesMax: workload.activeRegionsMax + 64,
+                    activeRegionsMax: workload.activeRegionsMax, mutations: options.mutations),
                 pool: pool)
             host.disk.callsUntilCut = nil
             host.started(core, pool)

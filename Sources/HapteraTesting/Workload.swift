@@ -67,6 +67,13 @@ struct Workload {
     /// Longest pause between two requests of a worker.
     let thinkMillisecondsMax: Int
     let depth: Int
+    let workers: Int
+    /// Requests at most to an engine that was superseded.
+    static let staleRequestsMax = 2
+    /// Of each replica. As in a real one more than requests under way can need at once, or they
+    /// could wait for each other on different replicas; often fewer than the volume has, so that
+    /// writes wait for regions to be drained.
+    var activeRegionsMax: Int { depth * workers + Self.staleRequestsMax + 1 }
 
     init(random: RandomSource, sizeBytes: UInt64) {
         self.sizeBytes = sizeBytes
@@ -85,7 +92,7 @@ struct Workload {
         trimPermille = random.pick([0, 60, 200])
         fuaPermille = random.pick([0, 50, 300])
         thinkMillisecondsMax = random.pick([5, 40, 200])
-        depth = random.between(1, 4)
+        (workers, depth) = random.pick([(1, 1), (1, 3), (2, 1), (2, 4), (4, 2), (3, 4)])
     }
 
     /// A request within one region.

@@ -63,7 +63,7 @@ package final class World {
         self.seed = seed
         self.options = options
         random = RandomSource(seed: RandomSource.mix(seed))
-        let regions = random.between(1, 3)
+        let regions = random.pick([1, 2, 3, 8])
         let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)
@@ -170,7 +170,7 @@ package final class World {
             startReplica(host)
         }
         startEngine(generation: generation)
-        for worker in 0..<random.between(1, 4) {
+        for worker in 0..<workload.workers {
             timeline.schedule(after: milliseconds(random.below(50)), .work(worker: worker))
         }
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)

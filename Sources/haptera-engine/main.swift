@@ -1,3 +1,1 @@
-import HapteraEngine
-
-EngineCommand.main()
+print("building")
