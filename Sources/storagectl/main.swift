@@ -1,1 +1,4 @@
+import Foundation
 import HapteraCLI
+
+exit(await Storagectl.execute(Array(CommandLine.arguments.dropFirst())).rawValue)

@@ -112,7 +112,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
     package typealias RawValue = Int
     case unspecified // = 0
 
-    /// Make the directory; nothing is stored in it yet, so making it twice is harmless.
+    /// Make the directory, then serve. Nothing is stored in it yet: making it twice is harmless.
     case create // = 1
 
     /// Serve. A missing directory is a failure and is never made anew: it held data.

@@ -54,7 +54,7 @@ package actor Controller {
 
     private static func facts(_ report: Haptera_V1_NodeReport) -> ReportedFacts {
         var facts = ReportedFacts()
-        facts.replicas = report.replicas.filter { $0.state != .failed && !$0.directory.isEmpty }
+        facts.replicas = report.replicas.filter { $0.state == .running || $0.state == .removed }
             .map {
                 .init(
                     id: $0.replicaID, address: $0.address, directory: $0.directory,

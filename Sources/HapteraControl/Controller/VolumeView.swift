@@ -139,9 +139,11 @@ package struct VolumeView: Sendable {
     ) -> (Haptera_V1_Robustness, reason: String) {
         switch stored.volume.phase {
         case .creating:
-            let failed = replicas.first { $0.state == .failed }
-            return failed.map { (.faulted, "replica on node \($0.node): \($0.reason)") }
-                ?? (.healthy, "")
+            guard let troubled = replicas.first(where: { !$0.reason.isEmpty }) else {
+                return (.healthy, "")
+            }
+            let reason = "replica on node \(troubled.node): \(troubled.reason)"
+            return (troubled.state == .failed ? .faulted : .healthy, reason)
         case .deleting: return (.healthy, "")
         case .ready: break
         }

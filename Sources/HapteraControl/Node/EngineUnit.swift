@@ -124,6 +124,9 @@ package actor EngineUnit {
         settings.isDetached && isOfThisAttachment && !supervision.isRunning
     }
 
+    /// Nobody asks for it any more: only its log stays.
+    package func forget() { supervision.files.removeAllButLog() }
+
     package var report: Haptera_V1_EngineReport {
         let status = supervision.status
         var report = Haptera_V1_EngineReport()

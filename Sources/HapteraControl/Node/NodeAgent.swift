@@ -75,7 +75,9 @@ package actor NodeAgent {
         }
         let namedEngines = Set(desired.engines.map(\.volumeID))
         for (id, unit) in engines where !namedEngines.contains(id) {
-            if await !unit.isDetached {
+            if await unit.isDetached {
+                await unit.forget()
+            } else {
                 logger.warning("engine is no longer wanted", metadata: ["volume": "\(id)"])
             }
             engines[id] = nil

@@ -149,7 +149,7 @@ package actor ReplicaUnit {
         }
         do {
             try await context.host.removeDirectory(directory)
-            supervision.files.removeAll()
+            supervision.files.removeAllButLog()
             isRemoved = true
             failure = ""
         } catch {

@@ -65,8 +65,8 @@ package struct UnitFiles: Sendable {
     func save(_ value: UnitSettings) throws {
         try HostFiles.replace(settings, with: try JSONEncoder().encode(value))
     }
-    func removeAll() {
-        for path in [control, process, settings, log, log + ".1", nbdSocket] {
+    func removeAllButLog() {
+        for path in [control, process, settings, nbdSocket] {
             try? FileManager.default.removeItem(atPath: path)
         }
     }

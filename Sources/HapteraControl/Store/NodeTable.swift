@@ -17,7 +17,7 @@ package struct ReportedFacts: Equatable, Sendable {
         package var hasServed: Bool
         package var isDetached: Bool
     }
-    /// Replicas whose directory exists, or is removed.
+    /// Replicas that run, or are removed.
     package var replicas: [Replica] = []
     /// Engines that have served, or are gone in order.
     package var engines: [Engine] = []
@@ -132,7 +132,7 @@ extension MetadataStore {
         if isCreated, volume.phase == .creating { try finishCreation(db, volume) }
     }
 
-    /// The record comes into being when every replica's directory exists, in the same transaction
+    /// The record comes into being when every replica runs, in the same transaction
     /// that notes the last of them: an engine never finds a member that was not made yet.
     private func finishCreation(_ db: Database, _ volume: VolumeRow) throws {
         let stored = try Self.stored(db, volume)

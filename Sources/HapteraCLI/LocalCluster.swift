@@ -1,0 +1,199 @@
+import Foundation
+import Glibc
+import HapteraAPI
+import HapteraHost
+
+/// A cluster on this host alone: a controller and node agents as daemons below one directory.
+///
+///     cluster.json                      ports and node names
+///     controller/, controller.pid, controller.log
+///     node-N/, node-N.pid, node-N.log   and the node's engines and replicas below node-N/run
+package struct LocalCluster: Sendable {
+    package struct Layout: Codable, Equatable, Sendable {
+        package var apiPort: Int
+        package var recordPort: Int
+        package var nodes: [String]
+    }
+
+    package static let nodesMax = 64
+    static let host = "127.0.0.1"
+    let directory: String
+    private(set) var layout: Layout
+
+    package var server: String { Names.endpoint(host: Self.host, port: layout.apiPort) }
+    private static func layoutPath(_ directory: String) -> String { directory + "/cluster.json" }
+
+    /// The cluster made in the directory before; nil if there is none.
+    package init?(existing directory: String) throws {
+        self.directory = HostFiles.absolute(directory)
+        let path = Self.layoutPath(self.directory)
+        guard let data = FileManager.default.contents(atPath: path) else { return nil }
+        guard let layout = try? JSONDecoder().decode(Layout.self, from: data) else {
+            throw CommandFailure(.failed, "\(path) cannot be read")
+        }
+        self.layout = layout
+    }
+
+    /// The cluster of the directory, made if there is none, with at least so many nodes.
+    package init(directory: String, nodes: Int) throws {
+        let path = HostFiles.absolute(directory)
+        try UnixSocketPath.check(path + "/node-\(nodes)/run")
+        if let existing = try Self(existing: path) {
+            self = existing
+        } else {
+            try HostFiles.makeDirectory(path)
+            self.directory = path
+            let api = try Ports.findFree(host: Self.host)
+            layout = Layout(
+                apiPort: api, recordPort: try Ports.findFree(host: Self.host, except: [api]),
+                nodes: [])
+        }
+        for number in 1...nodes where !layout.nodes.contains("node-\(number)") {
+            layout.nodes.append("node-\(number)")
+        }
+        try save()
+    }
+
+    private func save() throws {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.prettyPrinted, .sortedKeys]
+        try HostFiles.replace(
+            Self.layoutPath(directory), with: try encoder.encode(layout))
+    }
+
+    // MARK: Up
+
+    /// Starts whatever does not run.
+    mutating func start() throws {
+        let controller = try Programs.find("haptera-controller")
+        let node = try Programs.find("haptera-node")
+        for program in ["haptera-engine", "haptera-replica"] { _ = try Programs.find(program) }
+        if !isRunning("controller") {
+            try choosePortsAgainIfTaken()
+            try startDaemon(
+                "controller", controller,
+                [
+                    "--dir", directory + "/controller", "--listen", server, "--records",
+                    Names.endpoint(host: Self.host, port: layout.recordPort),
+                ])
+        }
+        for name in layout.nodes {
+            let arguments = [
+                "--controller", server, "--name", name, "--dir", "\(directory)/\(name)",
+            ]
+            // A node that looks for the controller at another port is of no use.
+            if let file = ProcessFile.load(path(name)), isRunning(name),
+                file.arguments != arguments
+            {
+                Self.stop(file.identity, patience: .seconds(10))
+            }
+            if !isRunning(name) { try startDaemon(name, node, arguments) }
+        }
+    }
+
+    private mutating func choosePortsAgainIfTaken() throws {
+        let ports = [layout.apiPort, layout.recordPort]
+        guard !ports.allSatisfy({ Ports.isFree(host: Self.host, port: $0) }) else { return }
+        layout.apiPort = try Ports.findFree(host: Self.host)
+        layout.recordPort = try Ports.findFree(host: Self.host, except: [layout.apiPort])
+        try save()
+    }
+
+    private func startDaemon(_ name: String, _ program: String, _ arguments: [String]) throws {
+        let identity = try ChildProcess.startDetached(
+            program, arguments, log: "\(directory)/\(name).log")
+        try ProcessFile(
+            identity: identity, executable: program, arguments: arguments, control: ""
+        ).save(path(name))
+    }
+
+    private func path(_ name: String) -> String { "\(directory)/\(name).pid" }
+
+    func isRunning(_ name: String) -> Bool {
+        guard let file = ProcessFile.load(path(name)) else { return false }
+        ChildProcess.reap(file.identity.pid)
+        return file.identity.isRunning
+    }
+
+    /// Throws when a daemon has ended that should run, with what it said last.
+    func requireDaemons() throws {
+        for name in ["controller"] + layout.nodes where !isRunning(name) {
+            let log = "\(directory)/\(name).log"
+            let text = (try? String(contentsOfFile: log, encoding: .utf8)) ?? ""
+            let last = text.split(separator: "\n").last.map(String.init) ?? "no message"
+            throw CommandFailure(.failed, "\(name) has ended: \(last) (see \(log))")
+        }
+    }
+
+    // MARK: Down
+
+    /// Stops the nodes, then the engines and replicas they left, then the controller. Returns what
+    /// had to be killed.
+    func stop(_ say: @Sendable (String) -> Void) async -> [String] {
+        for name in layout.nodes {
+            say("stopping \(name)")
+            stopDaemon(name)
+        }
+        var killed: [String] = []
+        // Engines before replicas: they flush to them, and note their leaving in the store.
+        for (prefix, verb) in [("e-", "detach"), ("r-", "shutdown")] {
+            let files = layout.nodes.flatMap { processFiles(node: $0, prefix: prefix) }
+            say("stopping \(files.count) \(prefix == "e-" ? "engines" : "replicas")")
+            killed += await withTaskGroup(of: String?.self) { group in
+                for file in files {
+                    group.addTask { await Self.stopUnit(file, verb: verb) }
+                }
+                return await group.reduce(into: []) { names, name in
+                    if let name { names.append(name) }
+                }
+            }
+        }
+        say("stopping the controller")
+        stopDaemon("controller")
+        return killed
+    }
+
+    private func stopDaemon(_ name: String) {
+        if let file = ProcessFile.load(path(name)) {
+            Self.stop(file.identity, patience: .seconds(10))
+        }
+        try? FileManager.default.removeItem(atPath: path(name))
+    }
+
+    private func processFiles(node: String, prefix: String) -> [ProcessFile] {
+        let run = "\(directory)/\(node)/run"
+        let names = (try? FileManager.default.contentsOfDirectory(atPath: run)) ?? []
+        return names.filter { $0.hasPrefix(prefix) && $0.hasSuffix(".pid") }.sorted()
+            .compactMap { ProcessFile.load("\(run)/\($0)") }
+            .filter(\.identity.isRunning)
+    }
+
+    /// Asks on the control socket, then by signal. The path of what had to be killed, or nil.
+    private static func stopUnit(_ file: ProcessFile, verb: String) async -> String? {
+        _ = try? await ControlSocket.request(file.control, verb, timeoutSeconds: 20)
+        if await isGone(file.identity, within: .seconds(10)) { return nil }
+        file.identity.signal(SIGKILL)
+        _ = await isGone(file.identity, within: .seconds(10))
+        return file.control
+    }
+
+    private static func isGone(_ process: ProcessIdentity, within patience: Duration) async -> Bool
+    {
+        let deadline = ContinuousClock.now + patience
+        while process.isRunning {
+            if ContinuousClock.now > deadline { return false }
+            try? await Task.sleep(for: .milliseconds(20))
+        }
+        return true
+    }
+
+    private static func stop(_ process: ProcessIdentity, patience: Duration) {
+        process.signal(SIGTERM)
+        let deadline = ContinuousClock.now + patience
+        while process.isRunning {
+            ChildProcess.reap(process.pid)
+            if ContinuousClock.now > deadline { process.signal(SIGKILL) }
+            usleep(20_000)
+        }
+    }
+}

@@ -1,0 +1,243 @@
+import Foundation
+import HapteraAPI
+import HapteraHost
+
+/// Objects of the API as the CLI shows them. The JSON fields are documented in docs/cli.md and held
+/// by golden tests: they are an interface.
+package enum Presentation {
+    // MARK: Volumes
+
+    package static func value(_ volume: Haptera_V1_Volume) -> OutputValue {
+        .object([
+            ("name", .text(volume.name)),
+            ("id", .text(volume.id)),
+            ("sizeBytes", .number(volume.sizeBytes)),
+            ("state", .text(word(volume.state))),
+            ("robustness", .text(word(volume.robustness))),
+            ("reason", .optional(volume.reason)),
+            ("epoch", .number(volume.epoch)),
+            ("engine", volume.hasEngine ? value(volume.engine) : .null),
+            ("replicas", .list(volume.replicas.map { value($0) })),
+        ])
+    }
+
+    private static func value(_ engine: Haptera_V1_Engine) -> OutputValue {
+        .object([
+            ("pid", pid(engine.pid)),
+            ("node", .text(engine.node)),
+            ("uri", .optional(engine.uri)),
+            ("unixURI", .optional(engine.unixUri)),
+            ("connections", .number(UInt64(engine.connections))),
+            ("rebuildDone", .number(engine.rebuildDone)),
+            ("rebuildTotal", .number(engine.rebuildTotal)),
+            ("restarts", .number(UInt64(engine.restarts))),
+        ])
+    }
+
+    /// What `volume attach` answers: where to connect.
+    package static func attachment(_ volume: Haptera_V1_Volume) -> OutputValue {
+        .object([
+            ("name", .text(volume.name)),
+            ("node", .text(volume.engine.node)),
+            ("pid", pid(volume.engine.pid)),
+            ("uri", .optional(volume.engine.uri)),
+            ("unixURI", .optional(volume.engine.unixUri)),
+        ])
+    }
+
+    private static func pid(_ pid: Int32) -> OutputValue {
+        pid > 0 ? .number(UInt64(pid)) : .null
+    }
+
+    package static func table(_ volumes: [Haptera_V1_Volume], wide: Bool) -> TextTable {
+        let header = ["NAME", "SIZE", "STATE", "ROBUSTNESS", "NODE", "REPLICAS"]
+        let rows = volumes.map { volume in
+            let inSync = volume.replicas.count { $0.state == .inSync }
+            let row = [
+                volume.name, VolumeSize.text(volume.sizeBytes), word(volume.state),
+                word(volume.robustness), volume.engine.node, "\(inSync)/\(volume.replicas.count)",
+            ]
+            return wide ? row + ["\(volume.epoch)", volume.engine.uri, volume.id] : row
+        }
+        return TextTable(wide ? header + ["EPOCH", "URI", "ID"] : header, rows)
+    }
+
+    package static func details(_ volume: Haptera_V1_Volume, wide: Bool) -> String {
+        var lines = [
+            "name:        \(volume.name)", "id:          \(volume.id)",
+            "size:        \(VolumeSize.text(volume.sizeBytes)) (\(volume.sizeBytes) bytes)",
+            "state:       \(word(volume.state))", "robustness:  \(word(volume.robustness))",
+        ]
+        if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
+        lines.append("epoch:       \(volume.epoch)")
+        if volume.hasEngine {
+            let engine = volume.engine
+            lines.append(
+                "engine:      node \(engine.node), "
+                    + (engine.pid > 0 ? "pid \(engine.pid)" : "not running"))
+            if !engine.uri.isEmpty { lines.append("uri:         \(engine.uri)") }
+            if !engine.unixUri.isEmpty { lines.append("unix uri:    \(engine.unixUri)") }
+            if engine.rebuildTotal > engine.rebuildDone {
+                lines.append(
+                    "rebuild:     \(engine.rebuildDone) of \(engine.rebuildTotal) regions")
+            }
+        }
+        return lines.joined(separator: "\n") + "\n\n" + table(volume.replicas, wide: wide).text
+    }
+
+    // MARK: Replicas
+
+    package static func value(
+        _ replica: Haptera_V1_Replica, withVolume: Bool = false
+    ) -> OutputValue {
+        var fields: [(String, OutputValue)] = [
+            ("id", .text(replica.id)),
+            ("node", .text(replica.node)),
+            ("state", .text(word(replica.state))),
+            ("inSync", .flag(replica.inSync)),
+            ("pid", pid(replica.pid)),
+            ("address", .optional(replica.address)),
+            ("directory", .optional(replica.directory)),
+            ("allocatedBytes", .number(replica.allocatedBytes)),
+            ("restarts", .number(UInt64(replica.restarts))),
+            ("reason", .optional(replica.reason)),
+        ]
+        if withVolume { fields.insert(("volume", .text(replica.volume)), at: 1) }
+        return .object(fields)
+    }
+
+    package static func table(_ replicas: [Haptera_V1_Replica], wide: Bool) -> TextTable {
+        let header = ["REPLICA", "VOLUME", "NODE", "STATE", "IN SYNC", "ADDRESS"]
+        let rows = replicas.map { replica in
+            let row = [
+                replica.id, replica.volume, replica.node, word(replica.state),
+                replica.inSync ? "yes" : "no", replica.address,
+            ]
+            let pid = replica.pid > 0 ? "\(replica.pid)" : ""
+            return wide ? row + [pid, replica.directory] : row
+        }
+        return TextTable(wide ? header + ["PID", "DIRECTORY"] : header, rows)
+    }
+
+    // MARK: Nodes
+
+    package static func value(_ node: Haptera_V1_Node) -> OutputValue {
+        .object([
+            ("name", .text(node.name)),
+            ("ready", .flag(node.ready)),
+            ("address", .text(node.address)),
+            ("directory", .text(node.directory)),
+            ("version", .text(node.version)),
+            ("pid", pid(node.pid)),
+            ("capacityBytes", .number(node.capacityBytes)),
+            ("availableBytes", .number(node.availableBytes)),
+            ("replicas", .number(UInt64(node.replicas))),
+            ("engines", .number(UInt64(node.engines))),
+            ("lastSeen", time(node.lastSeenUnixMilliseconds)),
+        ])
+    }
+
+    package static func table(_ nodes: [Haptera_V1_Node], wide: Bool) -> TextTable {
+        let header = ["NAME", "READY", "ADDRESS", "REPLICAS", "ENGINES", "AVAILABLE"]
+        let rows = nodes.map { node in
+            let row = [
+                node.name, node.ready ? "yes" : "no", node.address, "\(node.replicas)",
+                "\(node.engines)", VolumeSize.text(node.availableBytes),
+            ]
+            return wide ? row + ["\(node.pid)", node.version, node.directory] : row
+        }
+        return TextTable(wide ? header + ["PID", "VERSION", "DIRECTORY"] : header, rows)
+    }
+
+    // MARK: Events and status
+
+    package static func value(_ event: Haptera_V1_Event) -> OutputValue {
+        .object([
+            ("id", .number(event.id)),
+            ("time", time(event.timeUnixMilliseconds)),
+            ("kind", .text(event.kind)),
+            ("subject", .text(event.subject)),
+            ("message", .text(event.message)),
+            ("actor", .text(event.actor)),
+            ("peer", .optional(event.peer)),
+        ])
+    }
+
+    package static func line(_ event: Haptera_V1_Event, wide: Bool) -> String {
+        guard case .text(let time) = time(event.timeUnixMilliseconds) else { return "" }
+        let line = "\(time)  \(event.kind)  \(event.subject)  \(event.message)"
+        return wide ? "\(line)  [\(event.actor) \(event.peer)]" : line
+    }
+
+    package static func value(_ status: Haptera_V1_ClusterStatus, server: String) -> OutputValue {
+        .object([
+            ("server", .text(server)),
+            ("clusterID", .text(status.clusterID)),
+            ("version", .text(status.version)),
+            ("nodes", .number(UInt64(status.nodes))),
+            ("nodesReady", .number(UInt64(status.nodesReady))),
+            ("volumes", .number(UInt64(status.volumes))),
+            ("volumesAttached", .number(UInt64(status.volumesAttached))),
+            ("volumesHealthy", .number(UInt64(status.volumesHealthy))),
+            ("volumesDegraded", .number(UInt64(status.volumesDegraded))),
+            ("volumesStalled", .number(UInt64(status.volumesStalled))),
+            ("volumesFaulted", .number(UInt64(status.volumesFaulted))),
+            ("replicas", .number(UInt64(status.replicas))),
+            ("replicasInSync", .number(UInt64(status.replicasInSync))),
+        ])
+    }
+
+    package static func details(_ status: Haptera_V1_ClusterStatus, server: String) -> String {
+        """
+        server:    \(server) (version \(status.version))
+        cluster:   \(status.clusterID)
+        nodes:     \(status.nodesReady) of \(status.nodes) ready
+        volumes:   \(status.volumes), \(status.volumesAttached) attached; \
+        \(status.volumesHealthy) healthy, \(status.volumesDegraded) degraded, \
+        \(status.volumesStalled) stalled, \(status.volumesFaulted) faulted
+        replicas:  \(status.replicasInSync) of \(status.replicas) in sync
+        """
+    }
+
+    /// UTC, to the millisecond, as in RFC 3339; null for never.
+    static func time(_ milliseconds: Int64) -> OutputValue {
+        guard milliseconds > 0 else { return .null }
+        let date = Date(timeIntervalSince1970: Double(milliseconds) / 1000)
+        return .text(date.formatted(Date.ISO8601FormatStyle(includingFractionalSeconds: true)))
+    }
+
+    // MARK: Words
+
+    package static func word(_ state: Haptera_V1_VolumeState) -> String {
+        switch state {
+        case .creating: "creating"
+        case .detached: "detached"
+        case .attaching: "attaching"
+        case .attached: "attached"
+        case .detaching: "detaching"
+        case .deleting: "deleting"
+        case .unspecified, .UNRECOGNIZED: "unknown"
+        }
+    }
+
+    package static func word(_ robustness: Haptera_V1_Robustness) -> String {
+        switch robustness {
+        case .healthy: "healthy"
+        case .degraded: "degraded"
+        case .stalled: "stalled"
+        case .faulted: "faulted"
+        case .unspecified, .UNRECOGNIZED: "unknown"
+        }
+    }
+
+    package static func word(_ state: Haptera_V1_ReplicaState) -> String {
+        switch state {
+        case .inSync: "inSync"
+        case .joining: "joining"
+        case .absent: "absent"
+        case .full: "full"
+        case .failed: "failed"
+        case .unspecified, .UNRECOGNIZED: "unknown"
+        }
+    }
+}

@@ -1,0 +1,243 @@
+import ArgumentParser
+import Glibc
+import HapteraAPI
+import HapteraHost
+
+func flushOutput() { fflush(nil) }
+
+package struct VolumeCommand: AsyncParsableCommand {
+    package static let configuration = CommandConfiguration(
+        commandName: "volume", abstract: "Create, attach, look at and delete volumes.",
+        subcommands: [Create.self, List.self, Show.self, Attach.self, Detach.self, Delete.self])
+    package init() {}
+}
+
+/// A volume's or node's name, checked where it is typed.
+package struct Label: Equatable, Sendable {
+    package var text: String
+    package init(typed: String) throws {
+        guard Names.isValidLabel(typed) else {
+            throw ValidationError("'\(typed)' is no name: use \(Names.labelRule)")
+        }
+        text = typed
+    }
+}
+
+package struct SizeArgument: Equatable, Sendable {
+    package var bytes: UInt64
+    package init(typed: String) throws {
+        guard let bytes = VolumeSize.parse(typed), VolumeSize.isValid(bytes) else {
+            throw ValidationError(
+                "'\(typed)' is no volume size: write it as in 10GiB; it is \(VolumeSize.rule)")
+        }
+        self.bytes = bytes
+    }
+}
+
+extension VolumeCommand {
+    package struct Create: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Create a volume; the same arguments again change nothing.")
+
+        @Argument(help: "The volume's name: \(Names.labelRule).", transform: Label.init(typed:))
+        package var name: Label
+
+        @Option(help: "As in 10GiB: \(VolumeSize.rule).", transform: SizeArgument.init(typed:))
+        package var size: SizeArgument
+
+        @Option(help: "Copies, 1 to 5.")
+        package var replicas = 3
+
+        @Option(
+            name: .long, parsing: .singleValue,
+            help: """
+                A node to use; may be repeated. As many as replicas: exactly there, the same node \
+                several times if named so.
+                """, transform: Label.init(typed:))
+        package var node: [Label] = []
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func validate() throws {
+            guard (1...5).contains(replicas) else {
+                throw ValidationError("a volume has 1 to 5 replicas, not \(replicas)")
+            }
+        }
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                var request = Haptera_V1_CreateVolumeRequest()
+                request.name = name.text
+                request.sizeBytes = size.bytes
+                request.replicas = UInt32(replicas)
+                request.nodes = node.map(\.text)
+                _ = try await session.volumes.createVolume(request, options: session.callOptions)
+                let name = name.text
+                let volume = try await session.follow(name, "creating") { volume in
+                    guard let volume else {
+                        throw CommandFailure(.failed, "volume '\(name)' was deleted meanwhile")
+                    }
+                    guard volume.state == .creating else { return true }
+                    guard volume.robustness != .faulted else {
+                        throw CommandFailure(
+                            .failed,
+                            "volume '\(name)' cannot be created: \(volume.reason); remove "
+                                + "what there is with: storagectl volume delete \(name)")
+                    }
+                    return false
+                }
+                guard let volume else { return }
+                session.say(Presentation.value(volume), quiet: volume.name) { _ in
+                    "volume \(volume.name) created: \(VolumeSize.text(volume.sizeBytes)), replicas "
+                        + "on \(volume.replicas.map(\.node).joined(separator: ", "))"
+                }
+            }
+        }
+    }
+
+    package struct List: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(abstract: "List all volumes.")
+
+        @Flag(help: "List again whenever something changes.")
+        package var watch = false
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                try await session.list(watch: watch) {
+                    let volumes = try await session.volumes.listVolumes(
+                        Haptera_V1_ListVolumesRequest(), options: session.watchOptions
+                    ).volumes
+                    return (
+                        .list(volumes.map { Presentation.value($0) }),
+                        names: volumes.map(\.name).joined(separator: "\n"),
+                        Presentation.table(volumes, wide: options.output == .wide)
+                    )
+                }
+            }
+        }
+    }
+
+    package struct Show: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Show one volume, its engine and its replicas.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                var request = Haptera_V1_GetVolumeRequest()
+                request.name = name.text
+                let volume = try await session.volumes.getVolume(
+                    request, options: session.callOptions)
+                session.say(Presentation.value(volume), quiet: volume.name) {
+                    Presentation.details(volume, wide: $0)
+                }
+            }
+        }
+    }
+
+    package struct Attach: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Start serving a volume; prints where to connect.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @Option(
+            help: "The node to serve it on; otherwise one that holds a replica.",
+            transform: Label.init(typed:))
+        package var node: Label?
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                var request = Haptera_V1_AttachVolumeRequest()
+                request.name = name.text
+                request.node = node?.text ?? ""
+                _ = try await session.volumes.attachVolume(request, options: session.callOptions)
+                let name = name.text
+                let volume = try await session.follow(name, "attaching") { volume in
+                    guard let volume, volume.hasEngine else {
+                        throw CommandFailure(.conflict, "volume '\(name)' was detached meanwhile")
+                    }
+                    guard volume.robustness != .faulted else {
+                        throw CommandFailure(
+                            .failed, "volume '\(name)' cannot be attached: \(volume.reason)")
+                    }
+                    return volume.state == .attached && volume.engine.pid > 0
+                        && !volume.engine.uri.isEmpty
+                }
+                guard let volume else { return }
+                session.say(Presentation.attachment(volume), quiet: volume.engine.uri) { _ in
+                    "volume \(name) attached on node \(volume.engine.node)\n"
+                        + "uri:       \(volume.engine.uri)\n"
+                        + "unix uri:  \(volume.engine.unixUri)"
+                }
+            }
+        }
+    }
+
+    package struct Detach: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Stop serving a volume, in order.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                guard let volume = try await session.detach(name.text) else { return }
+                session.say(Presentation.value(volume), quiet: volume.name) { _ in
+                    "volume \(volume.name) detached"
+                }
+            }
+        }
+    }
+
+    package struct Delete: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Delete a detached volume and all of its data.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                var request = Haptera_V1_DeleteVolumeRequest()
+                request.name = name.text
+                _ = try await session.volumes.deleteVolume(request, options: session.callOptions)
+                _ = try await session.follow(name.text, "deleting") { $0?.state != .deleting }
+                let value = OutputValue.object([
+                    ("name", .text(name.text)), ("deleted", .flag(true)),
+                ])
+                session.say(value, quiet: name.text) { _ in "volume \(name.text) deleted" }
+            }
+        }
+    }
+}
+
+extension Session {
+    /// Asks for the detach and waits until it is done.
+    func detach(_ name: String) async throws -> Haptera_V1_Volume? {
+        var request = Haptera_V1_DetachVolumeRequest()
+        request.name = name
+        _ = try await volumes.detachVolume(request, options: callOptions)
+        return try await follow(name, "detaching") { $0?.state != .detaching }
+    }
+}
