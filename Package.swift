@@ -113,6 +113,19 @@ if !dataPlaneOnly {
             swiftSettings: strict),
         .executableTarget(
             name: "storagectl", dependencies: ["HapteraCLI", arguments], swiftSettings: strict),
+        .testTarget(
+            name: "HapteraControlTests",
+            dependencies: [
+                "HapteraControl", "HapteraAPI", "HapteraCore", "HapteraHost", logging,
+                .product(name: "GRDB", package: "GRDB.swift"),
+                .product(name: "NIOCore", package: "swift-nio"),
+                .product(name: "NIOPosix", package: "swift-nio"),
+            ],
+            exclude: ["Fakes"], swiftSettings: strict),
+        .testTarget(
+            name: "HapteraCLITests",
+            dependencies: ["HapteraCLI", "HapteraAPI", "HapteraHost", arguments] + grpc,
+            swiftSettings: strict),
     ]
 }
 

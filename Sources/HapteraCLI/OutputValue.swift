@@ -65,7 +65,7 @@ package indirect enum OutputValue: Equatable, Sendable {
 
     // MARK: YAML
 
-    /// Block style; texts are quoted as in JSON (which YAML understands) unless they are plain words.
+    /// Block style; texts are quoted as in JSON, which YAML understands, unless plain words.
     package var yaml: String { yaml(indent: "").joined(separator: "\n") }
 
     private func yaml(indent: String) -> [String] {

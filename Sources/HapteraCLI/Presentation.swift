@@ -202,8 +202,10 @@ package enum Presentation {
     /// UTC, to the millisecond, as in RFC 3339; null for never.
     static func time(_ milliseconds: Int64) -> OutputValue {
         guard milliseconds > 0 else { return .null }
-        let date = Date(timeIntervalSince1970: Double(milliseconds) / 1000)
-        return .text(date.formatted(Date.ISO8601FormatStyle(includingFractionalSeconds: true)))
+        // The fraction by hand: as a floating-point number it would be off by one at times.
+        let seconds = Date(timeIntervalSince1970: Double(milliseconds / 1000))
+        let fraction = String(String(milliseconds % 1000 + 1000).dropFirst())
+        return .text(seconds.formatted(.iso8601).dropLast() + "." + fraction + "Z")
     }
 
     // MARK: Words

@@ -47,7 +47,7 @@ package struct RecordService: Service {
                     return try NIOAsyncChannel(
                         wrappingChannelSynchronously: channel,
                         configuration: .init(
-                            backPressureStrategy: .init(lowWatermark: 0, highWatermark: 1)))
+                            backPressureStrategy: .init(lowWatermark: 1, highWatermark: 2)))
                 }
             }
     }
@@ -120,8 +120,10 @@ private final class RecordFrameHandler: ChannelInboundHandler {
     init(timeLimit: TimeAmount) { self.timeLimit = timeLimit }
 
     func channelRead(context: ChannelHandlerContext, data: NIOAny) {
+        var isProgress = false
         do {
             try processor.process(buffer: unwrapInboundIn(data)) { frame in
+                isProgress = true
                 context.fireChannelRead(wrapInboundOut(frame))
             }
         } catch {
@@ -129,12 +131,12 @@ private final class RecordFrameHandler: ChannelInboundHandler {
             context.close(promise: nil)
             return
         }
-        guard processor.unprocessedBytes > 0 else {
+        let isPartial = processor.unprocessedBytes > 0
+        if isProgress || !isPartial {
             timeout?.cancel()
             timeout = nil
-            return
         }
-        guard timeout == nil else { return }
+        guard isPartial, timeout == nil else { return }
         let channel = context.channel
         timeout = context.eventLoop.scheduleTask(in: timeLimit) { channel.close(promise: nil) }
     }

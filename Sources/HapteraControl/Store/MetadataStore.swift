@@ -19,10 +19,12 @@ package final class MetadataStore: Sendable {
     ) throws {
         var configuration = Configuration()
         configuration.busyMode = .timeout(5)
-        configuration.prepareDatabase { db in
+        database = try DatabasePool(path: path, configuration: configuration)
+        // Afterwards, on the one connection that writes: the pool sets NORMAL, with which a power
+        // cut takes back transactions that were reported as done.
+        try database.writeWithoutTransaction { db in
             try db.execute(sql: "PRAGMA synchronous = FULL")
         }
-        database = try DatabasePool(path: path, configuration: configuration)
         self.clock = clock
         try Self.migrator.migrate(database)
     }

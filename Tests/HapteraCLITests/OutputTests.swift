@@ -1,0 +1,248 @@
+import ArgumentParser
+import Foundation
+import GRPCCore
+import HapteraAPI
+import Testing
+
+@testable import HapteraCLI
+
+/// The output is an interface: these texts change only with its documentation.
+@Suite struct OutputTests {
+    private static func volume() -> Haptera_V1_Volume {
+        var volume = Haptera_V1_Volume()
+        volume.name = "vol"
+        volume.id = "00112233445566778899aabbccddeeff"
+        volume.sizeBytes = 1 << 30
+        volume.state = .attached
+        volume.robustness = .degraded
+        volume.reason = "replica 00000000000000b2 on node node-2 is absent"
+        volume.epoch = 7
+        volume.engine.pid = 42
+        volume.engine.node = "node-1"
+        volume.engine.uri = "nbd://127.0.0.1:20000/vol"
+        volume.engine.unixUri = "nbd+unix:///vol?socket=/d/e.nbd"
+        volume.engine.connections = 2
+        for number in 1...2 {
+            var replica = Haptera_V1_Replica()
+            replica.id = "00000000000000b\(number)"
+            replica.volume = "vol"
+            replica.node = "node-\(number)"
+            replica.state = number == 1 ? .inSync : .absent
+            replica.inSync = number == 1
+            replica.pid = number == 1 ? 43 : 0
+            replica.address = "127.0.0.1:2000\(number)"
+            replica.directory = "/d/node-\(number)"
+            volume.replicas.append(replica)
+        }
+        return volume
+    }
+
+    @Test func volumeAsJSON() {
+        #expect(
+            Presentation.value(Self.volume()).json() == """
+                {
+                  "name": "vol",
+                  "id": "00112233445566778899aabbccddeeff",
+                  "sizeBytes": 1073741824,
+                  "state": "attached",
+                  "robustness": "degraded",
+                  "reason": "replica 00000000000000b2 on node node-2 is absent",
+                  "epoch": 7,
+                  "engine": {
+                    "pid": 42,
+                    "node": "node-1",
+                    "uri": "nbd://127.0.0.1:20000/vol",
+                    "unixURI": "nbd+unix:///vol?socket=/d/e.nbd",
+                    "connections": 2,
+                    "rebuildDone": 0,
+                    "rebuildTotal": 0,
+                    "restarts": 0
+                  },
+                  "replicas": [
+                    {
+                      "id": "00000000000000b1",
+                      "node": "node-1",
+                      "state": "inSync",
+                      "inSync": true,
+                      "pid": 43,
+                      "address": "127.0.0.1:20001",
+                      "directory": "/d/node-1",
+                      "allocatedBytes": 0,
+                      "restarts": 0,
+                      "reason": null
+                    },
+                    {
+                      "id": "00000000000000b2",
+                      "node": "node-2",
+                      "state": "absent",
+                      "inSync": false,
+                      "pid": null,
+                      "address": "127.0.0.1:20002",
+                      "directory": "/d/node-2",
+                      "allocatedBytes": 0,
+                      "restarts": 0,
+                      "reason": null
+                    }
+                  ]
+                }
+                """)
+    }
+
+    @Test func detachedVolumeHasNoEngine() {
+        var volume = Self.volume()
+        volume.clearEngine()
+        volume.state = .detached
+        let json = Presentation.value(volume).json(pretty: false)
+        #expect(json.contains(#""state":"detached""#))
+        #expect(json.contains(#""engine":null"#))
+    }
+
+    @Test func attachmentAsJSON() {
+        #expect(
+            Presentation.attachment(Self.volume()).json() == """
+                {
+                  "name": "vol",
+                  "node": "node-1",
+                  "pid": 42,
+                  "uri": "nbd://127.0.0.1:20000/vol",
+                  "unixURI": "nbd+unix:///vol?socket=/d/e.nbd"
+                }
+                """)
+    }
+
+    @Test func volumesAsTable() {
+        #expect(
+            Presentation.table([Self.volume()], wide: false).text == """
+                NAME  SIZE  STATE     ROBUSTNESS  NODE    REPLICAS
+                vol   1GiB  attached  degraded    node-1  1/2
+                """)
+        #expect(
+            Presentation.table(Self.volume().replicas, wide: true).text == """
+                REPLICA           VOLUME  NODE    STATE   IN SYNC  ADDRESS          PID  DIRECTORY
+                00000000000000b1  vol     node-1  inSync  yes      127.0.0.1:20001  43   /d/node-1
+                00000000000000b2  vol     node-2  absent  no       127.0.0.1:20002  -    /d/node-2
+                """)
+    }
+
+    @Test func eventAsJSONLine() {
+        var event = Haptera_V1_Event()
+        event.id = 3
+        event.timeUnixMilliseconds = 1_700_000_000_123
+        event.kind = "VolumeCreated"
+        event.subject = "volume/vol"
+        event.message = "id 1"
+        event.actor = "ann@host"
+        #expect(
+            Presentation.value(event).json(pretty: false)
+                == #"{"id":3,"time":"2023-11-14T22:13:20.123Z","kind":"VolumeCreated","#
+                + #""subject":"volume/vol","message":"id 1","actor":"ann@host","peer":null}"#)
+    }
+
+    @Test func yamlReadsAsTheSameThing() {
+        let value = OutputValue.object([
+            ("word", .text("attached")), ("number", .text("0123")), ("truth", .text("true")),
+            ("uri", .text("nbd://h:1/v")), ("empty", .text("")), ("nothing", .null),
+            ("none", .list([])), ("count", .number(3)),
+            (
+                "list",
+                .list([.object([("a", .flag(true)), ("b", .list([.number(1)]))]), .text("x")])
+            ),
+        ])
+        #expect(
+            value.yaml == """
+                word: attached
+                number: "0123"
+                truth: "true"
+                uri: "nbd://h:1/v"
+                empty: ""
+                nothing: null
+                none: []
+                count: 3
+                list:
+                  - a: true
+                    b:
+                      - 1
+                  - x
+                """)
+    }
+
+    @Test func jsonEscapes() {
+        let text = "\"\\\n\r\t\u{1}\u{7f}é"
+        #expect(
+            OutputValue.text(text).json() == #""\"\\\n\r\t\u0001\u007fé""#)
+    }
+
+    @Test func stateWordsAreTheDocumentedOnes() {
+        #expect(
+            Haptera_V1_VolumeState.allCases.dropFirst().map { Presentation.word($0) } == [
+                "creating", "detached", "attaching", "attached", "detaching", "deleting",
+            ])
+        #expect(
+            Haptera_V1_Robustness.allCases.dropFirst().map { Presentation.word($0) } == [
+                "healthy", "degraded", "stalled", "faulted",
+            ])
+        #expect(
+            Haptera_V1_ReplicaState.allCases.dropFirst().map { Presentation.word($0) } == [
+                "inSync", "joining", "absent", "full", "failed",
+            ])
+    }
+
+    @Test(arguments: [
+        (RPCError.Code.notFound, HapteraCLI.ExitStatus.notFound), (.alreadyExists, .conflict),
+        (.failedPrecondition, .conflict), (.invalidArgument, .usage),
+        (.unavailable, .unavailable), (.deadlineExceeded, .unavailable), (.internalError, .failed),
+    ])
+    func errorsHaveTheirExitStatus(_ code: RPCError.Code, _ status: HapteraCLI.ExitStatus) {
+        let failure = Session.failure(RPCError(code: code, message: "m"), "h:1")
+        #expect(failure.status == status)
+        #expect(!failure.message.isEmpty)
+    }
+}
+
+@Suite struct ContextTests {
+    @Test func savedAndFoundAgain() throws {
+        let directory = "/tmp/haptera-\(UInt32.random(in: .min ... .max))"
+        defer { try? FileManager.default.removeItem(atPath: directory) }
+        let environment = ["XDG_CONFIG_HOME": directory]
+        let path = Contexts.path(environment)
+        #expect(path == directory + "/haptera/contexts.json")
+        var contexts = Contexts()
+        contexts.contexts["local"] = .init(server: "h:1", directory: "/d")
+        contexts.contexts["far"] = .init(server: "h:2")
+        contexts.current = "local"
+        try contexts.save(path)
+        #expect(try Contexts.load(path) == contexts)
+
+        var options = try GlobalOptions.parse([])
+        #expect(try Session.resolve(options, environment: environment) == "h:1")
+        // Each of these overrides the one before.
+        let withServer = environment.merging(["HAPTERA_SERVER": "h:3"]) { $1 }
+        #expect(try Session.resolve(options, environment: withServer) == "h:3")
+        options.context = "far"
+        #expect(try Session.resolve(options, environment: withServer) == "h:2")
+        options.server = "h:4"
+        #expect(try Session.resolve(options, environment: withServer) == "h:4")
+        options.server = nil
+        options.context = "unknown"
+        let error = #expect(throws: CommandFailure.self) {
+            try Session.resolve(options, environment: environment)
+        }
+        #expect(error?.status == .notFound)
+    }
+
+    @Test func withoutAnyTheUserIsToldWhatToDo() throws {
+        let options = try GlobalOptions.parse([])
+        let error = #expect(throws: CommandFailure.self) {
+            try Session.resolve(options, environment: ["XDG_CONFIG_HOME": "/nonexistent"])
+        }
+        #expect(error?.status == .usage)
+        #expect(error?.message.contains("cluster up") == true)
+    }
+
+    @Test func aBrokenFileIsNotOverwrittenSilently() throws {
+        let path = "/tmp/haptera-\(UInt32.random(in: .min ... .max)).json"
+        defer { try? FileManager.default.removeItem(atPath: path) }
+        try "{".write(toFile: path, atomically: true, encoding: .utf8)
+        #expect(throws: CommandFailure.self) { try Contexts.load(path) }
+    }
+}

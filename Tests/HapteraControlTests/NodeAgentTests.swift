@@ -1,0 +1,312 @@
+import Foundation
+import Glibc
+import HapteraAPI
+import HapteraHost
+import Logging
+import Testing
+
+@testable import HapteraControl
+
+/// The agent against stand-ins for the data-plane programs: real processes, sockets and files.
+@Suite struct NodeAgentTests {
+    private static let quiet = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }
+    private static let fakes = URL(filePath: #filePath).deletingLastPathComponent()
+        .appending(path: "Fakes").path
+
+    /// An agent whose clock is moved by the test: back-offs pass at once.
+    private final class Bench {
+        let directory: TemporaryDirectory
+        var agent: NodeAgent
+        var now: Int64 = 1_000_000
+        var desired = Haptera_V1_DesiredState()
+        private let context: NodeContext
+
+        init() throws {
+            directory = try TemporaryDirectory()
+            context = NodeContext(
+                host: RealProcessHost(), directory: directory.path, address: "127.0.0.1",
+                ports: Ports.defaultRange,
+                replicaProgram: NodeAgentTests.fakes + "/haptera-replica",
+                engineProgram: NodeAgentTests.fakes + "/haptera-engine")
+            agent = try NodeAgent(context, logger: NodeAgentTests.quiet)
+            desired.recordService = "127.0.0.1:1"
+        }
+
+        /// Whatever a failed test leaves behind.
+        deinit {
+            for process in Self.files(directory.path) { process.identity.signal(SIGKILL) }
+        }
+
+        static func files(_ directory: String) -> [ProcessFile] {
+            let names = (try? FileManager.default.contentsOfDirectory(atPath: directory + "/run"))
+            return (names ?? []).filter { $0.hasSuffix(".pid") }
+                .compactMap { ProcessFile.load("\(directory)/run/\($0)") }
+        }
+
+        /// The agent ends; another takes its place.
+        func restartAgent() async throws {
+            agent = try NodeAgent(context, logger: NodeAgentTests.quiet)
+            await agent.resume()
+        }
+
+        func want(_ phase: Haptera_V1_DesiredReplica.Phase, id: String = "00000000000000aa") {
+            var replica = Haptera_V1_DesiredReplica()
+            replica.volumeID = "00000000000000010000000000000002"
+            replica.volume = "vol"
+            replica.replicaID = id
+            replica.incarnation = "0000000000000001"
+            replica.sizeBytes = 1 << 20
+            replica.phase = phase
+            desired.replicas.removeAll { $0.replicaID == id }
+            desired.replicas.append(replica)
+        }
+
+        func want(_ phase: Haptera_V1_DesiredEngine.Phase, addresses: [String], attachment: UInt64)
+        {
+            var engine = Haptera_V1_DesiredEngine()
+            engine.volumeID = "00000000000000010000000000000002"
+            engine.volume = "vol"
+            engine.clientGeneration = attachment
+            engine.phase = phase
+            engine.replicas = addresses.enumerated().map { index, address in
+                var replica = Haptera_V1_ReplicaEndpoint()
+                replica.replicaID = "00000000000000a\(index)"
+                replica.address = address
+                return replica
+            }
+            desired.engines = [engine]
+        }
+
+        /// One round of every unit, to its end.
+        func step() async throws {
+            try await agent.want(desired)
+            for task in await agent.step(now: now) { await task.value }
+            now += 10
+        }
+
+        var report: Haptera_V1_NodeReport {
+            get async { await agent.report(name: "n", nodeID: "1") }
+        }
+
+        /// Goes on in rounds until the condition holds; fails if it takes absurdly long.
+        func until(
+            _ what: String, _ condition: (Haptera_V1_NodeReport) -> Bool
+        ) async throws -> Haptera_V1_NodeReport {
+            let deadline = ContinuousClock.now + .seconds(30)
+            while ContinuousClock.now < deadline {
+                try await step()
+                let now = await report
+                if condition(now) { return now }
+                await Task.yield()
+            }
+            throw HostError("never happened: \(what); \(await report)")
+        }
+
+        func untilReplica(
+            _ state: Haptera_V1_ReplicaReport.State
+        ) async throws -> Haptera_V1_ReplicaReport {
+            try await until("replica \(state)") { $0.replicas.first?.state == state }.replicas[0]
+        }
+        func untilEngine(
+            _ state: Haptera_V1_EngineReport.State
+        ) async throws -> Haptera_V1_EngineReport {
+            try await until("engine \(state)") { $0.engines.first?.state == state }.engines[0]
+        }
+        func untilGone(_ pid: Int32) async throws {
+            while ProcessIdentity(running: pid) != nil { await Task.yield() }
+        }
+    }
+
+    @Test func makesAndRunsAReplica() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        #expect(ProcessIdentity(running: replica.pid) != nil)
+        #expect(replica.directory == bench.directory.path + "/replicas/00000000000000aa")
+        #expect(replica.allocatedBytes == 4096)
+        #expect(Names.hostAndPort(replica.address) != nil)
+        // In a session of its own: nothing that hits ours hits it.
+        #expect(getsid(replica.pid) == replica.pid)
+        bench.want(.remove)
+        _ = try await bench.untilReplica(.removed)
+        #expect(ProcessIdentity(running: replica.pid) == nil)
+        #expect(!FileManager.default.fileExists(atPath: replica.directory))
+    }
+
+    @Test func adoptsWhatItsPredecessorLeft() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let before = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [before.address], attachment: 1)
+        let engine = try await bench.untilEngine(.serving)
+        bench.want(.run)
+        try await bench.step()
+        try await bench.restartAgent()
+        let after = try await bench.until("adopted") {
+            $0.replicas.first?.state == .running && $0.engines.first?.state == .serving
+        }
+        #expect(after.replicas[0].pid == before.pid)
+        #expect(after.replicas[0].address == before.address)
+        #expect(after.engines[0].pid == engine.pid)
+        #expect(after.engines[0].uri == engine.uri)
+    }
+
+    /// A crash between starting a process and writing its file down: its control socket answers.
+    @Test func adoptsAProcessWithoutAFile() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let before = try await bench.untilReplica(.running)
+        let file = bench.directory.path + "/run/r-00000000000000aa.pid"
+        let process = try #require(ProcessFile.load(file))
+        try FileManager.default.removeItem(atPath: file)
+        try await bench.restartAgent()
+        let after = try await bench.untilReplica(.running)
+        #expect(after.pid == before.pid)
+        process.identity.signal(SIGKILL)
+    }
+
+    /// A number that another process has now is not ours to adopt or signal.
+    @Test func doesNotAdoptAStranger() async throws {
+        let bench = try Bench()
+        let stranger = try #require(
+            ProcessIdentity(running: ProcessInfo.processInfo.processIdentifier))
+        bench.want(.create)
+        try ProcessFile(
+            identity: .init(
+                pid: stranger.pid, startTime: stranger.startTime + 1, bootID: stranger.bootID),
+            executable: "x", arguments: [], control: "x"
+        ).save(bench.directory.path + "/run/r-00000000000000aa.pid")
+        let replica = try await bench.untilReplica(.running)
+        #expect(replica.pid != stranger.pid)
+    }
+
+    @Test func aKilledReplicaComesBackAfterAPause() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let first = try await bench.untilReplica(.running)
+        kill(first.pid, SIGKILL)
+        let waiting = try await bench.untilReplica(.waiting)
+        #expect(!waiting.reason.isEmpty)
+        let seen = bench.now
+        // Not within 2 s of the agent's clock, whatever the wall clock says.
+        while bench.now < seen + RestartBackoff.delayMinimum - 50 {
+            try await bench.step()
+            #expect(await bench.report.replicas[0].pid == 0)
+        }
+        let second = try await bench.untilReplica(.running)
+        #expect(bench.now >= seen + RestartBackoff.delayMinimum - 50)
+        #expect(second.pid != first.pid)
+        #expect(second.address == first.address)
+        #expect(second.restarts == 1)
+    }
+
+    @Test func aKilledEngineComesBackAsTheSameAttachment() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 7)
+        let first = try await bench.untilEngine(.serving)
+        kill(first.pid, SIGKILL)
+        _ = try await bench.untilEngine(.waiting)
+        let second = try await bench.untilEngine(.serving)
+        #expect(second.pid != first.pid)
+        #expect(second.uri == first.uri)
+        let file = try #require(
+            ProcessFile.load(bench.directory.path + "/run/e-0000000000000001.pid"))
+        let position = try #require(file.arguments.firstIndex(of: "--client-generation"))
+        #expect(file.arguments[position + 1] == "7")
+    }
+
+    @Test func anEngineIsToldOfNewAddresses() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        let nowhere = "127.0.0.1:1"
+        bench.want(.attach, addresses: [nowhere], attachment: 1)
+        _ = try await bench.untilEngine(.stalled)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        let engine = try await bench.untilEngine(.serving)
+        #expect(engine.replicas.map(\.state) == ["inSync"])
+    }
+
+    @Test func detachesInOrderAndStaysDetached() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        let engine = try await bench.untilEngine(.serving)
+        bench.want(.detach, addresses: [replica.address], attachment: 1)
+        _ = try await bench.untilEngine(.detached)
+        #expect(ProcessIdentity(running: engine.pid) == nil)
+        // An agent that starts with an old wish does not bring it back.
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        try await bench.restartAgent()
+        _ = try await bench.untilEngine(.detached)
+        // A new attachment does.
+        bench.want(.attach, addresses: [replica.address], attachment: 2)
+        let second = try await bench.untilEngine(.serving)
+        #expect(second.clientGeneration == 2)
+    }
+
+    /// An empty directory under an old identity would pass for a member of the volume.
+    @Test func aLostDirectoryIsNotMadeAnew() async throws {
+        let bench = try Bench()
+        bench.want(.run)
+        let replica = try await bench.untilReplica(.failed)
+        #expect(replica.reason.contains("is gone"))
+        #expect(replica.pid == 0)
+        #expect(
+            !FileManager.default.fileExists(
+                atPath: bench.directory.path + "/replicas/00000000000000aa"))
+    }
+
+    @Test func aRefusedCreationSaysWhy() async throws {
+        let bench = try Bench()
+        _ = FileManager.default.createFile(
+            atPath: bench.directory.path + "/replicas/refuse", contents: nil)
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.failed)
+        #expect(replica.reason.contains("does not support O_DIRECT"))
+    }
+
+    /// Nothing is stopped or removed because it is not named.
+    @Test func anEmptyDesiredStateDestroysNothing() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.desired = Haptera_V1_DesiredState()
+        for _ in 0..<5 { try await bench.step() }
+        #expect(ProcessIdentity(running: replica.pid) != nil)
+        #expect(FileManager.default.fileExists(atPath: replica.directory))
+    }
+}
+
+@Suite struct RestartBackoffTests {
+    @Test func doublesUpToHalfAMinute() {
+        var backoff = RestartBackoff()
+        var now: Int64 = 0
+        #expect(backoff.mayStart(now: now))
+        for delay: Int64 in [2, 4, 8, 16, 30, 30] {
+            backoff.started(now: now)
+            now += 10
+            backoff.ended(now: now)
+            #expect(!backoff.mayStart(now: now + delay * 1000 - 1))
+            now += delay * 1000
+            #expect(backoff.mayStart(now: now))
+        }
+        #expect(backoff.restarts == 5)
+    }
+
+    @Test func startsOverAfterAStableMinute() {
+        var backoff = RestartBackoff()
+        for _ in 0..<4 {
+            backoff.started(now: 0)
+            backoff.ended(now: 1)
+        }
+        backoff.started(now: 100_000)
+        backoff.ended(now: 100_000 + RestartBackoff.stableAfter)
+        let end = 100_000 + RestartBackoff.stableAfter
+        #expect(!backoff.mayStart(now: end + 1999))
+        #expect(backoff.mayStart(now: end + 2000))
+    }
+}

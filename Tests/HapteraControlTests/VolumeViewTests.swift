@@ -1,0 +1,187 @@
+import HapteraAPI
+import HapteraCore
+import Testing
+
+@testable import HapteraControl
+
+/// What users are told, from what is stored and what nodes report.
+@Suite struct VolumeViewTests {
+    /// A ready volume of three replicas on nodes a, b, c, all running; attached to a if said so.
+    private struct World {
+        var stored: StoredVolume
+        var nodes: [String: ObservedNode] = [:]
+
+        init(attached: Bool) throws {
+            var row = VolumeRow(
+                id: VolumeID(high: 1, low: 2), name: "vol", sizeBytes: 1 << 30, replicaCount: 3,
+                created: 0)
+            row.phase = .ready
+            let replicas = (0..<3).map { number in
+                ReplicaRow(
+                    id: hexadecimal(UInt64(number + 1)), volumeID: row.id, ordinal: number,
+                    node: ["a", "b", "c"][number], incarnation: hexadecimal(7), phase: .run,
+                    address: "x:1", directory: "/d")
+            }
+            let record = VolumeRecord(
+                volume: VolumeID(high: 1, low: 2), name: "vol", epoch: Epoch(4), nonce: 1,
+                size: 1 << 30, inSync: replicas.compactMap(\.member))
+            if attached {
+                row.attachedNode = "a"
+                row.clientGeneration = 2
+                row.servedGeneration = 2
+            }
+            stored = StoredVolume(volume: row, replicas: replicas, record: record)
+            for replica in replicas {
+                var report = Haptera_V1_ReplicaReport()
+                report.replicaID = replica.id
+                report.state = .running
+                report.pid = 100
+                var node = Haptera_V1_NodeReport()
+                node.name = replica.node
+                node.replicas = [report]
+                nodes[replica.node] = ObservedNode(
+                    report: node, lastSeenMilliseconds: 0, isReady: true)
+            }
+            guard attached else { return }
+            var engine = Haptera_V1_EngineReport()
+            engine.volumeID = row.id
+            engine.clientGeneration = 2
+            engine.state = .serving
+            engine.pid = 200
+            engine.uri = "nbd://h:1/vol"
+            engine.replicas = replicas.map { replica in
+                var view = Haptera_V1_EngineReplicaReport()
+                view.replicaID = replica.id
+                view.state = "inSync"
+                return view
+            }
+            nodes["a"]?.report.engines = [engine]
+        }
+
+        var message: Haptera_V1_Volume { VolumeView(stored, nodes: nodes).message }
+
+        mutating func engine(_ change: (inout Haptera_V1_EngineReport) -> Void) {
+            guard var report = nodes["a"]?.report else { return }
+            change(&report.engines[0])
+            nodes["a"]?.report = report
+        }
+        mutating func replica(_ node: String, _ state: Haptera_V1_ReplicaReport.State) {
+            nodes[node]?.report.replicas[0].state = state
+        }
+    }
+
+    @Test func detachedAndHealthy() throws {
+        let message = try World(attached: false).message
+        #expect(message.state == .detached)
+        #expect(message.robustness == .healthy)
+        #expect(message.epoch == 4)
+        #expect(!message.hasEngine)
+        #expect(message.replicas.allSatisfy { $0.state == .inSync && $0.inSync })
+    }
+
+    @Test func attachedAndHealthy() throws {
+        let message = try World(attached: true).message
+        #expect(message.state == .attached)
+        #expect(message.robustness == .healthy)
+        #expect(message.engine.pid == 200)
+        #expect(message.engine.node == "a")
+        #expect(message.engine.uri == "nbd://h:1/vol")
+    }
+
+    @Test func attachingUntilTheEngineHasServed() throws {
+        var world = try World(attached: true)
+        world.stored.volume.servedGeneration = 1
+        #expect(world.message.state == .attaching)
+        world.stored.volume.isDetaching = true
+        #expect(world.message.state == .detaching)
+    }
+
+    /// The engine's last answer may be older than a replica's death.
+    @Test func aDeadReplicaIsAbsentAtOnce() throws {
+        var world = try World(attached: true)
+        world.replica("b", .waiting)
+        let message = world.message
+        #expect(message.robustness == .degraded)
+        #expect(message.replicas.map(\.state) == [.inSync, .absent, .inSync])
+        #expect(message.replicas[1].inSync)
+        #expect(message.reason.contains("node b"))
+    }
+
+    /// And healthy only when record, engine and node agree.
+    @Test func healthyAgainWhenAllAgree() throws {
+        var world = try World(attached: true)
+        let lost = world.stored.record?.inSync.remove(at: 1)
+        #expect(world.message.robustness == .degraded)
+        #expect(world.message.replicas[1].state == .absent)
+        world.stored.record?.joining = lost
+        world.engine { $0.replicas[1].state = "joining" }
+        #expect(world.message.replicas[1].state == .joining)
+        #expect(world.message.robustness == .degraded)
+        world.stored.record?.joining = nil
+        world.stored.record?.inSync += [lost].compactMap { $0 }
+        #expect(world.message.robustness == .degraded)
+        world.engine { $0.replicas[1].state = "inSync" }
+        #expect(world.message.robustness == .healthy)
+    }
+
+    /// The engine sees a replica that its node agent says nothing of.
+    @Test func aSilentNodeIsNoDeadReplica() throws {
+        var world = try World(attached: true)
+        world.nodes["c"]?.isReady = false
+        #expect(world.message.robustness == .healthy)
+        var detached = try World(attached: false)
+        detached.nodes["c"]?.isReady = false
+        #expect(detached.message.robustness == .degraded)
+    }
+
+    @Test func stalledWhileTheEngineIsDownOrWaits() throws {
+        var world = try World(attached: true)
+        world.engine { $0.state = .stalled }
+        #expect(world.message.robustness == .stalled)
+        world.engine {
+            $0.state = .waiting
+            $0.reason = "process 200 ended"
+        }
+        #expect(world.message.robustness == .stalled)
+        #expect(world.message.state == .attached)
+        #expect(world.message.reason.contains("process 200 ended"))
+    }
+
+    @Test func stalledWithoutAnyReplica() throws {
+        var world = try World(attached: false)
+        for node in ["a", "b", "c"] { world.replica(node, .waiting) }
+        #expect(world.message.robustness == .stalled)
+    }
+
+    @Test(arguments: [StopReason.recordOlderThanReplica, .sizeMismatch, .volumeNotFound])
+    func faultedWhenARestartCannotHelp(_ reason: StopReason) throws {
+        var world = try World(attached: true)
+        world.engine {
+            $0.state = .waiting
+            $0.reason = "12:00 error stopped reason=\"\(reason.rawValue)\""
+        }
+        #expect(world.message.robustness == .faulted)
+        #expect(world.message.reason == reason.rawValue)
+    }
+
+    @Test func fullAndFailedAreToldApart() throws {
+        var world = try World(attached: true)
+        world.engine {
+            $0.replicas[0].state = "full"
+            $0.replicas[1].state = "failed"
+        }
+        #expect(world.message.replicas.map(\.state) == [.full, .failed, .inSync])
+    }
+
+    @Test func aFailedCreationSaysWhy() throws {
+        var world = try World(attached: false)
+        world.stored.volume.phase = .creating
+        world.stored.record = nil
+        #expect(world.message.state == .creating)
+        #expect(world.message.robustness == .healthy)
+        world.replica("b", .failed)
+        world.nodes["b"]?.report.replicas[0].reason = "no O_DIRECT"
+        #expect(world.message.robustness == .faulted)
+        #expect(world.message.reason == "replica on node b: no O_DIRECT")
+    }
+}
