@@ -1,1 +1,3 @@
-print("building")
+import HapteraEngine
+
+EngineCommand.main()

@@ -1,1 +1,4 @@
-print("building")
+import Glibc
+import HapteraReplica
+
+exit(ReplicaCommand.run(Array(CommandLine.arguments.dropFirst())))

@@ -7,7 +7,9 @@ import Testing
     /// Everything a data-plane target may import. A new entry is a decision.
     private static let allowed: [String: Set<String>] = [
         "HapteraCore": libc.union(["CHaptera"]),
-        "HapteraIO": libc.union(["HapteraCore", "CUring", "CAio", "COpenSSL"]),
+        "HapteraIO": libc.union([
+            "HapteraCore", "CHaptera", "CUring", "CAio", "COpenSSL", "Synchronization",
+        ]),
         "HapteraEngine": libc.union(["HapteraCore", "HapteraIO", "Synchronization"]),
         "HapteraReplica": libc.union(["HapteraCore", "HapteraIO", "Synchronization"]),
         "HapteraTesting": libc.union([

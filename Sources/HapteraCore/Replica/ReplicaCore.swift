@@ -10,7 +10,8 @@ package final class ReplicaCore {
     package let identity: ReplicaIdentity
     let options: ReplicaOptions
     let pool: BufferPool
-    let size: UInt64
+    /// Bytes of the volume.
+    package let size: UInt64
     let regionCount: UInt64
     let head: LayerID
     let log: ActivityLog
@@ -129,6 +130,7 @@ package final class ReplicaCore {
     package var isShortOfResources: Bool { !awaitingResources.isEmpty }
     package var promise: Epoch { manifest.promise }
     package var installedRecord: VolumeRecord? { manifest.installed }
+    package var headLayer: LayerID { head }
     package var activeRegionCount: Int { cache.activeCount }
     package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
     package var isShutDown: Bool { shutdown == .done }

@@ -1,0 +1,157 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+
+/// Serves one block device to NBD clients, on any number of addresses at once.
+package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFrontend {
+    package struct Limits: Sendable {
+        package var connectionsMax = 64
+        package var negotiationMilliseconds: UInt64 = 30_000
+        /// Without progress inside a message, or in reading replies.
+        package var stallMilliseconds: UInt64 = 60_000
+        /// The same while others wait for buffers.
+        package var stallUnderPressureMilliseconds: UInt64 = 5_000
+        package init() {}
+    }
+    /// Rounds of submitting and completing in one turn, for devices that never wait.
+    private static let roundsMax = 16
+
+    let export: NBDExport
+    /// For replies that are put together and copied at once.
+    let scratch = MemoryBlock(count: NBDReply.headerSizeMax)
+    private let reactor: Reactor
+    private let device: any BlockDevice
+    private let requests: NBDRequests
+    private let limits: Limits
+    private var listeners: [Listener] = []
+    private var clients: [NBDClient?]
+    /// Clients whose request waits for buffers, first come first served.
+    private var waiting: [NBDClient] = []
+    private var waitingSince: Instant?
+    private var isServingWaiting = false
+    private var onStopped: (() -> Void)?
+    package private(set) var connectionCount = 0
+    package private(set) var connectionsRefused: UInt64 = 0
+
+    package init(reactor: Reactor, device: any BlockDevice, limits: Limits = Limits()) {
+        self.reactor = reactor
+        self.device = device
+        self.limits = limits
+        export = NBDExport(
+            name: device.name, size: device.size, isReadOnly: device.isReadOnly,
+            zeroesFastWithoutHole: device.zeroesFastWithoutHole)
+        requests = NBDRequests(device: device, clientsMax: limits.connectionsMax)
+        clients = Array(repeating: nil, count: limits.connectionsMax)
+        device.frontend = self
+        reactor.addTurnHook(self)
+        let handler = reactor.register(self)
+        reactor.timer(everyMilliseconds: 1000, handler: handler, token: 0)
+    }
+
+    package var counters: NBDCounters { requests.counters }
+
+    /// Starts to listen; returns the address with the port that was chosen.
+    @discardableResult
+    package func listen(on address: SocketAddress) throws(IOError) -> SocketAddress {
+        let listener = try Listener(reactor: reactor, address: address) { [unowned self] fd in
+            accept(fd)
+        }
+        listeners.append(listener)
+        return listener.address
+    }
+
+    /// Takes no new connections and requests, answers those in flight, and calls `onStopped` when
+    /// the last client has gone.
+    package func stop(onStopped: @escaping () -> Void) {
+        self.onStopped = onStopped
+        export.isStopping = true
+        for listener in listeners { listener.close() }
+        listeners = []
+        for client in clients { client?.leave() }
+        tellIfStopped()
+    }
+    private func tellIfStopped() {
+        guard connectionCount == 0, let callback = onStopped else { return }
+        onStopped = nil
+        callback()
+    }
+
+    // MARK: Clients
+
+    private func accept(_ fd: Int32) {
+        guard let index = clients.firstIndex(where: { $0 == nil }) else {
+            // Those who have left are only waiting for the device: they make room.
+            clients.first { $0?.isLeaving == true }??.close()
+            connectionsRefused += 1
+            Log.warn("refused a client", ("connections", String(connectionCount)))
+            close(fd)
+            return
+        }
+        connectionCount += 1
+        clients[index] = NBDClient(
+            server: self, reactor: reactor, requests: requests, index: Int32(index), fd: fd)
+    }
+    func remove(_ client: NBDClient) {
+        clients[Int(client.index)] = nil
+        waiting.removeAll { $0 === client }
+        connectionCount -= 1
+        tellIfStopped()
+    }
+
+    /// The client's held request waits for buffers; `goOn` is called when its turn has come.
+    func wait(_ client: NBDClient) {
+        guard !waiting.contains(where: { $0 === client }) else { return }
+        if waiting.isEmpty { waitingSince = reactor.now }
+        waiting.append(client)
+    }
+    /// Nobody overtakes, or a large request would wait for ever behind small ones.
+    func isAnybodyWaiting(before client: NBDClient) -> Bool {
+        guard let first = waiting.first else { return false }
+        return first !== client
+    }
+    private func serveWaiting() {
+        guard !waiting.isEmpty else { return }
+        while let client = waiting.first {
+            guard client.goOn() else { return }
+            if waiting.first === client { waiting.removeFirst() }
+            waitingSince = reactor.now
+        }
+        waitingSince = nil
+    }
+
+    // MARK: Turns
+
+    package func turnEnded() {
+        for _ in 0..<Self.roundsMax {
+            serveWaiting()
+            requests.submitPending()
+            let hasCompleted = device.completeReady()
+            if !hasCompleted && !requests.hasPending { return }
+        }
+        // A long trim of a device that never waits: let others have a turn.
+        reactor.post { _ in }
+    }
+
+    /// Once a second.
+    package func completed(token: UInt64, result: Int) {
+        let pressure = waitingSince.map { reactor.now.nanoseconds(since: $0) } ?? 0
+        let isPressed = pressure > limits.stallUnderPressureMilliseconds * 1_000_000
+        let limit =
+            isPressed ? limits.stallUnderPressureMilliseconds : limits.stallMilliseconds
+        for client in clients {
+            client?.checkProgress(
+                negotiationLimit: limits.negotiationMilliseconds * 1_000_000,
+                limit: limit * 1_000_000)
+        }
+    }
+
+    // MARK: The device
+
+    package func complete(
+        userData: UInt64, result: OperationResult, buffer: BufferID, tableLength: Int32,
+        isHole: Bool
+    ) {
+        requests.complete(userData: userData, result, buffer, tableLength, isHole)
+    }
+    package func sizeChanged() { export.size = device.size }
+}

@@ -1,0 +1,256 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+
+/// A replica's files in a directory:
+///
+///     manifest, activity.log, layers/<layer>.data, layers/<layer>.table
+///
+/// Data, tables and manifest are opened with O_DIRECT, the log is mapped. Each file is locked with
+/// flock on the very description that I/O goes through: a killed process's writes that io_uring
+/// still carries out hold it, so who gets the lock finds the files at rest.
+package final class DirectoryStorage: ReplicaStorage {
+    package enum Mode: Equatable, Sendable {
+        /// Waits for the lock of another process.
+        case serve
+        /// Looks only, shares the lock with others that do; fails if somebody serves, but waits this
+        /// long for the kernel to end the I/O of one that has just stopped.
+        case inspect(waitMilliseconds: Int)
+        /// Looks only, without a lock.
+        case peek
+    }
+    package let directory: String
+    private let mode: Mode
+    private var descriptors: [ReplicaFile: Int32] = [:]
+    private var mapping: RawMemory?
+
+    package init(directory: String, mode: Mode) {
+        self.directory = directory
+        self.mode = mode
+    }
+    deinit {
+        for fd in descriptors.values { Glibc.close(fd) }
+        // SAFETY: the mapping is this object's and nobody uses it once the object is gone.
+        if let mapping { unsafe munmap(mapping.base, mapping.count) }
+    }
+
+    package func path(_ file: ReplicaFile) -> String {
+        switch file {
+        case .manifest: "\(directory)/manifest"
+        case .log: "\(directory)/activity.log"
+        case .data(let layer): "\(directory)/layers/\(layer.rawValue).data"
+        case .table(let layer): "\(directory)/layers/\(layer.rawValue).table"
+        }
+    }
+
+    /// The file's descriptor, locked. Opens it at first.
+    package func descriptor(_ file: ReplicaFile) throws(StorageError) -> Int32 {
+        if let fd = descriptors[file] { return fd }
+        let fd = try open(file, flags: mode == .serve ? O_RDWR : O_RDONLY)
+        try adopt(fd, file)
+        return fd
+    }
+
+    private func open(_ file: ReplicaFile, flags: Int32) throws(StorageError) -> Int32 {
+        do throws(IOError) {
+            return try FileDescriptors.open(path(file), flags: flags, isDirect: file != .log)
+        } catch {
+            switch error.errno {
+            case ENOENT, ENOTDIR:
+                throw StorageError(.notFound, "\(path(file)) is not there")
+            case EEXIST: throw StorageError(.exists, "\(path(file)) is there already")
+            case EINVAL where file != .log:
+                throw StorageError(
+                    .unsupported,
+                    "the file system of \(directory) does not support O_DIRECT; "
+                        + "keep replicas on ext4 or xfs")
+            default: throw Self.error(error.errno, error.message)
+            }
+        }
+    }
+
+    private func adopt(_ fd: Int32, _ file: ReplicaFile) throws(StorageError) {
+        do throws(StorageError) {
+            try lock(fd, file)
+        } catch {
+            Glibc.close(fd)
+            throw error
+        }
+        descriptors[file] = fd
+    }
+
+    private func lock(_ fd: Int32, _ file: ReplicaFile) throws(StorageError) {
+        guard mode != .peek else { return }
+        let kind = mode == .serve ? LOCK_EX : LOCK_SH
+        if flock(fd, kind | LOCK_NB) == 0 { return }
+        guard errno == EWOULDBLOCK else {
+            throw Self.error(errno, "cannot lock \(path(file)): \(errorText(errno))")
+        }
+        if case .inspect(let limit) = mode {
+            for _ in 0..<limit / 20 {
+                usleep(20_000)
+                if flock(fd, kind | LOCK_NB) == 0 { return }
+            }
+            throw StorageError(.inUse, "\(directory) is in use: stop its replica first")
+        }
+        Log.info("waiting for the lock", ("file", path(file)))
+        while flock(fd, kind) != 0 {
+            guard errno == EINTR else {
+                throw Self.error(errno, "cannot lock \(path(file)): \(errorText(errno))")
+            }
+        }
+    }
+
+    static func error(_ number: Int32, _ message: String) -> StorageError {
+        switch number {
+        case ENOSPC, EDQUOT: StorageError(.noSpace, message)
+        case ENOENT: StorageError(.notFound, message)
+        default: StorageError(.io(errno: number), message)
+        }
+    }
+    private func failure(_ verb: String, _ file: ReplicaFile) -> StorageError {
+        let number = errno
+        return Self.error(number, "cannot \(verb) \(path(file)): \(errorText(number))")
+    }
+
+    // MARK: ReplicaStorage
+
+    package func read(_ file: ReplicaFile, offset: UInt64, into memory: RawMemory)
+        throws(StorageError) -> Int
+    {
+        let fd = try descriptor(file)
+        var done = 0
+        while done < memory.count {
+            let rest = memory.slice(done, memory.count - done)
+            // SAFETY: `rest` has `count` writable bytes.
+            let count = unsafe pread(fd, rest.base, rest.count, off_t(offset) + off_t(done))
+            if count == 0 { break }
+            if count < 0 {
+                guard errno == EINTR else { throw failure("read", file) }
+                continue
+            }
+            done += count
+            // Direct I/O goes on at whole blocks only: a shorter read is the end of the file.
+            if done % 512 != 0 { break }
+        }
+        return done
+    }
+
+    package func write(_ file: ReplicaFile, offset: UInt64, from memory: RawMemory)
+        throws(StorageError)
+    {
+        let fd = try descriptor(file)
+        var done = 0
+        while done < memory.count {
+            let rest = memory.slice(done, memory.count - done)
+            // SAFETY: `rest` has `count` readable bytes.
+            let count = unsafe pwrite(fd, rest.base, rest.count, off_t(offset) + off_t(done))
+            if count < 0 {
+                guard errno == EINTR else { throw failure("write", file) }
+                continue
+            }
+            done += count
+        }
+    }
+
+    package func sync(_ file: ReplicaFile) throws(StorageError) {
+        guard fdatasync(try descriptor(file)) == 0 else { throw failure("sync", file) }
+    }
+
+    package func size(_ file: ReplicaFile) throws(StorageError) -> UInt64 {
+        var status = stat()
+        // SAFETY: `status` is a local that outlives the call.
+        guard unsafe fstat(try descriptor(file), &status) == 0 else {
+            throw failure("examine", file)
+        }
+        return UInt64(status.st_size)
+    }
+
+    /// Bytes the files occupy.
+    package func allocatedBytes() -> UInt64 {
+        var total: UInt64 = 0
+        for fd in descriptors.values {
+            var status = stat()
+            // SAFETY: `status` is a local that outlives the call.
+            if unsafe fstat(fd, &status) == 0 { total += UInt64(status.st_blocks) * 512 }
+        }
+        return total
+    }
+
+    package func create(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
+        for path in [directory, "\(directory)/layers"] {
+            // SAFETY: the string outlives the call.
+            guard unsafe mkdir(path, 0o700) == 0 || errno == EEXIST else {
+                throw Self.error(errno, "cannot create \(path): \(errorText(errno))")
+            }
+        }
+        let fd = try openNew(file)
+        guard ftruncate(fd, off_t(size)) == 0 else { throw failure("extend", file) }
+        // Installing and draining must not need space later.
+        guard file == .manifest || file == .log else { return }
+        do throws(IOError) {
+            try FileDescriptors.allocate(fd, length: size)
+        } catch {
+            guard error.errno == EOPNOTSUPP else {
+                throw Self.error(error.errno, "\(path(file)): \(error.message)")
+            }
+        }
+    }
+
+    /// A file without a byte is what a creation cut short leaves: it is taken for new.
+    private func openNew(_ file: ReplicaFile) throws(StorageError) -> Int32 {
+        do throws(StorageError) {
+            let fd = try open(file, flags: O_RDWR | O_CREAT | O_EXCL)
+            try adopt(fd, file)
+            return fd
+        } catch {
+            guard error.code == .exists, try size(file) == 0 else { throw error }
+            return try descriptor(file)
+        }
+    }
+
+    package func syncDirectories() throws(StorageError) {
+        for path in ["\(directory)/layers", directory, "\(directory)/.."] {
+            do throws(IOError) {
+                let fd = try FileDescriptors.open(path, flags: O_RDONLY | O_DIRECTORY)
+                defer { Glibc.close(fd) }
+                guard fsync(fd) == 0 else { throw IOError(errno: errno, "cannot sync \(path)") }
+            } catch {
+                // The parent's is a courtesy: we may lack the right to open it.
+                if path.hasSuffix("/..") { continue }
+                throw Self.error(error.errno, error.message)
+            }
+        }
+    }
+
+    package func nextAllocated(_ file: ReplicaFile, from offset: UInt64) throws(StorageError)
+        -> Range<UInt64>?
+    {
+        let fd = try descriptor(file)
+        do throws(IOError) {
+            return try FileDescriptors.nextData(fd, from: offset)
+        } catch { throw Self.error(error.errno, "\(path(file)): \(error.message)") }
+    }
+
+    /// Those who only look get a private mapping: nothing they do reaches the file.
+    package func mapLog(size: Int) throws(StorageError) -> RawMemory {
+        let fd = try descriptor(.log)
+        let sharing = mode == .serve ? MAP_SHARED : MAP_PRIVATE
+        // SAFETY: mmap's result is checked; the mapping lives as long as this object.
+        let address = unsafe mmap(nil, size, PROT_READ | PROT_WRITE, sharing, fd, 0)
+        guard let address = unsafe address, unsafe address != MAP_FAILED else {
+            throw failure("map", .log)
+        }
+        let memory = unsafe RawMemory(base: address, count: size)
+        mapping = memory
+        return memory
+    }
+    /// Gives the memory of the mapping's pages back, which replaying has all touched; the page cache
+    /// keeps what was stored.
+    package func releaseLogPages() {
+        // SAFETY: the range is this object's own shared mapping of a file, which stays as it is.
+        if mode == .serve, let mapping {
+            unsafe madvise(mapping.base, mapping.count, MADV_DONTNEED)
+        }
+    }
+}

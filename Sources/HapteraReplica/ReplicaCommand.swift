@@ -1,0 +1,211 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+
+/// `haptera-replica VERB --option value ...`
+package enum ReplicaCommand {
+    package static let usage = """
+        usage: haptera-replica create --dir DIR --volume-id HEX32 --volume NAME --replica-id HEX16
+                                      --incarnation HEX16 --size BYTES
+               haptera-replica serve --dir DIR --listen HOST:PORT --control PATH
+               haptera-replica inspect --dir DIR [--json]
+               haptera-replica verify --dir DIR [--json]
+               haptera-replica export --dir DIR --output FILE|-
+
+        """
+
+    /// Exit status: 0 done, 1 failed, 2 usage.
+    package static func run(_ words: [String]) -> Int32 {
+        do {
+            let arguments = try Arguments(words)
+            switch arguments.verb {
+            case "create": try create(arguments)
+            case "serve": return try serve(arguments)
+            case "inspect":
+                let report = try InspectReport(directory: try arguments.required("--dir"))
+                write(arguments.isJSON ? report.json : report.text)
+            case "verify": return try verify(arguments)
+            case "export":
+                try OfflineTools.export(
+                    directory: try arguments.required("--dir"),
+                    output: try arguments.required("--output"))
+            default: throw UsageError("unknown command '\(arguments.verb)'")
+            }
+            return 0
+        } catch let error as UsageError {
+            complain(error.message + "\n" + usage)
+            return 2
+        } catch let error as StorageError {
+            complain(error.message)
+        } catch let error as IOError {
+            complain(error.message)
+        } catch {
+            complain("\(error)")
+        }
+        return 1
+    }
+
+    private static func create(_ arguments: Arguments) throws {
+        let directory = try arguments.required("--dir")
+        let identity = try arguments.identity()
+        // A replica that is being served holds its lock: there is nothing to do for it.
+        let peek = DirectoryStorage(directory: directory, mode: .peek)
+        if case .manifest(let found)? = try? ReplicaCore.loadManifest(peek),
+            found.identity == identity
+        {
+            return
+        }
+        try ReplicaCore.create(
+            storage: DirectoryStorage(directory: directory, mode: .serve), identity: identity)
+    }
+
+    private static func serve(_ arguments: Arguments) throws -> Int32 {
+        let directory = try arguments.required("--dir")
+        let control = try arguments.required("--control")
+        let listen = try arguments.required("--listen")
+        guard let address = SocketAddress(tcp: listen) else {
+            throw UsageError("--listen: '\(listen)' is not HOST:PORT")
+        }
+        let reactor = try Reactor(backend: try .fromEnvironment())
+        if let text = environment("HAPTERA_FAULTS"), !text.isEmpty {
+            guard let rules = FaultRules(text) else {
+                throw UsageError("HAPTERA_FAULTS: '\(text)' is not a list of rules")
+            }
+            reactor.completionFault = rules
+            Log.warn("faults are injected on purpose", ("rules", text))
+        }
+        // Blocked from here on, so that a signal during opening is not lost.
+        var stop: (() -> Void)?
+        var isSignalled = false
+        _ = try SignalWatcher(reactor: reactor, signals: [SIGTERM, SIGINT]) { _ in
+            isSignalled = true
+            stop?()
+        }
+        let server = try ReplicaServer(
+            reactor: reactor, directory: directory, listen: address, control: control)
+        stop = { server.shutdown("signal") }
+        if isSignalled { stop?() }
+        reactor.run()
+        return server.failure == nil ? 0 : 1
+    }
+
+    private static func verify(_ arguments: Arguments) throws -> Int32 {
+        let report = try OfflineTools.verify(directory: try arguments.required("--dir"))
+        if arguments.isJSON {
+            let details = report.details.map {
+                JSONValue.object([
+                    ("offset", .number($0.offset)), ("problem", .text($0.text)),
+                ])
+            }
+            write(
+                JSONValue.object([
+                    ("regions", .number(report.regionsRead)),
+                    ("dataBlocks", .number(report.dataBlocks)),
+                    ("mismatches", .number(report.mismatches)),
+                    ("damagedPages", .number(report.damagedPages)),
+                    ("doubtful", .number(report.doubtful)), ("problems", .list(details)),
+                ]).encoded + "\n")
+        } else {
+            for detail in report.details { write("offset \(detail.offset): \(detail.text)\n") }
+            write(
+                "\(report.dataBlocks) blocks of data in \(report.regionsRead) regions: "
+                    + "\(report.mismatches) damaged, \(report.damagedPages) damaged pages, "
+                    + "\(report.doubtful) doubtful\n")
+        }
+        return report.isDamaged ? 1 : 0
+    }
+
+    private static func write(_ text: String) { put(text, to: 1) }
+    private static func complain(_ text: String) { put("haptera-replica: \(text)\n", to: 2) }
+    private static func put(_ text: String, to fd: Int32) {
+        let bytes = [UInt8](text.utf8)
+        var done = 0
+        while done < bytes.count {
+            // SAFETY: the slice's bytes are valid during the call.
+            let count = unsafe bytes[done...].withUnsafeBytes {
+                unsafe Glibc.write(fd, $0.baseAddress, $0.count)
+            }
+            guard count > 0 || errno == EINTR else { return }
+            done += max(count, 0)
+        }
+    }
+}
+
+/// What is wrong with a command line.
+package struct UsageError: Error, Equatable {
+    package var message: String
+    package init(_ message: String) { self.message = message }
+}
+
+/// A verb and its options, checked against what the verb knows.
+package struct Arguments {
+    private static let known: [String: Set<String>] = [
+        "create": [
+            "--dir", "--volume-id", "--volume", "--replica-id", "--incarnation", "--size",
+        ],
+        "serve": ["--dir", "--listen", "--control"],
+        "inspect": ["--dir", "--json"],
+        "verify": ["--dir", "--json"],
+        "export": ["--dir", "--output"],
+    ]
+    package let verb: String
+    private var options: [String: String] = [:]
+
+    package init(_ words: [String]) throws(UsageError) {
+        guard let verb = words.first else { throw UsageError("a command is missing") }
+        guard let known = Self.known[verb] else { throw UsageError("unknown command '\(verb)'") }
+        self.verb = verb
+        var rest = words.dropFirst()
+        while let word = rest.popFirst() {
+            guard known.contains(word) else {
+                throw UsageError("\(verb) knows no option '\(word)'")
+            }
+            guard options[word] == nil else { throw UsageError("\(word) is given twice") }
+            if word == "--json" {
+                options[word] = ""
+                continue
+            }
+            guard let value = rest.popFirst(), !value.isEmpty else {
+                throw UsageError("\(word) needs a value")
+            }
+            options[word] = value
+        }
+    }
+
+    package var isJSON: Bool { options["--json"] != nil }
+    package func required(_ name: String) throws(UsageError) -> String {
+        guard let value = options[name] else { throw UsageError("\(verb) needs \(name)") }
+        return value
+    }
+
+    package func identity() throws(UsageError) -> ReplicaIdentity {
+        let volumeText = try required("--volume-id")
+        guard let volume = VolumeID(volumeText) else {
+            throw UsageError("--volume-id: '\(volumeText)' is not 32 hexadecimal digits")
+        }
+        let replicaText = try required("--replica-id")
+        guard let replica = ReplicaID(replicaText) else {
+            throw UsageError("--replica-id: '\(replicaText)' is not 16 hexadecimal digits, not 0")
+        }
+        let incarnationText = try required("--incarnation")
+        guard let incarnation = ReplicaID(incarnationText) else {
+            throw UsageError(
+                "--incarnation: '\(incarnationText)' is not 16 hexadecimal digits, not 0")
+        }
+        let sizeText = try required("--size")
+        guard let size = UInt64(sizeText), size > 0, size <= Geometry.volumeSizeMax,
+            size % UInt64(Geometry.blockSize) == 0
+        else {
+            throw UsageError(
+                "--size: '\(sizeText)' is not a number of bytes, a multiple of 4096 up to 2^50")
+        }
+        let identity = ReplicaIdentity(
+            volume: volume, name: try required("--volume"), replica: replica,
+            incarnation: Incarnation(rawValue: incarnation.rawValue), size: size)
+        guard identity.isValid else {
+            throw UsageError(
+                "--volume: a name has 1 to \(VolumeRecord.nameLengthMax) bytes")
+        }
+        return identity
+    }
+}

@@ -1,0 +1,323 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+
+/// The process around `ReplicaCore`: feeds it frames, completions and time, and performs its
+/// actions. One reactor, one thread.
+package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler {
+    private enum Token { static let tick = UInt64.max }
+    private static let tickMilliseconds = 100
+    private static let stopMilliseconds: UInt64 = 20_000
+
+    private let reactor: Reactor
+    private let storage: DirectoryStorage
+    private let core: ReplicaCore
+    private let hash = BlockHash()
+    private var id = HandlerID.none
+    private let log: FileID
+    private let data: FileID
+    private let table: FileID
+    private let manifest: FileID
+    private var listener: Listener?
+    private var control: ControlServer?
+    private var connections: [FrameConnection?] = Array(
+        repeating: nil, count: ReplicaLimits.connectionsMax)
+    private var isCoreFull = false
+    private var counters = ReplicaCounters()
+    private var shutdownSessions: [ControlSession] = []
+    private var stopDeadline: Instant?
+    /// What could be logged very often is logged once a second.
+    private var quietUntil = Instant.zero
+    package private(set) var failure: String?
+
+    /// Opens the copy (waiting for the lock of an earlier process) and begins to listen.
+    package init(
+        reactor: Reactor, directory: String, listen: SocketAddress, control path: String
+    ) throws {
+        self.reactor = reactor
+        storage = DirectoryStorage(directory: directory, mode: .serve)
+        // Before anything is read: the lock of every file that I/O goes to.
+        for file in [ReplicaFile.manifest, .log] { _ = try storage.descriptor(file) }
+        var options = ReplicaOptions(
+            instance: InstanceID(rawValue: randomUInt64() | 1), bootID: try HostBoot.read())
+        options.hash = { [hash] in hash.hash($0) }
+        core = try ReplicaCore(opening: storage, options: options, pool: reactor.pool)
+        storage.releaseLogPages()
+        let head = core.headLayer
+        log = reactor.register(file: try storage.descriptor(.log), label: "log")
+        data = reactor.register(file: try storage.descriptor(.data(head)), label: "data")
+        table = reactor.register(file: try storage.descriptor(.table(head)), label: "table")
+        manifest = reactor.register(file: try storage.descriptor(.manifest), label: "manifest")
+        id = reactor.register(self)
+        listener = try Listener(reactor: reactor, address: listen) { [unowned self] fd in
+            self.accepted(fd)
+        }
+        control = try ControlServer(reactor: reactor, path: path) { [unowned self] in
+            self.answer($0, $1)
+        }
+        reactor.addTurnHook(self)
+        reactor.timer(
+            everyMilliseconds: Self.tickMilliseconds, handler: id, token: Token.tick)
+        Log.info(
+            "serving", ("replica", core.identity.replica.text),
+            ("volume", core.identity.volume.text), ("listen", listener?.address.text ?? ""),
+            ("io", reactor.backendName), ("activeRegions", String(core.activeRegionCount)))
+    }
+
+    package var address: SocketAddress? { listener?.address }
+
+    // MARK: events
+
+    private func accepted(_ fd: Int32) {
+        guard let free = connections.firstIndex(where: { $0 == nil }), stopDeadline == nil else {
+            Glibc.close(fd)
+            return
+        }
+        let connection = FrameConnection(reactor: reactor, fd: fd, delegate: self)
+        connection.context = free
+        connections[free] = connection
+        step(.connected(connection: free))
+    }
+
+    package func frameTarget(_ connection: FrameConnection, _ header: FrameHeader) -> FrameTarget {
+        core.canAccept ? .allocate : .wait
+    }
+
+    package func received(
+        _ connection: FrameConnection, _ header: FrameHeader, table: RawMemory, buffer: BufferID,
+        offset: Int
+    ) {
+        precondition(offset == 0)
+        step(.frame(connection: connection.context, header, table: table, buffer: buffer))
+        let isBacklogged = connection.queuedSendBytes > Connection.sendQueueHigh
+        if !core.canAccept || isBacklogged { connection.pauseReceiving() }
+        if !core.canAccept { isCoreFull = true }
+    }
+
+    package func frameConnectionCanSend(_ connection: FrameConnection) {
+        connection.resumeReceiving()
+    }
+
+    package func frameConnectionClosed(_ connection: FrameConnection, reason: CloseReason) {
+        if case .badFrame(let error) = reason {
+            Log.warn("connection closed: it sent a bad frame", ("error", "\(error)"))
+        }
+        connections[connection.context] = nil
+        step(.disconnected(connection: connection.context))
+    }
+
+    package func completed(token: UInt64, result: Int) {
+        if token == Token.tick, let stopDeadline, reactor.now > stopDeadline {
+            // A crash at any moment is harmless: better now than never.
+            Log.warn("stopping without draining: it takes too long")
+            reactor.stop()
+        }
+        step(token == Token.tick ? .tick : .disk(token: token, result: result))
+    }
+
+    package func turnEnded() {
+        // A send that ended may have given back the buffer somebody waits for.
+        if core.isShortOfResources { step(.tick) }
+        if isCoreFull, core.canAccept {
+            isCoreFull = false
+            for case .some(let connection) in connections
+            where connection.queuedSendBytes <= Connection.sendQueueHigh {
+                connection.resumeReceiving()
+            }
+        }
+        if core.isShutDown { finishStopping() }
+    }
+
+    private func step(_ event: ReplicaEvent) {
+        core.step(event, now: reactor.now)
+        perform()
+    }
+
+    // MARK: actions
+
+    private func perform() {
+        while let action = core.actions.popFirst() {
+            switch action {
+            case .read(let file, let offset, let length, let buffer, let at, let token):
+                let memory = reactor.pool.memory(buffer).slice(at, length)
+                reactor.read(
+                    fileID(file), into: memory, offset: offset, handler: id, token: token)
+            case .write(let file, let offset, let length, let buffer, let at, let token):
+                let memory = reactor.pool.memory(buffer).slice(at, length)
+                reactor.write(
+                    fileID(file), from: memory, offset: offset, handler: id, token: token)
+            case .sync(let file, let token):
+                reactor.sync(fileID(file), handler: id, token: token)
+            case .punch(let file, let offset, let length, let token):
+                reactor.punch(
+                    fileID(file), offset: offset, length: length, handler: id, token: token)
+            case .reply(let connection, let header, let table, let buffer, let offset):
+                reply(connection, header, table, buffer, offset)
+            case .close(let connection): connections[connection]?.close()
+            case .note(let note): report(note)
+            case .failed(let reason): fail(reason)
+            }
+        }
+    }
+
+    private func fileID(_ file: ReplicaFile) -> FileID {
+        switch file {
+        case .manifest: manifest
+        case .log: log
+        case .data: data
+        case .table: table
+        }
+    }
+
+    private func reply(
+        _ connection: Int, _ header: FrameHeader, _ tableBuffer: BufferID, _ buffer: BufferID,
+        _ offset: Int
+    ) {
+        counters.count(header)
+        let pool = reactor.pool
+        let table = tableBuffer == .none ? nil : pool.memory(tableBuffer)
+        connections[connection]?.send(header, table: table, buffer: buffer, offset: offset)
+        if tableBuffer != .none { pool.release(tableBuffer) }
+        if buffer != .none { pool.release(buffer) }
+    }
+
+    private func report(_ note: ReplicaNote) {
+        if case .installed(let epoch) = note {
+            return Log.info("promised", ("epoch", String(epoch.rawValue)))
+        }
+        if case .checksumMismatch = note { counters.mismatches += 1 }
+        guard reactor.now >= quietUntil else { return }
+        quietUntil = reactor.now.adding(milliseconds: 1000)
+        switch note {
+        case .installed: break
+        case .refusedStale(_, let epoch):
+            Log.warn("refused an engine of another epoch", ("epoch", String(epoch.rawValue)))
+        case .checksumMismatch(let offset):
+            Log.warn("a block does not match its checksum", ("offset", String(offset)))
+        case .logFull: Log.info("writes wait for room in the activity log")
+        }
+    }
+
+    private func fail(_ reason: ReplicaFailure) {
+        let text =
+            switch reason {
+            case .syncFailed(let number):
+                "a sync failed: \(errorText(number)); what is durable is unknown"
+            case .tableUnreadable(let region):
+                "the table page of region \(region) is damaged; rebuild this replica"
+            case .manifestWriteFailed(let number):
+                "the manifest cannot be written: \(errorText(number))"
+            }
+        failure = text
+        Log.error("replica failed", ("reason", text))
+        reactor.stop()
+    }
+
+    // MARK: control
+
+    private func answer(_ request: ControlRequest, _ session: ControlSession) {
+        switch request.verb {
+        case "ping": session.reply([("pid", String(getpid()))])
+        case "status": session.reply(status())
+        case "metrics": session.reply(counters.fields())
+        case "shutdown":
+            shutdownSessions.append(session)
+            shutdown("control socket")
+        default:
+            session.fail("unknown verb '\(request.verb)': ping, status, metrics, shutdown")
+        }
+    }
+
+    private func status() -> [(key: String, value: String)] {
+        [
+            ("pid", String(getpid())), ("replica", core.identity.replica.text),
+            ("volume", core.identity.volume.text), ("name", core.identity.name),
+            ("epoch", String(core.promise.rawValue)), ("size", String(core.size)),
+            ("activeRegions", String(core.activeRegionCount)),
+            ("allocatedBytes", String(storage.allocatedBytes())),
+            ("logUsedPercent", String(core.logUsedPercent)),
+            ("state", stopDeadline == nil ? "serving" : "stopping"),
+            ("address", listener?.address.text ?? ""),
+            ("directory", storage.directory), ("io", reactor.backendName),
+        ]
+    }
+
+    // MARK: stopping
+
+    /// Drains what can be and stops the reactor when done; at once if something takes too long.
+    package func shutdown(_ cause: String) {
+        guard stopDeadline == nil else { return }
+        Log.info("stopping", ("cause", cause))
+        stopDeadline = reactor.now.adding(milliseconds: Self.stopMilliseconds)
+        listener?.close()
+        core.beginShutdown(now: reactor.now)
+        perform()
+    }
+
+    private func finishStopping() {
+        for session in shutdownSessions { session.reply() }
+        if !shutdownSessions.isEmpty {
+            // The answers leave with the next turn.
+            shutdownSessions = []
+            return
+        }
+        control?.close()
+        Log.info("stopped", ("activeRegions", String(core.activeRegionCount)))
+        reactor.stop()
+    }
+}
+
+/// What a replica answered, for `metrics`.
+struct ReplicaCounters {
+    private var answered: [UInt64] = Array(repeating: 0, count: 16)
+    private var failed: UInt64 = 0
+    private var bytesRead: UInt64 = 0
+    private var bytesWritten: UInt64 = 0
+    var mismatches: UInt64 = 0
+
+    mutating func count(_ header: FrameHeader) {
+        let kind = Int(header.kind.rawValue)
+        if kind < answered.count { answered[kind] += 1 }
+        guard header.status == .ok else {
+            failed += 1
+            return
+        }
+        if header.kind == .read { bytesRead += UInt64(header.length) }
+        if header.kind == .write { bytesWritten += UInt64(header.length) }
+    }
+
+    func fields() -> [(key: String, value: String)] {
+        let kinds: [FrameKind] = [
+            .hello, .install, .write, .setState, .read, .flush, .digest, .status, .regionMap,
+            .ping, .adopt,
+        ]
+        var fields = kinds.map {
+            ("haptera_replica_\($0)_requests_total", String(answered[Int($0.rawValue)]))
+        }
+        fields += [
+            ("haptera_replica_failed_requests_total", String(failed)),
+            ("haptera_replica_read_bytes_total", String(bytesRead)),
+            ("haptera_replica_written_bytes_total", String(bytesWritten)),
+            ("haptera_replica_checksum_mismatches_total", String(mismatches)),
+        ]
+        return fields
+    }
+}
+
+/// Which boot of this host it is.
+package enum HostBoot {
+    package static func read() throws(IOError) -> BootID {
+        let fd = try FileDescriptors.open("/proc/sys/kernel/random/boot_id", flags: O_RDONLY)
+        defer { close(fd) }
+        var bytes = [UInt8](repeating: 0, count: 64)
+        // SAFETY: the array has the bytes given.
+        let count = unsafe Glibc.read(fd, &bytes, bytes.count)
+        let digits = bytes.prefix(max(count, 0)).filter {
+            $0 != UInt8(ascii: "-") && $0 != UInt8(ascii: "\n")
+        }
+        guard digits.count == 32, let high = parseHexadecimal(digits.prefix(16)),
+            let low = parseHexadecimal(digits.suffix(16))
+        else { throw IOError("the kernel's boot id is not one") }
+        return BootID(high: high, low: low)
+    }
+}
