@@ -151,8 +151,10 @@ final class ReplicaTestDisk: ReplicaStorage {
 final class ReplicaBench {
     static let volume = VolumeID(high: 1, low: 2)
     let disk: ReplicaTestDisk
-    let pool = BufferPool(limits: .init(small: 600, medium: 200, large: 16))
-    var core: ReplicaCore
+    private static let limits = BufferPool.Limits(small: 600, medium: 200, large: 16)
+    private(set) var pool = BufferPool(limits: limits)
+    private let options: ReplicaOptions
+    private(set) var core: ReplicaCore
     var now = Instant(rawValue: 1_000_000_000)
     var replies: [(connection: Int, header: FrameHeader, table: [UInt8], data: [UInt8])] = []
     var failure: ReplicaFailure?
@@ -187,8 +189,18 @@ final class ReplicaBench {
                 storage: disk, identity: Self.identity(regions: regions),
                 logCapacity: ActivityLog.capacityMin)
         }
+        self.options = options
         core = try ReplicaCore(opening: disk, options: options, pool: pool)
         random = TestRandom(seed: seed)
+    }
+
+    /// The process has ended, and the next one opens the same files.
+    func reopen() throws(StorageError) {
+        pending = []
+        pool = BufferPool(limits: Self.limits)
+        var again = options
+        again.instance = InstanceID(rawValue: options.instance.rawValue + random.next() >> 8)
+        core = try ReplicaCore(opening: disk, options: again, pool: pool)
     }
 
     func step(_ event: ReplicaEvent) {
@@ -336,10 +348,18 @@ final class ReplicaBench {
         return reply(tag).flatMap { InstallReply(decoding: $0.table) }
     }
 
+    /// Blocks that differ from each other and from those of any other value; the block at `index`
+    /// is that of `value + index` alone.
     static func pattern(_ value: UInt64, blocks: Int = 1) -> [UInt8] {
-        (0..<blocks * Geometry.blockSize).map {
-            UInt8(truncatingIfNeeded: (value &+ UInt64($0 / 4096)) &* 31 &+ UInt64($0 % 251) &+ 1)
+        var bytes: [UInt8] = []
+        bytes.reserveCapacity(blocks * Geometry.blockSize)
+        for block in 0..<UInt64(blocks) {
+            let seed = (value &+ block &+ 1) &* 0x9E37_79B9_7F4A_7C15
+            for place in 0..<UInt64(Geometry.blockSize) {
+                bytes.append(UInt8(truncatingIfNeeded: seed >> (place % 8 * 8) &+ place / 8) | 1)
+            }
         }
+        return bytes
     }
     static func checksums(_ data: [UInt8]) -> [UInt8] {
         var writer = ByteWriter()

@@ -197,6 +197,8 @@ extension ReplicaCore {
         syncs[FileSync.table].written += 1
         guard result == TablePage.size else { return cancel(Int(place)) }
         cache.frames[Int(batch[Int(place)])].version += 1
+        // Unless a power cut took them while the region was active, they were there before.
+        cache.frames[Int(batch[Int(place)])].hasSlots = true
     }
 
     /// The region stays as it was. (A second activation in the log does no harm.)
