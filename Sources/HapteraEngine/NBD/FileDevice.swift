@@ -2,15 +2,6 @@ import Glibc
 import HapteraCore
 import HapteraIO
 
-// Linux's numbers, which the C library's module hides behind _GNU_SOURCE.
-#if arch(arm64)
-    private let openDirect: Int32 = 0o200000
-#else
-    private let openDirect: Int32 = 0o40000
-#endif
-private let seekData: Int32 = 3
-private let seekHole: Int32 = 4
-
 /// One ordinary file (or block device) as a volume, read and written with O_DIRECT: the server's
 /// baseline without replication. A write that covers a block in part reads the block first, so
 /// operations on the same blocks run one after the other.
@@ -63,10 +54,8 @@ package final class FileDevice: BlockDevice, CompletionHandler {
         self.isReadOnly = isReadOnly
         self.reactor = reactor
         pool = reactor.pool
-        // SAFETY: the path is converted for the time of the call.
-        descriptor = unsafe open(
-            path, (isReadOnly ? O_RDONLY : O_RDWR) | openDirect | O_CLOEXEC)
-        guard descriptor >= 0 else { throw IOError(errno: errno, "cannot open '\(path)'") }
+        descriptor = try FileDescriptors.open(
+            path, flags: isReadOnly ? O_RDONLY : O_RDWR, isDirect: true)
         let end = lseek(descriptor, 0, SEEK_END)
         guard end > 0, end % off_t(Geometry.blockSize) == 0 else {
             close(descriptor)
@@ -308,23 +297,28 @@ package final class FileDevice: BlockDevice, CompletionHandler {
 
     // MARK: Status
 
-    /// What the file system says of data and holes. It does not tell zeroes with space from holes.
+    /// What the file system says of data and holes; if it does not, all is data. It does not tell
+    /// zeroes with space from holes.
     private func status(_ operation: Operation) -> Int32 {
         let table = pool.memory(operation.buffer)
-        let end = off_t(operation.offset) + off_t(operation.length)
-        var position = off_t(operation.offset)
+        let end = operation.offset + UInt64(operation.length)
+        var position = operation.offset
         var count = 0
-        while position < end, count < NBDBlockStatus.extentsMax {
-            let data = lseek(descriptor, position, seekData)
-            // ENXIO: no data behind; anything else: cannot tell, so data.
-            let isHole = data > position || data < 0 && errno == ENXIO
-            var next = isHole ? data : lseek(descriptor, position, seekHole)
-            if next <= position || next > end { next = end }
-            let state: BlockState = isHole ? .absent : .data
-            table.store(UInt64(next - position), count * NBDBlockStatus.extentSize)
+        func put(to next: UInt64, _ state: BlockState) {
+            guard next > position, count < NBDBlockStatus.extentsMax else { return }
+            table.store(next - position, count * NBDBlockStatus.extentSize)
             table.store(UInt64(state.rawValue), count * NBDBlockStatus.extentSize + 8)
             count += 1
             position = next
+        }
+        while position < end, count < NBDBlockStatus.extentsMax {
+            do throws(IOError) {
+                let data = try FileDescriptors.nextData(descriptor, from: position)
+                put(to: min(data?.lowerBound ?? end, end), .absent)
+                if let data { put(to: min(data.upperBound, end), .data) }
+            } catch {
+                put(to: end, .data)
+            }
         }
         return Int32(count * NBDBlockStatus.extentSize)
     }

@@ -242,7 +242,13 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         finishIfIdle()
     }
     private func finishIfIdle() {
-        if outstanding == 0 || receiving >= 0 && outstanding == 1 { connection?.finish() }
+        guard let connection, outstanding == 0 || receiving >= 0 && outstanding == 1 else { return }
+        // A stopping server does not wait for idle clients to notice.
+        if server.export.isStopping && connection.queuedSendBytes == 0 {
+            connection.close()
+        } else {
+            connection.finish()
+        }
     }
     func close() { connection?.close() }
 

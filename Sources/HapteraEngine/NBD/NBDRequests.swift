@@ -253,7 +253,7 @@ final class NBDRequests {
         case .read:
             // Kept until the reply, if it goes out in one part.
             if !slots.requests[at].isCollected {
-                if result == .ok { sendChunk(of: piece, target) }
+                if result == .ok { sendPart(of: piece, target) }
                 releasePiece(piece)
             }
         case .blockStatus:
@@ -308,7 +308,7 @@ final class NBDRequests {
     }
 
     /// A part of a structured read, sent as it arrives.
-    private func sendChunk(of piece: Int32, _ target: any NBDReplyTarget) {
+    private func sendPart(of piece: Int32, _ target: any NBDReplyTarget) {
         let content = slots.pieces[Int(piece)]
         let request = slots.requests[Int(content.request)]
         let isLast = request.piecesLeft == 0 && request.error == .none

@@ -78,7 +78,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
 
     // MARK: Clients
 
-    private func accept(_ fd: Int32) {
+    /// Takes over a connected socket.
+    package func accept(_ fd: Int32) {
         guard let index = clients.firstIndex(where: { $0 == nil }) else {
             // Those who have left are only waiting for the device: they make room.
             clients.first { $0?.isLeaving == true }??.close()

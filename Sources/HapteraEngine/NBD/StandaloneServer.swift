@@ -109,6 +109,9 @@ package enum StandaloneServer {
                 reactor: reactor)
         }
         let server = NBDServer(reactor: reactor, device: device)
+        _ = try SignalWatcher(reactor: reactor, signals: [SIGTERM, SIGINT]) { [reactor] _ in
+            server.stop { reactor.stop() }
+        }
         for address in options.addresses {
             let bound = try server.listen(on: address)
             Log.info("serving", ("export", options.exportName), ("address", bound.text))
