@@ -49,6 +49,8 @@ var targets: [Target] = [
         name: "HapteraIOTests", dependencies: ["HapteraIO", "CAllocations", "CHaptera"],
         swiftSettings: strict),
     .testTarget(
+        name: "HapteraEngineTests", dependencies: ["HapteraEngine"], swiftSettings: strict),
+    .testTarget(
         name: "TidyTests", exclude: ["long-functions.txt", "glossary.txt"], swiftSettings: strict),
 ]
 

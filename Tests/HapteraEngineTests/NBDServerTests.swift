@@ -1,0 +1,291 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+import Testing
+
+@testable import HapteraEngine
+
+@Suite struct NBDServerTests {
+    private let mib = 1 << 20
+
+    @Test func requestsAreCutAtRegions() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        let offset = UInt64(mib / 2 + 512)
+        harness.send(end, NBDBytes.request(.read, offset: offset, length: 2 * mib))
+        harness.runUntilHeld(3)
+        let pieces = harness.device.held
+        #expect(pieces.map(\.offset) == [offset, UInt64(mib), UInt64(2 * mib)])
+        #expect(pieces.map(\.length) == [mib / 2 - 512, mib, mib / 2 + 512])
+        for (index, piece) in pieces.enumerated() {
+            harness.device.pool.memory(piece.buffer)
+                .slice(Int(piece.offset % 4096), piece.length).fill(UInt8(index + 1))
+        }
+        // Whatever the order of completion, a simple reply is in order.
+        for _ in 0..<3 { harness.device.complete(harness.device.held.count - 1) }
+        #expect(harness.receive(end, 16) == NBDBytes.simple())
+        let data = harness.receive(end, 2 * mib)
+        #expect(data[mib / 2 - 513] == 1 && data[mib / 2 - 512] == 2 && data[2 * mib - 1] == 3)
+        harness.run("buffers leak") { harness.device.pool.inUse == 0 }
+    }
+
+    @Test func structuredReadsAnswerPieceByPiece() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join()
+        harness.send(end, NBDBytes.request(.read, length: 2 * mib))
+        harness.runUntilHeld(2)
+        harness.device.complete(1, isHole: true)
+        let hole = harness.receive(end, 32)
+        #expect(hole[4...7] == [0, 0, 0, 2])
+        harness.device.complete(0)
+        let header = harness.receive(end, 28)
+        #expect(header[4...7] == [0, 1, 0, 1])
+        _ = harness.receive(end, mib)
+        harness.run("buffers leak") { harness.device.pool.inUse == 0 }
+    }
+
+    @Test func aFailedPieceFailsTheRead() throws {
+        let harness = try NBDServerHarness()
+        let simple = harness.join(structured: false)
+        harness.send(simple, NBDBytes.request(.read, length: 2 * mib))
+        harness.runUntilHeld(2)
+        harness.device.complete(1)
+        harness.device.complete(0, .ioError)
+        #expect(harness.receive(simple, 16) == NBDBytes.simple(.io))
+        let structured = harness.join()
+        harness.send(structured, NBDBytes.request(.read, length: 2 * mib))
+        harness.runUntilHeld(2)
+        harness.device.complete(0, .ioError)
+        harness.device.complete(0)
+        let data = harness.receive(structured, 28)
+        #expect(data[4...7] == [0, 0, 0, 1])
+        _ = harness.receive(structured, mib)
+        #expect(harness.receive(structured, 26)[4...7] == [0, 1, 0x80, 1])
+        harness.run("buffers leak") { harness.device.pool.inUse == 0 }
+    }
+
+    @Test func resultsBecomeErrors() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        let results: [(OperationResult, NBDError)] = [
+            (.ok, .none), (.ioError, .io), (.noSpace, .noSpace), (.shuttingDown, .shutdown),
+        ]
+        for (result, error) in results {
+            harness.send(end, NBDBytes.request(.flush))
+            harness.runUntilHeld(1)
+            harness.device.complete(0, result)
+            #expect(harness.receive(end, 16) == NBDBytes.simple(error))
+        }
+    }
+
+    @Test func aWriteIsSubmittedWithItsWholePayload() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        harness.send(end, NBDBytes.request(.write, length: 2 * mib))
+        harness.send(end, [UInt8](repeating: 7, count: 2 * mib - 1))
+        harness.settle()
+        #expect(harness.device.seen.isEmpty)
+        harness.send(end, [8])
+        harness.runUntilHeld(2)
+        let last = harness.device.held[1]
+        #expect(harness.device.pool.memory(last.buffer)[mib - 2] == 7)
+        #expect(harness.device.pool.memory(last.buffer)[mib - 1] == 8)
+        harness.device.completeAll()
+        #expect(harness.receive(end, 16) == NBDBytes.simple())
+    }
+
+    @Test func fuaOverSeveralPiecesEndsWithAFlush() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        harness.send(end, NBDBytes.request(.write, length: 4096, flags: .fua))
+        harness.send(end, [UInt8](repeating: 7, count: 4096))
+        harness.runUntilHeld(1)
+        #expect(harness.device.held[0].flags == .fua)
+        harness.device.complete()
+        #expect(harness.receive(end, 16) == NBDBytes.simple())
+        for command: NBDCommand in [.trim, .writeZeroes] {
+            harness.send(end, NBDBytes.request(command, length: 2 * mib, flags: .fua))
+            harness.runUntilHeld(2)
+            #expect(harness.device.held.allSatisfy { $0.flags.isEmpty })
+            harness.device.completeAll()
+            harness.runUntilHeld(1)
+            #expect(harness.device.held[0].kind == .flush)
+            #expect(harness.available(end).isEmpty)
+            harness.device.complete()
+            #expect(harness.receive(end, 16) == NBDBytes.simple())
+        }
+    }
+
+    @Test func longTrimsAreAWindowOfPieces() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        harness.send(end, NBDBytes.request(.trim, offset: 1, length: 3 << 30))
+        harness.runUntilHeld(64)
+        #expect(harness.device.held[0].offset == 4096)
+        harness.device.complete()
+        harness.runUntilHeld(64)
+        harness.device.complete(5, .noSpace)
+        harness.device.completeAll()
+        #expect(harness.receive(end, 16) == NBDBytes.simple(.noSpace))
+        #expect(harness.device.seen.count == 65)
+        // Less than a block: nothing to do.
+        harness.send(end, NBDBytes.request(.trim, offset: 1, length: 4096))
+        #expect(harness.receive(end, 16) == NBDBytes.simple())
+    }
+
+    @Test func aVanishedClientLeavesNothingBehind() throws {
+        let harness = try NBDServerHarness()
+        harness.device.operationsMax = 2
+        let end = harness.join()
+        harness.send(end, NBDBytes.request(.read, length: 4 * mib))
+        harness.send(end, NBDBytes.request(.write, offset: 0, length: mib))
+        harness.runUntilHeld(2)
+        harness.disconnect(end)
+        // Gone once the device has answered what it had; the rest is dropped.
+        harness.device.completeAll()
+        harness.run("the client stays") { harness.server.connectionCount == 0 }
+        harness.settle()
+        harness.device.completeAll()
+        #expect(harness.device.seen.count <= 4)
+        harness.run("buffers leak") { harness.device.pool.inUse == 0 }
+    }
+
+    /// What waited in back-pressure when its peer hung up may have been sent again elsewhere.
+    @Test func whatWaitedForAVanishedPeerChangesNothing() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        for _ in 0..<NBDClient.outstandingMax {
+            harness.send(end, NBDBytes.request(.read, length: 512))
+        }
+        harness.runUntilHeld(NBDClient.outstandingMax)
+        harness.send(end, NBDBytes.request(.write, length: 512))
+        harness.send(end, [UInt8](repeating: 9, count: 512))
+        harness.settle()
+        harness.disconnect(end)
+        harness.device.completeAll()
+        harness.run("the client stays") { harness.server.connectionCount == 0 }
+        #expect(!harness.device.seen.contains { $0.kind == .write })
+        #expect(harness.device.pool.inUse == 0)
+    }
+
+    @Test func outstandingRequestsAreBounded() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        for _ in 0..<300 { harness.send(end, NBDBytes.request(.flush)) }
+        harness.runUntilHeld(NBDClient.outstandingMax)
+        harness.settle()
+        #expect(harness.device.held.count == NBDClient.outstandingMax)
+        var answered = 0
+        harness.run("\(answered) answers") {
+            harness.device.completeAll()
+            answered += harness.available(end).count / 16
+            return answered == 300
+        }
+    }
+
+    /// Clients that want more buffers than there are get them one after the other.
+    @Test func waitingForBuffersNeverDeadlocks() throws {
+        let harness = try NBDServerHarness(pool: .init(small: 64, medium: 16, large: 40))
+        let ends = (0..<6).map { _ in harness.join(structured: false) }
+        for end in ends {
+            harness.send(end, NBDBytes.request(.read, length: 20 * mib))
+            harness.send(end, NBDBytes.request(.read, offset: 4096, length: 32 * mib))
+        }
+        var received = Array(repeating: 0, count: ends.count)
+        let expected = 52 * mib + 32
+        harness.run("\(received)") {
+            harness.device.completeAll()
+            for (index, end) in ends.enumerated() {
+                received[index] += harness.drain(end)
+            }
+            return received.allSatisfy { $0 == expected }
+        }
+        harness.run("buffers leak") { harness.device.pool.inUse == 0 }
+    }
+
+    /// Those that hold buffers without moving are hung up on when others wait for them.
+    @Test func stalledPayloadsYieldUnderPressure() throws {
+        var limits = NBDServer.Limits()
+        limits.stallUnderPressureMilliseconds = 100
+        let harness = try NBDServerHarness(
+            limits: limits, pool: .init(small: 64, medium: 16, large: 40))
+        let stalled = harness.join(structured: false)
+        harness.send(stalled, NBDBytes.request(.write, length: 32 * mib))
+        harness.settle()
+        let other = harness.join(structured: false)
+        harness.send(other, NBDBytes.request(.read, length: 32 * mib))
+        harness.runUntilHeld(32)
+        #expect(harness.isClosed(stalled))
+        harness.device.completeAll()
+        #expect(harness.receive(other, 16) == NBDBytes.simple())
+    }
+
+    @Test func timeLimits() throws {
+        var limits = NBDServer.Limits()
+        limits.negotiationMilliseconds = 100
+        limits.stallMilliseconds = 100
+        let harness = try NBDServerHarness(limits: limits)
+        let idle = harness.join()
+        let silent = harness.connect()
+        let half = harness.join()
+        harness.send(half, [0x25, 0x60, 0x95, 0x13, 0])
+        let payload = harness.join()
+        harness.send(payload, NBDBytes.request(.write, length: 4096) + [1])
+        let deaf = harness.join()
+        for _ in 0..<8 { harness.send(deaf, NBDBytes.request(.read, length: mib)) }
+        harness.runUntilHeld(8)
+        harness.device.completeAll()
+        harness.run("only the idle client may stay") { harness.server.connectionCount == 1 }
+        for end in [silent, half, payload, deaf] { #expect(harness.isClosed(end)) }
+        harness.send(idle, NBDBytes.request(.cache))
+        #expect(harness.receive(idle, 16) == NBDBytes.simple())
+        #expect(harness.device.pool.inUse == 0)
+    }
+
+    @Test func connectionsAreBounded() throws {
+        var limits = NBDServer.Limits()
+        limits.connectionsMax = 2
+        let harness = try NBDServerHarness(limits: limits)
+        let first = harness.join()
+        _ = harness.join()
+        let third = harness.connect()
+        harness.run("the third stays") { harness.isClosed(third) }
+        #expect(harness.server.connectionsRefused == 1)
+        harness.disconnect(first)
+        harness.run("the first stays") { harness.server.connectionCount == 1 }
+        _ = harness.join()
+    }
+
+    @Test func stoppingAnswersWhatIsInFlight() throws {
+        let harness = try NBDServerHarness()
+        let busy = harness.join(structured: false)
+        let idle = harness.join(structured: false)
+        harness.send(busy, NBDBytes.request(.flush))
+        harness.runUntilHeld(1)
+        var isStopped = false
+        harness.server.stop { isStopped = true }
+        harness.run("the idle client stays") { harness.isClosed(idle) }
+        #expect(!isStopped)
+        harness.device.complete(0, .shuttingDown)
+        #expect(harness.receive(busy, 16) == NBDBytes.simple(.shutdown))
+        harness.disconnect(busy)
+        harness.disconnect(idle)
+        harness.run("never stopped") { isStopped }
+    }
+
+    @Test func aVolumeMayGrow() throws {
+        let harness = try NBDServerHarness()
+        let end = harness.join(structured: false)
+        let request = NBDBytes.request(.write, offset: 1 << 40, length: 0)
+        harness.send(end, NBDBytes.request(.writeZeroes, offset: 1 << 40, length: 512))
+        #expect(harness.receive(end, 16) == NBDBytes.simple(.noSpace))
+        harness.device.size += 1 << 20
+        harness.server.sizeChanged()
+        harness.send(end, NBDBytes.request(.writeZeroes, offset: 1 << 40, length: 512))
+        harness.runUntilHeld(1)
+        harness.device.complete()
+        #expect(harness.receive(end, 16) == NBDBytes.simple())
+        harness.send(end, request)
+        #expect(harness.receive(end, 16) == NBDBytes.simple())
+    }
+}
