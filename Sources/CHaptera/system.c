@@ -47,6 +47,8 @@ int haptera_signalfd_read(int fd) {
     return count == sizeof info ? (int)info.ssi_signo : -EAGAIN;
 }
 
+void haptera_ignore_sigpipe(void) { signal(SIGPIPE, SIG_IGN); }
+
 void haptera_drain(int fd) {
     uint64_t count;
     if (read(fd, &count, sizeof count) < 0) return; // nothing to drain

@@ -157,6 +157,12 @@ package final class Connection: CompletionHandler {
             return close(.failed(errno: Int32(-result)))
         }
         if result == 0 { hasEnded = true }
+        if isFinishing {
+            stagingStart = 0
+            stagingEnd = 0
+            payload = nil
+            return process()
+        }
         var count = max(result, 0)
         if receiveKind != .staging, let payload {
             let direct = min(count, payload.count - payloadFilled)
@@ -175,8 +181,11 @@ package final class Connection: CompletionHandler {
         defer { isProcessing = false }
         while !isClosing && !isPaused {
             if isFinishing {
-                stagingStart = stagingEnd
-                payload = nil
+                // What a receive in flight brings is dropped when it ends.
+                if receiveOperation == .none {
+                    stagingStart = stagingEnd
+                    payload = nil
+                }
                 break
             }
             if let target = payload {

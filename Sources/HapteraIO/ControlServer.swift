@@ -1,128 +1,145 @@
+import Glibc
 import HapteraCore
 
-/// One request on a control socket: `verb key=value ...`.
-package struct ControlRequest: Equatable, Sendable {
-    package var verb: String
-    package var arguments: [String: String]
+/// Answers the verbs of a control socket.
+package protocol ControlHandler: AnyObject {
+    /// Must call `reply` or `fail` on the request, now or later.
+    func control(_ request: ControlRequest)
+}
 
-    /// Nil if there is no verb, or an argument is not `key=value` or given twice.
-    package init?(line: String) {
-        let words = line.split(separator: " ", omittingEmptySubsequences: true)
-        guard let first = words.first, !first.contains("=") else { return nil }
-        verb = String(first)
-        arguments = [:]
-        for word in words.dropFirst() {
-            guard let equals = word.firstIndex(of: "="), equals != word.startIndex else {
-                return nil
+/// One request: a verb and its arguments.
+package final class ControlRequest {
+    package let verb: String
+    package let arguments: [String: String]
+    private weak var connection: ControlConnection?
+
+    fileprivate init(line: String, connection: ControlConnection) throws(UsageError) {
+        var words = line.split(separator: " ").map(String.init)[...]
+        guard let verb = words.popFirst() else { throw UsageError("empty request") }
+        var arguments: [String: String] = [:]
+        for word in words {
+            let parts = word.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
+            guard parts.count == 2, !parts[0].isEmpty else {
+                throw UsageError("'\(word)' is not key=value")
             }
-            let key = String(word[..<equals])
-            guard arguments[key] == nil else { return nil }
-            arguments[key] = String(word[word.index(after: equals)...])
+            guard arguments.updateValue(String(parts[1]), forKey: String(parts[0])) == nil else {
+                throw UsageError("'\(parts[0])' is given twice")
+            }
         }
+        self.verb = verb
+        self.arguments = arguments
+        self.connection = connection
+    }
+
+    /// `ok` and the fields. Ignored if the caller has gone.
+    package func reply(_ fields: [(String, String)] = []) {
+        var text = "ok\n"
+        for (key, value) in fields { text += "\(key)=\(singleLine(value))\n" }
+        connection?.answer(text + "\n")
+    }
+    package func fail(_ message: String) {
+        connection?.answer("error \(singleLine(message))\n\n")
+    }
+    /// Calls `body` when the caller's connection has taken all of the reply, or is gone.
+    package func afterReply(_ body: @escaping () -> Void) {
+        if let connection { connection.whenSent(body) } else { body() }
     }
 }
 
-/// Serves a process's control socket: one line in, `ok` or `error MESSAGE`, `key=value` lines and an
-/// empty line out. Requests of one connection are answered in order, one at a time.
+private func singleLine(_ text: String) -> String {
+    text.split(whereSeparator: \.isNewline).joined(separator: " ")
+}
+
+/// A Unix socket with a line protocol: request `verb key=value ...\n` (at most 64 KiB), reply `ok\n` or
+/// `error MESSAGE\n`, then `key=value\n` lines, then an empty line. Requests of one connection are
+/// answered one after the other.
 package final class ControlServer {
-    package static let lineLengthMax = 64 << 10
-    private let reactor: Reactor
-    private var listener: Listener?
+    package static let requestSizeMax = 64 << 10
+    private let listener: Listener
 
-    /// `onRequest` answers, now or later, through the session it is given.
-    package init(
-        reactor: Reactor, path: String,
-        onRequest: @escaping (ControlRequest, ControlSession) -> Void
-    ) throws(IOError) {
-        self.reactor = reactor
-        listener = try Listener(reactor: reactor, address: .unix(path: path)) { fd in
-            ControlSession.serve(reactor, fd, onRequest)
+    /// The socket is accessible to its owner only.
+    package init(reactor: Reactor, path: String, handler: any ControlHandler) throws(IOError) {
+        listener = try Listener(reactor: reactor, address: .unix(path: path)) { [weak handler] fd in
+            guard let handler else {
+                Glibc.close(fd)
+                return
+            }
+            ControlConnection.start(reactor: reactor, fd: fd, handler: handler)
+        }
+        // SAFETY: the string outlives the call.
+        guard unsafe chmod(path, 0o600) == 0 else {
+            throw IOError(errno: errno, "cannot restrict \(path)")
         }
     }
-    package func close() {
-        listener?.close()
-        listener = nil
-    }
+    /// Accepts no more; open connections stay.
+    package func close() { listener.close() }
 }
 
-/// One client of a control socket.
-package final class ControlSession: ConnectionDelegate {
+/// One caller.
+private final class ControlConnection: ConnectionDelegate {
+    private weak var handler: (any ControlHandler)?
     private var connection: Connection?
-    private let onRequest: (ControlRequest, ControlSession) -> Void
+    private var isEnded = false
     private var isAnswering = false
+    private var sentCallbacks: [() -> Void] = []
 
-    private init(_ onRequest: @escaping (ControlRequest, ControlSession) -> Void) {
-        self.onRequest = onRequest
+    static func start(reactor: Reactor, fd: Int32, handler: any ControlHandler) {
+        let control = ControlConnection(handler)
+        control.connection = Connection(reactor: reactor, fd: fd, delegate: control)
     }
-    static func serve(
-        _ reactor: Reactor, _ fd: Int32,
-        _ onRequest: @escaping (ControlRequest, ControlSession) -> Void
-    ) {
-        let session = ControlSession(onRequest)
-        session.connection = Connection(reactor: reactor, fd: fd, delegate: session)
+    private init(_ handler: any ControlHandler) { self.handler = handler }
+
+    func connection(_ connection: Connection, received memory: RawMemory) -> Int {
+        let limit = min(memory.count, ControlServer.requestSizeMax)
+        guard let end = (0..<limit).first(where: { memory[$0] == UInt8(ascii: "\n") }) else {
+            if memory.count >= ControlServer.requestSizeMax {
+                answer("error the request is longer than \(ControlServer.requestSizeMax) bytes\n\n")
+                connection.finish()
+            }
+            return 0
+        }
+        // One at a time: the next is read when this one is answered.
+        isAnswering = true
+        connection.pauseReceiving()
+        guard let line = String(validating: memory.slice(0, end).bytes(), as: UTF8.self) else {
+            answer("error the request is not UTF-8\n\n")
+            return end + 1
+        }
+        do throws(UsageError) {
+            let request = try ControlRequest(line: line, connection: self)
+            handler?.control(request)
+        } catch {
+            answer("error \(error.message)\n\n")
+        }
+        return end + 1
     }
 
-    package func reply(_ fields: [(key: String, value: String)] = []) {
-        answer("ok", fields)
-    }
-    package func fail(_ message: String) { answer("error " + message, []) }
-
-    private func answer(_ first: String, _ fields: [(key: String, value: String)]) {
-        guard isAnswering else { return }
-        isAnswering = false
-        guard let connection, !connection.isClosing else { return }
-        var text = Self.oneLine(first) + "\n"
-        for field in fields { text += Self.oneLine("\(field.key)=\(field.value)") + "\n" }
-        text += "\n"
-        let bytes = [UInt8](text.utf8)
+    func answer(_ text: String) {
+        guard let connection else { return }
+        let bytes = Array(text.utf8)
         let block = MemoryBlock(count: bytes.count)
         block.memory.copy(from: bytes)
         connection.send(copying: block.memory)
+        isAnswering = false
         connection.resumeReceiving()
-    }
-    private static func oneLine(_ text: String) -> String {
-        text.split(whereSeparator: \.isNewline).joined(separator: " ")
+        if isEnded { connection.finish() }
     }
 
-    package func connection(_ connection: Connection, received memory: RawMemory) -> Int {
-        var start = 0
-        var at = 0
-        while at < memory.count, !connection.isPaused, !connection.isClosing {
-            if memory[at] != UInt8(ascii: "\n") {
-                at += 1
-                continue
-            }
-            let line = memory.slice(start, at - start).bytes()
-            at += 1
-            start = at
-            take(line, connection)
-        }
-        if at - start > ControlServer.lineLengthMax {
-            isAnswering = true
-            fail("a request is one line of at most \(ControlServer.lineLengthMax) bytes")
-            connection.finish()
-            return memory.count
-        }
-        return start
+    func whenSent(_ body: @escaping () -> Void) {
+        guard let connection else { return body() }
+        sentCallbacks.append(body)
+        connection.finish()
     }
 
-    private func take(_ line: [UInt8], _ connection: Connection) {
-        isAnswering = true
-        // The next request waits for this one's answer, which resumes.
-        connection.pauseReceiving()
-        guard line.count <= ControlServer.lineLengthMax,
-            let text = String(validating: line, as: UTF8.self),
-            let request = ControlRequest(line: text)
-        else { return fail("a request is: verb key=value ...") }
-        onRequest(request, self)
-    }
-
-    package func connectionReceivedPayload(_ connection: Connection) {}
-    /// A client may close its side and still read the answer.
-    package func connectionReceivedEnd(_ connection: Connection) {
+    func connectionReceivedPayload(_ connection: Connection) {}
+    func connectionReceivedEnd(_ connection: Connection) {
+        isEnded = true
         if !isAnswering { connection.finish() }
     }
-    package func connectionClosed(_ connection: Connection, reason: CloseReason) {
+    func connectionClosed(_ connection: Connection, reason: CloseReason) {
         self.connection = nil
+        let callbacks = sentCallbacks
+        sentCallbacks = []
+        for callback in callbacks { callback() }
     }
 }

@@ -57,7 +57,7 @@ import HapteraCore
         while rest > 0 {
             let entry = unsafe entries + first
             if unsafe rest < entry.pointee.iov_len {
-                unsafe entry.pointee.iov_base! += rest
+                unsafe entry.pointee.iov_base = entry.pointee.iov_base.map { unsafe $0 + rest }
                 unsafe entry.pointee.iov_len -= rest
                 return
             }

@@ -21,7 +21,7 @@ package protocol CompletionHandler: AnyObject {
     func completed(token: UInt64, result: Int)
 }
 
-/// Is told when all completions of a turn have been handled.
+/// Is told when all completions of a turn have been handled; now and then once more in the same turn.
 package protocol TurnHandler: AnyObject {
     /// Before what was sent in this turn goes to the kernel.
     func turnEnded()
@@ -76,6 +76,7 @@ package final class Reactor {
     private var resumable: [Connection] = []
     private var poolWaiters: [Connection] = []
     private var isStopped = false
+    private var needsTurn = false
     private(set) var connectionCount = 0
 
     package convenience init(backend: Backend = .automatic, pool: BufferPool = BufferPool())
@@ -124,7 +125,9 @@ package final class Reactor {
     private func turn(block: Bool) {
         flush()
         timers.arm()
-        let canWait = block && ended.isEmpty && resumable.isEmpty && dirty.isEmpty
+        let canWait =
+            block && !needsTurn && ended.isEmpty && resumable.isEmpty && dirty.isEmpty
+        needsTurn = false
         var count = driver.wait(block: canWait)
         now = Clock.monotonic()
         for _ in 0..<ended.count {
@@ -136,7 +139,10 @@ package final class Reactor {
         }
         if !resumable.isEmpty { resume() }
         for hook in turnHooks { hook.turnEnded() }
-        if !poolWaiters.isEmpty { retryPoolWaiters() }
+        if !poolWaiters.isEmpty {
+            retryPoolWaiters()
+            for hook in turnHooks { hook.turnEnded() }
+        }
     }
 
     private func handle(_ completion: Completion) {
@@ -183,6 +189,8 @@ package final class Reactor {
     func connectionOpened() { connectionCount += 1 }
     func connectionClosed() {
         connectionCount -= 1
+        // Its owner was told after this turn's hooks had run.
+        needsTurn = true
         // It may have given buffers back.
         for connection in poolWaiters { connection.resumeReceiving() }
         poolWaiters.removeAll(keepingCapacity: true)
@@ -220,7 +228,8 @@ package final class Reactor {
     /// Calls the handler with result 0 every `milliseconds`. A late turn skips what it missed.
     @discardableResult
     package func timer(everyMilliseconds: Int, handler: HandlerID, token: UInt64) -> TimerID {
-        timers.add(
+        precondition(everyMilliseconds > 0)
+        return timers.add(
             after: everyMilliseconds, period: everyMilliseconds, handler: handler, token: token,
             now: Clock.monotonic())
     }
