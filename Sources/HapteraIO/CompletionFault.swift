@@ -18,7 +18,8 @@ package enum FaultEffect: BitwiseCopyable, Equatable, Sendable {
     case fail(errno: Int32)
     /// The operation is carried out, then reported as failed: its outcome is in doubt.
     case failAfter(errno: Int32)
-    /// A read or write moves only this many bytes (rounded down to 512, at least 0), as the disk may.
+    /// A read or write moves only this many bytes (rounded down to 512, at least 0), as the disk
+    /// may.
     case short(Int)
     /// The completion arrives this much later.
     case delay(milliseconds: Int)

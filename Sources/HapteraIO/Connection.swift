@@ -42,8 +42,8 @@ extension ConnectionDelegate {
 ///     open --close()--> closing --all operations ended--> closed (connectionClosed)
 ///     open --finish()--> finishing: sends what is queued, then closing
 ///
-/// Receiving: one staging buffer takes many small messages per receive; `receivePayload` brings large
-/// payloads straight to their place. Sending: everything sent in one turn goes out together.
+/// Receiving: one staging buffer takes many small messages per receive; `receivePayload` brings
+/// large payloads straight to their place. Sending: everything sent in one turn goes out together.
 package final class Connection: CompletionHandler {
     /// The most `sendSpace` gives at once, and the largest payload that is copied, bytes.
     package static let sendSpaceMax = 8192
@@ -94,8 +94,9 @@ package final class Connection: CompletionHandler {
     /// No delegate call but `connectionClosed` comes any more, and sends are ignored.
     package var isClosing: Bool { closeReason != nil }
 
-    /// Takes over `fd`, a connected stream socket in blocking mode, and starts to receive in the next
-    /// turn. The reactor keeps the connection, and the connection its delegate, until it is closed.
+    /// Takes over `fd`, a connected stream socket in blocking mode, and starts to receive in the
+    /// next turn. The reactor keeps the connection, and the connection its delegate, until it is
+    /// closed.
     package init(reactor: Reactor, fd: Int32, delegate: any ConnectionDelegate) {
         self.reactor = reactor
         self.fd = fd
@@ -127,8 +128,8 @@ package final class Connection: CompletionHandler {
 
     // MARK: Receiving
 
-    /// The next `memory.count` bytes after the consumed ones go to `memory`, which stays untouched by
-    /// its owner until `connectionReceivedPayload` or `connectionClosed`.
+    /// The next `memory.count` bytes after the consumed ones go to `memory`, which stays untouched
+    /// by its owner until `connectionReceivedPayload` or `connectionClosed`.
     package func receivePayload(into memory: RawMemory) {
         precondition(payload == nil && memory.count > 0)
         payload = memory
@@ -286,8 +287,8 @@ package final class Connection: CompletionHandler {
             at += count
         }
     }
-    /// Queues a part of a pool buffer: small ones are copied, larger ones are retained until sent and
-    /// must not change until then.
+    /// Queues a part of a pool buffer: small ones are copied, larger ones are retained until sent
+    /// and must not change until then.
     package func send(buffer: BufferID, offset: Int, length: Int) {
         guard length > 0, !isClosing, !isFinishing else { return }
         let memory = reactor.pool.memory(buffer).slice(offset, length)
@@ -371,8 +372,8 @@ package final class Connection: CompletionHandler {
 
     // MARK: Ending
 
-    /// Sends what is queued, tells the peer that nothing more comes, waits (at most 10 s) until it has
-    /// read it, and closes. What the peer still sends is dropped.
+    /// Sends what is queued, tells the peer that nothing more comes, waits (at most 10 s) until it
+    /// has read it, and closes. What the peer still sends is dropped.
     package func finish() {
         guard !isClosing, !isFinishing else { return }
         isFinishing = true
@@ -389,7 +390,8 @@ package final class Connection: CompletionHandler {
         shutdown(fd, Int32(SHUT_WR))
     }
 
-    /// Ends the connection at once, dropping what is queued. `connectionClosed` follows from the loop.
+    /// Ends the connection at once, dropping what is queued. `connectionClosed` follows from the
+    /// loop.
     package func close(_ reason: CloseReason = .local) {
         guard !isClosing else { return }
         closeReason = reason

@@ -50,9 +50,9 @@ private func singleLine(_ text: String) -> String {
     text.split(whereSeparator: \.isNewline).joined(separator: " ")
 }
 
-/// A Unix socket with a line protocol: request `verb key=value ...\n` (at most 64 KiB), reply `ok\n` or
-/// `error MESSAGE\n`, then `key=value\n` lines, then an empty line. Requests of one connection are
-/// answered one after the other.
+/// A Unix socket with a line protocol: request `verb key=value ...\n` (at most 64 KiB), reply
+/// `ok\n` or `error MESSAGE\n`, then `key=value\n` lines, then an empty line. Requests of one
+/// connection are answered one after the other.
 package final class ControlServer {
     package static let requestSizeMax = 64 << 10
     private let listener: Listener

@@ -10,8 +10,8 @@ package final class DirectFile {
     package let descriptor: Int32
     private enum Mode { static let keepSize: Int32 = 1, punchHole: Int32 = 2 }
 
-    /// Opens an existing file, or (with `create`) makes a new one and fails with `exists` if there is
-    /// one. With `direct`, memory, offsets and lengths must be multiples of 4096.
+    /// Opens an existing file, or (with `create`) makes a new one and fails with `exists` if there
+    /// is one. With `direct`, memory, offsets and lengths must be multiples of 4096.
     package init(
         path: String, access: Access = .readWrite, create: Bool = false, direct: Bool = true
     ) throws(StorageError) {
@@ -32,9 +32,9 @@ package final class DirectFile {
     }
     deinit { close(descriptor) }
 
-    /// Takes the lock that keeps a second process off this file, on this very descriptor. Waits up to
-    /// `waitMilliseconds`: the kernel may still be finishing writes of a killed process, which holds
-    /// its lock until then. `inUse` if somebody keeps it.
+    /// Takes the lock that keeps a second process off this file, on this very descriptor. Waits up
+    /// to `waitMilliseconds`: the kernel may still be finishing writes of a killed process, which
+    /// holds its lock until then. `inUse` if somebody keeps it.
     package func lock(waitMilliseconds: Int) throws(StorageError) {
         let limit = Clock.monotonic().adding(milliseconds: UInt64(waitMilliseconds))
         while flock(descriptor, LOCK_EX | LOCK_NB) != 0 {
@@ -142,14 +142,14 @@ package final class DirectFile {
     }
 }
 
-/// The first bytes of a file as shared memory: stores are in the file at once, as far as any process
-/// can tell, and durable after a later fdatasync of it.
+/// The first bytes of a file as shared memory: stores are in the file at once, as far as any
+/// process can tell, and durable after a later fdatasync of it.
 @safe package final class MappedFile {
     package let memory: RawMemory
     private let file: DirectFile
 
-    /// The file must be at least `size` bytes and open for writing; touching pages past its end would
-    /// kill the process.
+    /// The file must be at least `size` bytes and open for writing; touching pages past its end
+    /// would kill the process.
     package init(_ file: DirectFile, size: Int) throws(StorageError) {
         self.file = file
         guard try file.size() >= UInt64(size) else {

@@ -1,7 +1,7 @@
 import HapteraCore
 
-/// Faults for system tests, from the environment's HAPTERA_FAULTS. Nothing is ever injected unless it
-/// is set, and then a warning is logged. Grammar:
+/// Faults for system tests, from the environment's HAPTERA_FAULTS. Nothing is ever injected unless
+/// it is set, and then a warning is logged. Grammar:
 ///
 ///     rules     = rule { ";" rule }
 ///     rule      = operation ":" label ":" effect [ ":" when ]

@@ -14,8 +14,8 @@ package enum FrameTarget {
 package protocol FrameDelegate: AnyObject {
     /// Asked for each frame with data, once its header and table are verified.
     func frameTarget(_ connection: FrameConnection, _ header: FrameHeader) -> FrameTarget
-    /// A complete frame; header and table checksums are right, the data's is not looked at. `table` is
-    /// valid during the call. The receiver owns one reference to `buffer`, whichever way it was
+    /// A complete frame; header and table checksums are right, the data's is not looked at. `table`
+    /// is valid during the call. The receiver owns one reference to `buffer`, whichever way it was
     /// chosen, and releases it; it is `.none` without data.
     func received(
         _ connection: FrameConnection, _ header: FrameHeader, table: RawMemory, buffer: BufferID,
@@ -62,8 +62,9 @@ package final class FrameConnection: ConnectionDelegate {
     package func resumeReceiving() { connection?.resumeReceiving() }
 
     /// Queues a frame: the header, the first `header.tableLength` bytes of `table` (copied), and
-    /// `header.dataLength` bytes at `offset` of `buffer` (retained until sent if large). The table's
-    /// checksum is filled in if the header has none. Ignored once the connection is closing.
+    /// `header.dataLength` bytes at `offset` of `buffer` (retained until sent if large). The
+    /// table's checksum is filled in if the header has none. Ignored once the connection is
+    /// closing.
     package func send(
         _ header: FrameHeader, table: RawMemory? = nil, buffer: BufferID = .none, offset: Int = 0
     ) {

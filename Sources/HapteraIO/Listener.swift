@@ -13,8 +13,8 @@ package final class Listener: CompletionHandler {
     private static let retryMilliseconds = 100
     private enum Token { static let ready: UInt64 = 0, retry: UInt64 = 1 }
 
-    /// Port 0 takes a free one: see `address`. A Unix socket's file that nobody listens on any more is
-    /// replaced. `onAccept` gets each connected socket and owns it.
+    /// Port 0 takes a free one: see `address`. A Unix socket's file that nobody listens on any more
+    /// is replaced. `onAccept` gets each connected socket and owns it.
     package init(reactor: Reactor, address: SocketAddress, onAccept: @escaping (Int32) -> Void)
         throws(IOError)
     {
@@ -89,8 +89,8 @@ package final class Connector: CompletionHandler {
     private enum Token { static let ready: UInt64 = 0, limit: UInt64 = 1, refused: UInt64 = 2 }
     private var refusal: IOError?
 
-    /// `onDone` is called once, from the loop, with the connected socket (the callee's) or what went
-    /// wrong; not after `cancel`. Kept alive by the reactor until then.
+    /// `onDone` is called once, from the loop, with the connected socket (the callee's) or what
+    /// went wrong; not after `cancel`. Kept alive by the reactor until then.
     package init(
         reactor: Reactor, address: SocketAddress, timeoutMilliseconds: Int,
         onDone: @escaping (Result<Int32, IOError>) -> Void

@@ -1,6 +1,5 @@
 import Glibc
 import HapteraCore
-import Synchronization
 
 /// One line per event on standard error: `time level message key=value ...`. For events an operator
 /// wants to know; never per I/O. HAPTERA_LOG=debug|info|warn|error sets the least level (info).

@@ -16,20 +16,21 @@ package struct FileID: BitwiseCopyable, Hashable, Sendable {
 
 /// Is told of what it asked the reactor for.
 package protocol CompletionHandler: AnyObject {
-    /// `token` is the one the operation was started with. `result`: bytes transferred, poll events, 0
-    /// for a sync, punch or timer, or a negative errno.
+    /// `token` is the one the operation was started with. `result`: bytes transferred, poll events,
+    /// 0 for a sync, punch or timer, or a negative errno.
     func completed(token: UInt64, result: Int)
 }
 
-/// Is told when all completions of a turn have been handled; now and then once more in the same turn.
+/// Is told when all completions of a turn have been handled; now and then once more in the same
+/// turn.
 package protocol TurnHandler: AnyObject {
     /// Before what was sent in this turn goes to the kernel.
     func turnEnded()
 }
 
-/// One thread's event loop: files, sockets, timers and messages from other threads, over io_uring or
-/// over libaio and epoll. Everything but `mailbox` belongs to the thread that made it: it must be
-/// made on the thread that runs it.
+/// One thread's event loop: files, sockets, timers and messages from other threads, over io_uring
+/// or over libaio and epoll. Everything but `mailbox` belongs to the thread that made it: it must
+/// be made on the thread that runs it.
 ///
 /// A turn: flush connections that have something to send -> submit and wait -> handle every
 /// completion -> messages, timers, turn hooks -> again. Nothing is allocated per I/O.

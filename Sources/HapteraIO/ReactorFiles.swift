@@ -31,8 +31,8 @@ extension Reactor {
         files[Int(file.index)].isRegistered = false
     }
 
-    /// Reads into all of `memory`; short at the end of the file. O_DIRECT files need 512-byte (here:
-    /// always 4 KiB) alignment of memory, offset and length.
+    /// Reads into all of `memory`; short at the end of the file. O_DIRECT files need 512-byte
+    /// (here: always 4 KiB) alignment of memory, offset and length.
     package func read(
         _ file: FileID, into memory: RawMemory, offset: UInt64, handler: HandlerID, token: UInt64
     ) {

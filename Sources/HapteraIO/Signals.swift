@@ -2,8 +2,8 @@ import CHaptera
 import Glibc
 import HapteraCore
 
-/// Turns signals into calls from the reactor's loop. Make it before any other thread starts, so that
-/// all of them inherit the blocked signals.
+/// Turns signals into calls from the reactor's loop. Make it before any other thread starts, so
+/// that all of them inherit the blocked signals.
 package final class SignalWatcher: CompletionHandler {
     private unowned let reactor: Reactor
     private let fd: Int32

@@ -133,4 +133,88 @@ private final class Client: FrameDelegate {
             backend, size: 8192, tableSize: FrameHeader.tableLengthMax, depth: 4, count: 200,
             tcp: true)
     }
+
+    /// After warm-up 4 KiB frames go to and fro without a single allocation.
+    @Test(arguments: backends) func steadyStateAllocatesNothing(_ backend: Backend) throws {
+        try #require(haptera_counts_allocations() == 1)
+        try withReactor(backend) { reactor in
+            let echo = Echo(reactor)
+            let client = try Client(reactor, size: 4096)
+            let (a, b) = socketPair()
+            _ = FrameConnection(reactor: reactor, fd: a, delegate: echo)
+            let connection = FrameConnection(reactor: reactor, fd: b, delegate: client)
+            for _ in 0..<32 { client.send(connection) }
+            reactor.run(until: { client.received >= 5000 })
+            let before = haptera_thread_allocations()
+            reactor.run(until: { client.received >= 15_000 })
+            #expect(haptera_thread_allocations() - before == 0)
+            client.isStopped = true
+            reactor.expect("all echoed") { client.received == client.sent }
+            connection.close()
+            reactor.expect("closed") { client.closed != nil && echo.closed != nil }
+        }
+    }
+
+    /// An empty pool holds the sender back instead of failing, and it goes on by itself.
+    @Test(arguments: backends) func emptyPoolPausesReceiving(_ backend: Backend) throws {
+        let limits = BufferPool.Limits(small: 2, medium: 1, large: 1)
+        try withReactor(backend, limits: limits) { reactor in
+            let keeper = Keeper()
+            let client = try Client(reactor, size: 4096)
+            let (a, b) = socketPair()
+            _ = FrameConnection(reactor: reactor, fd: a, delegate: keeper)
+            let connection = FrameConnection(reactor: reactor, fd: b, delegate: client)
+            client.isStopped = true
+            for _ in 0..<10 { client.send(connection) }
+            for expected in 1...10 {
+                reactor.expect("frame \(expected)") { keeper.kept != .none }
+                #expect(keeper.count == expected)
+                reactor.pool.release(keeper.kept)
+                keeper.kept = .none
+            }
+            connection.close()
+            reactor.expect("closed") { client.closed != nil && keeper.isClosed }
+        }
+    }
+
+    @Test(arguments: backends) func badFramesHangUp(_ backend: Backend) throws {
+        try withReactor(backend) { reactor in
+            let block = MemoryBlock(count: FrameHeader.size + 8)
+            var header = FrameHeader(kind: .write)
+            header.tableLength = 8
+            header.tableChecksum = 1
+            header.encode(to: block.memory)
+            for (error, count) in [(FrameError.tableChecksumMismatch, 80), (.badMagic, 72)] {
+                let keeper = Keeper()
+                let (a, b) = socketPair()
+                _ = FrameConnection(reactor: reactor, fd: a, delegate: keeper)
+                let bytes = block.memory.bytes()
+                #expect(unsafe write(b, bytes, count) == count)
+                reactor.expect("hung up") { keeper.isClosed }
+                #expect(keeper.reason == .badFrame(error))
+                #expect(keeper.count == 0)
+                close(b)
+                block.memory[0] = 0
+            }
+        }
+    }
+}
+
+/// Keeps the buffer of one frame at a time.
+private final class Keeper: FrameDelegate {
+    var kept = BufferID.none
+    var count = 0
+    var reason: CloseReason?
+    var isClosed: Bool { reason != nil }
+    func received(
+        _ connection: FrameConnection, _ header: FrameHeader, table: RawMemory, buffer: BufferID,
+        offset: Int
+    ) {
+        #expect(kept == .none)
+        kept = buffer
+        count += 1
+    }
+    func frameConnectionClosed(_ connection: FrameConnection, reason: CloseReason) {
+        self.reason = reason
+    }
 }
