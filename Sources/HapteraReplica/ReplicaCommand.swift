@@ -17,7 +17,7 @@ package enum ReplicaCommand {
     /// Exit status: 0 done, 1 failed, 2 usage.
     package static func run(_ words: [String]) -> Int32 {
         do {
-            let arguments = try Arguments(words)
+            let arguments = try ReplicaArguments(words)
             switch arguments.verb {
             case "create": try create(arguments)
             case "serve": return try serve(arguments)
@@ -45,7 +45,7 @@ package enum ReplicaCommand {
         return 1
     }
 
-    private static func create(_ arguments: Arguments) throws {
+    private static func create(_ arguments: ReplicaArguments) throws {
         let directory = try arguments.required("--dir")
         let identity = try arguments.identity()
         // A replica that is being served holds its lock: there is nothing to do for it.
@@ -59,7 +59,7 @@ package enum ReplicaCommand {
             storage: DirectoryStorage(directory: directory, mode: .serve), identity: identity)
     }
 
-    private static func serve(_ arguments: Arguments) throws -> Int32 {
+    private static func serve(_ arguments: ReplicaArguments) throws -> Int32 {
         let directory = try arguments.required("--dir")
         let control = try arguments.required("--control")
         let listen = try arguments.required("--listen")
@@ -67,13 +67,7 @@ package enum ReplicaCommand {
             throw UsageError("--listen: '\(listen)' is not HOST:PORT")
         }
         let reactor = try Reactor(backend: try .fromEnvironment())
-        if let text = environment("HAPTERA_FAULTS"), !text.isEmpty {
-            guard let rules = FaultRules(text) else {
-                throw UsageError("HAPTERA_FAULTS: '\(text)' is not a list of rules")
-            }
-            reactor.completionFault = rules
-            Log.warn("faults are injected on purpose", ("rules", text))
-        }
+        try FaultRules.installFromEnvironment(reactor)
         // Blocked from here on, so that a signal during opening is not lost.
         var stop: (() -> Void)?
         var isSignalled = false
@@ -89,7 +83,7 @@ package enum ReplicaCommand {
         return server.failure == nil ? 0 : 1
     }
 
-    private static func verify(_ arguments: Arguments) throws -> Int32 {
+    private static func verify(_ arguments: ReplicaArguments) throws -> Int32 {
         let report = try OfflineTools.verify(directory: try arguments.required("--dir"))
         if arguments.isJSON {
             let details = report.details.map {
@@ -131,14 +125,8 @@ package enum ReplicaCommand {
     }
 }
 
-/// What is wrong with a command line.
-package struct UsageError: Error, Equatable {
-    package var message: String
-    package init(_ message: String) { self.message = message }
-}
-
 /// A verb and its options, checked against what the verb knows.
-package struct Arguments {
+package struct ReplicaArguments {
     private static let known: [String: Set<String>] = [
         "create": [
             "--dir", "--volume-id", "--volume", "--replica-id", "--incarnation", "--size",

@@ -4,7 +4,9 @@ import HapteraIO
 
 /// The process around `ReplicaCore`: feeds it frames, completions and time, and performs its
 /// actions. One reactor, one thread.
-package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler {
+package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler,
+    ControlHandler
+{
     private enum Token { static let tick = UInt64.max }
     private static let tickMilliseconds = 100
     private static let stopMilliseconds: UInt64 = 20_000
@@ -12,7 +14,6 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     private let reactor: Reactor
     private let storage: DirectoryStorage
     private let core: ReplicaCore
-    private let hash = BlockHash()
     private var id = HandlerID.none
     private let log: FileID
     private let data: FileID
@@ -24,7 +25,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         repeating: nil, count: ReplicaLimits.connectionsMax)
     private var isCoreFull = false
     private var counters = ReplicaCounters()
-    private var shutdownSessions: [ControlSession] = []
+    private var isStopped = false
+    private var shutdownRequests: [ControlRequest] = []
     private var stopDeadline: Instant?
     /// What could be logged very often is logged once a second.
     private var quietUntil = Instant.zero
@@ -40,7 +42,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         for file in [ReplicaFile.manifest, .log] { _ = try storage.descriptor(file) }
         var options = ReplicaOptions(
             instance: InstanceID(rawValue: randomUInt64() | 1), bootID: try HostBoot.read())
-        options.hash = { [hash] in hash.hash($0) }
+        options.hash = BlockHash.hash
         core = try ReplicaCore(opening: storage, options: options, pool: reactor.pool)
         storage.releaseLogPages()
         let head = core.headLayer
@@ -52,9 +54,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         listener = try Listener(reactor: reactor, address: listen) { [unowned self] fd in
             self.accepted(fd)
         }
-        control = try ControlServer(reactor: reactor, path: path) { [unowned self] in
-            self.answer($0, $1)
-        }
+        control = try ControlServer(reactor: reactor, path: path, handler: self)
         reactor.addTurnHook(self)
         reactor.timer(
             everyMilliseconds: Self.tickMilliseconds, handler: id, token: Token.tick)
@@ -215,16 +215,16 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
 
     // MARK: control
 
-    private func answer(_ request: ControlRequest, _ session: ControlSession) {
+    package func control(_ request: ControlRequest) {
         switch request.verb {
-        case "ping": session.reply([("pid", String(getpid()))])
-        case "status": session.reply(status())
-        case "metrics": session.reply(counters.fields())
+        case "ping": request.reply([("pid", String(getpid()))])
+        case "status": request.reply(status())
+        case "metrics": request.reply(counters.fields())
         case "shutdown":
-            shutdownSessions.append(session)
+            shutdownRequests.append(request)
             shutdown("control socket")
         default:
-            session.fail("unknown verb '\(request.verb)': ping, status, metrics, shutdown")
+            request.fail("unknown verb '\(request.verb)': ping, status, metrics, shutdown")
         }
     }
 
@@ -255,15 +255,14 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     }
 
     private func finishStopping() {
-        for session in shutdownSessions { session.reply() }
-        if !shutdownSessions.isEmpty {
-            // The answers leave with the next turn.
-            shutdownSessions = []
-            return
-        }
-        control?.close()
+        guard !isStopped else { return }
+        isStopped = true
         Log.info("stopped", ("activeRegions", String(core.activeRegionCount)))
-        reactor.stop()
+        for request in shutdownRequests { request.reply() }
+        control?.close()
+        guard let last = shutdownRequests.last else { return reactor.stop() }
+        shutdownRequests = []
+        last.afterReply { [reactor] in reactor.stop() }
     }
 }
 
