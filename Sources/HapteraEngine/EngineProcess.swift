@@ -1,0 +1,146 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+
+/// The process around one engine: its NBD server, control socket and signals.
+final class EngineProcess: ControlHandler, CompletionHandler {
+    private let options: EngineOptions
+    private let reactor: Reactor
+    private let shell: EngineShell
+    private var server: NBDServer?
+    private var control: ControlServer?
+    private var signals: SignalWatcher?
+    private var detaching: [ControlRequest] = []
+    private var isLeaving = false
+    private var exitStatus: Int32 = 0
+    private var uri = ""
+    private var unixURI = ""
+    /// A detach that cannot finish (replicas away, a client that keeps writing) is cut short.
+    private static let detachMilliseconds = 10_000
+
+    /// Serves until detached, fenced or told to stop; the process's exit status.
+    static func run(_ options: EngineOptions) throws(IOError) -> Int32 {
+        let process = try EngineProcess(options)
+        try process.start()
+        process.reactor.run()
+        return process.exitStatus
+    }
+
+    private init(_ options: EngineOptions) throws(IOError) {
+        self.options = options
+        reactor = try Reactor(backend: Backend.fromEnvironment())
+        shell = EngineShell(reactor: reactor, options: options)
+    }
+
+    private func start() throws(IOError) {
+        signals = try SignalWatcher(reactor: reactor) { [unowned self] _ in leave() }
+        if let path = options.controlPath {
+            control = try ControlServer(reactor: reactor, path: path, handler: self)
+        }
+        shell.onServing = { [unowned self] isServing in
+            if isServing, server == nil { listen() }
+        }
+        shell.onStopped = { [unowned self] reason in stopped(reason) }
+        Log.info(
+            "engine started", ("volume", options.volumeName), ("io", reactor.backendName),
+            ("instance", shell.core.configuration.instance.rawValue.description))
+        shell.start()
+    }
+
+    /// Clients are let in when the volume is served for the first time; later they wait.
+    private func listen() {
+        let server = NBDServer(reactor: reactor, device: shell)
+        self.server = server
+        do throws(IOError) {
+            if let address = options.nbd {
+                let bound = try server.listen(on: address)
+                uri = "nbd://\(bound.text)/\(options.volumeName)"
+            }
+            if let path = options.nbdUnixPath {
+                _ = try server.listen(on: .unix(path: path))
+                unixURI = "nbd+unix:///\(options.volumeName)?socket=\(path)"
+            }
+            Log.info("volume served", ("volume", options.volumeName), ("uri", uri))
+        } catch {
+            Log.error("cannot serve the volume", ("reason", error.message))
+            exitStatus = 1
+            reactor.stop()
+        }
+    }
+
+    // MARK: - Leaving
+
+    /// Detach: clients first, then what is on the way, then the record.
+    private func leave() {
+        guard !isLeaving else { return }
+        isLeaving = true
+        reactor.timer(
+            afterMilliseconds: Self.detachMilliseconds, handler: reactor.register(self), token: 0)
+        guard let server else {
+            shell.detach()
+            return
+        }
+        server.stop { [unowned self] in shell.detach() }
+    }
+
+    func completed(token: UInt64, result: Int) {
+        Log.warn("detach did not finish in time; leaving as it is", ("volume", shell.name))
+        end("the engine left without marking the volume clean")
+    }
+
+    private func stopped(_ reason: StopReason) {
+        if reason == .detached {
+            Log.info("volume detached", ("volume", shell.name))
+        } else {
+            Log.error("engine stops", ("volume", shell.name), ("reason", reason.rawValue))
+            exitStatus = 1
+        }
+        end(nil)
+    }
+
+    /// Answers whoever waits for the detach, then stops.
+    private func end(_ failure: String?) {
+        let waiting = detaching
+        detaching = []
+        guard let last = waiting.last else {
+            reactor.stop()
+            return
+        }
+        for request in waiting {
+            if let failure { request.fail(failure) } else { request.reply() }
+        }
+        last.afterReply { [unowned self] in reactor.stop() }
+    }
+
+    // MARK: - Control socket
+
+    func control(_ request: ControlRequest) {
+        switch request.verb {
+        case "ping": request.reply()
+        case "status": request.reply(status())
+        case "metrics":
+            request.reply(
+                shell.metricLines().map { ($0.key, $0.value) } + [
+                    ("haptera_engine_connections", String(server?.connectionCount ?? 0))
+                ])
+        case "replicas":
+            guard let text = request.arguments["list"], let list = ReplicaEndpoint.list(text) else {
+                return request.fail("replicas needs list=HEX16=HOST:PORT,... with 1 to 8 entries")
+            }
+            shell.configure(list)
+            request.reply()
+        case "detach":
+            detaching.append(request)
+            leave()
+        default: request.fail("unknown verb '\(request.verb)'")
+        }
+    }
+
+    private func status() -> [(String, String)] {
+        [
+            ("pid", String(getpid())), ("uri", uri), ("unixURI", unixURI),
+            ("io", reactor.backendName),
+            ("connections", String(server?.connectionCount ?? 0)),
+        ] + shell.statusLines().map { ($0.key, $0.value) }
+    }
+}

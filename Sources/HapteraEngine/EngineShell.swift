@@ -1,0 +1,137 @@
+import HapteraCore
+import HapteraIO
+
+/// The shell around `EngineCore`: connections to replicas and to the record service, time, and the
+/// way back to the frontend. Feeds events in, performs actions, in order. Single-threaded.
+final class EngineShell: BlockDevice, CompletionHandler {
+    let reactor: Reactor
+    let pool: BufferPool
+    let core: EngineCore
+    private let options: EngineOptions
+    private var links: [ReplicaLink?] = Array(repeating: nil, count: Geometry.replicaSlotsMax)
+    private let store: StoreClient
+    private var isPerforming = false
+    private(set) var isServing = false
+    private(set) var isStoreAvailable = true
+    var counters = EngineCounters()
+    /// Called when the volume's size is known and it can be served, and when that changes.
+    var onServing: (Bool) -> Void = { _ in }
+    var onStopped: (StopReason) -> Void = { _ in }
+    weak var frontend: (any BlockDeviceFrontend)?
+    var zeroesFastWithoutHole: Bool { true }
+
+    var name: String { options.volumeName }
+    var size: UInt64 { core.size }
+    var isReadOnly: Bool { options.isReadOnly }
+    var canSubmit: Bool { core.canSubmit }
+
+    init(reactor: Reactor, options: EngineOptions) {
+        self.reactor = reactor
+        self.options = options
+        pool = reactor.pool
+        var configuration = EngineConfiguration(
+            volume: options.volume, instance: InstanceID(rawValue: randomUInt64() | 1),
+            endpoint: options.endpoint, clientGeneration: options.clientGeneration,
+            nonceSeed: randomUInt64())
+        configuration.removalDeadlineMilliseconds = options.removalDeadlineMilliseconds
+        core = EngineCore(configuration: configuration, pool: pool)
+        store = StoreClient(reactor: reactor, addresses: options.store, volume: options.volume)
+    }
+
+    func start() {
+        store.onAnswer = { [unowned self] outcome in
+            if case .unavailable = outcome {
+                isStoreAvailable = false
+            } else {
+                isStoreAvailable = true
+            }
+            run(.store(outcome))
+        }
+        reactor.timer(
+            everyMilliseconds: Self.tickMilliseconds, handler: reactor.register(self), token: 0)
+        configure(options.replicas)
+        run(.start)
+    }
+    private static let tickMilliseconds = 100
+
+    func completed(token: UInt64, result: Int) { run(.tick) }
+
+    /// The complete set of replicas and where they are now.
+    func configure(_ replicas: [ReplicaEndpoint]) {
+        run(.configure(replicas.map(\.id)))
+        for slot in 0..<links.count {
+            guard let link = links[slot] else { continue }
+            if !replicas.contains(where: { $0.id == link.id }) {
+                link.stop()
+                links[slot] = nil
+            }
+        }
+        for replica in replicas {
+            guard let slot = core.slot(of: replica.id) else {
+                Log.warn("too many replicas, ignored", ("replica", replica.id.text))
+                continue
+            }
+            if let link = links[slot], link.id == replica.id {
+                link.move(to: replica.address)
+            } else {
+                links[slot]?.stop()
+                links[slot] = ReplicaLink(shell: self, slot: slot, endpoint: replica)
+            }
+        }
+    }
+
+    /// Actions wait for the end of the turn: completions never come from within this call, and what
+    /// a turn submits leaves together.
+    func submit(_ operation: Operation) {
+        counters.count(operation)
+        core.step(.submit(operation), now: reactor.now)
+    }
+    func completeReady() -> Bool {
+        let before = counters.completed
+        perform()
+        return counters.completed != before
+    }
+    func detach() { run(.detach) }
+
+    // MARK: - Events in, actions out
+
+    func run(_ event: EngineEvent) {
+        core.step(event, now: reactor.now)
+        perform()
+    }
+
+    private func perform() {
+        // An action may lead straight to another event: its actions wait their turn.
+        guard !isPerforming else { return }
+        isPerforming = true
+        while let action = core.actions.popFirst() { perform(action) }
+        isPerforming = false
+    }
+
+    private func perform(_ action: EngineAction) {
+        switch action {
+        case .send(let slot, let header, let tableOf, let buffer, let offset):
+            let table = tableOf >= 0 ? core.table(tableOf) : nil
+            links[slot]?.send(header, table: table, buffer: buffer, offset: Int(offset))
+        case .sendControl(let slot, let header):
+            links[slot]?.sendControl(header, core.controlPayload)
+        case .disconnect(let slot):
+            links[slot]?.disconnect()
+        case .complete(let userData, let result, let buffer, let tableLength, let isHole):
+            counters.completed &+= 1
+            if result != .ok { counters.errors &+= 1 }
+            frontend?.complete(
+                userData: userData, result: result, buffer: buffer, tableLength: tableLength,
+                isHole: isHole)
+        case .storeGet: store.get()
+        case .storeCompareAndSwap(let expected):
+            store.compareAndSwap(expected: expected, core.proposedRecord)
+        case .note(let note): log(note)
+        case .serving(let isServing):
+            self.isServing = isServing
+            onServing(isServing)
+        case .stopped:
+            if let reason = core.stopReason { onStopped(reason) }
+        }
+    }
+}

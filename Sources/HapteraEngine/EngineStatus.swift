@@ -1,0 +1,136 @@
+import HapteraCore
+import HapteraIO
+
+/// What an engine has done, since it started.
+struct EngineCounters {
+    var completed: UInt64 = 0
+    var reads: UInt64 = 0
+    var writes: UInt64 = 0
+    var trims: UInt64 = 0
+    var flushes: UInt64 = 0
+    var readBytes: UInt64 = 0
+    var writtenBytes: UInt64 = 0
+    var errors: UInt64 = 0
+    var checksumMismatches: UInt64 = 0
+    var removals: UInt64 = 0
+
+    mutating func count(_ operation: Operation) {
+        switch operation.kind {
+        case .read:
+            reads &+= 1
+            readBytes &+= UInt64(operation.length)
+        case .write:
+            writes &+= 1
+            writtenBytes &+= UInt64(operation.length)
+        case .trim, .writeZeroes: trims &+= 1
+        case .flush: flushes &+= 1
+        case .status: break
+        }
+    }
+}
+
+extension EngineShell {
+    /// One word for where the volume stands, as the control socket reports it.
+    var stateWord: String {
+        switch core.phase {
+        case .idle, .fetching, .claiming, .installing: "starting"
+        case .serving: "serving"
+        case .stalled: "stalled"
+        case .stopped: "stopped"
+        }
+    }
+
+    /// Why it is not being served, for people; empty if it is.
+    var reason: String {
+        switch core.phase {
+        case .serving: return isStoreAvailable ? "" : "the metadata store does not answer"
+        case .stopped: return core.stopReason?.rawValue ?? ""
+        case .stalled where core.isRefusing:
+            return "every reachable replica lost its host; a write may be lost: needs a decision"
+        case .stalled: return "waits for a replica of the in-sync set to return"
+        case .idle, .fetching, .claiming: return "waits for the metadata store"
+        case .installing: return "waits for the replicas of the in-sync set"
+        }
+    }
+
+    func statusLines() -> [(key: String, value: String)] {
+        var lines: [(key: String, value: String)] = [
+            ("state", stateWord), ("reason", reason), ("name", name),
+            ("volume", core.configuration.volume.text),
+            ("epoch", String(core.record?.epoch.rawValue ?? 0)), ("size", String(size)),
+            ("storeAvailable", isStoreAvailable ? "true" : "false"),
+            ("unresolvedRegions", String(core.unresolvedCount)),
+            ("rebuildDone", String(core.rebuildProgress.done)),
+            ("rebuildTotal", String(core.rebuildProgress.total)),
+        ]
+        for slot in core.configuredSlots {
+            lines.append(
+                ("replica." + core.replicaID(slot).text, core.standing(slot).rawValue))
+        }
+        return lines
+    }
+
+    func metricLines() -> [(key: String, value: String)] {
+        [
+            ("haptera_engine_reads_total", String(counters.reads)),
+            ("haptera_engine_writes_total", String(counters.writes)),
+            ("haptera_engine_trims_total", String(counters.trims)),
+            ("haptera_engine_flushes_total", String(counters.flushes)),
+            ("haptera_engine_read_bytes_total", String(counters.readBytes)),
+            ("haptera_engine_written_bytes_total", String(counters.writtenBytes)),
+            ("haptera_engine_errors_total", String(counters.errors)),
+            ("haptera_engine_checksum_mismatches_total", String(counters.checksumMismatches)),
+            ("haptera_engine_replica_removals_total", String(counters.removals)),
+            ("haptera_engine_rebuilt_blocks_total", String(core.blocksRebuilt)),
+            ("haptera_engine_repaired_blocks_total", String(core.blocksRepaired)),
+            ("haptera_engine_in_sync_replicas", String(core.memberSlots.count)),
+            ("haptera_engine_epoch", String(core.record?.epoch.rawValue ?? 0)),
+        ]
+    }
+
+    /// One log line per event an operator may want to know of.
+    func log(_ note: EngineNote) {
+        func id(_ slot: ReplicaSlot) -> (String, String) { ("replica", core.replicaID(slot).text) }
+        func at(_ epoch: Epoch) -> (String, String) { ("epoch", String(epoch.rawValue)) }
+        let volume = ("volume", name)
+        switch note {
+        case .tookOver(let epoch): Log.info("volume taken over", volume, at(epoch))
+        case .replicaLost(let slot): Log.warn("replica lost", volume, id(slot))
+        case .replicaRemoved(let slot, let epoch):
+            counters.removals &+= 1
+            Log.warn("replica removed from the in-sync set", volume, id(slot), at(epoch))
+        case .replicaJoining(let slot, let epoch):
+            Log.info("replica joins: comparing and filling it", volume, id(slot), at(epoch))
+        case .replicaPromoted(let slot, let epoch):
+            let copied = ("blocksCopied", String(core.blocksRebuilt))
+            Log.info("replica in sync again", volume, id(slot), at(epoch), copied)
+        case .joinFailed(let slot):
+            Log.warn("replica dropped out while being filled; trying again", volume, id(slot))
+        case .onlyRebootedMembers:
+            Log.error("volume not served: every reachable replica lost its host", volume)
+        case .resolved(let regions, let blocks):
+            Log.info(
+                "replicas are equal", volume, ("regionsCompared", String(regions)),
+                ("blocksCopied", String(blocks)))
+        case .stalled: Log.error("every replica is gone; requests wait for one to return", volume)
+        case .storeUnavailable: Log.debug("the metadata store does not answer", volume)
+        case .checksumMismatch(let slot, let offset):
+            counters.checksumMismatches &+= 1
+            Log.error("damaged block", volume, id(slot), ("offset", String(offset)))
+        case .doubtfulBytesKept(let slot, let offset):
+            Log.warn(
+                "no intact copy of an interrupted write; bytes kept", volume, id(slot),
+                ("offset", String(offset)))
+        case .repaired(let region, let blocks):
+            Log.info(
+                "damaged copy repaired", volume, ("region", String(region)),
+                ("blocksCopied", String(blocks)))
+        case .protocolError(let slot):
+            Log.error("replica broke the protocol; disconnected", volume, id(slot))
+        case .rebuildProgress(let slot, let done, let total):
+            Log.debug(
+                "filling replica", volume, id(slot), ("regionsDone", String(done)),
+                ("regionsTotal", String(total)))
+        }
+    }
+}
