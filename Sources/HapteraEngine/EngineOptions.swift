@@ -89,7 +89,8 @@ extension ReplicaEndpoint {
     static func list(_ text: String) -> [ReplicaEndpoint]? {
         var list: [ReplicaEndpoint] = []
         for part in text.split(separator: ",", omittingEmptySubsequences: false) {
-            guard let endpoint = ReplicaEndpoint(part), !list.contains(where: { $0.id == endpoint.id })
+            guard let endpoint = ReplicaEndpoint(part),
+                !list.contains(where: { $0.id == endpoint.id })
             else { return nil }
             list.append(endpoint)
         }

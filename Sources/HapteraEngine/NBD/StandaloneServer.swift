@@ -87,12 +87,6 @@ package struct StandaloneOptions: Equatable {
     }
 }
 
-/// A command line that makes no sense.
-package struct UsageError: Error, Equatable {
-    package let message: String
-    package init(_ message: String) { self.message = message }
-}
-
 /// Runs the server alone until SIGTERM or SIGINT.
 package enum StandaloneServer {
     package static func run(_ options: StandaloneOptions) throws(IOError) {
