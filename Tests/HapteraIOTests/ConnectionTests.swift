@@ -41,7 +41,7 @@ private final class Collector: ConnectionDelegate {
 
 private func writeAll(_ fd: Int32, _ count: Int, byte: UInt8 = 7) {
     let bytes = [UInt8](repeating: byte, count: count)
-    let written = unsafe send(fd, bytes, count, Int32(MSG_NOSIGNAL.rawValue))
+    let written = unsafe send(fd, bytes, count, Int32(MSG_NOSIGNAL))
     precondition(written == count)
 }
 
