@@ -9,7 +9,7 @@ import HapteraCore
 ///     label     = the label a file was registered with ("data", "table", ...) | "any"
 ///     effect    = ERRNO             fails without reaching the disk: EIO, ENOSPC, ...
 ///               | "after-" ERRNO    is carried out, then reported as failed
-///               | "short"           a read or write moves half of its bytes
+///               | "short" [ "=" N ] a read or write moves N (half) of its bytes
 ///               | "delay=" MS       the completion arrives MS milliseconds late
 ///     when      = "at=" N           only the Nth matching operation (from 1)
 ///               | "every=" N        each Nth
@@ -48,6 +48,7 @@ package final class FaultRules: CompletionFault {
     }
 
     package func effect(of operation: FileOperation, label: String) -> FaultEffect {
+        let isTransfer = operation.kind == .read || operation.kind == .write
         for index in rules.indices {
             guard rules[index].kind == nil || rules[index].kind == operation.kind,
                 rules[index].label == nil || rules[index].label == label
@@ -55,10 +56,10 @@ package final class FaultRules: CompletionFault {
             rules[index].seen += 1
             guard Self.isHit(rules[index].when, rules[index].seen) else { continue }
             switch rules[index].effect {
+            case .fixed(.short(let count)) where isTransfer: return .short(count)
+            case .half where isTransfer: return .short(operation.length / 2)
+            case .fixed(.short), .half: continue
             case .fixed(let effect): return effect
-            case .half:
-                guard operation.kind == .read || operation.kind == .write else { continue }
-                return .short(operation.length / 2)
             }
         }
         return .none
@@ -90,6 +91,9 @@ package final class FaultRules: CompletionFault {
     }
     private static func parseEffect(_ effect: String, _ rule: String) throws(IOError) -> Effect {
         if effect == "short" { return .half }
+        if effect.hasPrefix("short="), let count = UInt32(effect.dropFirst(6)) {
+            return .fixed(.short(Int(count)))
+        }
         if effect.hasPrefix("delay="), let milliseconds = UInt32(effect.dropFirst(6)) {
             return .fixed(.delay(milliseconds: Int(milliseconds)))
         }

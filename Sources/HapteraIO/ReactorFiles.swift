@@ -63,6 +63,8 @@ extension Reactor {
         submit(.punch, file, nil, offset, length, 0x01 | 0x10, handler, token)
     }
 
+    /// Completions that `FaultEffect.hold` keeps back now.
+    package var heldCount: Int { held.count }
     /// Delivers the completions that `FaultEffect.hold` kept back, in the next turn.
     package func releaseHeld() {
         while let completion = held.popFirst() { ended.append(completion) }

@@ -154,7 +154,7 @@ private final class Script: CompletionFault {
             file.reactor.sync(file.id, handler: file.handler, token: 3)
             file.read()
             #expect(file.wait(2) == 64 << 10)
-            #expect(file.reactor.slab.inUse == 3, "mailbox, timer and the held one")
+            file.reactor.expect("held") { file.reactor.heldCount == 1 }
             #expect(file.recorder.last(3) == nil)
             file.reactor.releaseHeld()
             #expect(file.wait(3) == 0)
