@@ -146,7 +146,8 @@ extension EngineCore {
         guard phase == .serving, slots[index].phase == .waiting else { return }
         switch slots[index].operation.kind {
         case .flush:
-            sendFlush(index)
+            // What a member lost with its power is only there again when its region is resolved.
+            if unresolved.isEmpty || mutations.contains(.skipResolution) { sendFlush(index) }
             return
         case .status:
             if !isResolving { sendStatus(index) }
