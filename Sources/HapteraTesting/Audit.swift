@@ -78,10 +78,11 @@ extension World {
             let value = image.value(sector: sector, scratch: sectorBlock.memory)
             let operation = operations[promised[sector] - 1]
             // Bytes under a torn write: what was trimmed before may still lie there.
-            if operation.value == 0, image.isDoubtful(sector / Content.sectorsPerBlock) {
-                continue
-            }
-            guard isAcceptable(value, sector, promised[sector]) else {
+            guard
+                isAcceptable(value, sector, promised[sector])
+                    || image.isDoubtful(sector / Content.sectorsPerBlock)
+                        && isAcceptable(0, sector, promised[sector])
+            else {
                 return fail(
                     "invariant \(invariant): \(host.name) \(what) \(operation.text) at sector"
                         + " \(sector): holds \(value == Content.garbage ? "garbage" : "#\(value)")")
