@@ -99,7 +99,7 @@ extension NBDRequest {
             if command == .write { return .invalid }
             if command == .read { return agreement.format == .simple ? .invalid : .overflow }
         }
-        if flags.contains([.fastZero, .noHole]) && !export.zeroesFastWithoutHole {
+        if flags.contains(.fastZero) && flags.contains(.noHole) && !export.zeroesFastWithoutHole {
             return .notSupported
         }
         return .none
@@ -108,11 +108,19 @@ extension NBDRequest {
     /// FUA is legal on every command; the others belong to one.
     private func allowedFlags(_ format: NBDReplyFormat) -> NBDCommandFlags {
         switch command {
-        case .read: format == .simple ? .fua : [.fua, .dontFragment]
-        case .write: format == .extended ? [.fua, .payloadLength] : .fua
-        case .writeZeroes: [.fua, .noHole, .fastZero]
-        case .blockStatus: [.fua, .requestOne]
+        case .read: format == .simple ? .fua : .ofReads
+        case .write: format == .extended ? .ofExtendedWrites : .fua
+        case .writeZeroes: .ofZeroes
+        case .blockStatus: .ofStatus
         case .flush, .trim, .cache, .disconnect: .fua
         }
     }
+}
+
+extension NBDCommandFlags {
+    // Not array literals: unoptimised code would allocate them for every request.
+    fileprivate static let ofReads = NBDCommandFlags(rawValue: 0b000101)
+    fileprivate static let ofExtendedWrites = NBDCommandFlags(rawValue: 0b100001)
+    fileprivate static let ofZeroes = NBDCommandFlags(rawValue: 0b010011)
+    fileprivate static let ofStatus = NBDCommandFlags(rawValue: 0b001001)
 }

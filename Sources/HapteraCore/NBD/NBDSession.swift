@@ -75,8 +75,8 @@ package struct NBDSession {
 
     /// Consumes at most one message from the start of `bytes` and adds its length to `consumed`.
     package mutating func next(_ bytes: RawMemory, consumed: inout Int) -> Event {
+        if negotiation.outputCount != 0 { negotiation.resetOutput() }
         if case .transmission = state { return nextRequest(bytes, &consumed) }
-        negotiation.resetOutput()
         switch state {
         case .greeting:
             negotiation.greet()

@@ -72,7 +72,9 @@ package final class MemoryDevice: BlockDevice {
         let offset = Int(operation.offset)
         let position = offset % Geometry.blockSize
         let blocks = Geometry.blocks(offset: operation.offset, length: operation.length)
-        let isHole = blocks.allSatisfy { state(Int($0)) != .data }
+        var block = Int(blocks.lowerBound)
+        while block < Int(blocks.upperBound), state(block) != .data { block += 1 }
+        let isHole = block == Int(blocks.upperBound)
         if isHole {
             target.slice(position, operation.length).fill()
         } else {
