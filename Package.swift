@@ -49,7 +49,8 @@ var targets: [Target] = [
         name: "HapteraIOTests", dependencies: ["HapteraIO", "CAllocations", "CHaptera"],
         swiftSettings: strict),
     .testTarget(
-        name: "HapteraEngineTests", dependencies: ["HapteraEngine"], swiftSettings: strict),
+        name: "HapteraEngineTests",
+        dependencies: ["HapteraEngine", "HapteraTesting", "CAllocations"], swiftSettings: strict),
     .testTarget(
         name: "TidyTests", exclude: ["long-functions.txt", "glossary.txt"], swiftSettings: strict),
 ]
