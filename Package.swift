@@ -44,7 +44,8 @@ var targets: [Target] = [
     .testTarget(
         name: "SimulationTests", dependencies: ["HapteraCore", "HapteraTesting"], swiftSettings: strict),
     .testTarget(
-        name: "HapteraCoreTests", dependencies: ["HapteraCore", "CHaptera"], swiftSettings: strict),
+        name: "HapteraCoreTests", dependencies: ["HapteraCore", "CHaptera", "HapteraTesting"],
+        swiftSettings: strict),
     .testTarget(
         name: "HapteraIOTests", dependencies: ["HapteraIO", "CAllocations", "CHaptera"],
         swiftSettings: strict),

@@ -164,7 +164,7 @@ package final class ActivityLog {
         }
         guard (Self.capacityMin...Self.capacityMax).contains(header.capacity),
             UInt64(memory.count) == Self.fileSize(capacity: header.capacity),
-            header.tail <= UInt64(Int64.max)
+            header.tail < 1 << 62
         else {
             throw StorageError(
                 .damaged, "activity.log: header gives \(header.capacity) records, file has not")

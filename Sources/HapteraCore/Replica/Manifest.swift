@@ -112,7 +112,7 @@ package struct Manifest: Equatable, Sendable {
         guard memory.load(UInt32.self, 20) == expected else { return nil }
         self.init(body: body.bytes())
         counter = memory.load(UInt64.self, 8)
-        guard counter % 2 == UInt64(slot) else { return nil }
+        guard counter % 2 == UInt64(slot), counter < 1 << 62 else { return nil }
     }
 
     private init?(body: [UInt8]) {
@@ -133,9 +133,9 @@ package struct Manifest: Equatable, Sendable {
             guard let decoded = VolumeRecord(decoding: record) else { return nil }
             installed = decoded
         }
-        guard r.isValid, r.remaining == 0, clean <= 1, !layers.isEmpty, identity.isValid else {
-            return nil
-        }
+        guard r.isValid, r.remaining == 0, clean <= 1, !layers.isEmpty, identity.isValid,
+            promise.rawValue < 1 << 62
+        else { return nil }
     }
 
     package enum Loaded {

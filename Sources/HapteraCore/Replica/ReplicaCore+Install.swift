@@ -49,7 +49,8 @@ extension ReplicaCore {
             return refuse(slot, .staleEpoch)
         }
         let member = identity.member
-        guard request.record.size == size, request.record.layers == manifest.layers,
+        guard epoch.rawValue < 1 << 62, request.record.size == size,
+            request.record.layers == manifest.layers,
             (request.record.inSync + [request.record.joining].compactMap { $0 }).allSatisfy({
                 $0.replica != member.replica || $0 == member
             })

@@ -61,6 +61,8 @@ extension ReplicaCore {
         let blockSize = UInt64(Geometry.blockSize)
         let blocks = Int(header.length) / Geometry.blockSize
         let isWrite = header.kind == .write
+        // Sequence numbers count requests: none gets there, and arithmetic on them must not overflow.
+        guard header.sequence.rawValue < 1 << 62 else { return false }
         guard (buffer != .none) == isWrite, isWrite || header.dataLength == 0,
             isWrite || header.tableLength == 0
         else { return false }

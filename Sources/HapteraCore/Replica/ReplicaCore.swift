@@ -8,6 +8,8 @@
 package final class ReplicaCore {
     package let actions = ValueQueue<ReplicaAction>(capacity: 1024)
     package let identity: ReplicaIdentity
+    /// Owns the log's mapping.
+    private let storage: ReplicaStorage
     let options: ReplicaOptions
     let pool: BufferPool
     /// Bytes of the volume.
@@ -103,6 +105,7 @@ package final class ReplicaCore {
         precondition(options.tableCachePagesMax >= options.activeRegionsMax + 64)
         precondition(options.activeRegionsMax <= InstallReply.activeRegionsMax)
         let opened = try OpenedReplica(storage: storage, options: options)
+        self.storage = storage
         self.options = options
         self.pool = pool
         manifest = opened.manifest

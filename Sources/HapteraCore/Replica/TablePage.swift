@@ -72,7 +72,9 @@ package struct TablePage: Equatable, BitwiseCopyable, Sendable {
             page.load(UInt32.self, 48) == Self.checksum(page),
             page.load(UInt32.self, 8) == layer.rawValue, page.load(UInt32.self, 12) == 0,
             page.load(UInt64.self, 16) == region,
-            page.load(UInt64.self, 24) % 2 == UInt64(slot)
+            page.load(UInt64.self, 24) % 2 == UInt64(slot),
+            // Nothing counts that far: a counter near its end would overflow later.
+            page.load(UInt64.self, 24) < 1 << 62, page.load(UInt64.self, 40) < 1 << 62
         else { return nil }
         self.init(
             layer: layer, region: region, version: page.load(UInt64.self, 24),
