@@ -47,6 +47,9 @@ var targets: [Target] = [
         name: "HapteraCoreTests", dependencies: ["HapteraCore", "CHaptera", "HapteraTesting"],
         swiftSettings: strict),
     .testTarget(
+        name: "HapteraReplicaTests", dependencies: ["HapteraReplica", "HapteraCore", "HapteraIO"],
+        swiftSettings: strict),
+    .testTarget(
         name: "HapteraIOTests", dependencies: ["HapteraIO", "CAllocations", "CHaptera"],
         swiftSettings: strict),
     .testTarget(

@@ -1,0 +1,147 @@
+import Glibc
+import HapteraCore
+import HapteraIO
+import Testing
+
+@testable import HapteraReplica
+
+/// A directory on a real disk, removed afterwards.
+final class TestDirectory {
+    let path: String
+    init() throws {
+        path = "\(environment("TMPDIR") ?? "/var/tmp")/haptera-\(hexadecimal(randomUInt64()))"
+        // SAFETY: the string outlives the call.
+        try #require(unsafe mkdir(path, 0o700) == 0)
+    }
+    deinit {
+        for name in ["layers/1.data", "layers/1.table", "activity.log", "manifest", "image"] {
+            // SAFETY: the strings outlive the calls.
+            _ = unsafe unlink("\(path)/\(name)")
+        }
+        _ = unsafe rmdir("\(path)/layers")
+        _ = unsafe rmdir(path)
+    }
+}
+
+@Suite struct OfflineToolsTests {
+    private static let size = UInt64(3 * Geometry.regionSize + 8192)
+    private let identity = ReplicaIdentity(
+        volume: VolumeID(high: 1, low: 2), name: "volume", replica: ReplicaID(rawValue: 3),
+        incarnation: Incarnation(rawValue: 4), size: size)
+
+    /// A replica whose region 1 has two blocks of data, drained, and whose last block is active.
+    private func fill(_ directory: String) throws {
+        try ReplicaCore.create(
+            storage: DirectoryStorage(directory: directory, mode: .serve), identity: identity)
+        let storage = DirectoryStorage(directory: directory, mode: .serve)
+        let layer = LayerID(rawValue: 1)
+        let block = MemoryBlock(count: 8192)
+        for place in 0..<8192 { block.memory[place] = UInt8(place % 249) }
+        let first = UInt64(Geometry.regionSize)
+        try storage.write(.data(layer), offset: first, from: block.memory)
+        let entries = MemoryBlock(count: TablePage.entriesSize)
+        for index in 0..<2 {
+            let bytes = block.memory.slice(index * 4096, 4096)
+            BlockEntry(state: .data, checksum: CRC32C.checksum(bytes))
+                .encode(to: entries.memory, at: index * 8)
+        }
+        let page = MemoryBlock(count: TablePage.size)
+        TablePage(layer: layer, region: 1, version: 0, birth: Epoch(1), logIndex: 0)
+            .encode(entries: entries.memory, to: page.memory)
+        try storage.write(
+            .table(layer), offset: TablePage.pairOffset(region: 1), from: page.memory)
+
+        let last = Self.size - 4096
+        try storage.write(.data(layer), offset: last, from: block.memory.slice(0, 4096))
+        let log = try ActivityLog(opening: storage.mapLog(size: Int(try storage.size(.log))))
+        log.append(.activate(layer: layer, region: 3))
+        log.append(
+            .entry(
+                layer: layer, block: last / 4096, count: 1,
+                BlockEntry(
+                    state: .data, checksum: CRC32C.checksum(block.memory.slice(0, 4096)))))
+        try storage.sync(.log)
+    }
+
+    private func damage(_ directory: String, at offset: UInt64) throws {
+        let storage = DirectoryStorage(directory: directory, mode: .serve)
+        let block = MemoryBlock(count: 4096)
+        let file = ReplicaFile.data(LayerID(rawValue: 1))
+        _ = try storage.read(file, offset: offset, into: block.memory)
+        block.memory[17] ^= 1
+        try storage.write(file, offset: offset, from: block.memory)
+    }
+
+    @Test func verifyTellsDoubtFromDamage() throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        var report = try OfflineTools.verify(directory: directory.path)
+        #expect(report.dataBlocks == 3)
+        #expect(!report.isDamaged && report.doubtful == 0)
+        try damage(directory.path, at: Self.size - 4096)
+        report = try OfflineTools.verify(directory: directory.path)
+        #expect(!report.isDamaged && report.doubtful == 1)
+        try damage(directory.path, at: UInt64(Geometry.regionSize) + 4096)
+        report = try OfflineTools.verify(directory: directory.path)
+        #expect(report.mismatches == 1 && report.doubtful == 1)
+        #expect(report.details.first?.offset == UInt64(Geometry.regionSize) + 4096)
+        #expect(ReplicaCommand.run(["verify", "--dir", directory.path, "--json"]) == 1)
+    }
+
+    @Test func exportIsTheRawImageAndSparse() throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        let image = "\(directory.path)/image"
+        try OfflineTools.export(directory: directory.path, output: image)
+        let fd = try FileDescriptors.open(image, flags: O_RDONLY)
+        defer { close(fd) }
+        var status = stat()
+        // SAFETY: `status` is a local that outlives the call.
+        unsafe fstat(fd, &status)
+        #expect(UInt64(status.st_size) == Self.size)
+        #expect(status.st_blocks * 512 < 128 << 10)
+        let block = MemoryBlock(count: 8192)
+        // SAFETY: the block has the bytes asked for.
+        let count = unsafe pread(fd, block.memory.base, 8192, off_t(Geometry.regionSize))
+        #expect(count == 8192)
+        #expect(block.memory[100] == 100 && block.memory[8191] == UInt8(8191 % 249))
+
+        let damaged = Self.size - 4096
+        try damage(directory.path, at: damaged)
+        let error = #expect(throws: StorageError.self) {
+            try OfflineTools.export(directory: directory.path, output: image)
+        }
+        #expect(error?.message.contains("offset \(damaged)") == true)
+    }
+
+    @Test func aDirectoryInUseIsRefused() throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        let serving = DirectoryStorage(directory: directory.path, mode: .serve)
+        _ = try serving.descriptor(.manifest)
+        let looking = DirectoryStorage(
+            directory: directory.path, mode: .inspect(waitMilliseconds: 0))
+        let error = #expect(throws: StorageError.self) { try looking.size(.manifest) }
+        #expect(error?.code == .inUse)
+        let report = try InspectReport(directory: directory.path)
+        #expect(report.json.contains("\"inUse\":true"))
+        #expect(report.json.contains("\"sizeBytes\":\(Self.size)"))
+    }
+
+    @Test func makingItTwiceIsOneReplicaAndAnotherIsRefused() throws {
+        let directory = try TestDirectory()
+        let words = [
+            "create", "--dir", directory.path, "--volume-id", identity.volume.text, "--volume",
+            "volume", "--replica-id", identity.replica.text, "--incarnation",
+            "0000000000000004", "--size",
+        ]
+        #expect(ReplicaCommand.run(words + ["1048576"]) == 0)
+        #expect(ReplicaCommand.run(words + ["1048576"]) == 0)
+        #expect(ReplicaCommand.run(words + ["2097152"]) == 1)
+        #expect(ReplicaCommand.run(words + ["1000"]) == 2)
+        #expect(ReplicaCommand.run(["create", "--dir", directory.path]) == 2)
+        #expect(ReplicaCommand.run(["inspect", "--dir", directory.path, "--no"]) == 2)
+        #expect(ReplicaCommand.run([]) == 2)
+        #expect(ReplicaCommand.run(["inspect", "--dir", "\(directory.path)/none"]) == 1)
+    }
+}
