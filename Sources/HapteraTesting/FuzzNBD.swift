@@ -29,6 +29,7 @@ package struct FuzzNBD {
         name: "vol", size: 1 << 40, isReadOnly: false, zeroesFastWithoutHole: false)
     private let block = MemoryBlock(count: 1 << 20)
     private var report = Report()
+    private static let longName = String(repeating: "x", count: NBDLimits.stringLengthMax + 1)
 
     /// Runs `inputs` inputs of `target` from `seed`.
     package static func run(_ target: Target, seed: UInt64, inputs: Int) throws(Failure) -> Report {
@@ -94,7 +95,7 @@ package struct FuzzNBD {
         header(option, data.count) + data
     }
     private func option() -> [UInt8] {
-        let name = random.pick(["", "vol", "other", String(repeating: "x", count: 4097)])
+        let name = random.pick(["", "vol", "other", random.permille(50) ? Self.longName : "x"])
         switch random.below(8) {
         case 0: return option(6, export(name, [0, 1, 3]))
         case 1: return option(7, export(name, [3]))
@@ -102,9 +103,14 @@ package struct FuzzNBD {
         case 3: return option(1, Array(name.utf8))
         case 4: return header(8, 0)
         case 5: return header(11, 0)
-        case 6: return option(99, [UInt8](repeating: 7, count: random.pick([0, 9, 65536, 65537])))
+        case 6: return option(99, longData())
         default: return header(UInt64(random.below(13)), 0)
         }
+    }
+    /// Around the limit, seldom: long inputs are slow ones.
+    private func longData() -> [UInt8] {
+        let count = random.permille(30) ? random.between(65535, 65537) : random.below(64)
+        return [UInt8](repeating: 7, count: count)
     }
     private func export(_ name: String, _ items: [UInt64]) -> [UInt8] {
         number(UInt64(name.utf8.count), 4) + Array(name.utf8) + number(UInt64(items.count), 2)
@@ -123,7 +129,7 @@ package struct FuzzNBD {
         var length = random.pick(lengths)
         if isExtended && random.permille(100) { length = random.next() }
         if command == 1 {
-            length = min(length, 70_000)
+            length = min(length, random.permille(20) ? 70_000 : 1024)
             if isExtended { flags |= 0x20 }
         }
         let offset = random.pick([0, 512, 1, 1 << 39, 1 << 40, .max, 1 << 63, random.next()])

@@ -6,4 +6,7 @@ import HapteraTesting
     import Musl
 #endif
 
-exit(SimulatorCommand.run(Array(CommandLine.arguments.dropFirst())))
+let words = Array(CommandLine.arguments.dropFirst())
+exit(
+    words.first == "fuzz"
+        ? FuzzCommand.run(Array(words.dropFirst())) : SimulatorCommand.run(words))
