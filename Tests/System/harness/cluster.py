@@ -321,7 +321,8 @@ class Cluster:
             replica.shutdown()
         for replica in self.replicas:
             report = json.loads(replica.tool("verify", "--json"))
-            assert report.get("mismatches", report.get("damaged", 0)) == 0, report
+            faults = [report[key] for key in ("damaged", "damagedPages", "doubtful")]
+            assert faults == [0, 0, 0], report
         digests = {r.export_digest() for r in self.replicas}
         assert len(digests) == 1, f"exports differ: {digests}"
         return digests.pop()
