@@ -42,7 +42,8 @@ var targets: [Target] = [
     .executableTarget(
         name: "haptera-sim", dependencies: ["HapteraTesting"], swiftSettings: strict),
     .testTarget(
-        name: "SimulationTests", dependencies: ["HapteraCore", "HapteraTesting"], swiftSettings: strict),
+        name: "SimulationTests", dependencies: ["HapteraCore", "HapteraTesting"],
+        swiftSettings: strict),
     .testTarget(
         name: "HapteraCoreTests", dependencies: ["HapteraCore", "CHaptera", "HapteraTesting"],
         swiftSettings: strict),

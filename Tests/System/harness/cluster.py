@@ -321,7 +321,7 @@ class Cluster:
             replica.shutdown()
         for replica in self.replicas:
             report = json.loads(replica.tool("verify", "--json"))
-            faults = [report[key] for key in ("damaged", "damagedPages", "doubtful")]
+            faults = [report[key] for key in ("mismatches", "damagedPages", "doubtful")]
             assert faults == [0, 0, 0], report
         digests = {r.export_digest() for r in self.replicas}
         assert len(digests) == 1, f"exports differ: {digests}"
