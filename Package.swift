@@ -45,7 +45,8 @@ var targets: [Target] = [
         name: "SimulationTests", dependencies: ["HapteraCore", "HapteraTesting"],
         swiftSettings: strict),
     .testTarget(
-        name: "HapteraCoreTests", dependencies: ["HapteraCore", "CHaptera", "HapteraTesting"],
+        name: "HapteraCoreTests",
+        dependencies: ["HapteraCore", "CHaptera", "HapteraTesting", "CAllocations"],
         swiftSettings: strict),
     .testTarget(
         name: "HapteraReplicaTests", dependencies: ["HapteraReplica", "HapteraCore", "HapteraIO"],

@@ -191,12 +191,12 @@ package final class ReplicaCore {
 
     /// Lets what waits try again, in order, as long as it gets on.
     private func retryWaiting() {
-        retry(\.awaitingLog)
-        if cache.activeCount < options.activeRegionsMax { retry(\.parked) }
-        retry(\.awaitingResources)
+        // Asked here and not in `retry`: nearly always nothing waits.
+        if !awaitingLog.isEmpty { retry(\.awaitingLog) }
+        if !parked.isEmpty, cache.activeCount < options.activeRegionsMax { retry(\.parked) }
+        if !awaitingResources.isEmpty { retry(\.awaitingResources) }
     }
     private func retry(_ path: ReferenceWritableKeyPath<ReplicaCore, SlotQueue>) {
-        guard !self[keyPath: path].isEmpty else { return }
         var waiting = self[keyPath: path]
         self[keyPath: path] = SlotQueue()
         while let slot = pop(&waiting) {
