@@ -1,5 +1,6 @@
 import GRPCCore
 import HapteraAPI
+import Synchronization
 
 extension Session {
     /// Follows a volume until `isDone` says so, and returns what it was given then (nil: the volume
@@ -12,43 +13,34 @@ extension Session {
         defer { progress.clear() }
         var request = Haptera_V1_ListVolumesRequest()
         request.name = name
-        var last: Haptera_V1_Volume?
+        // The last thing heard, in the optional's optional: nothing yet, or that there is no volume.
+        let last = Mutex<Haptera_V1_Volume??>(nil)
         while !isPastDeadline {
             do {
-                let outcome = try await volumes.watchVolumes(request, options: callOptions) {
-                    response -> Outcome in
-                    var seen: Haptera_V1_Volume?
-                    do {
-                        for try await message in response.messages {
-                            seen = message.volumes.first
-                            progress.show("\(action) \(name): \(Self.describe(seen))")
-                            if try isDone(seen) { return Outcome(isDone: true, volume: seen) }
-                        }
-                    } catch let error as RPCError {
-                        return Outcome(isDone: false, volume: seen, error: error)
+                let isOver = try await volumes.watchVolumes(request, options: callOptions) {
+                    response in
+                    for try await message in response.messages {
+                        let volume = message.volumes.first
+                        last.withLock { $0 = .some(volume) }
+                        progress.show("\(action) \(name): \(Self.describe(volume))")
+                        if try isDone(volume) { return true }
                     }
-                    return Outcome(isDone: false, volume: seen)
+                    return false
                 }
-                if outcome.isDone { return outcome.volume }
-                last = outcome.volume ?? last
-                if let error = outcome.error { try Self.requireTransient(error) }
+                if isOver { return last.withLock { $0 ?? nil } }
             } catch let error as RPCError {
                 try Self.requireTransient(error)
+            } catch is CancellationError where !Task.isCancelled {
+                // How a stream that was cut off may end; it is watched again.
             }
-            // The stream ended: the controller restarts, or the deadline has come.
             try await Task.sleep(for: .milliseconds(100))
         }
+        let words = last.withLock { $0.map(Self.describe) } ?? "no answer from \(server)"
         throw CommandFailure(
             .unavailable,
             "not done after \(options.timeout.seconds) s: \(action) \(name): "
-                + "\(Self.describe(last)); it goes on in the background: see 'storagectl volume "
-                + "show \(name)', or allow more with --timeout")
-    }
-
-    private struct Outcome: Sendable {
-        var isDone: Bool
-        var volume: Haptera_V1_Volume?
-        var error: RPCError?
+                + "\(words); it goes on in the background: see 'storagectl volume show \(name)', "
+                + "or allow more with --timeout")
     }
 
     private static func requireTransient(_ error: RPCError) throws {

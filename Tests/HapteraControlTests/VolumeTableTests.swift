@@ -66,7 +66,7 @@ import Testing
         }
     }
 
-    @Test func eachAttachmentHasItsOwnGeneration() async throws {
+    @Test func eachAttachmentIsANewClient() async throws {
         let test = try TestStore()
         _ = try await test.makeVolume()
         let ready: Set = ["a", "b", "c"]
