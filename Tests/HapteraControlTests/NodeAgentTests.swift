@@ -186,7 +186,7 @@ import Testing
         let first = try await bench.untilReplica(.running)
         kill(first.pid, SIGKILL)
         let waiting = try await bench.untilReplica(.waiting)
-        #expect(!waiting.reason.isEmpty)
+        #expect(waiting.reason == "process \(first.pid) was ended by signal 9")
         let seen = bench.now
         // Not within 2 s of the agent's clock, whatever the wall clock says.
         while bench.now < seen + RestartBackoff.delayMinimum - 50 {

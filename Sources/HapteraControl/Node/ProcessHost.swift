@@ -6,7 +6,8 @@ package protocol ProcessHost: Sendable {
     func start(_ executable: String, _ arguments: [String], log: String) throws -> ProcessIdentity
     /// Runs to the end; its exit status.
     func run(_ executable: String, _ arguments: [String], log: String) async throws -> Int32
-    func isRunning(_ process: ProcessIdentity) -> Bool
+    /// How it ended; nil while it runs.
+    func ending(of process: ProcessIdentity) -> ProcessEnding?
     /// The process that has this number now.
     func identity(of pid: Int32) -> ProcessIdentity?
     func kill(_ process: ProcessIdentity)
@@ -20,6 +21,24 @@ package protocol ProcessHost: Sendable {
     func removeDirectory(_ path: String) async throws
     /// The end of a log file, for saying why a process ended.
     func lastLine(of log: String) -> String
+}
+
+/// What is known of how a process ended.
+package enum ProcessEnding: Equatable, Sendable {
+    case status(Int32)
+    case signal(Int32)
+    /// It was not our child: adopted, and reaped by somebody else.
+    case unknown
+
+    /// `lastLine`: of its log, where a process that gives up says why.
+    package func reason(pid: Int32, lastLine: String) -> String {
+        switch self {
+        case .signal(let number): "process \(pid) was ended by signal \(number)"
+        case .status(0): "process \(pid) ended by itself"
+        case .status(let status): "process \(pid) ended with status \(status): \(lastLine)"
+        case .unknown: "process \(pid) ended: \(lastLine)"
+        }
+    }
 }
 
 package struct RealProcessHost: ProcessHost {
@@ -58,10 +77,11 @@ package struct RealProcessHost: ProcessHost {
         try? files.moveItem(atPath: log, toPath: log + ".1")
     }
 
-    package func isRunning(_ process: ProcessIdentity) -> Bool {
-        // Reaps it if it was our child and has ended; an adopted one is init's to reap.
-        ChildProcess.reap(process.pid)
-        return process.isRunning
+    package func ending(of process: ProcessIdentity) -> ProcessEnding? {
+        if let status = ChildProcess.reap(process.pid) {
+            return status >= 128 ? .signal(status - 128) : .status(status)
+        }
+        return process.isRunning ? nil : .unknown
     }
 
     package func identity(of pid: Int32) -> ProcessIdentity? { ProcessIdentity(running: pid) }

@@ -97,7 +97,7 @@ package struct Supervision: Sendable {
         guard !hasLooked else { return }
         hasLooked = true
         let file = ProcessFile.load(files.process)
-        if let file, host.isRunning(file.identity) {
+        if let file, host.ending(of: file.identity) == nil {
             process = file.identity
         } else if let pid = answer?["pid"].flatMap({ Int32($0) }) {
             process = host.identity(of: pid)
@@ -112,12 +112,11 @@ package struct Supervision: Sendable {
 
     /// Notices that the process has ended.
     package mutating func observe(_ host: some ProcessHost, now: Int64) {
-        guard let process, !host.isRunning(process) else { return }
+        guard let process, let ending = host.ending(of: process) else { return }
         self.process = nil
         status = [:]
         polledAt = .min
-        let line = host.lastLine(of: files.log)
-        reason = line.isEmpty ? "process \(process.pid) ended" : line
+        reason = ending.reason(pid: process.pid, lastLine: host.lastLine(of: files.log))
         backoff.ended(now: now)
     }
 
