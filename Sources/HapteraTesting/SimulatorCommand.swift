@@ -47,6 +47,7 @@ package enum SimulatorCommand {
             guard let failure = outcome.failure else { continue }
             failed += 1
             print("seed \(seed): FAILED at step \(failure.step): \(failure.what)")
+            fflush(nil)
             if parsed.stopsAtFailure { break }
         }
         let elapsed = max(seconds() - start, 0.001)
