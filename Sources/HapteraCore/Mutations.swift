@@ -22,7 +22,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let dataBeforeActivate = MutationSet(rawValue: 1 << 7)
     /// F: announce a stable point before everything is resolved.
     package static let stableBeforeResolved = MutationSet(rawValue: 1 << 8)
-    /// F: drain regions the replica has not flushed itself.
+    /// F: drain regions whatever has been flushed and announced as stable.
     package static let drainWithoutFlush = MutationSet(rawValue: 1 << 9)
     /// I: leave the birth of active regions as it is.
     package static let noRestamp = MutationSet(rawValue: 1 << 10)

@@ -35,6 +35,15 @@ struct Promises {
         for operation in snapshots.keys { snapshots[operation] = flushed }
     }
 
+    /// Bytes were kept that no entry vouches for: what was trimmed before a torn write may show.
+    mutating func forget(_ blocks: Range<UInt64>) {
+        for sector in Int(blocks.lowerBound) * 8..<Int(blocks.upperBound) * 8 {
+            acknowledged[sector] = 0
+            flushed[sector] = 0
+        }
+        for operation in snapshots.keys { snapshots[operation] = flushed }
+    }
+
     private func isLater(_ a: Int, _ b: Int) -> Bool { order[a, default: 0] > order[b, default: 0] }
     /// Whether a copy that holds the outcome of `held` keeps the promise `promised`.
     func covers(_ held: ClientOperation, _ promised: Int) -> Bool {

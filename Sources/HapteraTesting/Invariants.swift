@@ -33,6 +33,7 @@ extension World {
         }
         let first = header.offset / UInt64(Geometry.blockSize)
         let blocks = first..<first + UInt64(header.length) / UInt64(Geometry.blockSize)
+        if header.kind == .adopt { promises.forget(blocks) }
         for other in host.requests
         where other.connection == number && other.blocks.overlaps(blocks)
             && other.epoch == header.epoch
@@ -71,8 +72,9 @@ extension World {
             }
             host.promised = max(host.promised, header.epoch)
         }
+        observeBirth(host, header, table)
         switch header.kind {
-        case .install where header.status == .ok: observeInstall(host, header)
+        case .install where header.status == .ok: observeInstall(host, header, table)
         case .write, .setState, .adopt:
             guard
                 let index = host.requests.firstIndex(where: {
@@ -87,7 +89,16 @@ extension World {
         }
     }
 
-    private func observeInstall(_ host: SimulatedReplica, _ header: FrameHeader) {
+    private func observeInstall(
+        _ host: SimulatedReplica, _ header: FrameHeader, _ table: BufferID
+    ) {
+        let payload = host.pool?.memory(table).slice(0, Int(header.tableLength)).bytes() ?? []
+        guard let reply = InstallReply(decoding: payload) else {
+            return fail("\(host.name): an Install's reply does not parse")
+        }
+        host.isMarkedRebooted = reply.isRebooted
+        noteLoss()
+        for region in reply.activeRegions { host.restamped[region] = header.epoch }
         trace("\(host.name) installed e\(header.epoch.rawValue)")
         host.installed = max(host.installed, header.epoch)
         host.installedAt = timeline.now
@@ -116,6 +127,33 @@ extension World {
             host.order[Int(block)] = max(host.order[Int(block)], point)
         }
         for value in request.values { host.applied.insert(value) }
+    }
+
+    /// 14: data changes only in regions that are durably in the activity log. (Looked at now and
+    /// then: reading the log takes its time.)
+    func observeDiskAction(_ host: SimulatedReplica, _ action: ReplicaAction) {
+        guard case .write(.data, let offset, _, _, _, _) = action else { return }
+        host.dataWriteCount += 1
+        guard host.dataWriteCount % 8 == 1 else { return }
+        let image = ReplicaImage(host.disk, isDurable: true, sizeBytes: workload.sizeBytes)
+        let region = Geometry.region(ofByte: offset)
+        if image?.activeRegions.contains(region) != true {
+            fail("invariant 14: \(host.name) writes data of region \(region), not durably active")
+        }
+    }
+
+    /// 16: an Install has raised the birth of every active region.
+    private func observeBirth(
+        _ host: SimulatedReplica, _ header: FrameHeader, _ table: BufferID
+    ) {
+        guard header.kind == .digest, header.status == .ok, let pool = host.pool else { return }
+        let region = Geometry.region(ofByte: header.offset)
+        let birth = Epoch(pool.memory(table).load(UInt64.self, 0))
+        if let least = host.restamped[region], birth < least {
+            fail(
+                "invariant 16: \(host.name) gives region \(region) birth \(birth.rawValue),"
+                    + " active at the install of e\(least.rawValue)")
+        }
     }
 
     /// A replica gave itself up.
@@ -198,16 +236,18 @@ extension World {
         // The same proposal again, because the first is in doubt: nothing new is decided.
         guard next.nonce != engine.proposedNonce else { return }
         engine.proposedNonce = next.nonce
+        // A superseded engine's proposal fails.
+        guard next.epoch == store.record.epoch.next else { return }
         let rest = hosts.filter { next.contains($0.id) }
         let gone = hosts.filter { store.record.contains($0.id) && !next.contains($0.id) }
-        guard rest.allSatisfy(\.isLossy), gone.contains(where: { !$0.isLossy }) else { return }
-        if engine.servesNewClients {
+        if engine.servesNewClients && rest.allSatisfy(\.isMarkedRebooted) {
             // Nobody is left who would notice.
             note("loss of unflushed writes is allowed here")
             history.append(.lossAllowed, step: timeline.step)
             promises.lost()
             return
         }
+        guard rest.allSatisfy(\.isLossy), gone.contains(where: { !$0.isLossy }) else { return }
         // 9, promise 1: a good copy is not given up for copies known to have lost power.
         let knows = rest.allSatisfy { host in
             guard let slot = engine.core.slot(of: host.id), let link = engine.connections[slot]
@@ -250,7 +290,7 @@ extension World {
         guard isGenerationUnserved, engine.generation == generation else { return }
         isGenerationUnserved = false
         let members = hosts.filter { store.record.contains($0.id) }
-        if members.allSatisfy(\.isLossy) {
+        if members.allSatisfy(\.isMarkedRebooted) {
             // Nobody is left who would notice: what was not flushed may be gone.
             note("loss of unflushed writes is allowed here")
             history.append(.lossAllowed, step: timeline.step)

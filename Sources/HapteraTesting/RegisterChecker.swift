@@ -55,6 +55,7 @@ package struct RegisterChecker {
     private var candidates: [ValueID]
     /// Every value ever written.
     private var past: [ValueID] = []
+    private var hasUnseenWrites = false
     private var order = 0
     private static let statesMax = 4000
     /// Too many possibilities: the rest of the history is not judged.
@@ -81,6 +82,7 @@ package struct RegisterChecker {
             let returns = returning.contains(event.operation)
             // A write nobody waits for and nobody saw may as well never have happened.
             if case .writeInvoked(let value) = event.kind, !returns, !read.contains(value) {
+                hasUnseenWrites = true
                 continue
             }
             if case .readInvoked = event.kind, !returns { continue }
@@ -120,7 +122,9 @@ package struct RegisterChecker {
             // A write torn on every copy of a block that was trimmed before leaves whatever bytes
             // lie there, also some from before the trim.
             var possible = candidates + states.map(\.value)
-            if possible.contains(0) && possible.contains(where: { $0 != 0 }) { possible += past }
+            if possible.contains(0), hasUnseenWrites || possible.contains(where: { $0 != 0 }) {
+                possible += past
+            }
             var values: [ValueID] = []
             for value in possible where !values.contains(value) { values.append(value) }
             // A read that was satisfied before the loss stays so.

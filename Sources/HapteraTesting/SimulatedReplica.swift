@@ -30,6 +30,10 @@ final class SimulatedReplica {
     /// Highest (epoch, sequence) applied per block, for the order of writes.
     var order: [StablePoint]
 
+    /// Births an Install has raised: the epoch by region.
+    var restamped: [UInt64: Epoch] = [:]
+    var dataWriteCount = 0
+
     struct DataRequest {
         var connection: Int
         var tag: UInt64
@@ -63,6 +67,8 @@ final class SimulatedReplica {
         pool = nil
         process += 1
         requests = []
+        // A region that was on its way into the log, or out of it, may be found outside.
+        restamped = [:]
         connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
     }
     func rebooted(_ random: RandomSource) { bootID = random.next() | 1 }
@@ -154,6 +160,7 @@ extension World {
         case .read, .write, .sync, .punch:
             guard let submitted = host.disk.submit(action, pool: pool) else { return }
             traceDisk(host, action)
+            observeDiskAction(host, action)
             timeline.schedule(
                 after: submitted.delay,
                 .disk(

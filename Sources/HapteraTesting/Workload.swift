@@ -81,10 +81,11 @@ struct Workload {
         let perRegion = UInt64(Geometry.blocksPerRegion)
         var clusters: [Range<UInt64>] = [0..<2, blocks - 2..<blocks]
         if blocks > perRegion + 2 { clusters.append(perRegion - 2..<perRegion + 2) }
-        for _ in 0..<random.between(2, 6) {
+        for _ in 0..<random.between(2, 6) + (blocks > 4 * perRegion ? 16 : 0) {
             let start = UInt64(random.below(Int(blocks) - 8))
             clusters.append(start..<start + UInt64(random.between(1, 6)))
         }
+        for index in clusters.indices { clusters.swapAt(index, random.below(clusters.count)) }
         self.clusters = clusters
         subBlockPermille = random.pick([0, 100, 400])
         readPermille = random.pick([200, 350, 500])
@@ -123,7 +124,8 @@ struct Workload {
     }
 
     private func drawRange(_ random: RandomSource) -> (offset: UInt64, length: Int) {
-        let cluster = random.pick(clusters)
+        // The later a run in the list, the rarer: some are first touched late.
+        let cluster = clusters[random.below(random.below(clusters.count) + 1)]
         let first = cluster.lowerBound + UInt64(random.below(cluster.count))
         let regionEnd =
             (first / UInt64(Geometry.blocksPerRegion) + 1) * UInt64(Geometry.blocksPerRegion)

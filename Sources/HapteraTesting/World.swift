@@ -63,7 +63,7 @@ package final class World {
         self.seed = seed
         self.options = options
         random = RandomSource(seed: RandomSource.mix(seed))
-        let regions = random.pick([1, 2, 3, 8])
+        let regions = random.pick([1, 2, 3, 16])
         let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)

@@ -80,6 +80,12 @@ extension ReplicaCore {
         proposal.installed = request.record
         // A clean copy has lost nothing in a restart since.
         if proposal.isClean { proposal.settledBoot = options.bootID }
+        // So has one that this very process has filled from the others until it became a member.
+        if hasPromisedHere, manifest.installed?.joining == identity.member,
+            request.record.inSync.contains(identity.member)
+        {
+            proposal.settledBoot = options.bootID
+        }
         proposal.isClean = false
         writeManifest(proposal, .install)
     }

@@ -107,10 +107,11 @@ extension ReplicaCore {
     private func canDrain(_ frame: Int32) -> Bool {
         let found = cache.frames[Int(frame)]
         guard found.state == .active, !found.isRenewing, found.writes == 0,
-            found.waiters.isEmpty, found.lastWrite <= stablePoint
+            found.waiters.isEmpty
         else { return false }
-        return found.dataTicket <= syncs[FileSync.data].durable
-            || options.mutations.contains(.drainWithoutFlush)
+        if options.mutations.contains(.drainWithoutFlush) { return true }
+        return found.lastWrite <= stablePoint
+            && found.dataTicket <= syncs[FileSync.data].durable
     }
 
     private func collect(isTick: Bool) {
