@@ -94,11 +94,22 @@ package final class DirectoryStorage: ReplicaStorage {
             throw StorageError(.inUse, "\(directory) is in use: stop its replica first")
         }
         Log.info("waiting for the lock", ("file", path(file)))
-        while flock(fd, kind) != 0 {
-            guard errno == EINTR else {
+        // Not a blocking call: the signals that end the process are blocked and could not end it.
+        while flock(fd, kind | LOCK_NB) != 0 {
+            guard errno == EINTR || errno == EWOULDBLOCK else {
                 throw Self.error(errno, "cannot lock \(path(file)): \(errorText(errno))")
             }
+            guard !Self.isToldToStop() else {
+                throw StorageError(.inUse, "stopped while waiting for the lock of \(path(file))")
+            }
+            usleep(10_000)
         }
+    }
+    private static func isToldToStop() -> Bool {
+        var pending = sigset_t()
+        // SAFETY: `pending` is a local that outlives the calls.
+        return unsafe sigpending(&pending) == 0
+            && (sigismember(&pending, SIGTERM) == 1 || sigismember(&pending, SIGINT) == 1)
     }
 
     static func error(_ number: Int32, _ message: String) -> StorageError {
