@@ -13,8 +13,8 @@ package final class DirectoryStorage: ReplicaStorage {
     package enum Mode: Equatable, Sendable {
         /// Waits for the lock of another process.
         case serve
-        /// Looks only, shares the lock with others that do; fails if somebody serves, but waits this
-        /// long for the kernel to end the I/O of one that has just stopped.
+        /// Looks only, shares the lock with others that do; fails if somebody serves, but waits
+        /// this long for the kernel to end the I/O of one that has just stopped.
         case inspect(waitMilliseconds: Int)
         /// Looks only, without a lock.
         case peek
@@ -256,8 +256,8 @@ package final class DirectoryStorage: ReplicaStorage {
         mapping = memory
         return memory
     }
-    /// Gives the memory of the mapping's pages back, which replaying has all touched; the page cache
-    /// keeps what was stored.
+    /// Gives the memory of the mapping's pages back, which replaying has all touched; the page
+    /// cache keeps what was stored.
     package func releaseLogPages() {
         // SAFETY: the range is this object's own shared mapping of a file, which stays as it is.
         if mode == .serve, let mapping {

@@ -117,8 +117,8 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///         40     8             its sequence number
 ///         48     4  checksum   CRC32C of bytes 0..<48
 ///
-/// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail, so
-/// a replay that begins at whichever header survived finds every record it needs.
+/// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail,
+/// so a replay that begins at whichever header survived finds every record it needs.
 package final class ActivityLog {
     package static let magic: UInt32 = 0x4c41_5048
     package static let formatVersion: UInt32 = 1

@@ -5,8 +5,8 @@
 // 2. the activation is stored in the log and synced                -> active, nothing changed
 // 3. the data is written                                           -> old entry, new, old or torn
 //                                                                     data: doubtful, never served
-// 4. the entry records are stored in the log                       -> survive the process; after a
-//                                                                     power cut perhaps not: doubtful
+// 4. the entry records are stored in the log                       -> survive the process; perhaps
+//                                                                     not a power cut: doubtful
 // 5. FUA only: data file and log are synced                        -> data and entries there
 // 6. the reply
 // A setState is 2, 4, 5 and 6: its space is given back after its region has drained.

@@ -5,7 +5,7 @@ extension ReplicaCore {
     /// refuses a directory that holds anything else.
     ///
     /// Order, and what a crash leaves:
-    /// 1. files are created at their sizes, the log is written with zeros   -> no manifest: made anew
+    /// 1. files are created at their sizes, the log is written with zeros   -> no manifest: anew
     /// 2. the log's header is written                                       -> same
     /// 3. all files and then their names are synced                         -> same
     /// 4. the manifest's slot 0 is written and synced                       -> none, or complete
@@ -217,7 +217,7 @@ package struct OpenedReplica {
             guard !isActive else {
                 throw StorageError(
                     .damaged,
-                    "table page of region \(region) is older than the log says: written pages were lost"
+                    "table page of region \(region) is older than the log says: pages were lost"
                 )
             }
             return

@@ -61,7 +61,7 @@ extension ReplicaCore {
         let blockSize = UInt64(Geometry.blockSize)
         let blocks = Int(header.length) / Geometry.blockSize
         let isWrite = header.kind == .write
-        // Sequence numbers count requests: none gets there, and arithmetic on them must not overflow.
+        // Sequence numbers count requests: none gets there, and none may overflow later.
         guard header.sequence.rawValue < 1 << 62 else { return false }
         guard (buffer != .none) == isWrite, isWrite || header.dataLength == 0,
             isWrite || header.tableLength == 0
@@ -128,7 +128,7 @@ extension ReplicaCore {
         resume(slot)
     }
 
-    /// Goes on with a request as far as it goes: at first, and whenever what it waited for is there.
+    /// Goes on with a request as far as it goes: at first, and when what it waited for is there.
     func resume(_ slot: Int32) {
         let index = Int(slot)
         if requests[index].phase == .parked { unpark(slot) }

@@ -17,7 +17,7 @@
 //
 // Order of moving the tail:
 // 1. all regions whose records it passes have drained or been renewed (durable, as above)
-// 2. the header goes to the slot not in use               -> old or new tail: both find all they need
+// 2. the header goes to the slot not in use               -> old tail or new, both good
 // 3. the log is synced                                    -> new tail; only now are slots reused
 //
 // Space is given back only after step 4 of draining: the entry that makes it unneeded is durable.

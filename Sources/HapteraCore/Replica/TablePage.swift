@@ -15,8 +15,8 @@
 ///         64  2048  entries    256 of 8 bytes (`BlockEntry`)
 ///       2112  1984  reserved   zero
 ///
-/// An empty page's only bytes that are not zero are in its first sector, so a torn write of one onto
-/// a hole leaves it whole or all zero.
+/// An empty page's only bytes that are not zero are in its first sector, so a torn write of one
+/// onto a hole leaves it whole or all zero.
 package struct TablePage: Equatable, BitwiseCopyable, Sendable {
     package static let size = 4096
     package static let pairSize = 2 * size
