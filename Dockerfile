@@ -61,7 +61,7 @@ FROM runtime AS controller
 COPY --from=build-control /source/.build/release/haptera-controller /usr/bin/
 COPY --from=build-control /source/.build/release/storagectl /usr/bin/
 HEALTHCHECK --interval=10s --timeout=5s \
-    CMD ["storagectl", "cluster", "status", "--quiet"]
+    CMD ["storagectl", "--server", "127.0.0.1:7780", "cluster", "status", "--quiet"]
 ENTRYPOINT ["haptera-controller"]
 
 # The node agent starts engines and replicas, so it carries them. It listens nowhere: whether it

@@ -13,7 +13,7 @@ extension Session {
         defer { progress.clear() }
         var request = Haptera_V1_ListVolumesRequest()
         request.name = name
-        // The last thing heard, in the optional's optional: nothing yet, or that there is no volume.
+        // The last thing heard: nothing yet, or (inside) that there is no volume.
         let last = Mutex<Haptera_V1_Volume??>(nil)
         while !isPastDeadline {
             do {

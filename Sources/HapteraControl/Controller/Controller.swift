@@ -31,8 +31,9 @@ package actor Controller {
             name: request.name, nodeID: request.nodeID, address: request.address,
             directory: request.directory, version: request.version, pid: request.pid)
         try await store.registerNode(row)
-        // Seen, but with nothing to report yet; what it reported before still stands.
-        observed[row.name] = (observed[row.name]?.report ?? .init(), store.clock())
+        // Ready with its first report: before that, its replicas would look dead. What it reported
+        // before its restart still stands.
+        if let known = observed[row.name] { observed[row.name] = (known.report, store.clock()) }
         changes.notify()
     }
 
