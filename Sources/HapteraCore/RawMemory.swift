@@ -135,11 +135,11 @@
     deinit { unsafe base.deallocate() }
 
     @inlinable package subscript(_ index: Int) -> Element {
-        @inlinable unsafeAddress {
+        @inlinable @inline(__always) unsafeAddress {
             precondition(index >= 0 && index < count)
             return unsafe UnsafePointer(base + index)
         }
-        @inlinable unsafeMutableAddress {
+        @inlinable @inline(__always) unsafeMutableAddress {
             precondition(index >= 0 && index < count)
             return unsafe base + index
         }

@@ -11,7 +11,8 @@ struct ReplicaEndpoint: Equatable {
 final class ReplicaLink: FrameDelegate, CompletionHandler {
     let id: ReplicaID
     let slot: ReplicaSlot
-    private unowned let shell: EngineShell
+    /// The shell lets go of its links, never the other way round.
+    private let shell: EngineShell
     private var address: SocketAddress
     private var connection: FrameConnection?
     private var connector: Connector?

@@ -11,7 +11,18 @@ package final class EngineCore {
     package internal(set) var phase = EnginePhase.idle
     package internal(set) var stopReason: StopReason?
     /// The record as last known to stand in the store.
-    package internal(set) var record: VolumeRecord?
+    package internal(set) var record: VolumeRecord? {
+        didSet {
+            epoch = record?.epoch ?? .zero
+            size = record?.size ?? 0
+            minInSync = Int(record?.minInSync ?? 1)
+        }
+    }
+    /// Of the record, for the data path: copying the record itself costs reference counts.
+    package private(set) var epoch = Epoch.zero
+    /// Bytes; zero until the record is known.
+    package private(set) var size: UInt64 = 0
+    private(set) var minInSync = 1
     /// What `storeCompareAndSwap` asks for.
     package internal(set) var proposedRecord: VolumeRecord
     /// The table of the last `sendControl`.
@@ -41,12 +52,14 @@ package final class EngineCore {
 
     // Membership.
     /// Members by the record that stands.
-    var members: SlotSet = []
+    var members = SlotSet()
     /// Whose reply an acknowledgement needs: the members of the last record every one of them has
     /// installed, and a joiner about to be promoted.
-    var required: SlotSet = []
+    var required = SlotSet()
     var joiner: ReplicaSlot?
     var joinStage = JoinStage.none
+    /// Somebody may have become ready to join since the last look.
+    var mayJoin = true
     var pendingChange: ChangePurpose?
     var isStoreBusy = false
     var storeRetryAt: Instant?
@@ -101,7 +114,7 @@ package final class EngineCore {
     var neededCount = 0
     var neededCursor = 0
     var neededTotal = 0
-    var mapAwaiting: SlotSet = []
+    var mapAwaiting = SlotSet()
     var mapRegion: UInt64 = 0
     var joinSource: ReplicaSlot?
     var isJoinFlushed = false
@@ -129,7 +142,6 @@ package final class EngineCore {
     package var ownBuffers: Int { jobBuffers.count + edges.count }
     /// Whether there is room for another client operation.
     package var canSubmit: Bool { freeCount > Self.internalSlots && phase != .stopped }
-    package var size: UInt64 { record?.size ?? 0 }
     /// Regions still to be compared after a takeover.
     package var unresolvedCount: Int { unresolved.count }
     package var rebuildProgress: (done: Int, total: Int) {
@@ -159,7 +171,9 @@ package final class EngineCore {
         case .frame(let slot, let header, let table, let data):
             received(slot, header, table: table, data: data)
         case .store(let outcome): storeAnswered(outcome)
-        case .tick: tick()
+        case .tick:
+            mayJoin = true
+            tick()
         case .detach: isDetaching = true
         }
         reconcile()

@@ -19,7 +19,9 @@ extension EngineCore {
 
     /// Takes the first replica that is there, and not a member, through the record into joining.
     private func chooseJoiner() {
-        guard !isDetaching, isSettled, !isStoreBusy, let record else { return }
+        guard mayJoin, !isDetaching, isSettled, !isStoreBusy, let record else { return }
+        // Asked again when somebody is greeted, and with every tick.
+        mayJoin = false
         for slot in 0..<replicas.count {
             let replica = replicas[slot]
             guard replica.isConfigured, replica.link == .greeted, !members.contains(slot),

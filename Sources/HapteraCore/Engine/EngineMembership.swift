@@ -144,6 +144,7 @@ extension EngineCore {
             return
         }
         replicas[slot].link = .greeted
+        mayJoin = true
         replicas[slot].incarnation = reply.member.incarnation
         replicas[slot].instance = reply.instance
         replicas[slot].promise = reply.promise
@@ -190,10 +191,10 @@ extension EngineCore {
 
     /// Every member has promised the record that stands, and nothing is about to change it.
     var isSettled: Bool {
-        guard let record, pendingChange == nil else { return false }
+        guard epoch != .zero, pendingChange == nil else { return false }
         var rest = members
         while let slot = rest.popFirst() {
-            if replicas[slot].hasFailed || replicas[slot].installedEpoch != record.epoch {
+            if replicas[slot].hasFailed || replicas[slot].installedEpoch != epoch {
                 return false
             }
         }

@@ -14,7 +14,7 @@ extension EngineCore {
             if slots[index].tried.isEmpty || liveMembers.isEmpty {
                 dropEdges(index)
                 slots[index].phase = .waiting
-                slots[index].tried = []
+                slots[index].tried = SlotSet()
                 return nil
             }
             completeClient(index, .ioError)
@@ -56,9 +56,9 @@ extension EngineCore {
         sequence = SequenceNumber(sequence.rawValue + 1)
         slots[index].phase = .inFlight
         slots[index].sequence = sequence
-        slots[index].epoch = record?.epoch ?? .zero
-        slots[index].sent = []
-        slots[index].replied = []
+        slots[index].epoch = epoch
+        slots[index].sent = SlotSet()
+        slots[index].replied = SlotSet()
         slots[index].isPartial = false
         slots[index].mayStabilise =
             unresolved.isEmpty || mutations.contains(.stableBeforeResolved)

@@ -32,18 +32,38 @@ package struct EngineConfiguration: Sendable {
     }
 }
 
-/// A set of replica slots, one bit each.
-package struct SlotSet: OptionSet, BitwiseCopyable, Sendable {
+/// A set of replica slots, one bit each. Its own type and no `OptionSet`: the generic set algebra is
+/// not always specialised, and this is asked several times per operation.
+package struct SlotSet: Equatable, BitwiseCopyable, Sendable, ExpressibleByArrayLiteral {
     package var rawValue: UInt8
     package init(rawValue: UInt8) { self.rawValue = rawValue }
     package init(_ slot: ReplicaSlot) { rawValue = 1 << UInt8(slot) }
+    package init() { rawValue = 0 }
+    package init(arrayLiteral elements: SlotSet...) {
+        rawValue = 0
+        for element in elements { rawValue |= element.rawValue }
+    }
+    package var isEmpty: Bool { rawValue == 0 }
     package var count: Int { rawValue.nonzeroBitCount }
     package func contains(_ slot: ReplicaSlot) -> Bool { rawValue & (1 << UInt8(slot)) != 0 }
+    package func isSubset(of other: SlotSet) -> Bool { rawValue & ~other.rawValue == 0 }
+    package func isDisjoint(with other: SlotSet) -> Bool { rawValue & other.rawValue == 0 }
+    package func union(_ other: SlotSet) -> SlotSet { SlotSet(rawValue: rawValue | other.rawValue) }
+    package func intersection(_ other: SlotSet) -> SlotSet {
+        SlotSet(rawValue: rawValue & other.rawValue)
+    }
+    package func subtracting(_ other: SlotSet) -> SlotSet {
+        SlotSet(rawValue: rawValue & ~other.rawValue)
+    }
+    package mutating func insert(_ other: SlotSet) { rawValue |= other.rawValue }
+    package mutating func formUnion(_ other: SlotSet) { rawValue |= other.rawValue }
+    package mutating func remove(_ other: SlotSet) { rawValue &= ~other.rawValue }
     /// The lowest slot in the set.
     package var first: ReplicaSlot? { rawValue == 0 ? nil : rawValue.trailingZeroBitCount }
     /// Takes the lowest slot out: `while let slot = set.popFirst()`.
     package mutating func popFirst() -> ReplicaSlot? {
-        guard let slot = first else { return nil }
+        guard rawValue != 0 else { return nil }
+        let slot = rawValue.trailingZeroBitCount
         rawValue &= rawValue - 1
         return slot
     }
@@ -136,12 +156,12 @@ struct OperationSlot: BitwiseCopyable {
     var sequence = SequenceNumber.zero
     /// The epoch it was sent in.
     var epoch = Epoch.zero
-    var sent: SlotSet = []
-    var replied: SlotSet = []
+    var sent = SlotSet()
+    var replied = SlotSet()
     /// Who has no space for it.
-    var full: SlotSet = []
+    var full = SlotSet()
     /// Members already asked for a read.
-    var tried: SlotSet = []
+    var tried = SlotSet()
     var source: Int8 = -1
     /// Times a read arrived damaged although the replica had verified it.
     var transitErrors: UInt8 = 0
@@ -196,12 +216,12 @@ struct Job: BitwiseCopyable {
     var kind = Kind.resolve
     var region: UInt64 = 0
     var slot: Int32 = -1
-    var participants: SlotSet = []
+    var participants = SlotSet()
     /// Whose answers the current stage still needs.
-    var awaiting: SlotSet = []
+    var awaiting = SlotSet()
     var source: Int8 = -1
     /// Members that cannot be copied from (a doubtful block): a copy tries another.
-    var unfit: SlotSet = []
+    var unfit = SlotSet()
     var nextBlock = 0
     var run = Run()
     var blocksCopied: UInt64 = 0
@@ -220,7 +240,7 @@ struct Job: BitwiseCopyable {
         var action = Action.none
         var state = BlockState.absent
         var source: Int8 = -1
-        var targets: SlotSet = []
+        var targets = SlotSet()
         var first = 0
         var count = 0
         func continues(_ other: Run) -> Bool {

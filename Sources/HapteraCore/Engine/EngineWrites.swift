@@ -3,7 +3,7 @@
 extension EngineCore {
     /// Replicas a request of this moment goes to: members in contact. The joiner is apart.
     var liveMembers: SlotSet {
-        var live: SlotSet = []
+        var live = SlotSet()
         var rest = members
         while let slot = rest.popFirst() {
             if isLive(slot) { live.insert(SlotSet(slot)) }
@@ -46,7 +46,7 @@ extension EngineCore {
         if headPartial || one { slots[index].headEdge = edges.removeLast() }
         if tailPartial && !one { slots[index].tailEdge = edges.removeLast() }
         slots[index].phase = .readingEdges
-        slots[index].tried = []
+        slots[index].tried = SlotSet()
         readEdges(index)
     }
 
@@ -141,10 +141,10 @@ extension EngineCore {
         let targets = targets(region)
         slots[index].phase = .inFlight
         slots[index].sequence = sequence
-        slots[index].epoch = record?.epoch ?? .zero
+        slots[index].epoch = epoch
         slots[index].sent = targets
-        slots[index].replied = []
-        slots[index].full = []
+        slots[index].replied = SlotSet()
+        slots[index].full = SlotSet()
         header.tag = tag(index)
         header.sequence = sequence
         header.offset = slots[index].firstBlock * UInt64(Geometry.blockSize)
@@ -189,7 +189,7 @@ extension EngineCore {
             }
         }
         return !needed.isEmpty && needed.isSubset(of: replied)
-            && members.count >= Int(record?.minInSync ?? 1)
+            && members.count >= minInSync
     }
 
     /// Somebody has no space. On every member: the client is told and the region is made equal

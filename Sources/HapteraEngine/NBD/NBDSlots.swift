@@ -11,7 +11,7 @@ struct NBDPiece: BitwiseCopyable {
     var offset: UInt64 = 0
     var buffer = BufferID.none
     var kind = OperationKind.flush
-    var flags: OperationFlags = []
+    var flags = OperationFlags()
     var isHole = false
 
     /// Where the piece's first byte is in its buffer.
@@ -33,7 +33,7 @@ struct NBDRequestSlot: BitwiseCopyable {
     /// Pieces made and not completed.
     var piecesLeft: Int32 = 0
     var command = NBDCommand.flush
-    var flags: NBDCommandFlags = []
+    var flags = NBDCommandFlags()
     var format = NBDReplyFormat.simple
     var error = NBDError.none
     /// A FLUSH follows the last piece: FUA over several pieces.
