@@ -15,9 +15,9 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// block table) per block; reply data: the blocks, states other than data zero-filled, or no
     /// data at all if no block is in state data.
     case read = 5
-    /// Wait for every write and setState received before it on this connection, then sync everything
-    /// written. `sequence` is the point the flush was sent at. Reply: no payload; `auxiliary` 1:
-    /// some of those wait for room in the activity log and are not covered.
+    /// Wait for every write and setState received before it on this connection, then sync
+    /// everything written. `sequence` is the point the flush was sent at. Reply: no payload;
+    /// `auxiliary` 1: some of those wait for room in the activity log and are not covered.
     case flush = 6
     /// Announces S = (`auxiliary` as epoch, `sequence`); no reply. With a `length`: the region at
     /// `offset` holds writes that S, announced by a frame right behind, does not cover.

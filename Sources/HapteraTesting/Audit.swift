@@ -67,7 +67,8 @@ extension World {
             }
             if kept.promise < members[index].installed {
                 fail(
-                    "invariant 6: \(members[index].name) promised e\(members[index].installed.rawValue), but not durably"
+                    "invariant 6: \(members[index].name) promised"
+                        + " e\(members[index].installed.rawValue), but not durably"
                 )
             }
             if !members[index].isLossy {
@@ -134,7 +135,8 @@ extension World {
                 if other == first { continue }
                 return fail(
                     "invariant 13: \(kind) images of \(members[unlisted[0]].name) and"
-                        + " \(members[index].name) differ at sector \(sector) (#\(first), #\(other)),"
+                        + " \(members[index].name) differ at sector \(sector) (#\(first),"
+                        + " #\(other)),"
                         + " which neither activity log covers")
             }
         }

@@ -3,8 +3,9 @@ import HapteraCore
 /// What a write put into one sector, or zero for a sector that reads zero.
 package typealias ValueID = UInt64
 
-/// Self-describing content: every 512-byte sector names the write it came from and where it belongs,
-/// so that a misplaced, torn or rotten sector is told from any the volume may legally hold.
+/// Self-describing content: every 512-byte sector names the write it came from and where it
+/// belongs, so that a misplaced, torn or rotten sector is told from any the volume may legally
+/// hold.
 package enum Content {
     /// The smallest unit a client writes, and a disk keeps whole, bytes.
     package static let sectorSize = 512

@@ -62,7 +62,8 @@ extension World {
     private var why: String {
         guard let current = currentEngine else { return "no engine" }
         return
-            "\(engines[current].name) \(engines[current].core.phase), \(names(store.record)), \(unanswered.count) unanswered"
+            "\(engines[current].name) \(engines[current].core.phase), \(names(store.record)),"
+                + " \(unanswered.count) unanswered"
     }
 
     /// Reads everything that was ever used, flushes, detaches in order, and looks at the disks.

@@ -1,7 +1,7 @@
 import HapteraCore
 
-/// Which troubles a seed draws. A few at a time find more than all together (swarm testing): what is
-/// switched off here cannot mask what is on.
+/// Which troubles a seed draws. A few at a time find more than all together (swarm testing): what
+/// is switched off here cannot mask what is on.
 struct FaultPlan {
     enum Kind: CaseIterable {
         case killReplica

@@ -64,7 +64,8 @@ extension World {
         if header.status == .ok && header.kind != .hello {
             if header.epoch < host.promised {
                 fail(
-                    "invariant 3: \(host.name) promised \(host.promised.rawValue), now \(header.epoch.rawValue)"
+                    "invariant 3: \(host.name) promised \(host.promised.rawValue), now"
+                        + " \(header.epoch.rawValue)"
                 )
             }
             if header.epoch > store.record.epoch {
@@ -104,7 +105,8 @@ extension World {
         host.installedAt = timeline.now
         if host.disk.dataWritesInFlight > 0 {
             fail(
-                "invariant 4: \(host.name) promised e\(header.epoch.rawValue) with older writes under way"
+                "invariant 4: \(host.name) promised e\(header.epoch.rawValue) with older writes"
+                    + " under way"
             )
         }
         // Answers for anything older may not come any more.
@@ -114,14 +116,16 @@ extension World {
     private func observeApplied(_ host: SimulatedReplica, _ request: SimulatedReplica.DataRequest) {
         if request.epoch < host.installed {
             fail(
-                "invariant 4: \(host.name) applied a write of e\(request.epoch.rawValue) after e\(host.installed.rawValue)"
+                "invariant 4: \(host.name) applied a write of e\(request.epoch.rawValue) after"
+                    + " e\(host.installed.rawValue)"
             )
         }
         let point = StablePoint(epoch: request.epoch, sequence: request.sequence)
         for block in request.blocks where Int(block) < host.order.count {
             if request.sequence != .zero && point < host.order[Int(block)] {
                 fail(
-                    "invariant 22: \(host.name) applied s\(request.sequence.rawValue) to block \(block) out of order"
+                    "invariant 22: \(host.name) applied s\(request.sequence.rawValue) to block"
+                        + " \(block) out of order"
                 )
             }
             host.order[Int(block)] = max(host.order[Int(block)], point)
@@ -179,9 +183,9 @@ extension World {
             fail("invariant 5: \(engine.name) answers in e\(epoch.rawValue), which is not its own")
         }
         guard operation.changesData else { return }
-        // 6: every member has promised the epoch and applied the write. While a change of the record
-        // waits for its installs, an earlier record may be the one that counts; members of the
-        // later ones must have applied the write all the same.
+        // 6: every member has promised the epoch and applied the write. While a change of the
+        // record waits for its installs, an earlier record may be the one that counts; members of
+        // the later ones must have applied the write all the same.
         var index = epoch
         while let record = store.record(at: index), record.engine == engine.instance {
             guard hasApplied(operation, record) else { break }

@@ -22,9 +22,9 @@ package struct RegisterEvent {
 }
 
 /// Decides whether a register's history is linearizable, with the crash semantics of a disk
-/// (invariants 9 and 33): a write that was never acknowledged happens once, at any time after it was
-/// asked for, or never; what was acknowledged stays, except that `lossAllowed` may take back what no
-/// flush covered.
+/// (invariants 9 and 33): a write that was never acknowledged happens once, at any time after it
+/// was asked for, or never; what was acknowledged stays, except that `lossAllowed` may take back
+/// what no flush covered.
 ///
 /// Keeps the set of all states the register may be in: its value, and which of the pending
 /// operations have happened. An operation is made to happen as late as possible: when it returns,

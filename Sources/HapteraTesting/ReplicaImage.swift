@@ -1,8 +1,8 @@
 import HapteraCore
 
 /// What a replica's files say, read without its process: page, then log, then data, as opening
-/// does it. Made of the current image (what a restarted process finds) or of the durable one (what a
-/// power cut is sure to leave).
+/// does it. Made of the current image (what a restarted process finds) or of the durable one (what
+/// a power cut is sure to leave).
 struct ReplicaImage {
     private(set) var promise = Epoch.zero
     private(set) var entries: [BlockEntry]

@@ -154,7 +154,8 @@ extension World {
         if !isStale { operation.values = values }
     }
 
-    /// The clients (a kernel's NBD device) move to the engine, all at once: what is unanswered first.
+    /// The clients (a kernel's NBD device) move to the engine, all at once: what is unanswered
+    /// first.
     func attach(to engine: SimulatedEngine) {
         let waiting = unanswered
         unanswered = []

@@ -22,8 +22,8 @@ struct DiskCompletion {
 
 /// A replica's directory on a disk that reorders, tears, fails and forgets as real ones do.
 ///
-/// Asynchronous operations land when they complete; `kill -9` of their process does not stop them. A
-/// power cut stops everything and keeps what `SimulatedFile` says. A sync covers what had landed
+/// Asynchronous operations land when they complete; `kill -9` of their process does not stop them.
+/// A power cut stops everything and keeps what `SimulatedFile` says. A sync covers what had landed
 /// when it was submitted, nothing else.
 final class SimulatedDisk: ReplicaStorage {
     private enum Kind {

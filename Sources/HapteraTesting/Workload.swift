@@ -53,8 +53,8 @@ final class ClientOperation {
     }
 }
 
-/// What clients do: which ranges they use and in which mixture. Few blocks are hot, so that requests
-/// meet; some ranges are adjacent, cross a region's end, or are parts of blocks.
+/// What clients do: which ranges they use and in which mixture. Few blocks are hot, so that
+/// requests meet; some ranges are adjacent, cross a region's end, or are parts of blocks.
 struct Workload {
     let sizeBytes: UInt64
     /// Runs of hot blocks.
