@@ -63,7 +63,7 @@ extension World {
         guard let current = currentEngine else { return "no engine" }
         return
             "\(engines[current].name) \(engines[current].core.phase), \(names(store.record)),"
-                + " \(unanswered.count) unanswered"
+            + " \(unanswered.count) unanswered"
     }
 
     /// Reads everything that was ever used, flushes, detaches in order, and looks at the disks.

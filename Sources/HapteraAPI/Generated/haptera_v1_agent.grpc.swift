@@ -97,7 +97,8 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
+        /// directory.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_RegisterNodeRequest` messages.
@@ -160,7 +161,8 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
+        /// directory.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_RegisterNodeRequest` message.
@@ -221,7 +223,8 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
+        /// directory.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_RegisterNodeRequest` message.
@@ -411,7 +414,8 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
+        /// directory.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_RegisterNodeRequest` message.
@@ -497,7 +501,8 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
+        /// directory.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_RegisterNodeRequest` message.

@@ -166,8 +166,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
+        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_CreateVolumeRequest` messages.
@@ -231,8 +231,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
+        /// if the > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_AttachVolumeRequest` messages.
@@ -268,7 +268,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+        /// NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_DeleteVolumeRequest` messages.
@@ -309,8 +310,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
+        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -374,8 +375,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
+        /// if the > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -411,7 +412,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+        /// NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -450,8 +452,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
+        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_CreateVolumeRequest` message.
@@ -516,8 +518,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
+        /// if the > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_AttachVolumeRequest` message.
@@ -553,7 +555,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+        /// NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_DeleteVolumeRequest` message.
@@ -895,8 +898,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
+        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -980,8 +983,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
+        /// if the > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -1027,7 +1030,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+        /// NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1086,8 +1090,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
+        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -1213,8 +1217,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
+        /// if the > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -1282,7 +1286,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+        /// NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1351,8 +1356,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name:
+    /// the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -1458,8 +1463,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-    /// > volume is attached to another node than the one named.
+    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if
+    /// the > volume is attached to another node than the one named.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -1517,7 +1522,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+    /// NOT_FOUND.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1575,8 +1581,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name:
+    /// the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -1698,8 +1704,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-    /// > volume is attached to another node than the one named.
+    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if
+    /// the > volume is attached to another node than the one named.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -1765,7 +1771,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says
+    /// NOT_FOUND.
     ///
     /// - Parameters:
     ///   - message: request message to send.

@@ -32,8 +32,8 @@ package struct EngineConfiguration: Sendable {
     }
 }
 
-/// A set of replica slots, one bit each. Its own type and no `OptionSet`: the generic set algebra is
-/// not always specialised, and this is asked several times per operation.
+/// A set of replica slots, one bit each. Its own type and no `OptionSet`: the generic set algebra
+/// is not always specialised, and this is asked several times per operation.
 package struct SlotSet: Equatable, BitwiseCopyable, Sendable, ExpressibleByArrayLiteral {
     package var rawValue: UInt8
     package init(rawValue: UInt8) { self.rawValue = rawValue }
