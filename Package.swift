@@ -12,8 +12,8 @@ let strict: [SwiftSetting] = [
     .treatAllWarnings(as: .error),
     .enableUpcomingFeature("MemberImportVisibility"),
 ]
-// The data plane is single-threaded per reactor and runs its tests in debug, where exclusive access is
-// checked; in release the checks would be a fifth of the user instructions of an I/O.
+// The data plane is single-threaded per reactor and runs its tests in debug, where exclusive access
+// is checked; in release the checks would be a fifth of the user instructions of an I/O.
 let hot: [SwiftSetting] =
     strict + [
         .unsafeFlags(

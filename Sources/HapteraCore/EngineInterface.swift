@@ -41,7 +41,8 @@ package struct Operation: BitwiseCopyable, Sendable {
     /// The frontend's own; returned in `EngineAction.complete`.
     package var userData: UInt64
     package init(
-        kind: OperationKind, flags: OperationFlags = OperationFlags(), offset: UInt64 = 0, length: Int = 0,
+        kind: OperationKind, flags: OperationFlags = OperationFlags(), offset: UInt64 = 0,
+        length: Int = 0,
         buffer: BufferID = .none, userData: UInt64
     ) {
         self.kind = kind

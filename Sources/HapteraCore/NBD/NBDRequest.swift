@@ -22,7 +22,8 @@ package struct NBDRequest: Equatable, BitwiseCopyable, Sendable {
     package var error: NBDError
 
     package init(
-        flags: NBDCommandFlags = NBDCommandFlags(), command: NBDCommand, cookie: UInt64, offset: UInt64 = 0,
+        flags: NBDCommandFlags = NBDCommandFlags(), command: NBDCommand, cookie: UInt64,
+        offset: UInt64 = 0,
         length: UInt64 = 0, payload: UInt64 = 0, error: NBDError = .none
     ) {
         self.flags = flags
