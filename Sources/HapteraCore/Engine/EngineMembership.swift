@@ -368,7 +368,8 @@ extension EngineCore {
             if replicas[slot].hasFailed { failed.insert(SlotSet(slot)) }
         }
         guard !failed.isEmpty else { return }
-        guard failed != members else {
+        // Nor, before they are equal, the last one whose host has not restarted.
+        guard failed != members, !isResolving || mayRemoveOthers(members.subtracting(failed)) else {
             stall()
             return
         }

@@ -147,7 +147,7 @@ extension EngineCore {
         switch slots[index].operation.kind {
         case .flush:
             // What a member lost with its power is only there again when its region is resolved.
-            if unresolved.isEmpty || mutations.contains(.skipResolution) { sendFlush(index) }
+            if unresolved.isEmpty || mutations.contains(.flushWhileResolving) { sendFlush(index) }
             return
         case .status:
             if !isResolving { sendStatus(index) }

@@ -79,7 +79,7 @@ extension EngineCore {
         return false
     }
     /// Removing the members that are away leaves only rebooted ones: not while a better may return.
-    private func mayRemoveOthers(_ promised: SlotSet) -> Bool {
+    func mayRemoveOthers(_ promised: SlotSet) -> Bool {
         mutations.contains(.rebootedSource) || hasSteadyMember(promised) || !clientSurvived
             || isEverythingStable
     }

@@ -121,6 +121,7 @@ extension ReplicaCore {
         if isTick || isCrowded || shutdown == .draining { collectIdle() }
         guard upkeep.count > 0 else { return }
         upkeep.logIndex = log.nextIndex
+        if options.mutations.contains(.drainBeforeLogSync) { return }
         upkeep.ticket = log.storeCount
         want(FileSync.log, upkeep.ticket)
     }
