@@ -205,6 +205,7 @@ extension World {
     /// One bit of one stored block flips, where another member holds the block intact.
     private func injectRot() {
         let victims = hosts.filter { $0.index != keeper }
+        guard !victims.isEmpty else { return }
         let host = random.pick(victims)
         guard store.record.contains(host.id), store.record.contains(hosts[keeper].id),
             let file = host.disk.file(.data(LayerID(rawValue: 1)))

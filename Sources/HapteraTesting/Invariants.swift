@@ -258,7 +258,9 @@ extension World {
             else { return true }
             return link.process == host.process && host.startedAt >= host.powerCutAt
         }
-        if knows { fail("\(engine.name) removes the last good member; left: \(names(next))") }
+        if knows && promises.acknowledged != promises.flushed {
+            fail("\(engine.name) removes the last good member; left: \(names(next))")
+        }
     }
 
     /// A record has landed in the store.
