@@ -32,6 +32,23 @@ import Testing
         }
     }
 
+    /// A link whose text is a function, to a Swift file, names a function of that file.
+    @Test func functionsExist() {
+        var checked = 0
+        for document in Self.documents {
+            let folder = URL(filePath: "/" + document).deletingLastPathComponent()
+            let pattern = #/\[`\w+\.(\w+)`\]\(([^)\s]+\.swift)\)/#
+            for match in SourceTree.text(of: document).matches(of: pattern) {
+                let path = folder.appending(path: String(match.output.2)).standardized.path
+                let source = SourceTree.text(of: String(path.dropFirst()))
+                let isThere = source.contains("func \(match.output.1)(")
+                #expect(isThere, "\(document): \(match.output.1) in \(match.output.2)")
+                checked += 1
+            }
+        }
+        #expect(checked > 0)
+    }
+
     /// Commands the documents tell a reader to run name scripts that are there and can be run.
     @Test func scriptsExist() {
         for document in Self.documents where document != "CHANGELOG.md" {
