@@ -68,3 +68,21 @@ def test_attach_waits_for_the_store(context):
         cluster.store.start()
         engine.wait_serving()
         cluster.check_copies()
+
+
+def test_store_restored_from_an_old_copy(context):
+    """A record older than what replicas promised is never built upon: the engine stops and says so."""
+    with context.cluster() as cluster:
+        cluster.up()
+        old = cluster.record()
+        lost = cluster.replicas[0]
+        lost.process.kill()
+        wait_for(lambda: len(cluster.record().in_sync) == 2, "the removal")
+        lost.start()
+        cluster.wait_healthy()
+        cluster.engine.detach()
+        cluster.store.put(old)
+        engine = cluster.start_engine(wait=False)
+        wait_for(lambda: not engine.process.is_running, "the engine to stop")
+        assert engine.process.wait() == 1
+        assert "later epoch" in cluster.tail(engine.process), cluster.tail(engine.process)
