@@ -46,8 +46,6 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let readWithoutChecksum = MutationSet(rawValue: 1 << 19)
     /// F: answer a flush without syncing.
     package static let flushWithoutSync = MutationSet(rawValue: 1 << 20)
-    /// F: let S cover writes that a flush has passed by.
-    package static let stablePastParked = MutationSet(rawValue: 1 << 21)
     /// F: answer a client's flush while members are still being made equal.
     package static let flushWhileResolving = MutationSet(rawValue: 1 << 22)
     /// On disk: write a drained region's page although later records may be renumbered.
@@ -67,7 +65,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("flushWithoutLog", .flushWithoutLog),
         ("inDoubtCASAssumedLost", .inDoubtCASAssumedLost), ("noJoinerLock", .noJoinerLock),
         ("readWithoutChecksum", .readWithoutChecksum), ("flushWithoutSync", .flushWithoutSync),
-        ("stablePastParked", .stablePastParked), ("flushWhileResolving", .flushWhileResolving),
+        ("flushWhileResolving", .flushWhileResolving),
         ("drainBeforeLogSync", .drainBeforeLogSync),
     ]
 }

@@ -95,9 +95,7 @@ extension EngineCore {
         if slots[index].mayStabilise {
             let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
             if point > stablePoint {
-                if slots[index].isPartial, !mutations.contains(.stablePastParked) {
-                    leaveOut(point, to: slots[index].replied)
-                }
+                if slots[index].isPartial { leaveOut(point, to: slots[index].replied) }
                 announce(point, to: slots[index].replied)
             }
         }
