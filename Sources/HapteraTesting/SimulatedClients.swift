@@ -125,7 +125,8 @@ extension World {
             if operation.kind == .read && isStale { return }
             observeAcknowledgement(operation, engine)
             history.append(.returned(operation), step: timeline.step)
-            promises.ended(operation)
+            // A superseded engine may tell late of a write that others have been laid over since.
+            if !isStale { promises.ended(operation) }
             if operation.kind == .flush { audit() }
         }
     }
