@@ -47,7 +47,7 @@ struct Promises {
     private func isLater(_ a: Int, _ b: Int) -> Bool { order[a, default: 0] > order[b, default: 0] }
     /// Whether a copy that holds the outcome of `held` keeps the promise `promised`.
     func covers(_ held: ClientOperation, _ promised: Int) -> Bool {
-        held.id == promised || !held.isComplete || isLater(held.id, promised)
+        held.id == promised || order[held.id] == nil || isLater(held.id, promised)
     }
 }
 
