@@ -142,6 +142,25 @@ import Testing
         #expect(h.results[h.write(0, block(3))] == nil, "its reply counts again")
     }
 
+    /// A rebuild once took a round trip for every block that differed: 16 s for 166 MiB of random
+    /// writes. Equal blocks between them are bridged; blocks that are no data are not.
+    @Test func scatteredDifferencesAreCopiedTogether() {
+        let h = EngineHarness(replicas: 2)
+        h.start()
+        h.write(0, block(1, count: 65536))
+        h.submit(.trim, 40960, 4096)
+        h.kill(h.fakes[1])
+        for index in [0, 3, 7, 9, 12] as [UInt64] { h.write(index * 4096, block(2)) }
+        h.fakes[1].seen = []
+        h.connect(h.fakes[1])
+        h.pass(milliseconds: 2000)
+        #expect(h.stored.inSync.count == 2)
+        #expect(h.fakes[1].seen.filter { $0 == .write }.count == 2)
+        for index in 0..<16 as Range<UInt64> {
+            #expect(h.fakes[1].entry(index) == h.fakes[0].entry(index))
+        }
+    }
+
     /// The joiner's flush is a condition of its promotion.
     @Test func unflushedJoinerIsNotPromoted() {
         let h = EngineHarness(replicas: 2, members: 1)

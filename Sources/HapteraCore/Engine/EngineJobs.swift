@@ -179,18 +179,26 @@ extension EngineCore {
         let count = blockCount(jobs[job].region)
         var block = jobs[job].nextBlock
         var run = Job.Run()
+        var bridged = 0
         while block < count {
             let next = plan(job, block)
             if run.action == .none {
                 run = next
                 run.first = block
-            } else if !run.continues(next) {
+                run.count = run.action == .none ? 0 : 1
+            } else if run.continues(next) {
+                run.count += bridged + 1
+                bridged = 0
+            } else if next.action == .none, bridged < Self.bridgedBlocksMax,
+                mayBridge(job, block, run)
+            {
+                bridged += 1
+            } else {
                 break
             }
-            if run.action != .none { run.count += 1 }
             block += 1
         }
-        jobs[job].nextBlock = block
+        jobs[job].nextBlock = run.action == .none ? block : run.first + run.count
         jobs[job].run = run
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
@@ -219,6 +227,18 @@ extension EngineCore {
             tryAnotherSource(job)
         }
     }
+
+    /// After random writes a joiner's blocks lie scattered: equal ones between them are copied
+    /// along,
+    /// rather than a round trip for each that differs. A takeover moves only what differs.
+    private func mayBridge(_ job: Int, _ block: Int, _ run: Job.Run) -> Bool {
+        guard jobs[job].kind == .copy, run.action == .copy,
+            let content = RegionDigest.decode(
+                index: block, from: digest(job, ReplicaSlot(run.source)))
+        else { return false }
+        return content.entry.state == .data && !content.isDoubtful
+    }
+    private static let bridgedBlocksMax = 32
 
     /// What the block needs, from the digests.
     private func plan(_ job: Int, _ block: Int) -> Job.Run {
