@@ -1,7 +1,7 @@
 /// The first frame on a connection to a replica: who calls, for which volume.
 package struct HelloRequest: Equatable, Sendable {
     /// The replication protocol's version; a replica refuses one it does not speak.
-    package static let protocolVersion: UInt32 = 1
+    package static let protocolVersion: UInt32 = 2
     package var version: UInt32 = protocolVersion
     package var volume: VolumeID
     package var engine: InstanceID
@@ -96,19 +96,26 @@ package struct InstallReply: Equatable, Sendable {
     /// The host restarted (so unflushed writes may be lost) since this copy was last known equal to
     /// the others (a `stable` frame with `FrameFlags.settled`).
     package var isRebooted: Bool
-    /// Highest point this replica has flushed.
+    /// Highest point this replica has flushed. After a crash it may lag by one flush.
     package var flushed: StablePoint
+    /// Highest S it was told of. After a crash it may lag.
+    package var stablePoint: StablePoint
+    /// What it had promised before this Install.
+    package var promiseBefore: Epoch
     /// What is left of the lease given to the engine before, milliseconds.
     package var leaseRemainingMilliseconds: UInt32
     /// The activity log: regions that may differ from the other members.
     package var activeRegions: [UInt64]
     package init(
         instance: InstanceID, isRebooted: Bool, flushed: StablePoint,
+        stablePoint: StablePoint = .zero, promiseBefore: Epoch = .zero,
         leaseRemainingMilliseconds: UInt32, activeRegions: [UInt64]
     ) {
         self.instance = instance
         self.isRebooted = isRebooted
         self.flushed = flushed
+        self.stablePoint = stablePoint
+        self.promiseBefore = promiseBefore
         self.leaseRemainingMilliseconds = leaseRemainingMilliseconds
         self.activeRegions = activeRegions
     }
@@ -121,6 +128,9 @@ package struct InstallReply: Equatable, Sendable {
         w.append(isRebooted ? 1 as UInt8 : 0)
         w.append(flushed.epoch.rawValue)
         w.append(flushed.sequence.rawValue)
+        w.append(stablePoint.epoch.rawValue)
+        w.append(stablePoint.sequence.rawValue)
+        w.append(promiseBefore.rawValue)
         w.append(leaseRemainingMilliseconds)
         w.append(UInt32(activeRegions.count))
         for region in activeRegions { w.append(region) }
@@ -133,6 +143,9 @@ package struct InstallReply: Equatable, Sendable {
         isRebooted = rebooted != 0
         flushed = StablePoint(
             epoch: Epoch(r.read(UInt64.self)), sequence: SequenceNumber(r.read(UInt64.self)))
+        stablePoint = StablePoint(
+            epoch: Epoch(r.read(UInt64.self)), sequence: SequenceNumber(r.read(UInt64.self)))
+        promiseBefore = Epoch(r.read(UInt64.self))
         leaseRemainingMilliseconds = r.read(UInt32.self)
         activeRegions = (0..<r.readCount(limit: Self.activeRegionsMax)).map { _ in
             r.read(UInt64.self)

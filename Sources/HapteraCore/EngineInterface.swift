@@ -40,6 +40,8 @@ package struct Operation: BitwiseCopyable, Sendable {
     package var buffer: BufferID
     /// The frontend's own; returned in `EngineAction.complete`.
     package var userData: UInt64
+    /// The client connection it came on, for `EngineEvent.cancel`; 0: none.
+    package var session: UInt32 = 0
     package init(
         kind: OperationKind, flags: OperationFlags = OperationFlags(), offset: UInt64 = 0,
         length: Int = 0,
@@ -68,6 +70,8 @@ package enum OperationResult: UInt8, BitwiseCopyable, Sendable {
     case noSpace
     /// The engine stops (fenced by another engine, or detached): the client must reconnect.
     case shuttingDown
+    /// Its client is gone and it had not begun: it never happened.
+    case cancelled
 }
 
 /// A replica's place in the engine, 0..<Geometry.replicaSlotsMax.
@@ -89,8 +93,13 @@ package enum EngineEvent {
     /// `readTarget`, `data` are valid during the call only.
     case frame(ReplicaSlot, FrameHeader, table: RawMemory, data: RawMemory)
     case store(StoreOutcome)
-    /// Time passed. At least every 100 ms.
+    /// Time passed. At least every 50 ms.
     case tick
+    /// The client connection of this number is gone: what of it was not sent to any replica yet is
+    /// completed with `OperationResult.cancelled` and never happens; the rest ends as it may.
+    case cancel(session: UInt32)
+    /// An administrator accepts that only rebooted members are left: go on from what they hold.
+    case acceptLoss
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach
 }

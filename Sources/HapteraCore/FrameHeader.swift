@@ -28,7 +28,8 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// length in bytes (8) and `BlockState` (4) and zero (4), possibly covering less than asked.
     case status = 9
     /// Which regions may hold anything but absent blocks: `offset`: first region's start, `length`:
-    /// regions asked for (at most 65536). Reply: a bit per region, least significant first.
+    /// regions asked for (at most 65536). `auxiliary` above zero: only those whose birth is that
+    /// epoch or later (at most 4096 regions). Reply: a bit per region, least significant first.
     case regionMap = 10
     /// Keeps the connection alive; replies at once.
     case ping = 11

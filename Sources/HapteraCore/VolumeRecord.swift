@@ -10,16 +10,77 @@ package struct VolumeRecord: Equatable, Sendable {
             self.incarnation = incarnation
         }
     }
-    /// A replica that left the in-sync set: since when, and the highest stable point the remaining
-    /// members knew then.
+    /// A replica that left the in-sync set.
     package struct Departure: Equatable, Sendable {
         package var member: Member
+        /// The epoch of the change that removed it.
         package var leftEpoch: Epoch
+        /// A stable point it is known to have flushed: a copy that has flushed less was rolled
+        /// back, and is compared in full.
         package var stablePoint: StablePoint
-        package init(member: Member, leftEpoch: Epoch, stablePoint: StablePoint) {
+        /// B, from which epoch on its history may differ from the members': `leftEpoch`, or what
+        /// the survivor of a salvage left at.
+        package var partedEpoch: Epoch
+        package var reason: DepartureReason
+        /// A loser of a salvage: its bytes stay as they are until an administrator decides.
+        package var isKept: Bool
+        package init(
+            member: Member, leftEpoch: Epoch, stablePoint: StablePoint, partedEpoch: Epoch? = nil,
+            reason: DepartureReason = .unknown, isKept: Bool = false
+        ) {
             self.member = member
             self.leftEpoch = leftEpoch
             self.stablePoint = stablePoint
+            self.partedEpoch = partedEpoch ?? leftEpoch
+            self.reason = reason
+            self.isKept = isKept
+        }
+    }
+    /// Why a replica left the in-sync set. Raw values are on disk and on the wire.
+    package enum DepartureReason: UInt8, BitwiseCopyable, Sendable, CaseIterable {
+        case unknown = 0
+        /// Its connection closed.
+        case disconnected = 1
+        /// It owed an answer past the removal deadline.
+        case silent = 2
+        case full = 3
+        /// It failed a request, a sync above all.
+        case ioError = 4
+        /// It broke the protocol.
+        case protocolError = 5
+        /// It answered much later than the others for a while.
+        case slow = 6
+        /// Its files are older than it once said.
+        case rolledBack = 7
+        /// It could not be reached when an engine took the volume over.
+        case unreachable = 8
+        /// Another copy was chosen in a salvage.
+        case salvaged = 9
+        case administrator = 10
+    }
+    /// What the last change of the record was for. Raw values are on disk and on the wire.
+    package enum Change: UInt8, BitwiseCopyable, Sendable, CaseIterable {
+        case creation = 0
+        case takeover = 1
+        case removal = 2
+        case join = 3
+        case promotion = 4
+        case detach = 5
+        case salvage = 6
+        case reconstruction = 7
+        /// A takeover that took a removed replica back without a resync.
+        case reinstatement = 8
+    }
+    /// A salvage: the history went on from the copy of `survivor`, which had parted from the other
+    /// members' at `partedEpoch`.
+    package struct Fork: Hashable, Sendable {
+        package var epoch: Epoch
+        package var survivor: ReplicaID
+        package var partedEpoch: Epoch
+        package init(epoch: Epoch, survivor: ReplicaID, partedEpoch: Epoch) {
+            self.epoch = epoch
+            self.survivor = survivor
+            self.partedEpoch = partedEpoch
         }
     }
 
@@ -34,13 +95,16 @@ package struct VolumeRecord: Equatable, Sendable {
     /// Raised by the controller whenever a new client (attachment) begins.
     package var clientGeneration: UInt64 = 0
     package var minInSync: UInt8 = 1
+    /// How long a member's answer lets the engine serve reads and acknowledge writes, milliseconds.
+    package var leaseMilliseconds: UInt32 = VolumeRecord.leaseMillisecondsDefault
+    package var change = Change.creation
     /// Detached in order: the members are equal and their activity logs empty.
     package var isClean = true
     package var inSync: [Member]
     package var joining: Member?
     package var out: [Departure] = []
-    /// Epochs at which a salvage forked the history.
-    package var lineage: [Epoch] = []
+    /// Where salvages forked the history, oldest first.
+    package var lineage: [Fork] = []
     /// The layer chain, lowest first; the last is the head.
     package var layers: [LayerID] = [LayerID(rawValue: 1)]
 
@@ -55,7 +119,9 @@ package struct VolumeRecord: Equatable, Sendable {
         self.inSync = inSync
     }
 
-    package static let formatVersion: UInt32 = 1
+    package static let formatVersion: UInt32 = 2
+    package static let leaseMillisecondsDefault: UInt32 = 500
+    package static let leaseMillisecondsMax: UInt32 = 600_000
     package static let magic: UInt32 = 0x5645_5248
     package static let encodedSizeMax = 32 << 10
     package static let nameLengthMax = 63
@@ -63,9 +129,12 @@ package struct VolumeRecord: Equatable, Sendable {
     private static let layersMax = 4096
 
     /// Bytes, in this order, integers little-endian: magic "HREV" (4), format version (4), volume
-    /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), minInSync (1),
-    /// clean (1), name (text), endpoint (text), inSync, joining (list of 0 or 1), out, lineage,
-    /// layers (each a 4-byte count, then its elements), CRC32C of all before it (4).
+    /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), leaseMilliseconds
+    /// (4), minInSync (1), clean (1), change (1), name (text), endpoint (text), inSync, joining
+    /// (list of 0 or 1), out, lineage, layers (each a 4-byte count, then its elements), CRC32C of
+    /// all before it (4). A member is replica (8) and incarnation (8); an element of out: member,
+    /// leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8), reason (1), kept (1); a
+    /// fork: epoch (8), survivor (8), partedEpoch (8).
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(Self.magic)
@@ -77,8 +146,10 @@ package struct VolumeRecord: Equatable, Sendable {
         w.append(size)
         w.append(engine.rawValue)
         w.append(clientGeneration)
+        w.append(leaseMilliseconds)
         w.append(minInSync)
         w.append(isClean ? 1 as UInt8 : 0)
+        w.append(change.rawValue)
         w.append(text: name)
         w.append(text: engineEndpoint)
         w.append(UInt32(inSync.count))
@@ -91,9 +162,16 @@ package struct VolumeRecord: Equatable, Sendable {
             w.append(departure.leftEpoch.rawValue)
             w.append(departure.stablePoint.epoch.rawValue)
             w.append(departure.stablePoint.sequence.rawValue)
+            w.append(departure.partedEpoch.rawValue)
+            w.append(departure.reason.rawValue)
+            w.append(departure.isKept ? 1 as UInt8 : 0)
         }
         w.append(UInt32(lineage.count))
-        for fork in lineage { w.append(fork.rawValue) }
+        for fork in lineage {
+            w.append(fork.epoch.rawValue)
+            w.append(fork.survivor.rawValue)
+            w.append(fork.partedEpoch.rawValue)
+        }
         w.append(UInt32(layers.count))
         for layer in layers { w.append(layer.rawValue) }
         w.append(checksum(of: w.bytes))
@@ -115,26 +193,31 @@ package struct VolumeRecord: Equatable, Sendable {
         size = r.read(UInt64.self)
         engine = InstanceID(rawValue: r.read(UInt64.self))
         clientGeneration = r.read(UInt64.self)
+        leaseMilliseconds = r.read(UInt32.self)
         minInSync = r.read(UInt8.self)
         let clean = r.read(UInt8.self)
         isClean = clean == 1
+        guard let change = Change(rawValue: r.read(UInt8.self)) else { return nil }
+        self.change = change
         name = r.readText(limit: Self.nameLengthMax)
         engineEndpoint = r.readText(limit: 255)
         inSync = (0..<r.readCount(limit: Self.listMax)).map { _ in r.readMember() }
         let joiners = (0..<r.readCount(limit: 1)).map { _ in r.readMember() }
         joining = joiners.first
+        var isSane = clean <= 1 && leaseMilliseconds <= Self.leaseMillisecondsMax
         out = (0..<r.readCount(limit: Self.listMax)).map { _ in
-            Departure(
-                member: r.readMember(), leftEpoch: Epoch(r.read(UInt64.self)),
-                stablePoint: StablePoint(
-                    epoch: Epoch(r.read(UInt64.self)),
-                    sequence: SequenceNumber(r.read(UInt64.self))))
+            r.readDeparture(isSane: &isSane)
         }
-        lineage = (0..<r.readCount(limit: Self.layersMax)).map { _ in Epoch(r.read(UInt64.self)) }
+        lineage = (0..<r.readCount(limit: Self.layersMax)).map { _ in
+            Fork(
+                epoch: Epoch(r.read(UInt64.self)),
+                survivor: ReplicaID(rawValue: r.read(UInt64.self)),
+                partedEpoch: Epoch(r.read(UInt64.self)))
+        }
         layers = (0..<r.readCount(limit: Self.layersMax)).map { _ in
             LayerID(rawValue: r.read(UInt32.self))
         }
-        guard r.isValid, r.remaining == 0, clean <= 1, !inSync.isEmpty, !layers.isEmpty,
+        guard r.isValid, r.remaining == 0, isSane, !inSync.isEmpty, !layers.isEmpty,
             size > 0, size <= Geometry.volumeSizeMax, size % UInt64(Geometry.blockSize) == 0
         else { return nil }
     }
@@ -163,5 +246,21 @@ extension ByteReader {
         VolumeRecord.Member(
             replica: ReplicaID(rawValue: read(UInt64.self)),
             incarnation: Incarnation(rawValue: read(UInt64.self)))
+    }
+    mutating func readDeparture(isSane: inout Bool) -> VolumeRecord.Departure {
+        var departure = VolumeRecord.Departure(
+            member: readMember(), leftEpoch: Epoch(read(UInt64.self)),
+            stablePoint: StablePoint(
+                epoch: Epoch(read(UInt64.self)), sequence: SequenceNumber(read(UInt64.self))),
+            partedEpoch: Epoch(read(UInt64.self)))
+        if let reason = VolumeRecord.DepartureReason(rawValue: read(UInt8.self)) {
+            departure.reason = reason
+        } else {
+            isSane = false
+        }
+        let kept = read(UInt8.self)
+        departure.isKept = kept == 1
+        if kept > 1 { isSane = false }
+        return departure
     }
 }

@@ -107,7 +107,7 @@ extension World {
         trace("\(engine.name) -> client \(operation.text): \(result)")
         guard operation.isOutstanding, operation.engine == engine.index else { return }
         switch result {
-        case .shuttingDown:
+        case .shuttingDown, .cancelled:
             // Nothing is known of it: it waits for the next engine.
             if operation.worker < 0 { operation.isAbandoned = true }
         case .ioError, .noSpace:

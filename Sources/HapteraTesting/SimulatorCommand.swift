@@ -10,6 +10,7 @@ package enum SimulatorCommand {
     private static let usage = """
         usage: haptera-sim [--seed N | --seeds FROM-TO] [--steps M] [--replicas K]
                            [--mutation NAME] [--until-failure] [--trace]
+               haptera-sim --list-mutations
           --seed N         run one seed (default 1)
           --seeds FROM-TO  run all of them, both ends included
           --steps M        events of each run's troubled part (default \
@@ -29,6 +30,10 @@ package enum SimulatorCommand {
 
     /// The exit status: 0 all passed, 1 some failed, 2 usage.
     package static func run(_ arguments: [String]) -> Int32 {
+        if arguments == ["--list-mutations"] {
+            for (name, _) in MutationSet.named { print(name) }
+            return 0
+        }
         guard let parsed = parse(arguments) else {
             print(usage)
             return arguments.contains("--help") ? 0 : 2

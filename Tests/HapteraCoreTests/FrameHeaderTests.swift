@@ -47,9 +47,14 @@ import Testing
         record.out = [
             VolumeRecord.Departure(
                 member: member, leftEpoch: Epoch(2),
-                stablePoint: StablePoint(epoch: Epoch(1), sequence: SequenceNumber(77)))
+                stablePoint: StablePoint(epoch: Epoch(1), sequence: SequenceNumber(77)),
+                partedEpoch: Epoch(1), reason: .silent, isKept: true)
         ]
-        record.lineage = [Epoch(1)]
+        record.lineage = [
+            VolumeRecord.Fork(
+                epoch: Epoch(1), survivor: ReplicaID(rawValue: 5), partedEpoch: Epoch(1))
+        ]
+        record.change = .salvage
         record.engineEndpoint = "127.0.0.1:1"
         return record
     }

@@ -175,6 +175,8 @@ package final class EngineCore {
             mayJoin = true
             tick()
         case .detach: isDetaching = true
+        case .cancel(let session): cancel(session)
+        case .acceptLoss: isRefusing = false
         }
         reconcile()
     }

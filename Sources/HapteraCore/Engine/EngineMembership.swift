@@ -259,6 +259,7 @@ extension EngineCore {
         proposedRecord = record
         proposedRecord.epoch = record.epoch.next
         proposedRecord.nonce = nextNonce()
+        proposedRecord.change = purpose.recorded
         change(&proposedRecord)
         precondition(!proposedRecord.inSync.isEmpty)
         pendingChange = purpose
@@ -419,7 +420,7 @@ extension EngineCore {
             }
         }
         let deadline = configuration.removalDeadlineMilliseconds * 1_000_000
-        let ping = configuration.pingIntervalMilliseconds * 1_000_000
+        let ping = configuration.renewMilliseconds * 1_000_000
         for slot in 0..<replicas.count where replicas[slot].link != .down {
             if replicas[slot].outstanding > 0 {
                 if now.nanoseconds(since: replicas[slot].owingSince) >= deadline {

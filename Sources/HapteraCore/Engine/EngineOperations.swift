@@ -193,6 +193,18 @@ extension EngineCore {
                 isHole: false))
     }
 
+    /// The session's client is gone: what has not begun never happens.
+    func cancel(_ session: UInt32) {
+        guard session != 0 else { return }
+        for index in 0..<slotsUsed
+        where slots[index].use == .client && slots[index].phase == .waiting
+            && slots[index].operation.session == session
+        {
+            completeClient(index, .cancelled)
+            release(index)
+        }
+    }
+
     // MARK: - Sending
 
     func send(

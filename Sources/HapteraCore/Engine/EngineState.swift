@@ -16,8 +16,17 @@ package struct EngineConfiguration: Sendable {
     package var removalDeadlineMilliseconds: UInt64 = 3000
     /// A flush is sent by itself this long after the first write it covers.
     package var flushIntervalMilliseconds: UInt64 = 5000
-    /// An idle connection is asked for a sign of life this often.
-    package var pingIntervalMilliseconds: UInt64 = 1000
+    /// How long a member's answer, counted from when it was asked, lets the engine serve reads and
+    /// acknowledge writes. At most the removal deadline.
+    package var leaseMilliseconds: UInt32 = VolumeRecord.leaseMillisecondsDefault
+    /// A member that was asked nothing for this long is asked for a sign of life.
+    package var renewMilliseconds: UInt64 = 150
+    /// A request held for this long is answered with an error; 0: it is held until it can be done.
+    package var ioTimeoutMilliseconds: UInt64 = 0
+    /// Acknowledge only while so many members are in sync; nil: what the record says.
+    package var minInSync: UInt8?
+    /// An engine known to have ended (its process was waited for): its leases need no waiting out.
+    package var endedInstance = InstanceID.none
 
     package init(
         volume: VolumeID, instance: InstanceID, endpoint: String, clientGeneration: UInt64,
@@ -271,4 +280,14 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
     case join
     case promote
     case detach
+
+    var recorded: VolumeRecord.Change {
+        switch self {
+        case .takeover: .takeover
+        case .remove: .removal
+        case .join: .join
+        case .promote: .promotion
+        case .detach: .detach
+        }
+    }
 }

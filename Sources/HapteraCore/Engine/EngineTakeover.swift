@@ -11,6 +11,8 @@ extension EngineCore {
             next.engine = configuration.instance
             next.engineEndpoint = configuration.endpoint
             next.clientGeneration = configuration.clientGeneration
+            next.leaseMilliseconds = configuration.leaseMilliseconds
+            if let minInSync = configuration.minInSync { next.minInSync = minInSync }
             next.isClean = false
             next.joining = nil
         }

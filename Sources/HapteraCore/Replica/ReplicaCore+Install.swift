@@ -141,7 +141,8 @@ extension ReplicaCore {
         }
         return InstallReply(
             instance: options.instance, isRebooted: isRebooted && !hasSettledHere,
-            flushed: flushedPoint, leaseRemainingMilliseconds: 0, activeRegions: regions)
+            flushed: flushedPoint, stablePoint: stablePoint, leaseRemainingMilliseconds: 0,
+            activeRegions: regions)
     }
     private var hasSettledHere: Bool { manifest.settledBoot == options.bootID }
 

@@ -374,7 +374,7 @@ extension OperationResult {
         case .ok: .none
         case .ioError: .io
         case .noSpace: .noSpace
-        case .shuttingDown: .shutdown
+        case .shuttingDown, .cancelled: .shutdown
         }
     }
 }
