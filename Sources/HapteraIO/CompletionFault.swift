@@ -18,6 +18,8 @@ package enum FaultEffect: BitwiseCopyable, Equatable, Sendable {
     case fail(errno: Int32)
     /// The operation is carried out, then reported as failed: its outcome is in doubt.
     case failAfter(errno: Int32)
+    /// The operation does not reach the disk and is reported as done: a disk that lies.
+    case skip
     /// A read or write moves only this many bytes (rounded down to 512, at least 0), as the disk
     /// may.
     case short(Int)

@@ -9,6 +9,7 @@ import HapteraCore
 ///     label     = the label a file was registered with ("data", "table", ...) | "any"
 ///     effect    = ERRNO             fails without reaching the disk: EIO, ENOSPC, ...
 ///               | "after-" ERRNO    is carried out, then reported as failed
+///               | "skip"            reported as done without reaching the disk
 ///               | "short" [ "=" N ] a read or write moves N (half) of its bytes
 ///               | "delay=" MS       the completion arrives MS milliseconds late
 ///     when      = "at=" N           only the Nth matching operation (from 1)
@@ -91,6 +92,7 @@ package final class FaultRules: CompletionFault {
     }
     private static func parseEffect(_ effect: String, _ rule: String) throws(IOError) -> Effect {
         if effect == "short" { return .half }
+        if effect == "skip" { return .fixed(.skip) }
         if effect.hasPrefix("short="), let count = UInt32(effect.dropFirst(6)) {
             return .fixed(.short(Int(count)))
         }

@@ -88,6 +88,11 @@ extension Reactor {
             case .fail(let number):
                 ended.append(Completion(userData: id.rawValue, result: -Int(number)))
                 return
+            case .skip:
+                let isTransfer = kind == .read || kind == .write
+                let result = isTransfer ? Int(length) : 0
+                ended.append(Completion(userData: id.rawValue, result: result))
+                return
             case .short(let count):
                 precondition(kind == .read || kind == .write, "only transfers can be short")
                 length = min(length, UInt64(max(count, 0)) & ~511)
@@ -123,7 +128,7 @@ extension Reactor {
     /// Carries out what was decided for a completion. False: it is not to be delivered yet.
     func apply(_ effect: FaultEffect, to completion: Completion) -> Bool {
         switch effect {
-        case .none, .fail, .short, .failAfter: return true
+        case .none, .fail, .skip, .short, .failAfter: return true
         case .hold:
             held.append(completion)
             return false

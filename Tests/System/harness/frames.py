@@ -84,12 +84,15 @@ class Record:
     nonce: int = 1
     engine: int = 0
     client_generation: int = 0
+    lease_milliseconds: int = 500
     min_in_sync: int = 1
     clean: int = 1
+    change: int = 0
     endpoint: str = ""
     joining: list = field(default_factory=list)
-    out: list = field(default_factory=list)  # (replica, incarnation, leftEpoch, S epoch, S seq)
-    lineage: list = field(default_factory=list)
+    # (replica, incarnation, leftEpoch, S epoch, S sequence, partedEpoch, reason, kept)
+    out: list = field(default_factory=list)
+    lineage: list = field(default_factory=list)  # (epoch, survivor, partedEpoch)
     layers: list = field(default_factory=lambda: [1])
 
     def encode(self):
@@ -102,12 +105,12 @@ class Record:
                       for v in values]
             return struct.pack("<I", len(packed)) + b"".join(packed)
 
-        body = struct.pack("<II", 0x56455248, 1) + self.volume + struct.pack(
-            "<QQQQQBB", self.epoch, self.nonce, self.size, self.engine, self.client_generation,
-            self.min_in_sync, self.clean)
+        body = struct.pack("<II", 0x56455248, 2) + self.volume + struct.pack(
+            "<QQQQQIBBB", self.epoch, self.nonce, self.size, self.engine, self.client_generation,
+            self.lease_milliseconds, self.min_in_sync, self.clean, self.change)
         body += text(self.name) + text(self.endpoint)
-        body += rows("<QQ", self.in_sync) + rows("<QQ", self.joining) + rows("<QQQQQ", self.out)
-        body += rows("<Q", self.lineage) + rows("<I", self.layers)
+        body += rows("<QQ", self.in_sync) + rows("<QQ", self.joining)
+        body += rows("<QQQQQQBB", self.out) + rows("<QQQ", self.lineage) + rows("<I", self.layers)
         return body + struct.pack("<I", crc32c(body))
 
     @staticmethod
@@ -133,14 +136,15 @@ class Record:
             values = [take(form) for _ in range(count)]
             return [v[0] if len(v) == 1 else v for v in values]
 
-        if take("<II") != (0x56455248, 1):
+        if take("<II") != (0x56455248, 2):
             raise ValueError("not a volume record")
         (volume,) = take("<16s")
-        epoch, nonce, size, engine, generation, minimum, clean = take("<QQQQQBB")
+        (epoch, nonce, size, engine, generation, lease, minimum, clean,
+         change) = take("<QQQQQIBBB")
         name, endpoint = text(), text()
         record = Record(
-            volume, name, size, rows("<QQ"), epoch, nonce, engine, generation, minimum, clean,
-            endpoint, rows("<QQ"), rows("<QQQQQ"), rows("<Q"), rows("<I"))
+            volume, name, size, rows("<QQ"), epoch, nonce, engine, generation, lease, minimum,
+            clean, change, endpoint, rows("<QQ"), rows("<QQQQQQBB"), rows("<QQQ"), rows("<I"))
         if position != len(raw) - 4:
             raise ValueError("trailing bytes")
         return record
