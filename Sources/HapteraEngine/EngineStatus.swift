@@ -62,7 +62,20 @@ extension EngineShell {
             ("unresolvedRegions", String(core.unresolvedCount)),
             ("rebuildDone", String(core.rebuildProgress.done)),
             ("rebuildTotal", String(core.rebuildProgress.total)),
+            ("resolve.regionsDone", String(core.resolveProgress.done)),
+            ("resolve.regionsTotal", String(core.resolveProgress.total)),
         ]
+        if let report = core.rebuildReport {
+            lines += [
+                ("rebuild.replica", report.replica.text), ("rebuild.kind", report.kind.rawValue),
+                ("rebuild.phase", report.phase),
+                ("rebuild.regionsDone", String(report.regionsDone)),
+                ("rebuild.regionsTotal", String(report.regionsTotal)),
+                ("rebuild.bytesCopied", String(report.bytesCopied)),
+                ("rebuild.bytesPerSecond", String(report.bytesPerSecond)),
+                ("rebuild.elapsedMilliseconds", String(report.elapsedMilliseconds)),
+            ]
+        }
         for slot in core.configuredSlots {
             lines.append(
                 ("replica." + core.replicaID(slot).text, core.standing(slot).rawValue))
@@ -82,6 +95,8 @@ extension EngineShell {
             ("haptera_engine_checksum_mismatches_total", String(counters.checksumMismatches)),
             ("haptera_engine_replica_removals_total", String(counters.removals)),
             ("haptera_engine_rebuilt_blocks_total", String(core.blocksRebuilt)),
+            ("haptera_engine_rebuilt_bytes_total", String(core.bytesRebuilt)),
+            ("haptera_engine_compared_regions_total", String(core.regionsCompared)),
             ("haptera_engine_repaired_blocks_total", String(core.blocksRepaired)),
             ("haptera_engine_in_sync_replicas", String(core.memberSlots.count)),
             ("haptera_engine_epoch", String(core.record?.epoch.rawValue ?? 0)),

@@ -119,6 +119,11 @@ package final class EngineCore {
     var joinSource: ReplicaSlot?
     var isJoinFlushed = false
     package internal(set) var blocksRebuilt: UInt64 = 0
+    /// Bytes of data sent to joiners, ever.
+    package internal(set) var bytesRebuilt: UInt64 = 0
+    var joinProgress = JoinProgress()
+    /// Regions whose digests were compared, by resolution, repair or rebuild.
+    package internal(set) var regionsCompared: UInt64 = 0
 
     package init(configuration: EngineConfiguration, pool: BufferPool) {
         self.configuration = configuration
@@ -145,7 +150,7 @@ package final class EngineCore {
     /// Regions still to be compared after a takeover.
     package var unresolvedCount: Int { unresolved.count }
     package var rebuildProgress: (done: Int, total: Int) {
-        (neededTotal - neededCount, neededTotal)
+        (max(0, neededTotal - neededCount), neededTotal)
     }
 
     /// The checksums (4 bytes per block) that go with a `send` of this slot.
@@ -173,6 +178,7 @@ package final class EngineCore {
         case .store(let outcome): storeAnswered(outcome)
         case .tick:
             mayJoin = true
+            joinProgress.sample(self.now)
             tick()
         case .detach: isDetaching = true
         case .cancel(let session): cancel(session)

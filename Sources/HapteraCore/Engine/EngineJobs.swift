@@ -165,7 +165,9 @@ extension EngineCore {
 
     private func answered(_ job: Int, _ slot: ReplicaSlot) {
         jobs[job].awaiting.remove(SlotSet(slot))
-        if jobs[job].awaiting.isEmpty { nextRun(job) }
+        guard jobs[job].awaiting.isEmpty else { return }
+        if jobs[job].stage == .digesting { regionsCompared += 1 }
+        nextRun(job)
     }
 
     private func digest(_ job: Int, _ slot: ReplicaSlot) -> RawMemory {
@@ -339,6 +341,10 @@ extension EngineCore {
         jobs[job].stage = .writing
         jobs[job].awaiting = targets
         jobs[job].blocksCopied += UInt64(jobs[job].run.count)
+        if jobs[job].kind == .copy {
+            joinProgress.bytesCopied += UInt64(header.dataLength)
+            bytesRebuilt += UInt64(header.dataLength)
+        }
         guard !targets.isEmpty else { return nextRun(job) }
         var rest = targets
         while let slot = rest.popFirst() {

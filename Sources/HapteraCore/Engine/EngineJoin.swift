@@ -39,11 +39,13 @@ extension EngineCore {
             let regions = Geometry.regionCount(size: record.size)
             needed = [UInt64](repeating: 0, count: Int((regions + 63) / 64))
             neededCount = 0
+            neededTotal = 0
             neededCursor = 0
             // J: writes on the way now may or may not be in what the joiner is compared with.
             if !mutations.contains(.inFlightRegionsNotCopied) { markRegionsInFlight() }
             let member = VolumeRecord.Member(
                 replica: replica.id, incarnation: replica.incarnation)
+            joinProgress = JoinProgress(isNew: isNewReplica(member), at: now)
             propose(.join) { $0.joining = member }
             return
         }
