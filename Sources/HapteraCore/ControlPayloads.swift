@@ -96,9 +96,10 @@ package struct InstallReply: Equatable, Sendable {
     /// The host restarted (so unflushed writes may be lost) since this copy was last known equal to
     /// the others (a `stable` frame with `FrameFlags.settled`).
     package var isRebooted: Bool
-    /// Highest point this replica has flushed. After a crash it may lag by one flush.
+    /// Highest point this replica has flushed; its mark is durable. Before, after a crash, it may
+    /// have lagged by what was flushed last.
     package var flushed: StablePoint
-    /// Highest S it was told of. After a crash it may lag.
+    /// Highest point it was told every member holds a durable mark of: at most S. May lag.
     package var stablePoint: StablePoint
     /// What it had promised before this Install.
     package var promiseBefore: Epoch

@@ -17,10 +17,11 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     case read = 5
     /// Wait for every write and setState received before it on this connection, then sync
     /// everything written. `sequence` is the point the flush was sent at. Reply: no payload;
-    /// `auxiliary` 1: some of those wait for room in the activity log and are not covered.
+    /// `auxiliary`: `FlushReply`.
     case flush = 6
-    /// Announces S = (`auxiliary` as epoch, `sequence`); no reply. With a `length`: the region at
-    /// `offset` holds writes that S, announced by a frame right behind, does not cover.
+    /// Announces S = (`auxiliary` as epoch, `sequence`), and in `offset` (epoch) and `tag` (sequence)
+    /// the point every member is known to hold a durable mark of; no reply. With a `length`: the
+    /// region at `offset` holds writes that S, announced by a frame right behind, does not cover.
     case stable = 7
     /// `offset`: start of a region. Reply: `RegionDigest`.
     case digest = 8
@@ -65,6 +66,14 @@ package enum FrameStatus: UInt32, BitwiseCopyable, Sendable {
     case unavailable = 8
     /// The connection belongs to another volume, or has not said hello or installed.
     case notInstalled = 9
+}
+
+/// Bits of `auxiliary` in the reply to a flush.
+package enum FlushReply {
+    /// Some of the writes before it wait for room in the activity log and are not covered.
+    package static let isPartial: UInt64 = 1
+    /// There was no room in the log for a mark of the point flushed.
+    package static let isUnmarked: UInt64 = 2
 }
 
 package enum FrameFlags {

@@ -23,6 +23,7 @@ package final class DirectoryStorage: ReplicaStorage {
     private let mode: Mode
     private var descriptors: [ReplicaFile: Int32] = [:]
     private var mapping: RawMemory?
+    private var logCopy: MemoryBlock?
 
     package init(directory: String, mode: Mode) {
         self.directory = directory
@@ -243,9 +244,18 @@ package final class DirectoryStorage: ReplicaStorage {
         } catch { throw Self.error(error.errno, "\(path(file)): \(error.message)") }
     }
 
-    /// Those who only look get a private mapping: nothing they do reaches the file.
+    /// Those who only look get a private mapping: nothing they do reaches the file. Without the lock
+    /// they get a copy, which does not change under their eyes.
     package func mapLog(size: Int) throws(StorageError) -> RawMemory {
         let fd = try descriptor(.log)
+        if mode == .peek {
+            let block = MemoryBlock(count: size)
+            guard try read(.log, offset: 0, into: block.memory) == size else {
+                throw StorageError(.damaged, "\(path(.log)) ends early")
+            }
+            logCopy = block
+            return block.memory
+        }
         let sharing = mode == .serve ? MAP_SHARED : MAP_PRIVATE
         // SAFETY: mmap's result is checked; the mapping lives as long as this object.
         let address = unsafe mmap(nil, size, PROT_READ | PROT_WRITE, sharing, fd, 0)

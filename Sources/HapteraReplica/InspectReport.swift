@@ -1,30 +1,47 @@
 import HapteraCore
 
-/// What `inspect` shows: the manifest, and the log and files if nobody serves the directory.
+/// What `inspect` shows of a copy, beside the process that serves it too. Then it is a view of the
+/// last moments: what was active or stable may be a little behind.
 package struct InspectReport {
     private var fields: [(key: String, value: JSONValue)] = []
+    /// Epochs told apart in `births`; what is older is counted together.
+    package static let epochsMax = 256
 
     package init(directory: String) throws(StorageError) {
         do throws(StorageError) {
-            let storage = DirectoryStorage(
-                directory: directory, mode: .inspect(waitMilliseconds: 200))
-            let reader = try ReplicaReader(opening: storage)
-            take(reader.manifest)
-            fields.append(("inUse", .flag(false)))
-            take(reader)
-            fields.append(("allocatedBytes", .number(storage.allocatedBytes())))
+            try take(
+                DirectoryStorage(directory: directory, mode: .inspect(waitMilliseconds: 200)),
+                isInUse: false)
         } catch {
             guard error.code == .inUse else { throw error }
-            let storage = DirectoryStorage(directory: directory, mode: .peek)
-            guard case .manifest(let manifest) = try ReplicaCore.loadManifest(storage) else {
-                throw StorageError(.damaged, "\(directory)/manifest: neither slot is valid")
-            }
-            take(manifest)
-            fields.append(("inUse", .flag(true)))
+            try takeLive(directory)
         }
     }
 
+    /// A page that is being drained while the log is read looks damaged: then it looks again.
+    private mutating func takeLive(_ directory: String) throws(StorageError) {
+        for attempt in 1... {
+            do throws(StorageError) {
+                return try take(
+                    DirectoryStorage(directory: directory, mode: .peek), isInUse: true)
+            } catch {
+                guard error.code == .damaged, attempt < 10 else { throw error }
+                fields = []
+            }
+        }
+    }
+
+    private mutating func take(_ storage: DirectoryStorage, isInUse: Bool) throws(StorageError) {
+        let reader = try ReplicaReader(opening: storage)
+        take(reader.manifest)
+        fields.append(("inUse", .flag(isInUse)))
+        take(reader)
+        try takeBirths(reader)
+        fields.append(("allocatedBytes", .number(storage.allocatedBytes())))
+    }
+
     private mutating func take(_ manifest: Manifest) {
+        let boot = (try? HostBoot.read()) ?? .none
         fields += [
             ("format", .number(UInt64(Manifest.formatVersion))),
             ("volume", .text(manifest.identity.volume.text)),
@@ -35,14 +52,24 @@ package struct InspectReport {
             ("promise", .number(manifest.promise.rawValue)),
             ("promisedEngine", .text(hexadecimal(manifest.promisedEngine.rawValue))),
             ("clean", .flag(manifest.isClean)),
+            (
+                "settledBoot",
+                .text(
+                    hexadecimal(manifest.settledBoot.high) + hexadecimal(manifest.settledBoot.low))
+            ),
+            ("isRebooted", .flag(!manifest.isClean && manifest.settledBoot != boot)),
             ("layers", .list(manifest.layers.map { .number(UInt64($0.rawValue)) })),
             ("manifestVersion", .number(manifest.counter)),
+            ("record", .text((manifest.installed?.encoded() ?? []).map(Self.digits).joined())),
         ]
         guard let record = manifest.installed else { return }
         fields += [
             ("recordEpoch", .number(record.epoch.rawValue)),
             ("recordInSync", .list(record.inSync.map { .text($0.replica.text) })),
         ]
+    }
+    private static func digits(_ byte: UInt8) -> String {
+        (byte < 16 ? "0" : "") + String(byte, radix: 16)
     }
 
     private mutating func take(_ reader: ReplicaReader) {
@@ -51,13 +78,25 @@ package struct InspectReport {
         fields += [
             ("regions", .number(reader.regionCount)),
             ("regionsWritten", .number(UInt64(allocated))),
-            ("activeRegions", .list(reader.activeRegions.map { .number($0) })),
+            ("activeRegions", .number(UInt64(reader.activeRegions.count))),
             ("logCapacity", .number(log.capacity)),
             ("logTail", .number(log.durableTail)),
             ("logNext", .number(log.nextIndex)),
             ("flushedEpoch", .number(log.flushed.epoch.rawValue)),
             ("flushedSequence", .number(log.flushed.sequence.rawValue)),
+            ("stableEpoch", .number(log.stable.epoch.rawValue)),
+            ("stableSequence", .number(log.stable.sequence.rawValue)),
         ]
+    }
+
+    /// Regions by the epoch of their last write, newest first.
+    private mutating func takeBirths(_ reader: ReplicaReader) throws(StorageError) {
+        let births = try reader.births().sorted { $0.key > $1.key }
+        let newest = births.prefix(Self.epochsMax).map { epoch, regions in
+            JSONValue.object([("epoch", .number(epoch.rawValue)), ("regions", .number(regions))])
+        }
+        let older = births.dropFirst(Self.epochsMax).reduce(0) { $0 + $1.value }
+        fields += [("births", .list(newest)), ("olderRegions", .number(older))]
     }
 
     /// One line per field.

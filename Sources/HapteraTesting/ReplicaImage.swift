@@ -59,7 +59,7 @@ struct ReplicaImage {
         var best: (counter: UInt64, tail: UInt64, capacity: UInt64)?
         for slot in [log.slice(0, 512), log.slice(4096, 512)] {
             guard slot.load(UInt32.self, 0) == ActivityLog.magic,
-                slot.load(UInt32.self, 48) == CRC32C.checksum(slot.slice(0, 48))
+                slot.load(UInt32.self, 64) == CRC32C.checksum(slot.slice(0, 64))
             else { continue }
             let counter = slot.load(UInt64.self, 8)
             if best.map({ counter > $0.counter }) ?? true {

@@ -54,15 +54,41 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
             log.append(.activate(layer: layer, region: region))
         }
         #expect(try replayed(block) == Array(0..<10))
-        log.storeHeader(
-            tail: 4, flushed: StablePoint(epoch: Epoch(3), sequence: SequenceNumber(8)))
+        let (flushed, stable) = (point(3, 8), point(3, 7))
+        log.storeHeader(tail: 4, flushed: flushed, stable: stable)
         log.tailBecameDurable(4)
         #expect(try replayed(block) == Array(4..<10))
         let again = try ActivityLog(opening: block.memory)
-        #expect(again.flushed == StablePoint(epoch: Epoch(3), sequence: SequenceNumber(8)))
+        #expect(again.flushed == flushed && again.stable == stable)
         // The newer header is torn: the older one still finds everything.
         block.memory[4096 + 20] ^= 1
         #expect(try replayed(block) == Array(0..<10))
+    }
+
+    private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
+        StablePoint(epoch: Epoch(epoch), sequence: SequenceNumber(sequence))
+    }
+
+    @Test func marksAreFoundInRecordsToo() throws {
+        let (log, block) = try makeLog()
+        for mark in [point(2, 9), point(3, 1)] { log.append(.flushed(mark)) }
+        log.append(.stable(point(2, 9)))
+        let again = try ActivityLog(opening: block.memory)
+        try again.replay { (_) throws(StorageError) in Issue.record("a mark is about no region") }
+        #expect(again.flushed == point(3, 1) && again.stable == point(2, 9))
+        #expect(again.nextIndex == 3)
+    }
+
+    @Test func aHeaderOfFormat1IsRead() throws {
+        let (_, block) = try makeLog()
+        let slot = block.memory.slice(0, 512)
+        slot.store(1 as UInt32, 4)
+        slot.store(5 as UInt64, 32)
+        slot.store(6 as UInt64, 40)
+        slot.store(CRC32C.checksum(slot.slice(0, 48)), 48)
+        slot.store(0 as UInt32, 64)
+        let log = try ActivityLog(opening: block.memory)
+        #expect(log.flushed == point(5, 6) && log.stable == .zero)
     }
 
     @Test func theRingTurnsAndLeavesOldRecordsBehind() throws {
@@ -71,7 +97,7 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
         for turn in 0..<3 as Range<UInt64> {
             for _ in 0..<capacity {
                 if log.nextIndex - log.durableTail == capacity {
-                    log.storeHeader(tail: log.nextIndex - 10, flushed: .zero)
+                    log.storeHeader(tail: log.nextIndex - 10, flushed: .zero, stable: .zero)
                     log.tailBecameDurable(log.nextIndex - 10)
                 }
                 log.append(.activate(layer: layer, region: turn))

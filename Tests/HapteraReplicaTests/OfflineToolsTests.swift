@@ -54,6 +54,9 @@ final class TestDirectory {
         let last = Self.size - 4096
         try storage.write(.data(layer), offset: last, from: block.memory.slice(0, 4096))
         let log = try ActivityLog(opening: storage.mapLog(size: Int(try storage.size(.log))))
+        let point = StablePoint(epoch: Epoch(1), sequence: SequenceNumber(7))
+        log.append(.flushed(point.next))
+        log.append(.stable(point))
         log.append(.activate(layer: layer, region: 3))
         log.append(
             .entry(
@@ -123,9 +126,39 @@ final class TestDirectory {
             directory: directory.path, mode: .inspect(waitMilliseconds: 0))
         let error = #expect(throws: StorageError.self) { try looking.size(.manifest) }
         #expect(error?.code == .inUse)
-        let report = try InspectReport(directory: directory.path)
-        #expect(report.json.contains("\"inUse\":true"))
-        #expect(report.json.contains("\"sizeBytes\":\(Self.size)"))
+    }
+
+    @Test(arguments: [false, true]) func inspectTellsWhatASalvageNeeds(isServed: Bool) throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        var storage: DirectoryStorage? = DirectoryStorage(
+            directory: directory.path, mode: .serve)
+        var record = VolumeRecord(
+            volume: identity.volume, name: "volume", epoch: Epoch(5), nonce: 6, size: Self.size,
+            inSync: [identity.member])
+        record.engine = InstanceID(rawValue: 8)
+        var manifest = Manifest(identity: identity)
+        manifest.counter = 1
+        manifest.promise = record.epoch
+        manifest.installed = record
+        manifest.isClean = false
+        manifest.settledBoot = try HostBoot.read()
+        let slot = MemoryBlock(count: manifest.encoded().count)
+        slot.memory.copy(from: manifest.encoded())
+        try storage?.write(.manifest, offset: manifest.slotOffset, from: slot.memory)
+
+        if !isServed { storage = nil }
+        let json = try InspectReport(directory: directory.path).json
+        let hex = record.encoded().map { hexadecimal(UInt64($0)).suffix(2) }.joined()
+        for part in [
+            "\"inUse\":\(isServed)", "\"sizeBytes\":\(Self.size)", "\"promise\":5",
+            "\"record\":\"\(hex)\"", "\"flushedEpoch\":1", "\"flushedSequence\":8",
+            "\"stableEpoch\":1", "\"stableSequence\":7", "\"isRebooted\":false",
+            // Region 1 is as its page says; region 3 is active, so written in any epoch up to now.
+            "\"activeRegions\":1", "\"olderRegions\":0",
+            "\"births\":[{\"epoch\":5,\"regions\":1},{\"epoch\":1,\"regions\":1}]",
+        ] { #expect(json.contains(part), "\(part) in \(json)") }
+        storage = nil
     }
 
     @Test func makingItTwiceIsOneReplicaAndAnotherIsRefused() throws {

@@ -10,7 +10,7 @@
 ///         16     4  layer     activate, entry, drained
 ///         20     4  crc       entry in state data: CRC32C of the block; otherwise zero
 ///         24     8  position  activate, drained: region; entry: first block
-///     flushed has the epoch in 16..<24 and the sequence number in 24..<32.
+///     flushed and stable have the epoch in 16..<24 and the sequence number in 24..<32.
 package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
     package static let size = 32
 
@@ -22,6 +22,8 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
         case flushed = 3
         /// The region's page was durable when this was written.
         case drained = 4
+        /// Every member has flushed up to the point and holds a durable mark of it.
+        case stable = 5
     }
     package var kind: Kind
     package var state: BlockState = .absent
@@ -48,13 +50,21 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
     package static func flushed(_ point: StablePoint) -> LogRecord {
         LogRecord(kind: .flushed, position: point.sequence.rawValue, epoch: point.epoch)
     }
+    package static func stable(_ point: StablePoint) -> LogRecord {
+        LogRecord(kind: .stable, position: point.sequence.rawValue, epoch: point.epoch)
+    }
+    /// What a flushed or stable record says.
+    private var isMark: Bool { kind == .flushed || kind == .stable }
+    package var point: StablePoint {
+        StablePoint(epoch: epoch, sequence: SequenceNumber(position))
+    }
 
     package func encode(to memory: RawMemory, at offset: Int) {
         let target = memory.slice(offset, Self.size)
         target.store(
             UInt32(kind.rawValue) | UInt32(state.rawValue) << 8 | UInt32(count) << 16, 4)
         target.store(index, 8)
-        if kind == .flushed {
+        if isMark {
             target.store(epoch.rawValue, 16)
         } else {
             target.store(UInt64(layer.rawValue) | UInt64(checksum) << 32, 16)
@@ -72,7 +82,7 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
         self.init(kind: kind, state: state, count: source.load(UInt16.self, 6))
         index = source.load(UInt64.self, 8)
         position = source.load(UInt64.self, 24)
-        if kind == .flushed {
+        if isMark {
             epoch = Epoch(source.load(UInt64.self, 16))
         } else {
             layer = LayerID(rawValue: source.load(UInt32.self, 16))
@@ -109,19 +119,23 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///
 ///     offset  size  header slot (at 0 and, alternating, at 4096; counter % 2 picks the slot)
 ///          0     4  magic      "HPAL"
-///          4     4  format     1
+///          4     4  format     2
 ///          8     8  counter    the higher valid one wins
 ///         16     8  tail       records with a smaller index are no longer needed
 ///         24     8  capacity   records in the ring
 ///         32     8  flushed    epoch of the last flushed point
 ///         40     8             its sequence number
-///         48     4  checksum   CRC32C of bytes 0..<48
+///         48     8  stable     epoch of the last stable point
+///         56     8             its sequence number
+///         64     4  checksum   CRC32C of bytes 0..<64
+///
+/// Format 1 had no stable point and its checksum, of bytes 0..<48, at 48. It is still read.
 ///
 /// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail,
 /// so a replay that begins at whichever header survived finds every record it needs.
 package final class ActivityLog {
     package static let magic: UInt32 = 0x4c41_5048
-    package static let formatVersion: UInt32 = 1
+    package static let formatVersion: UInt32 = 2
     package static let ringOffset = 8192
     /// 16 MiB of records.
     package static let capacityDefault: UInt64 = 524_288
@@ -137,6 +151,8 @@ package final class ActivityLog {
     package private(set) var durableTail: UInt64
     /// Highest flushed point found in header and records.
     package private(set) var flushed: StablePoint
+    /// Highest stable point found in header and records, or stored since. As `ReplicaCore.knownStable`.
+    package private(set) var stable: StablePoint
     /// Records promised to writes whose data is on its way to the disk.
     package private(set) var reserved: UInt64 = 0
     /// Rises with every store: what a sync has to cover.
@@ -149,7 +165,8 @@ package final class ActivityLog {
     /// Writes the first header of a new log into its (zeroed) first 8 KiB.
     package static func format(_ memory: RawMemory, capacity: UInt64) {
         storeHeader(
-            to: memory, counter: 0, tail: 0, capacity: capacity, flushed: .zero)
+            to: memory,
+            Header(counter: 0, tail: 0, capacity: capacity, flushed: .zero, stable: .zero))
     }
 
     /// Reads the header; call `replay` before appending.
@@ -174,9 +191,10 @@ package final class ActivityLog {
         durableTail = header.tail
         nextIndex = header.tail
         flushed = header.flushed
+        stable = header.stable
     }
 
-    /// Hands every record that may still matter to `body`, in index order. A gap is a record that
+    /// Hands every record about a region that may still matter to `body`, in index order. A gap is a record that
     /// was never made durable.
     package func replay(_ body: (LogRecord) throws(StorageError) -> Void) throws(StorageError) {
         for index in durableTail..<durableTail + capacity {
@@ -184,13 +202,11 @@ package final class ActivityLog {
                 record.index == index
             else { continue }
             nextIndex = index + 1
-            if record.kind == .flushed {
-                flushed = max(
-                    flushed,
-                    StablePoint(
-                        epoch: record.epoch, sequence: SequenceNumber(record.position)))
+            switch record.kind {
+            case .flushed: flushed = max(flushed, record.point)
+            case .stable: stable = max(stable, record.point)
+            case .activate, .entry, .drained: try body(record)
             }
-            try body(record)
         }
     }
 
@@ -229,12 +245,16 @@ package final class ActivityLog {
 
     /// Stores a header with this tail in the slot not in use. The space is free only when a sync
     /// begun later has ended and `tailBecameDurable` was called; one header at a time.
-    package func storeHeader(tail: UInt64, flushed: StablePoint) {
+    package func storeHeader(tail: UInt64, flushed: StablePoint, stable: StablePoint) {
         precondition(tail >= durableTail && tail <= nextIndex)
         counter += 1
         self.flushed = max(self.flushed, flushed)
+        self.stable = max(self.stable, stable)
         Self.storeHeader(
-            to: memory, counter: counter, tail: tail, capacity: capacity, flushed: self.flushed)
+            to: memory,
+            Header(
+                counter: counter, tail: tail, capacity: capacity, flushed: self.flushed,
+                stable: self.stable))
         storeCount += 1
     }
     package func tailBecameDurable(_ tail: UInt64) {
@@ -251,33 +271,41 @@ package final class ActivityLog {
         var tail: UInt64
         var capacity: UInt64
         var flushed: StablePoint
+        var stable: StablePoint
     }
 
-    private static func storeHeader(
-        to memory: RawMemory, counter: UInt64, tail: UInt64, capacity: UInt64,
-        flushed: StablePoint
-    ) {
-        let slot = memory.slice(Int(counter % 2) * 4096, 512)
+    private static func storeHeader(to memory: RawMemory, _ header: Header) {
+        let slot = memory.slice(Int(header.counter % 2) * 4096, 512)
         slot.fill()
         slot.store(magic, 0)
         slot.store(formatVersion, 4)
-        slot.store(counter, 8)
-        slot.store(tail, 16)
-        slot.store(capacity, 24)
-        slot.store(flushed.epoch.rawValue, 32)
-        slot.store(flushed.sequence.rawValue, 40)
-        slot.store(CRC32C.checksum(slot.slice(0, 48)), 48)
+        slot.store(header.counter, 8)
+        slot.store(header.tail, 16)
+        slot.store(header.capacity, 24)
+        slot.store(header.flushed.epoch.rawValue, 32)
+        slot.store(header.flushed.sequence.rawValue, 40)
+        slot.store(header.stable.epoch.rawValue, 48)
+        slot.store(header.stable.sequence.rawValue, 56)
+        slot.store(CRC32C.checksum(slot.slice(0, 64)), 64)
     }
     private static func loadHeader(_ memory: RawMemory, slot: Int) -> Header? {
         let slot = memory.slice(slot * 4096, 512)
-        guard slot.load(UInt32.self, 0) == magic, slot.load(UInt32.self, 4) == formatVersion,
-            slot.load(UInt32.self, 48) == CRC32C.checksum(slot.slice(0, 48))
-        else { return nil }
+        let format = slot.load(UInt32.self, 4)
+        guard slot.load(UInt32.self, 0) == magic, (1...formatVersion).contains(format) else {
+            return nil
+        }
+        let length = format == 1 ? 48 : 64
+        guard slot.load(UInt32.self, length) == CRC32C.checksum(slot.slice(0, length)) else {
+            return nil
+        }
         return Header(
             counter: slot.load(UInt64.self, 8), tail: slot.load(UInt64.self, 16),
-            capacity: slot.load(UInt64.self, 24),
-            flushed: StablePoint(
-                epoch: Epoch(slot.load(UInt64.self, 32)),
-                sequence: SequenceNumber(slot.load(UInt64.self, 40))))
+            capacity: slot.load(UInt64.self, 24), flushed: point(slot, 32),
+            stable: format == 1 ? .zero : point(slot, 48))
+    }
+    private static func point(_ memory: RawMemory, _ offset: Int) -> StablePoint {
+        StablePoint(
+            epoch: Epoch(memory.load(UInt64.self, offset)),
+            sequence: SequenceNumber(memory.load(UInt64.self, offset + 8)))
     }
 }

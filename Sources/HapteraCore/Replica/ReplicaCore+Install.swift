@@ -32,7 +32,8 @@ extension ReplicaCore {
     /// 3. the manifest with e and V is written to the slot not in use               -> old or new
     /// 4. it is synced                                                              -> new promise,
     ///    and opening gives active regions the promise as birth: step 2 is not lost
-    /// 5. the reply                                                                 -> new promise
+    /// 5. the log is synced, at the same time: the marks the reply speaks of        -> new promise
+    /// 6. the reply                                                                 -> new promise
     func beginInstall(_ slot: Int32) {
         let connection = Int(requests[Int(slot)].connection)
         guard let request = decodedInstalls[slot] else { return refuse(slot, .invalid) }
@@ -72,7 +73,13 @@ extension ReplicaCore {
         guard currentInstall >= 0, manifestProposal == nil else { return }
         guard startedCount == 0 || options.mutations.contains(.installWithoutDrain) else { return }
         guard let request = decodedInstalls[currentInstall] else { return }
-        if request.record.epoch == promise { return completeInstall() }
+        if request.record.epoch == promise {
+            if syncs[FileSync.log].durable >= installTicket { completeInstall() }
+            return
+        }
+        installTicket = log.storeCount
+        want(FileSync.log, installTicket)
+        promiseBefore = promise
         if !options.mutations.contains(.noRestamp) { restamp(request.record.epoch) }
         var proposal = manifest
         proposal.promise = request.record.epoch
@@ -141,8 +148,8 @@ extension ReplicaCore {
         }
         return InstallReply(
             instance: options.instance, isRebooted: isRebooted && !hasSettledHere,
-            flushed: flushedPoint, stablePoint: stablePoint, leaseRemainingMilliseconds: 0,
-            activeRegions: regions)
+            flushed: flushedPoint, stablePoint: knownStable, promiseBefore: promiseBefore,
+            leaseRemainingMilliseconds: 0, activeRegions: regions)
     }
     private var hasSettledHere: Bool { manifest.settledBoot == options.bootID }
 
@@ -155,8 +162,16 @@ extension ReplicaCore {
         guard point.epoch <= promise else { return }
         if header.length > 0 { return leaveOut(Geometry.region(ofByte: header.offset), point) }
         stablePoint = max(stablePoint, point)
+        learn(StablePoint(epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag)))
         guard header.flags & FrameFlags.settled != 0, !hasSettledHere else { return }
         isSettleWanted = true
+    }
+    /// Every member holds a durable mark of the point.
+    private func learn(_ point: StablePoint) {
+        guard point > knownStable, point <= stablePoint else { return }
+        knownStable = point
+        // Durable with the next sync: it may lag.
+        if log.hasRoom(1) { log.append(.stable(point)) }
     }
     /// The region stays active past the point: some member has not got all that was written to it.
     private func leaveOut(_ region: UInt64, _ point: StablePoint) {
@@ -208,7 +223,7 @@ extension ReplicaCore {
         manifest = made
         manifestProposal = nil
         switch manifestPurpose {
-        case .install: completeInstall()
+        case .install: break  // `pumpInstall` goes on
         case .settle: isSettleWanted = false
         case .shutdown: shutdown = .done
         }

@@ -202,7 +202,6 @@ package struct OpenedReplica {
     }
 
     private func apply(_ record: LogRecord, regions: UInt64) throws(StorageError) {
-        guard record.kind != .flushed else { return }
         let region =
             record.kind == .entry
             ? record.position / UInt64(Geometry.blocksPerRegion) : record.position

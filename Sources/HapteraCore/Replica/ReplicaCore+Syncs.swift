@@ -97,14 +97,18 @@ extension ReplicaCore {
     private func flushed(_ slot: Int32) {
         let request = requests[Int(slot)]
         let point = StablePoint(epoch: request.header.epoch, sequence: request.header.sequence)
+        let isMarked = log.hasRoom(1)
         if point > flushedPoint {
             flushedPoint = point
             // Durable with the next sync: the mark may lag, it never leads.
-            if log.hasRoom(1) { log.append(.flushed(point)) }
+            if isMarked { log.append(.flushed(point)) }
         }
         var header = replyHeader(slot, .ok)
         // Writes sent before the flush may be missing here: the engine leaves their regions out.
-        header.auxiliary = request.passesParked || request.parkCount != parkCount ? 1 : 0
+        if request.passesParked || request.parkCount != parkCount {
+            header.auxiliary |= FlushReply.isPartial
+        }
+        if !isMarked { header.auxiliary |= FlushReply.isUnmarked }
         send(slot, header)
         end(slot)
     }

@@ -241,7 +241,7 @@ extension ReplicaCore {
         let tail = oldest >= 0 ? cache.frames[Int(oldest)].firstIndex : log.nextIndex
         let gain = tail - log.durableTail
         guard gain >= log.capacity / 16 || (shutdown == .draining && gain > 0) else { return false }
-        log.storeHeader(tail: tail, flushed: flushedPoint)
+        log.storeHeader(tail: tail, flushed: flushedPoint, stable: knownStable)
         upkeep.tail = tail
         upkeep.ticket = log.storeCount
         upkeep.phase = .syncingHeader

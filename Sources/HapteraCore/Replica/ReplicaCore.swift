@@ -79,6 +79,10 @@ package final class ReplicaCore {
     var manifestProposal: Manifest?
     var manifestPurpose = ManifestPurpose.install
     var isSettleWanted = false
+    /// What was promised before the last Install.
+    var promiseBefore = Epoch.zero
+    /// What a sync of the log must cover before an Install is answered: its flushed mark.
+    var installTicket: UInt64 = 0
     /// The host restarted since the copies were last known equal; fixed at open.
     package let isRebooted: Bool
 
@@ -87,6 +91,9 @@ package final class ReplicaCore {
     package internal(set) var stablePoint = StablePoint.zero
     /// The highest point flushed here.
     package internal(set) var flushedPoint: StablePoint
+    /// Highest point of which every member is known to hold a durable mark, so that a copy whose
+    /// mark is below it was rolled back. Survives a restart; may lag. At most S.
+    package internal(set) var knownStable: StablePoint
     /// A bit per region: 1 if the table or the log may know it.
     let regionMap: FixedArray<UInt64>
 
@@ -117,6 +124,7 @@ package final class ReplicaCore {
         cache = opened.cache
         regionMap = opened.regionMap
         flushedPoint = opened.log.flushed
+        knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
         isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID
         for slot in 0..<Self.requestsMax {

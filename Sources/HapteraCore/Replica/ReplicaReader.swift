@@ -1,5 +1,7 @@
 /// Looks at a replica's files without changing them: for the offline tools, and for tests that ask
-/// what a crash has left. The storage must not let writes through to the log's mapping.
+/// what a crash has left. The storage must not let writes through to the log's mapping. Beside a
+/// process that serves the files the storage must give a copy of the log: pages read later are then
+/// never older than the log says; opening may still fail as `damaged` and be tried again.
 package final class ReplicaReader {
     package struct Region {
         package let number: UInt64
@@ -46,6 +48,43 @@ package final class ReplicaReader {
     /// False: nothing was ever written to the region.
     package func mayHold(_ region: UInt64) -> Bool {
         opened.regionMap[Int(region / 64)] >> (region % 64) & 1 != 0
+    }
+
+    /// Counts regions by the epoch of their last write; regions never written are left out, and those
+    /// of the activity log count as written in the promised epoch.
+    package func births() throws(StorageError) -> [Epoch: UInt64] {
+        var births: [Epoch: UInt64] = [:]
+        for region in activeRegions {
+            guard let frame = opened.cache.find(region) else { continue }
+            births[opened.cache.frames[Int(frame)].birth, default: 0] += 1
+        }
+        let active = Set(activeRegions)
+        let pairsAtOnce: UInt64 = 128
+        let pairs = MemoryBlock(count: Int(pairsAtOnce) * TablePage.pairSize)
+        var first: UInt64 = 0
+        while first < regionCount {
+            defer { first += pairsAtOnce }
+            let end = min(first + pairsAtOnce, regionCount)
+            guard (first..<end).contains(where: { mayHold($0) }) else { continue }
+            let memory = pairs.memory.slice(0, Int(end - first) * TablePage.pairSize)
+            let count = try storage.read(
+                .table(manifest.head), offset: TablePage.pairOffset(region: first), into: memory)
+            guard count == memory.count else {
+                throw StorageError(.damaged, "table: ends before region \(end)")
+            }
+            for region in first..<end where mayHold(region) && !active.contains(region) {
+                let pair = memory.slice(
+                    Int(region - first) * TablePage.pairSize, TablePage.pairSize)
+                switch TablePage.loadPair(pair, layer: manifest.head, region: region) {
+                case .neverWritten: break
+                // A torn slot: of damage, or of a page being written now. The other one will do.
+                case .page(let page, _): births[page.birth, default: 0] += 1
+                // Nothing is known of when it was written: it may have been in any epoch.
+                case .damaged: births[manifest.promise, default: 0] += 1
+                }
+            }
+        }
+        return births
     }
 
     /// What the table and the log say of a region. Throws `damaged` if its page is not readable.
