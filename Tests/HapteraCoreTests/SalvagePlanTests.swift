@@ -1,0 +1,164 @@
+import Testing
+
+@testable import HapteraCore
+
+private func member(_ number: UInt64) -> VolumeRecord.Member {
+    VolumeRecord.Member(
+        replica: ReplicaID(rawValue: number), incarnation: Incarnation(rawValue: number + 100))
+}
+private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
+    StablePoint(epoch: Epoch(epoch), sequence: SequenceNumber(sequence))
+}
+
+/// A volume of 64 regions at epoch 9, in sync on replica 1; 2 left at epoch 6, 3 at epoch 4.
+private func makeRecord() -> VolumeRecord {
+    var record = VolumeRecord(
+        volume: VolumeID(high: 1, low: 2), name: "v", epoch: Epoch(9), nonce: 1,
+        size: 64 * UInt64(Geometry.regionSize), inSync: [member(1)])
+    record.engine = InstanceID(rawValue: 7)
+    record.out = [
+        VolumeRecord.Departure(member: member(2), leftEpoch: Epoch(6), stablePoint: point(5, 10)),
+        VolumeRecord.Departure(member: member(3), leftEpoch: Epoch(4), stablePoint: point(3, 10)),
+    ]
+    return record
+}
+private func survey(_ number: UInt64, promise: UInt64, flushed: StablePoint) -> ReplicaSurvey {
+    var survey = ReplicaSurvey(member: member(number), promise: Epoch(promise), installed: nil)
+    survey.flushed = flushed
+    survey.births = [
+        .init(epoch: Epoch(8), regions: 3), .init(epoch: Epoch(6), regions: 4),
+        .init(epoch: Epoch(5), regions: 5),
+    ]
+    survey.olderRegions = 6
+    return survey
+}
+
+@Suite struct SalvagePlanTests {
+    private let record = makeRecord()
+
+    private func choice(_ number: UInt64, _ surveys: [ReplicaSurvey]) throws -> SalvagePlan.Choice {
+        let plan = SalvagePlan(record: record, surveys: surveys)
+        return try #require(plan.choices.first { $0.member == member(number) })
+    }
+
+    @Test func birthsAreCountedFromAnEpochOn() {
+        let found = survey(1, promise: 9, flushed: .zero)
+        #expect(found.regions(since: Epoch(9)) == 0)
+        #expect(found.regions(since: Epoch(6)) == 7)
+        #expect(found.regions(since: Epoch(5)) == 12)
+        #expect(found.regions(since: Epoch(1)) == 18)
+    }
+
+    @Test func theMemberLosesNothing() throws {
+        let found = try choice(1, [survey(1, promise: 9, flushed: point(8, 1))])
+        #expect(found.isInSync && found.lostSince == nil && found.regionsMax == 0)
+    }
+
+    @Test func aRebootedMemberMayLoseItsActiveRegions() throws {
+        var rebooted = survey(1, promise: 9, flushed: point(8, 1))
+        rebooted.isRebooted = true
+        rebooted.activeRegions = 2
+        let found = try choice(1, [rebooted])
+        #expect(found.lostSince == nil && found.mayLackUnflushed && found.regionsMax == 2)
+    }
+
+    @Test func anAbsentOneLosesWhatWasWrittenSinceItParted() throws {
+        let second = survey(2, promise: 5, flushed: point(5, 10))
+        var found = try choice(2, [second, survey(1, promise: 9, flushed: point(8, 1))])
+        #expect(found.lostSince == Epoch(6) && found.regionsMax == 7 && found.isMeasured)
+        // Nobody there holds what was written since: anything may be lost.
+        found = try choice(2, [second, survey(3, promise: 3, flushed: point(3, 10))])
+        #expect(found.regionsMax == 64 && !found.isMeasured)
+    }
+
+    @Test func theRecordKeepsTheLosers() throws {
+        let next = try #require(
+            try choice(2, [survey(2, promise: 5, flushed: point(5, 10))]).record)
+        #expect(next.epoch == Epoch(10) && next.change == .salvage && !next.isClean)
+        #expect(next.inSync == [member(2)] && next.engine == .none)
+        #expect(
+            next.lineage == [
+                .init(epoch: Epoch(10), survivor: ReplicaID(rawValue: 2), partedEpoch: Epoch(6))
+            ])
+        let loser = try #require(next.out.first { $0.member == member(1) })
+        #expect(loser.isKept && loser.partedEpoch == Epoch(6) && loser.reason == .salvaged)
+        // It had left before the survivor, so the survivor has all it has.
+        let older = try #require(next.out.first { $0.member == member(3) })
+        #expect(!older.isKept && older.partedEpoch == Epoch(4))
+        #expect(next.out.count == 2)
+        #expect(VolumeRecord(decoding: next.encoded()) == next)
+    }
+
+    @Test func oneThatLeftLaterThanTheSurvivorIsKeptToo() throws {
+        let next = try #require(
+            try choice(3, [survey(3, promise: 3, flushed: point(3, 10))]).record)
+        let later = try #require(next.out.first { $0.member == member(2) })
+        #expect(later.isKept && later.partedEpoch == Epoch(4))
+    }
+
+    @Test func aRolledBackCopyPartedBeforeItLeft() throws {
+        let found = try choice(2, [survey(2, promise: 3, flushed: point(3, 1))])
+        #expect(found.isRolledBack && found.lostSince == Epoch(3))
+        #expect(found.record?.lineage.last?.partedEpoch == Epoch(3))
+    }
+
+    @Test func whatCannotBeChosenSaysWhy() throws {
+        #expect(
+            try choice(2, [survey(2, promise: 10, flushed: .zero)]).obstacle == .recordIsOlder)
+        let stranger = try choice(5, [survey(5, promise: 1, flushed: .zero)])
+        #expect(stranger.obstacle == .unknownReplica && stranger.record == nil)
+    }
+}
+
+@Suite struct ReconstructionTests {
+    private func installed(
+        _ number: UInt64, epoch: UInt64, inSync: [UInt64], joining: UInt64? = nil
+    ) -> ReplicaSurvey {
+        var record = makeRecord()
+        record.epoch = Epoch(epoch)
+        record.nonce = epoch
+        record.inSync = inSync.map(member)
+        record.joining = joining.map(member)
+        return ReplicaSurvey(member: member(number), promise: Epoch(epoch), installed: record)
+    }
+
+    @Test func allMembersOfTheNewestAreCertain() throws {
+        let found = try #require(
+            Reconstruction(surveys: [
+                installed(1, epoch: 9, inSync: [1, 2]), installed(2, epoch: 8, inSync: [1, 2, 3]),
+            ]))
+        #expect(found.verdict == .certain && found.missing == [])
+        // As it was: an engine that outlived the store goes on.
+        #expect(found.record(nonce: 77) == found.newest && found.newest.epoch == Epoch(9))
+    }
+
+    @Test func aMissingMemberOrJoinerMakesItDoubtful() throws {
+        for survey in [
+            installed(1, epoch: 9, inSync: [1, 2]),
+            installed(1, epoch: 9, inSync: [1], joining: 2),
+        ] {
+            let found = try #require(Reconstruction(surveys: [survey]))
+            #expect(found.verdict == .doubtful && found.missing == [ReplicaID(rawValue: 2)])
+            let record = found.record(nonce: 77)
+            #expect(record.epoch.rawValue > 1000 && record.nonce == 77)
+            #expect(record.engine == .none && record.change == .reconstruction)
+        }
+        let known = Reconstruction(
+            surveys: [installed(1, epoch: 9, inSync: [1])], known: [ReplicaID(rawValue: 4)])
+        #expect(known?.verdict == .doubtful && known?.missing == [ReplicaID(rawValue: 4)])
+    }
+
+    @Test func anotherMakingOfTheMemberIsNotTheMember() throws {
+        var other = installed(1, epoch: 9, inSync: [1])
+        other.member.incarnation = Incarnation(rawValue: 5)
+        #expect(Reconstruction(surveys: [other])?.verdict == .useless)
+    }
+
+    @Test func noRecordOrTwoOfOneEpochIsNothing() {
+        #expect(Reconstruction(surveys: []) == nil)
+        #expect(
+            Reconstruction(surveys: [
+                installed(1, epoch: 9, inSync: [1]), installed(2, epoch: 9, inSync: [2]),
+            ]) == nil)
+    }
+}
