@@ -1,5 +1,7 @@
 """Engines, replicas and a record store as real processes in a scratch directory."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -67,6 +69,13 @@ def control(path, verb, timeout=60.0, **arguments):
     return dict(line.split("=", 1) for line in lines[1:] if "=" in line)
 
 
+@functools.cache
+def engine_knows(option):
+    done = subprocess.run(
+        [BINARIES / "haptera-engine", "--help"], capture_output=True, text=True, check=False)
+    return option in done.stdout + done.stderr
+
+
 class Process:
     """A child process whose output goes to a file, and which dies with its owner."""
 
@@ -112,6 +121,7 @@ class Replica:
         self.cluster, self.number = cluster, number
         self.id = random.getrandbits(63) | 1
         self.incarnation = random.getrandbits(63) | 1
+        self.host = f"replica{number}"
         self.port = free_port()
         self.directory = pathlib.Path(directory or cluster.path / f"replica-{number}")
         self.control = cluster.path / f"replica-{number}.sock"
@@ -122,6 +132,10 @@ class Replica:
     def text(self):
         return f"{self.id:016x}"
 
+    @property
+    def endpoint(self):
+        return f"{self.cluster.address(self.host)}:{self.port}"
+
     def create(self):
         self.tool(
             "create", "--volume-id", self.cluster.volume_text, "--volume", self.cluster.name,
@@ -130,7 +144,7 @@ class Replica:
 
     def recreate(self):
         """A new, empty making of the same replica."""
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
         self.incarnation = random.getrandbits(63) | 1
         self.create()
 
@@ -144,13 +158,16 @@ class Replica:
                 f"{done.stdout.decode()[-2000:]}")
         return done.stdout
 
-    def start(self):
+    def spawn(self):
         self.process = Process(
             f"replica {self.number}",
-            [BINARIES / "haptera-replica", "serve", "--dir", self.directory,
-             "--listen", f"127.0.0.1:{self.port}", "--control", self.control],
+            [*self.cluster.enter(self.host), BINARIES / "haptera-replica", "serve",
+             "--dir", self.directory, "--listen", self.endpoint, "--control", self.control],
             self.cluster.path / f"replica-{self.number}.log",
             {**self.cluster.environment, **self.environment})
+
+    def start(self):
+        self.spawn()
         wait_for(self.answers, f"replica {self.number} to answer")
 
     def answers(self):
@@ -172,42 +189,67 @@ class Replica:
                 pass  # it may hang up before its reply arrives
             assert self.process.wait() == 0, self.cluster.tail(self.process)
 
-    def export_digest(self):
-        """SHA-256 of the raw image; the process must be down."""
+    def verify(self):
+        report = json.loads(self.tool("verify", "--json"))
+        faults = [report[key] for key in ("mismatches", "damagedPages", "doubtful")]
+        assert faults == [0, 0, 0], report
+
+    @contextlib.contextmanager
+    def export(self):
+        """The raw image, to be read to its end; the process must be down."""
         child = subprocess.Popen(
             [BINARIES / "haptera-replica", "export", "--dir", self.directory, "--output", "-"],
             stdout=subprocess.PIPE)
+        try:
+            yield child.stdout
+            assert child.wait() == 0, f"export of replica {self.number} failed"
+        finally:
+            child.kill()
+            child.stdout.close()
+
+    def export_digest(self):
+        """SHA-256 of the raw image; the process must be down."""
         digest, count = hashlib.sha256(), 0
-        while part := child.stdout.read(MIB):
-            digest.update(part)
-            count += len(part)
-        assert child.wait() == 0, f"export of replica {self.number} failed"
+        with self.export() as image:
+            while part := image.read(MIB):
+                digest.update(part)
+                count += len(part)
         assert count == self.cluster.size, f"export has {count} bytes"
         return digest.hexdigest()
 
 
 class Engine:
-    """One engine process; the next life of the volume's engine is a new object."""
+    """One engine process; the next life of the volume's engine is a new object.
 
-    def __init__(self, cluster, replicas, client_generation=1, environment=None):
+    `before`: the engine whose place and addresses it takes, as a node agent would start it again.
+    """
+
+    def __init__(self, cluster, replicas, client_generation=1, environment=None, before=None):
         self.cluster = cluster
         number = cluster.engine_count = cluster.engine_count + 1
-        self.port = free_port()
+        self.port = before.port if before else free_port()
         self.control = cluster.path / f"engine-{number}.sock"
-        self.unix = cluster.path / f"nbd-{number}.sock"
+        self.unix = before.unix if before else cluster.path / f"nbd-{number}.sock"
+        self.instance = None  # known once it was asked
         arguments = [
-            BINARIES / "haptera-engine", "--volume", cluster.name,
-            "--volume-id", cluster.volume_text, "--store", f"127.0.0.1:{cluster.store.port}",
-            "--nbd", f"127.0.0.1:{self.port}", "--nbd-unix", self.unix, "--control", self.control,
-            "--client-generation", client_generation]
+            *cluster.enter("engine"), BINARIES / "haptera-engine", "--volume", cluster.name,
+            "--volume-id", cluster.volume_text,
+            "--store", f"{cluster.address('store')}:{cluster.store.port}",
+            "--nbd", f"{cluster.address('engine')}:{self.port}", "--nbd-unix", self.unix,
+            "--control", self.control, "--client-generation", client_generation,
+            *cluster.engine_options]
+        if before and before.instance and engine_knows("--ended-instance"):
+            arguments += ["--ended-instance", before.instance]
         for replica in replicas:
-            arguments += ["--replica", f"{replica.text}=127.0.0.1:{replica.port}"]
+            arguments += ["--replica", f"{replica.text}={replica.endpoint}"]
         self.process = Process(
             f"engine {number}", arguments, cluster.path / f"engine-{number}.log",
             {**cluster.environment, **(environment or {})})
 
     def status(self):
-        return control(self.control, "status")
+        status = control(self.control, "status")
+        self.instance = status.get("instance", self.instance)
+        return status
 
     def metrics(self):
         return control(self.control, "metrics")
@@ -244,16 +286,18 @@ class Cluster:
 
     name = "volume"
 
-    def __init__(self, size=256 * MIB, replicas=3, environment=None):
+    def __init__(self, size=256 * MIB, replicas=3, environment=None, network=None):
         self.path = pathlib.Path(tempfile.mkdtemp(
             prefix="haptera-", dir=os.environ.get("HAPTERA_TEST_DIR", "/var/tmp")))
         self.size = size
         self.environment = environment or {}
+        self.network = network  # nil: everything on loopback
+        self.engine_options = []
         self.engine_count = 0
         high, low = random.getrandbits(64), random.getrandbits(64)
         self.volume = high.to_bytes(8, "little") + low.to_bytes(8, "little")
         self.volume_text = f"{high:016x}{low:016x}"
-        self.store = RecordStore()
+        self.store = RecordStore(self.address("store"))
         self.replicas = [Replica(self, n + 1) for n in range(replicas)]
         self.engine = None
         self._engines = []
@@ -261,18 +305,29 @@ class Cluster:
     def __enter__(self):
         return self
 
+    def address(self, host):
+        return self.network.address(host) if self.network else "127.0.0.1"
+
+    def enter(self, host):
+        return self.network.enter(host) if self.network else []
+
+    def inside(self, host):
+        return self.network.inside(host) if self.network else contextlib.nullcontext()
+
     def __exit__(self, kind, value, trace):
         for process in [e.process for e in self._engines] + [
                 r.process for r in self.replicas if r.process]:
             if process.is_running:
                 process.signal(signal.SIGCONT)
             process.kill()
-        if self.store._server:
-            self.store.stop()
+        self.stop_store()
         if kind is not None:
             for log in sorted(self.path.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
-        shutil.rmtree(self.path, ignore_errors=True)
+        if kind is None or "HAPTERA_KEEP" not in os.environ:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            print(f"kept: {self.path}")
         if kind is None and self.store.violations:
             raise AssertionError(f"the store saw: {self.store.violations}")
 
@@ -283,18 +338,26 @@ class Cluster:
         self.store.put(Record(
             self.volume, self.name, self.size,
             [(r.id, r.incarnation) for r in self.replicas]))
-        self.store.start()
+        self.start_store()
         self.start_replicas()
         self.start_engine()
         return self
+
+    def start_store(self):
+        with self.inside("store"):
+            self.store.start()
+
+    def stop_store(self):
+        if self.store.is_running:
+            self.store.stop()
 
     def start_replicas(self):
         for replica in self.replicas:
             if not (replica.process and replica.process.is_running):
                 replica.start()
 
-    def start_engine(self, client_generation=1, wait=True):
-        self.engine = Engine(self, self.replicas, client_generation)
+    def start_engine(self, client_generation=1, wait=True, before=None):
+        self.engine = Engine(self, self.replicas, client_generation, before=before)
         self._engines.append(self.engine)
         if wait:
             self.engine.wait_serving()
@@ -320,9 +383,7 @@ class Cluster:
         for replica in self.replicas:
             replica.shutdown()
         for replica in self.replicas:
-            report = json.loads(replica.tool("verify", "--json"))
-            faults = [report[key] for key in ("mismatches", "damagedPages", "doubtful")]
-            assert faults == [0, 0, 0], report
+            replica.verify()
         digests = {r.export_digest() for r in self.replicas}
         assert len(digests) == 1, f"exports differ: {digests}"
         return digests.pop()

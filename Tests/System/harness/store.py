@@ -14,7 +14,8 @@ from .frames import (
 
 
 class RecordStore:
-    def __init__(self):
+    def __init__(self, host="127.0.0.1"):
+        self.host = host
         self.records = {}
         self.history = []  # every record that ever stood
         self.violations = []
@@ -43,15 +44,20 @@ class RecordStore:
             allow_reuse_address = True
             daemon_threads = True
 
-        self._server = Server(("127.0.0.1", self.port or 0), Handler)
+        self._server = Server((self.host, self.port or 0), Handler)
         self.port = self._server.server_address[1]
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def is_running(self):
+        return self._server is not None
 
     def stop(self):
         """Stops listening and hangs up on everybody, as a killed controller would."""
         self._server.shutdown()
         self._server.server_close()
+        self._server = None
         for connection in list(self._connections):
             try:
                 connection.shutdown(socket.SHUT_RDWR)

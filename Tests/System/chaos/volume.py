@@ -1,0 +1,346 @@
+"""A volume under attack: its processes, what keeps them running, its clients and their judge."""
+
+import contextlib
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+import nbd
+
+from harness.cluster import MIB, Cluster, ControlError, wait_for
+
+from .checker import READ, Checker
+from .data import BLOCK, CELL, CELLS
+from .network import Network
+from .workers import Worker
+
+HOSTS = ["engine", "store", "client", "replica1", "replica2", "replica3"]
+CONVERGENCE = 90.0  # seconds from the end of all faults to: all in sync, everyone answered
+DISK = 420 * MIB  # of the one replica whose file system can fill up
+
+
+class Volume:
+    """Three replicas and an engine, each on a host of its own, one client or more.
+
+    A supervisor starts again what ended, as node agents do. `held` processes stay down.
+    """
+
+    def __init__(self, context, clients, seed, size=96 * MIB, trace=None):
+        self.random = random.Random(seed)
+        self.size, self.clients = size, clients
+        self.trace = trace or (lambda line: None)
+        self.checker = Checker()
+        self.workers, self.crashed = [], 0
+        self.backend = context.backend
+        self.held = set()  # replica numbers, "engine"
+        self.generation = 1
+        self.ill = set()  # replicas whose files were harmed: may need to be made anew
+        self.plan = []
+        self._stack = contextlib.ExitStack()
+        self._halt = threading.Event()
+        self._lock = threading.RLock()
+        self._starts = {}
+        self.supervisor_error = None
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.network = stack.enter_context(Network(HOSTS))
+            self.cluster = stack.enter_context(Cluster(
+                size=self.size, environment={"HAPTERA_IO": self.backend}, network=self.network))
+            small = self.cluster.replicas[2]
+            small.directory = self._small_disk(stack) / "replica"
+            self.cluster.up()
+            self.cluster.engine.status()
+            self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+            self._supervisor.start()
+            self._stack = stack.pop_all()
+        self._start_workers()
+        return self
+
+    def __exit__(self, kind, value, trace):
+        self._halt.set()
+        self._supervisor.join()
+        for worker in self.workers:
+            worker._crash.set()
+        if kind is not None:
+            print("the plan:\n" + "\n".join(self.plan))
+            with contextlib.suppress(OSError, ControlError):
+                print(f"engine: {self.cluster.engine.status()}")
+        self._stack.__exit__(kind, value, trace)
+
+    def _small_disk(self, stack):
+        """A loop-mounted ext4: it can be filled without harm."""
+        image, mount = self.cluster.path / "disk.img", self.cluster.path / "disk"
+        mount.mkdir()
+        with open(image, "wb") as file:
+            file.truncate(DISK)
+        subprocess.run(["mkfs.ext4", "-q", "-b", "4096", image], check=True)
+        done = subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True)
+        self.can_fill = done.returncode == 0
+        # Pushed before the cluster's own end: unmounted while its directory is there.
+        stack.callback(lambda: subprocess.run(["umount", "-l", mount], capture_output=True))
+        return mount
+
+    def note(self, text):
+        line = f"{time.monotonic() - self._began:7.2f} {text}" if self.plan else f"   0.00 {text}"
+        if not self.plan:
+            self._began = time.monotonic()
+        self.plan.append(line)
+        self.trace(line)
+
+    # Processes
+
+    def _supervise(self):
+        while not self._halt.wait(0.05):
+            try:
+                with self._lock:
+                    self._look_after()
+            except Exception as error:
+                self.supervisor_error = error
+                return
+
+    def _look_after(self):
+        for replica in self.cluster.replicas:
+            if replica.number not in self.held and not replica.process.is_running:
+                self._restart_replica(replica)
+        engine = self.cluster.engine
+        if "engine" not in self.held and not engine.process.is_running:
+            # Older lives have unlinked nothing of ours: the addresses stay the same.
+            self.cluster.start_engine(self.generation, wait=False, before=engine)
+        elif engine.instance is None and engine.control.exists():
+            with contextlib.suppress(OSError, ControlError):
+                engine.status()
+
+    def _restart_replica(self, replica):
+        now = time.monotonic()
+        starts = self._starts.setdefault(replica.number, [])
+        if starts and now - starts[-1] < min(0.2 * 2 ** len(starts), 3):
+            return
+        starts[:] = [t for t in starts if now - t < 10] + [now]
+        if len(starts) > 4:
+            if replica.number not in self.ill:
+                raise AssertionError(
+                    f"replica {replica.number} ends whenever it is started: "
+                    + self.cluster.tail(replica.process))
+            self.note(f"replica {replica.number} cannot be started: made anew")
+            self.make_anew(replica)
+            starts.clear()
+        replica.spawn()
+
+    def make_anew(self, replica):
+        """What a controller does about a lost copy: an empty one, under a new incarnation."""
+        for entry in replica.directory.glob("*") if replica.directory.exists() else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        replica.recreate()
+        self.ill.discard(replica.number)
+
+    def kill(self, target):
+        """kill -9; `target` is a replica or "engine"."""
+        with self._lock:
+            self._process(target).kill()
+
+    def hold(self, target):
+        with self._lock:
+            self.held.add(self._key(target))
+            self._process(target).kill()
+
+    def release(self, target):
+        with self._lock:
+            self.held.discard(self._key(target))
+
+    def signal(self, target, number):
+        with self._lock:
+            process = self._process(target)
+            if process.is_running:
+                process.signal(number)
+
+    def _key(self, target):
+        return target if target == "engine" else target.number
+
+    def _process(self, target):
+        return self.cluster.engine.process if target == "engine" else target.process
+
+    def status(self):
+        """The engine's, empty while there is none that answers."""
+        with contextlib.suppress(OSError, ControlError):
+            return self.cluster.engine.status()
+        return {}
+
+    def state(self, replica):
+        return self.status().get(f"replica.{replica.text}", "unknown")
+
+    def is_member(self, replica):
+        return (replica.id, replica.incarnation) in self.cluster.record().in_sync
+
+    # Clients
+
+    def _start_workers(self):
+        for _ in range(self.clients):
+            self.add_worker()
+
+    def add_worker(self):
+        number = len(self.workers) + self.crashed
+        engine = self.cluster.engine
+        over_tcp = number % 2 == 0
+        address = (self.network.address("engine"), engine.port) if over_tcp else engine.unix
+        self.workers.append(Worker(
+            self.checker, number, address, self.size // CELL, self.random.getrandbits(32),
+            inside=(lambda: self.network.inside("client")) if over_tcp
+            else contextlib.nullcontext,
+            depth=self.random.choice((1, 4, 8, 16)), patience=self.random.uniform(4, 12)).start())
+
+    def crash_worker(self):
+        """A client dies with its requests, and another one comes."""
+        worker = self.workers.pop(self.random.randrange(len(self.workers)))
+        worker.crash()
+        self.crashed += 1
+        self.add_worker()
+
+    def check(self):
+        """Raises what went wrong so far."""
+        if self.checker.violation:
+            raise self.checker.violation
+        if self.supervisor_error:
+            raise self.supervisor_error
+        for worker in self.workers:
+            if worker.failure:
+                raise worker.failure
+        if self.cluster.store.violations:
+            raise AssertionError(f"the store saw: {self.cluster.store.violations}")
+
+    def wait(self, condition, what, timeout=CONVERGENCE):
+        def met():
+            self.check()
+            return condition()
+        wait_for(met, what, timeout)
+
+    def pass_time(self, seconds):
+        end = time.monotonic() + seconds
+        self.wait(lambda: time.monotonic() >= end, "time to pass", seconds + 60)
+
+    def progress(self, requests, timeout=CONVERGENCE):
+        goals = [(w, w.completed + requests) for w in self.workers]
+        self.wait(lambda: all(w.completed >= goal for w, goal in goals),
+                  f"{requests} more answers to each client", timeout)
+
+    # The end of a round
+
+    def heal(self):
+        self.network.heal()
+        if not self.cluster.store.is_running:
+            self.cluster.start_store()
+        with self._lock:
+            self.held.clear()
+            for target in [*self.cluster.replicas, "engine"]:
+                self.signal(target, signal.SIGCONT)
+            for replica in self.cluster.replicas:
+                if replica.environment:
+                    replica.environment = {}
+                    replica.process.kill()
+
+    def converge(self):
+        """All in sync, all resolved, every client answered; how long it took, seconds."""
+        start = time.monotonic()
+
+        def healthy():
+            status = self.status()
+            return (status.get("state") == "serving"
+                    and int(status.get("unresolvedRegions", 0)) == 0
+                    and all(status.get(f"replica.{r.text}") == "inSync" and self.is_member(r)
+                            for r in self.cluster.replicas))
+        try:
+            self.wait(healthy, "all replicas to be in sync")
+            self.progress(20, max(5.0, CONVERGENCE - (time.monotonic() - start)))
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}; status {self.status()}, clients "
+                f"{[w.state for w in self.workers]}") from None
+        return time.monotonic() - start
+
+    def finish_round(self):
+        """Everything is read, then all copies are compared with each other and the history."""
+        for worker in self.workers:
+            worker.stop()
+        self.sweep()
+        with self._lock:
+            self.held |= {"engine", 1, 2, 3}
+        self.cluster.engine.detach()
+        for replica in self.cluster.replicas:
+            replica.shutdown()
+        for replica in self.cluster.replicas:
+            replica.verify()
+        with contextlib.ExitStack() as stack:
+            self._compare([stack.enter_context(r.export()) for r in self.cluster.replicas])
+        self.check()
+
+    def sweep(self):
+        """Reads the whole volume once, several requests at a time."""
+        handle = nbd.NBD()
+        handle.set_export_name("volume")
+        handle.connect_unix(str(self.cluster.engine.unix))
+        step, failures, waiting = 256 * 1024, [], [0]
+
+        def send(offset):
+            attempt = self.checker.begin(READ, offset // CELL, step // CELL)
+            buffer = nbd.Buffer(step)
+
+            def done(error):
+                waiting[0] -= 1
+                number = error.value if hasattr(error, "value") else error
+                try:
+                    assert number == 0, f"a read at {offset} was answered with errno {number}"
+                    self.checker.finish_read(attempt, bytes(buffer.to_bytearray()))
+                except AssertionError as failure:
+                    failures.append(failure)
+                return 1
+            waiting[0] += 1
+            handle.aio_pread(buffer, offset, done)
+
+        offsets = list(range(0, self.size, step))
+        self.random.shuffle(offsets)
+        while offsets or waiting[0]:
+            while offsets and waiting[0] < 12:
+                send(offsets.pop())
+            handle.poll(1000)
+        handle.shutdown()
+        if failures:
+            raise failures[0]
+
+    def _compare(self, images):
+        """Byte for byte with each other; block by block with what the history allows."""
+        touched = set(self.checker.touched())
+        for start in range(0, self.size, MIB):
+            parts = [image.read(MIB) for image in images]
+            if any(part != parts[0] for part in parts):
+                block = next(b for b in range(0, MIB, BLOCK)
+                             if len({p[b:b + BLOCK] for p in parts}) > 1)
+                raise AssertionError(
+                    f"copies differ in block {(start + block) // BLOCK}: "
+                    f"{[p[block:block + 64].hex() for p in parts]}")
+            for offset in range(0, MIB, BLOCK):
+                block, data = (start + offset) // BLOCK, parts[0][offset:offset + BLOCK]
+                if block in touched:
+                    attempt = self.checker.begin(READ, block * CELLS, CELLS)
+                    self.checker.finish_read(attempt, data)
+                else:
+                    assert not any(data), f"block {block} was never written, and is not zero"
+        assert all(not image.read(1) for image in images), "an export is too long"
+
+    def next_round(self, seed):
+        """Everything starts again where it ended; the clients are new ones."""
+        self.random.seed(seed)
+        self.generation += 1
+        self.crashed += len(self.workers)
+        self.workers.clear()
+        self.checker.fence_all()
+        engine = self.cluster.engine
+        for replica in self.cluster.replicas:
+            replica.start()
+        self.cluster.start_engine(self.generation, before=engine)
+        self.cluster.engine.status()
+        with self._lock:
+            self.held.clear()
+        self._start_workers()
