@@ -115,6 +115,12 @@ class Network:
              f"port{self.names[host]}", "root", "tbf", "rate", "2mbit", "burst", "32k",
              "latency", "2s")
 
+    def unclog(self, host):
+        if host in self.clogged:
+            self.clogged.discard(host)
+            _run("tc", "-n", self._space("router"), "qdisc", "del", "dev",
+                 f"port{self.names[host]}", "root")
+
     def reset(self, host, other):
         """Breaks every connection between two hosts, both sides at once."""
         for here, there in ((host, other), (other, host)):
@@ -125,10 +131,8 @@ class Network:
     def heal(self):
         for source, target in list(self.cuts):
             self.join(source, target)
-        for host in self.clogged:
-            _run("tc", "-n", self._space("router"), "qdisc", "del", "dev",
-                 f"port{self.names[host]}", "root")
-        self.clogged.clear()
+        for host in list(self.clogged):
+            self.unclog(host)
 
 
 def abort(descriptor):
