@@ -70,22 +70,27 @@ package struct HelloReply: Equatable, Sendable {
 /// Asks a replica to promise `record.epoch` to this engine and to keep the record.
 package struct InstallRequest: Equatable, Sendable {
     package var engine: InstanceID
+    /// An engine known to have ended: it relies on no lease any more.
+    package var ended: InstanceID
     package var record: VolumeRecord
-    package init(engine: InstanceID, record: VolumeRecord) {
+    package init(engine: InstanceID, ended: InstanceID = .none, record: VolumeRecord) {
         self.engine = engine
+        self.ended = ended
         self.record = record
     }
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(engine.rawValue)
+        w.append(ended.rawValue)
         w.append(raw: record.encoded())
         return w.bytes
     }
     package init?(decoding bytes: [UInt8]) {
-        guard bytes.count > 8 else { return nil }
-        var r = ByteReader([UInt8](bytes.prefix(8)))
+        guard bytes.count > 16 else { return nil }
+        var r = ByteReader([UInt8](bytes.prefix(16)))
         engine = InstanceID(rawValue: r.read(UInt64.self))
-        guard let record = VolumeRecord(decoding: [UInt8](bytes.dropFirst(8))) else { return nil }
+        ended = InstanceID(rawValue: r.read(UInt64.self))
+        guard let record = VolumeRecord(decoding: [UInt8](bytes.dropFirst(16))) else { return nil }
         self.record = record
     }
 }

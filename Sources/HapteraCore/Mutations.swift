@@ -50,6 +50,12 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let flushWhileResolving = MutationSet(rawValue: 1 << 22)
     /// On disk: write a drained region's page although later records may be renumbered.
     package static let drainBeforeLogSync = MutationSet(rawValue: 1 << 23)
+    /// L: answer without every member's lease.
+    package static let noLeaseCheck = MutationSet(rawValue: 1 << 24)
+    /// L: a new engine does not wait for the leases of the one before.
+    package static let noLeaseWait = MutationSet(rawValue: 1 << 25)
+    /// L: a replica that starts reports no lease of its time before.
+    package static let restartedReplicaForgetsLease = MutationSet(rawValue: 1 << 26)
 
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
@@ -67,5 +73,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("readWithoutChecksum", .readWithoutChecksum), ("flushWithoutSync", .flushWithoutSync),
         ("flushWhileResolving", .flushWhileResolving),
         ("drainBeforeLogSync", .drainBeforeLogSync),
+        ("noLeaseCheck", .noLeaseCheck), ("noLeaseWait", .noLeaseWait),
+        ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
     ]
 }

@@ -13,18 +13,35 @@ struct EngineOptions {
     var clientGeneration: UInt64
     var isReadOnly: Bool
     var removalDeadlineMilliseconds: UInt64
+    var leaseMilliseconds: UInt32
+    var renewMilliseconds: UInt64
+    var ioTimeoutMilliseconds: UInt64
+    /// Nil: what the record says.
+    var minInSync: UInt8?
+    var endedInstance: InstanceID
     var endpoint: String { nbd?.text ?? nbdUnixPath ?? "" }
 
     static let usage = """
         usage: haptera-engine --volume NAME --volume-id HEX32 --store HOST:PORT...
                    --replica HEX16=HOST:PORT... --client-generation N
                    [--nbd HOST:PORT] [--nbd-unix PATH] [--control PATH] [--read-only]
-                   [--removal-deadline MILLISECONDS]
+                   [--lease MILLISECONDS] [--renew MILLISECONDS]
+                   [--removal-deadline MILLISECONDS] [--io-timeout MILLISECONDS]
+                   [--min-in-sync N] [--ended-instance DECIMAL]
 
           --store               the record service; may be repeated, tried in turn
           --replica             a replica and where it listens; repeated, 1 to 8 times
           --client-generation   raised by the controller for every new attachment
-          --removal-deadline    a replica that owes an answer this long is removed (3000)
+          --lease               how long an answer of a replica lets the engine serve (500)
+          --renew               a replica asked nothing for so long is asked for a sign of
+                                life (150); less than the lease
+          --removal-deadline    a replica that owes an answer this long is removed (3000);
+                                at least the lease
+          --io-timeout          a request held this long is answered with an error;
+                                0, the default: it is held until it can be done
+          --min-in-sync         acknowledge only while so many replicas are in sync
+          --ended-instance      the instance of an engine known to have ended: its leases
+                                are not waited for
         """
 
     init(_ words: [String]) throws(UsageError) {
@@ -32,7 +49,8 @@ struct EngineOptions {
             words,
             options: [
                 "volume", "volume-id", "store", "replica", "nbd", "nbd-unix", "control",
-                "client-generation", "removal-deadline",
+                "client-generation", "lease", "renew", "removal-deadline", "io-timeout",
+                "min-in-sync", "ended-instance",
             ], flags: ["read-only"])
         guard arguments.positional.isEmpty else {
             throw UsageError("'\(arguments.positional[0])' is not an option")
@@ -52,9 +70,39 @@ struct EngineOptions {
         controlPath = try arguments.value("control")
         isReadOnly = arguments.has("read-only")
         removalDeadlineMilliseconds =
-            try arguments.parse("removal-deadline", "100 to 600000 milliseconds") {
-                UInt64($0).flatMap { (100...600_000).contains($0) ? $0 : nil }
+            try arguments.parse("removal-deadline", EngineSettings.removalDeadlineText) {
+                EngineSettings.removalDeadline($0)
             } ?? 3000
+        // A short deadline alone shortens the lease with it.
+        leaseMilliseconds =
+            try arguments.parse("lease", "10 to 600000 milliseconds") {
+                UInt32($0).flatMap { (10...600_000).contains($0) ? $0 : nil }
+            }
+            ?? UInt32(
+                min(
+                    UInt64(VolumeRecord.leaseMillisecondsDefault), removalDeadlineMilliseconds))
+        renewMilliseconds =
+            try arguments.parse("renew", "1 to 600000 milliseconds") {
+                UInt64($0).flatMap { (1...600_000).contains($0) ? $0 : nil }
+            } ?? min(150, UInt64(leaseMilliseconds) / 3)
+        guard renewMilliseconds < leaseMilliseconds else {
+            throw UsageError("--renew must be less than --lease (\(leaseMilliseconds))")
+        }
+        guard leaseMilliseconds <= removalDeadlineMilliseconds else {
+            throw UsageError(
+                "--lease must not exceed --removal-deadline (\(removalDeadlineMilliseconds))")
+        }
+        ioTimeoutMilliseconds =
+            try arguments.parse("io-timeout", EngineSettings.ioTimeoutText) {
+                EngineSettings.ioTimeout($0)
+            } ?? 0
+        minInSync = try arguments.parse("min-in-sync", "1 to \(Geometry.replicasMax)") {
+            UInt8($0).flatMap { (1...UInt8(Geometry.replicasMax)).contains($0) ? $0 : nil }
+        }
+        endedInstance =
+            try arguments.parse("ended-instance", "a number") {
+                UInt64($0).map { InstanceID(rawValue: $0) }
+            } ?? .none
         store = []
         for text in arguments.all("store") {
             store.append(
@@ -72,6 +120,18 @@ struct EngineOptions {
         guard Set(replicas.map(\.id.rawValue)).count == replicas.count else {
             throw UsageError("--replica names a replica twice")
         }
+    }
+}
+
+/// What of an engine can be set while it runs, and by its options.
+enum EngineSettings {
+    static let removalDeadlineText = "100 to 600000 milliseconds"
+    static let ioTimeoutText = "0 (hold) or 100 to 86400000 milliseconds"
+    static func removalDeadline(_ text: String) -> UInt64? {
+        UInt64(text).flatMap { (100...600_000).contains($0) ? $0 : nil }
+    }
+    static func ioTimeout(_ text: String) -> UInt64? {
+        UInt64(text).flatMap { $0 == 0 || (100...86_400_000).contains($0) ? $0 : nil }
     }
 }
 

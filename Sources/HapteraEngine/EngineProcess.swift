@@ -129,11 +129,44 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             }
             shell.configure(list)
             request.reply()
+        case "settings": set(request)
         case "detach":
             detaching.append(request)
             leave()
         default: request.fail("unknown verb '\(request.verb)'")
         }
+    }
+
+    /// `settings io-timeout=MS removal-deadline=MS`, each optional: all of it or nothing.
+    private func set(_ request: ControlRequest) {
+        var (deadline, timeout): (UInt64?, UInt64?)
+        for (key, value) in request.arguments {
+            switch key {
+            case "removal-deadline":
+                deadline = EngineSettings.removalDeadline(value)
+                guard let deadline else {
+                    return request.fail("\(key) takes \(EngineSettings.removalDeadlineText)")
+                }
+                guard deadline >= shell.core.configuration.leaseMilliseconds else {
+                    return request.fail(
+                        "\(key) must not be less than the lease, "
+                            + "\(shell.core.configuration.leaseMilliseconds) milliseconds")
+                }
+            case "io-timeout":
+                timeout = EngineSettings.ioTimeout(value)
+                guard timeout != nil else {
+                    return request.fail("\(key) takes \(EngineSettings.ioTimeoutText)")
+                }
+            default: return request.fail("settings knows no '\(key)'")
+            }
+        }
+        shell.core.set(
+            removalDeadlineMilliseconds: deadline, ioTimeoutMilliseconds: timeout)
+        Log.info(
+            "settings changed", ("volume", shell.name),
+            ("removalDeadline", String(shell.core.configuration.removalDeadlineMilliseconds)),
+            ("ioTimeout", String(shell.core.configuration.ioTimeoutMilliseconds)))
+        request.reply()
     }
 
     private func status() -> [(String, String)] {

@@ -34,6 +34,11 @@ final class EngineShell: BlockDevice, CompletionHandler {
             endpoint: options.endpoint, clientGeneration: options.clientGeneration,
             nonceSeed: randomUInt64())
         configuration.removalDeadlineMilliseconds = options.removalDeadlineMilliseconds
+        configuration.leaseMilliseconds = options.leaseMilliseconds
+        configuration.renewMilliseconds = options.renewMilliseconds
+        configuration.ioTimeoutMilliseconds = options.ioTimeoutMilliseconds
+        configuration.minInSync = options.minInSync
+        configuration.endedInstance = options.endedInstance
         core = EngineCore(configuration: configuration, pool: pool)
         store = StoreClient(reactor: reactor, addresses: options.store, volume: options.volume)
     }
@@ -52,7 +57,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
         configure(options.replicas)
         run(.start)
     }
-    private static let tickMilliseconds = 100
+    private static let tickMilliseconds = 50
 
     func completed(token: UInt64, result: Int) { run(.tick) }
 

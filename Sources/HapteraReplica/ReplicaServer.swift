@@ -129,7 +129,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     }
 
     private func step(_ event: ReplicaEvent) {
-        core.step(event, now: reactor.now)
+        // Not the time the turn began: a lease counts from when the request was received.
+        core.step(event, now: Clock.monotonic())
         perform()
     }
 

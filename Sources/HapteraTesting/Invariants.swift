@@ -182,6 +182,17 @@ extension World {
         if record.engine != engine.instance {
             fail("invariant 5: \(engine.name) answers in e\(epoch.rawValue), which is not its own")
         }
+        // 12: no engine's answer rests on what it was before another one answered. 5: none follows.
+        if operation.startedAfter > epoch {
+            fail(
+                "invariant 12: \(engine.name) answers \(operation.text) in e\(epoch.rawValue);"
+                    + " it began after an answer in e\(operation.startedAfter.rawValue)")
+        } else if acknowledgedEpoch > epoch {
+            fail(
+                "invariant 5: \(engine.name) answers \(operation.text) in e\(epoch.rawValue)"
+                    + " after an answer in e\(acknowledgedEpoch.rawValue)")
+        }
+        acknowledgedEpoch = max(acknowledgedEpoch, epoch)
         guard operation.changesData else { return }
         // 6: every member has promised the epoch and applied the write. While a change of the
         // record waits for its installs, an earlier record may be the one that counts; members of

@@ -11,6 +11,7 @@ extension World {
         let operation = ClientOperation(
             id: operations.count + 1, kind: draw.kind, flags: draw.flags, offset: draw.offset,
             length: draw.length, worker: worker, generation: generation)
+        operation.startedAfter = acknowledgedEpoch
         operations.append(operation)
         history.append(.invoked(operation), step: timeline.step)
         promises.began(operation)
@@ -115,14 +116,12 @@ extension World {
             unanswered.removeAll { $0 === operation }
             observeError(operation, result)
         case .ok:
-            // What a superseded engine read may be old: leases are not built yet.
             let isStale = store.record.engine != engine.instance
             operation.isComplete = true
             unanswered.removeAll { $0 === operation }
             if operation.kind == .read {
-                readCompleted(operation, engine, buffer, isHole: isHole, isStale: isStale)
+                readCompleted(operation, engine, buffer, isHole: isHole)
             }
-            if operation.kind == .read && isStale { return }
             observeAcknowledgement(operation, engine)
             history.append(.returned(operation), step: timeline.step)
             // A superseded engine may tell late of a write that others have been laid over since.
@@ -133,7 +132,7 @@ extension World {
 
     private func readCompleted(
         _ operation: ClientOperation, _ engine: SimulatedEngine, _ buffer: BufferID,
-        isHole: Bool, isStale: Bool
+        isHole: Bool
     ) {
         let memory = engine.pool.memory(buffer)
         var position = Int(operation.offset % UInt64(Geometry.blockSize))
@@ -152,7 +151,7 @@ extension World {
             observeReadValue(operation, engine, value, sector: sector)
             values.append(value)
         }
-        if !isStale { operation.values = values }
+        operation.values = values
     }
 
     /// The clients (a kernel's NBD device) move to the engine, all at once: what is unanswered

@@ -22,17 +22,19 @@ final class SimulatedEngine {
 
     init(
         index: Int, volume: VolumeID, generation: UInt64, random: RandomSource,
-        mutations: MutationSet
+        mutations: MutationSet, leases: SimulatedLeases
     ) {
         self.index = index
         self.generation = generation
         instance = InstanceID(rawValue: random.next() | 1)
         pool = BufferPool(limits: .init(small: 96, medium: 16, large: 12))
-        core = EngineCore(
-            configuration: EngineConfiguration(
-                volume: volume, instance: instance, endpoint: "engine-\(index)",
-                clientGeneration: generation, nonceSeed: random.next()),
-            pool: pool)
+        var configuration = EngineConfiguration(
+            volume: volume, instance: instance, endpoint: "engine-\(index)",
+            clientGeneration: generation, nonceSeed: random.next(),
+            removalDeadlineMilliseconds: leases.removalMilliseconds)
+        configuration.leaseMilliseconds = leases.milliseconds
+        configuration.renewMilliseconds = UInt64(leases.milliseconds) / 3
+        core = EngineCore(configuration: configuration, pool: pool)
         core.mutations = mutations
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
     }
@@ -42,12 +44,25 @@ final class SimulatedEngine {
     var name: String { "engine-\(index)" }
 }
 
+/// How long engines rely on replicas. Nothing may rest on a lease being shorter than the deadline:
+/// where it is longer, replicas that were not reached are removed while leases are out.
+struct SimulatedLeases {
+    let milliseconds: UInt32
+    let removalMilliseconds: UInt64
+
+    init(random: RandomSource) {
+        (milliseconds, removalMilliseconds) = random.pick([
+            (500, 3000), (500, 3000), (500, 500), (2500, 3000), (3000, 800),
+        ])
+    }
+}
+
 extension World {
     /// Starts an engine process that takes the volume over and becomes the clients' engine.
     func startEngine(generation: UInt64) {
         let engine = SimulatedEngine(
             index: engines.count, volume: volume, generation: generation, random: random,
-            mutations: options.mutations)
+            mutations: options.mutations, leases: leases)
         engines.append(engine)
         currentEngine = engine.index
         note("\(engine.name) starts, client generation \(generation)")

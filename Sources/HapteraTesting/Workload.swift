@@ -15,6 +15,8 @@ final class ClientOperation {
     var isComplete = false
     /// Its client is gone, or got an error: nobody knows whether it happened.
     var isAbandoned = false
+    /// The highest epoch anything had been answered in when it began.
+    var startedAfter = Epoch.zero
     /// For a read: what each sector held.
     var values: [ValueID] = []
 

@@ -32,6 +32,7 @@ package final class World {
     let volume: VolumeID
     let workload: Workload
     let faults: FaultPlan
+    let leases: SimulatedLeases
     private(set) var hosts: [SimulatedReplica] = []
     var engines: [SimulatedEngine] = []
     var currentEngine: Int?
@@ -43,6 +44,8 @@ package final class World {
     /// Requests of live clients without an answer, in the order they were made.
     var unanswered: [ClientOperation] = []
     var generation: UInt64 = 1
+    /// The highest epoch in which anything was answered.
+    var acknowledgedEpoch = Epoch.zero
     /// A new generation of clients has not been served yet.
     var isGenerationUnserved = true
     /// Only members that lost power are left: the volume may refuse to be served.
@@ -75,6 +78,7 @@ package final class World {
         ).sorted()
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
         faults = FaultPlan(random: random.fork())
+        leases = SimulatedLeases(random: random.fork())
         keeper = random.below(options.replicas)
         network = SimulatedNetwork(timeline: timeline, random: random.fork())
         let hostsRandom = random.fork()

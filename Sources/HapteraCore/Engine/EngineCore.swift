@@ -5,7 +5,7 @@
 /// what is to be done to `actions`. Rules are named as in `docs/replication.md`: W (write),
 /// D (degraded acknowledgement), I (install), F (flush), R (read), T (takeover), J (join).
 package final class EngineCore {
-    package let configuration: EngineConfiguration
+    package internal(set) var configuration: EngineConfiguration
     package let pool: BufferPool
     package let actions = ValueQueue<EngineAction>(capacity: 1024)
     package internal(set) var phase = EnginePhase.idle
@@ -16,6 +16,7 @@ package final class EngineCore {
             epoch = record?.epoch ?? .zero
             size = record?.size ?? 0
             minInSync = Int(record?.minInSync ?? 1)
+            leaseNanoseconds = UInt64(record?.leaseMilliseconds ?? 0) * 1_000_000
         }
     }
     /// Of the record, for the data path: copying the record itself costs reference counts.
@@ -23,6 +24,7 @@ package final class EngineCore {
     /// Bytes; zero until the record is known.
     package private(set) var size: UInt64 = 0
     private(set) var minInSync = 1
+    private(set) var leaseNanoseconds: UInt64 = 0
     /// What `storeCompareAndSwap` asks for.
     package internal(set) var proposedRecord: VolumeRecord
     /// The table of the last `sendControl`.
@@ -55,7 +57,7 @@ package final class EngineCore {
     var members = SlotSet()
     /// Whose reply an acknowledgement needs: the members of the last record every one of them has
     /// installed, and a joiner about to be promoted.
-    var required = SlotSet()
+    var required = SlotSet() { didSet { updateLease() } }
     var joiner: ReplicaSlot?
     var joinStage = JoinStage.none
     /// Somebody may have become ready to join since the last look.
@@ -78,6 +80,16 @@ package final class EngineCore {
     var recordBefore: VolumeRecord?
     /// This engine has served before: its client lives, whatever the record says.
     var hasServed = false
+
+    // Leases (L).
+    /// Until when every replica in `required` has given this engine its lease.
+    var leaseUntil = Instant.zero
+    /// When the last lease of an engine before this one has run out.
+    var serveAfter = Instant.zero
+    /// Something is ready and waits for a lease.
+    var hasHeld = false
+    /// The change that marks the volume clean has been asked for: nothing is served any more.
+    var hasReleased = false
 
     // Takeover.
     var unresolved: Set<UInt64> = []
@@ -229,6 +241,7 @@ package final class EngineCore {
             startAll()
         }
         advanceTakeover()
+        if hasHeld, isLeased { answerHeld() }
         removeFailedMembers()
         advanceJobs()
         advanceJoin()
@@ -246,6 +259,14 @@ package final class EngineCore {
         }
         actions.append(.serving(false))
         actions.append(.stopped)
+    }
+
+    /// What can be set while it runs; nil: stays as it is.
+    package func set(removalDeadlineMilliseconds: UInt64?, ioTimeoutMilliseconds: UInt64?) {
+        if let removalDeadlineMilliseconds {
+            configuration.removalDeadlineMilliseconds = removalDeadlineMilliseconds
+        }
+        if let ioTimeoutMilliseconds { configuration.ioTimeoutMilliseconds = ioTimeoutMilliseconds }
     }
 
     func note(_ note: EngineNote) { actions.append(.note(note)) }

@@ -80,6 +80,7 @@ extension EngineCore {
             participants = [SlotSet(source), SlotSet(joiner)]
         }
         slots[index].generation &+= 1
+        slots[index].sentAt = now
         jobs[job].participants = participants
         jobs[job].awaiting = participants
         jobs[job].source = Int8(source)
@@ -204,6 +205,7 @@ extension EngineCore {
         jobs[job].run = run
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
+        slots[index].sentAt = now
         var header = FrameHeader(kind: .read)
         header.tag = tag(index)
         header.offset =

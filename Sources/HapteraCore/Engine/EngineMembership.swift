@@ -67,6 +67,7 @@ extension EngineCore {
         replicas[slot].link = .connected
         replicas[slot].outstanding = 0
         replicas[slot].reads = 0
+        replicas[slot].isPinging = false
         controlPayload = HelloRequest(
             volume: configuration.volume, engine: configuration.instance
         ).encoded()
@@ -110,7 +111,8 @@ extension EngineCore {
     private func retryReads(from slot: ReplicaSlot) {
         for index in 0..<slotsUsed {
             let op = slots[index]
-            guard op.use == .client, op.phase != .waiting, Int(op.source) == slot else { continue }
+            guard op.use == .client, op.phase != .waiting, !op.isReady, Int(op.source) == slot
+            else { continue }
             guard op.phase == .readingEdges || op.isRead || op.operation.kind == .status else {
                 continue
             }
@@ -133,7 +135,6 @@ extension EngineCore {
         header.tableLength = UInt32(controlPayload.count)
         header.tableChecksum = checksum(of: controlPayload)
         owe(slot)
-        replicas[slot].lastSent = now
         actions.append(.sendControl(slot, header))
     }
 
@@ -166,8 +167,11 @@ extension EngineCore {
             stop(.sizeMismatch)
             return
         }
+        if replicas[slot].sentEpoch != record.epoch { replicas[slot].installSentAt = now }
         replicas[slot].sentEpoch = record.epoch
-        controlPayload = InstallRequest(engine: configuration.instance, record: record).encoded()
+        controlPayload = InstallRequest(
+            engine: configuration.instance, ended: configuration.endedInstance, record: record
+        ).encoded()
         var header = FrameHeader(kind: .install)
         header.epoch = record.epoch
         sendControl(slot, header)
@@ -186,6 +190,8 @@ extension EngineCore {
         replicas[slot].promise = epoch
         replicas[slot].isRebooted = reply.isRebooted
         installReplies[slot] = reply
+        renewLease(slot, sentAt: replicas[slot].installSentAt)
+        waitOut(reply)
         if phase == .serving { updateRequired() }
     }
 
@@ -224,8 +230,10 @@ extension EngineCore {
 
     /// Looks at everything on the way again, after the set of needed replies changed.
     func recheckAll() {
-        for index in 0..<slotsUsed where slots[index].phase == .inFlight {
+        for index in 0..<slotsUsed where slots[index].phase != .waiting {
             switch slots[index].use {
+            case .client where slots[index].isReady: answerReady(index)
+            case _ where slots[index].phase != .inFlight: break
             case .flush: settleFlush(index)
             case .client where slots[index].isFlush: settleFlush(index)
             case .client where !slots[index].isRead && slots[index].operation.kind != .status:
@@ -420,18 +428,14 @@ extension EngineCore {
             }
         }
         let deadline = configuration.removalDeadlineMilliseconds * 1_000_000
-        let ping = configuration.renewMilliseconds * 1_000_000
         for slot in 0..<replicas.count where replicas[slot].link != .down {
-            if replicas[slot].outstanding > 0 {
-                if now.nanoseconds(since: replicas[slot].owingSince) >= deadline {
-                    failReplica(slot)
-                }
-            } else if replicas[slot].sentEpoch != .zero,
-                now.nanoseconds(since: replicas[slot].lastSent) >= ping
+            if replicas[slot].outstanding > 0,
+                now.nanoseconds(since: replicas[slot].owingSince) >= deadline
             {
-                send(slot, FrameHeader(kind: .ping))
+                failReplica(slot)
             }
         }
+        renewLeases()
         if isStarved { startAll() }
     }
 }

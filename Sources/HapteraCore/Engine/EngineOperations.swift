@@ -143,7 +143,7 @@ extension EngineCore {
 
     /// Starts a waiting client operation if nothing stands in its way.
     func tryStart(_ index: Int) {
-        guard phase == .serving, slots[index].phase == .waiting else { return }
+        guard phase == .serving, !hasReleased, slots[index].phase == .waiting else { return }
         switch slots[index].operation.kind {
         case .flush:
             // What a member lost with its power is only there again when its region is resolved.
@@ -214,7 +214,6 @@ extension EngineCore {
         var header = header
         header.epoch = replicas[slot].sentEpoch
         if expectsReply { owe(slot) }
-        replicas[slot].lastSent = now
         actions.append(
             .send(
                 slot, header, tableOf: tableOf, buffer: buffer, bufferOffset: Int32(bufferOffset)))

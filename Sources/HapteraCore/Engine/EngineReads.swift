@@ -30,6 +30,7 @@ extension EngineCore {
 
     func sendRead(_ index: Int) {
         slots[index].phase = .inFlight
+        slots[index].sentAt = now
         guard let source = chooseReader(index) else { return }
         var header = FrameHeader(kind: .read)
         header.tag = tag(index)
@@ -43,6 +44,7 @@ extension EngineCore {
 
     func sendStatus(_ index: Int) {
         slots[index].phase = .inFlight
+        slots[index].sentAt = now
         guard let source = chooseReader(index) else { return }
         var header = FrameHeader(kind: .status)
         header.tag = tag(index)
@@ -57,6 +59,7 @@ extension EngineCore {
         slots[index].phase = .inFlight
         slots[index].sequence = sequence
         slots[index].epoch = epoch
+        slots[index].sentAt = now
         slots[index].sent = SlotSet()
         slots[index].replied = SlotSet()
         slots[index].isPartial = false
@@ -89,7 +92,11 @@ extension EngineCore {
             return
         }
         // Somebody whose reply counts now was not asked yet: a joiner that became required.
-        let missing = required.intersection(liveMembers).subtracting(slots[index].sent)
+        var missing = SlotSet()
+        var rest = required.subtracting(slots[index].sent)
+        while let slot = rest.popFirst() {
+            if isLive(slot) { missing.insert(SlotSet(slot)) }
+        }
         if !missing.isEmpty { sendFlush(index, to: missing) }
         guard mayAcknowledge(slots[index].replied) else { return }
         if slots[index].mayStabilise {

@@ -6,17 +6,24 @@ extension EngineCore {
     ) {
         guard replicas[slot].link != .down else { return }
         guard header.isReply else { return protocolError(slot) }
-        if replicas[slot].outstanding > 0 { replicas[slot].outstanding -= 1 }
-        replicas[slot].owingSince = now
+        if header.kind == .ping {
+            replicas[slot].isPinging = false
+        } else {
+            if replicas[slot].outstanding > 0 { replicas[slot].outstanding -= 1 }
+            replicas[slot].owingSince = now
+        }
         if header.flags & FrameFlags.logPressure != 0 { isLogPressed = true }
         if header.status == .staleEpoch { return refusedAsStale(slot, header) }
         switch header.kind {
         case .hello, .install: receivedControl(slot, header, table)
+        case .ping where header.status == .ok:
+            renewLease(slot, sentAt: replicas[slot].pingSentAt)
         case .ping, .stable: break
         case .regionMap: receivedMap(slot, header, table)
         case .getRecord, .compareAndSwap: protocolError(slot)
         case .write, .setState, .flush, .read, .status, .digest, .adopt:
             guard let index = slotIndex(ofTag: header.tag) else { return }
+            if header.status == .ok { renewLease(slot, sentAt: slots[index].sentAt) }
             if slots[index].use == .job {
                 receivedForJob(Int(slots[index].operation.userData), slot, header, table, data)
             } else {
@@ -131,12 +138,18 @@ extension EngineCore {
         case nil: protocolError(slot)
         case false?: readFailed(index, slot, header)
         case true?:
-            completeClient(index, .ok, isHole: !hasData)
-            let wasRetried = !slots[index].tried.isEmpty
-            let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
-            release(index)
-            if wasRetried { repair(region) }
+            slots[index].isReady = true
+            slots[index].isHole = !hasData
+            if mayAnswer() { finishRead(index) }
         }
+    }
+
+    func finishRead(_ index: Int) {
+        completeClient(index, .ok, isHole: slots[index].isHole)
+        let wasRetried = !slots[index].tried.isEmpty
+        let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
+        release(index)
+        if wasRetried { repair(region) }
     }
 
     private func readFailed(_ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader) {
@@ -171,7 +184,8 @@ extension EngineCore {
         case false?: readFailed(index, slot, header)
         case true?:
             slots[index].edgesMissing -= 1
-            if slots[index].edgesMissing == 0 { mergeEdges(index) }
+            slots[index].isReady = slots[index].edgesMissing == 0
+            answerReady(index)
         }
     }
 
@@ -186,7 +200,8 @@ extension EngineCore {
         let buffer = pool.memory(slots[index].operation.buffer)
         let length = min(table.count, buffer.count / 16 * 16)
         buffer.copy(from: table.slice(0, length))
-        completeClient(index, .ok, tableLength: length)
-        release(index)
+        slots[index].readyLength = Int32(length)
+        slots[index].isReady = true
+        answerReady(index)
     }
 }

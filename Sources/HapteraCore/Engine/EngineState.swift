@@ -127,7 +127,13 @@ struct ReplicaState: BitwiseCopyable {
     /// Requests without an answer, and since when it owes one.
     var outstanding: Int32 = 0
     var owingSince = Instant.zero
-    var lastSent = Instant.zero
+    /// Until when it has promised not to serve another engine (L).
+    var leaseUntil = Instant.zero
+    /// When the Install of `sentEpoch` was first sent.
+    var installSentAt = Instant.zero
+    /// The ping without an answer, if there is one.
+    var isPinging = false
+    var pingSentAt = Instant.zero
     /// No new attempt to let it join before this.
     var joinAfter = Instant.zero
     /// Reads on the way, to spread them.
@@ -165,6 +171,13 @@ struct OperationSlot: BitwiseCopyable {
     var sequence = SequenceNumber.zero
     /// The epoch it was sent in.
     var epoch = Epoch.zero
+    /// When what is on the way was sent first, for the leases its answers renew.
+    var sentAt = Instant.zero
+    /// What was asked for is here and may not be answered yet, for want of a lease.
+    var isReady = false
+    var isHole = false
+    /// Of a status that is ready, bytes.
+    var readyLength: Int32 = 0
     var sent = SlotSet()
     var replied = SlotSet()
     /// Who has no space for it.

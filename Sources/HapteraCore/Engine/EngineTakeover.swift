@@ -11,7 +11,7 @@ extension EngineCore {
             next.engine = configuration.instance
             next.engineEndpoint = configuration.endpoint
             next.clientGeneration = configuration.clientGeneration
-            next.leaseMilliseconds = configuration.leaseMilliseconds
+            next.leaseMilliseconds = nextLease(after: next)
             if let minInSync = configuration.minInSync { next.minInSync = minInSync }
             next.isClean = false
             next.joining = nil
@@ -204,6 +204,7 @@ extension EngineCore {
                 dropEdges(index)
                 slots[index].generation &+= 1
                 slots[index].phase = .waiting
+                slots[index].isReady = false
                 slots[index].sent = []
                 slots[index].replied = []
                 slots[index].full = []
@@ -231,7 +232,8 @@ extension EngineCore {
         case .stopped: break
         case .serving:
             if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }
-            guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, !hasClientOperations
+            guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, !hasClientOperations,
+                now >= serveAfter
             else { return }
             if record?.isClean == true {
                 stop(.detached)
@@ -240,6 +242,7 @@ extension EngineCore {
                 isFlushInFlight = true
                 sendFlush(allocateSlot(.flush, Operation(kind: .flush, userData: 0)))
             } else if highestAcknowledged < stablePoint.sequence {
+                hasReleased = true
                 propose(.detach) { next in
                     next.engine = .none
                     next.engineEndpoint = ""

@@ -52,6 +52,7 @@ extension EngineCore {
 
     func readEdges(_ index: Int) {
         slots[index].edgesMissing = 0
+        slots[index].sentAt = now
         guard let source = chooseReader(index) else { return }
         if slots[index].headEdge != .none { readEdge(index, slots[index].firstBlock, source) }
         if slots[index].tailEdge != .none { readEdge(index, slots[index].endBlock - 1, source) }
@@ -142,6 +143,7 @@ extension EngineCore {
         slots[index].phase = .inFlight
         slots[index].sequence = sequence
         slots[index].epoch = epoch
+        slots[index].sentAt = now
         slots[index].sent = targets
         slots[index].replied = SlotSet()
         slots[index].full = SlotSet()
@@ -161,7 +163,7 @@ extension EngineCore {
         }
     }
 
-    /// W4: answers the client when everyone whose reply counts has replied; gives the range free
+    /// W4: answers the client when everyone whose reply counts has replied and the lease holds; gives the range free
     /// when
     /// the joiner has too.
     func settleWrite(_ index: Int) {
@@ -189,7 +191,7 @@ extension EngineCore {
             }
         }
         return !needed.isEmpty && needed.isSubset(of: replied)
-            && members.count >= minInSync
+            && members.count >= minInSync && mayAnswer()
     }
 
     /// Somebody has no space. On every member: the client is told and the region is made equal

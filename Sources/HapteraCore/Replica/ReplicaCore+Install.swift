@@ -62,6 +62,7 @@ extension ReplicaCore {
         guard currentInstall < 0 else { return waitingInstalls.append(slot) }
         currentInstall = slot
         admittedEpoch = epoch
+        passLease(to: request)
         for other in 0..<connections.count where other != connection {
             connections[other].installedEpoch = .zero
         }
@@ -109,6 +110,7 @@ extension ReplicaCore {
         let slot = currentInstall
         let connection = Int(requests[Int(slot)].connection)
         hasPromisedHere = true
+        leaseInstalled()
         actions.append(.note(.installed(promise)))
         let isAlive = isConnected(slot)
         if isAlive {
@@ -149,7 +151,7 @@ extension ReplicaCore {
         return InstallReply(
             instance: options.instance, isRebooted: isRebooted && !hasSettledHere,
             flushed: flushedPoint, stablePoint: knownStable, promiseBefore: promiseBefore,
-            leaseRemainingMilliseconds: 0, activeRegions: regions)
+            leaseRemainingMilliseconds: leaseRemainingMilliseconds, activeRegions: regions)
     }
     private var hasSettledHere: Bool { manifest.settledBoot == options.bootID }
 

@@ -109,6 +109,7 @@ extension ReplicaCore {
             }
             guard connection.installedEpoch == promise else { return refuse(slot, .notInstalled) }
         }
+        giveLease()
         admit(slot)
     }
 

@@ -86,6 +86,8 @@ package final class ReplicaCore {
     /// The host restarted since the copies were last known equal; fixed at open.
     package let isRebooted: Bool
 
+    var leases = GivenLeases()
+
     // Stability.
     /// S, the highest announced here.
     package internal(set) var stablePoint = StablePoint.zero
@@ -152,6 +154,7 @@ package final class ReplicaCore {
             if case .frame(_, _, _, let buffer) = event { release(buffer) }
             return
         }
+        if !leases.isStarted { startLeases() }
         switch event {
         case .connected(let connection): connected(connection)
         case .disconnected(let connection): disconnected(connection)
