@@ -8,7 +8,9 @@ func flushOutput() { fflush(nil) }
 package struct VolumeCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
         commandName: "volume", abstract: "Create, attach, look at and delete volumes.",
-        subcommands: [Create.self, List.self, Show.self, Attach.self, Detach.self, Delete.self])
+        subcommands: [
+            Create.self, List.self, Show.self, Why.self, Attach.self, Detach.self, Delete.self,
+        ])
     package init() {}
 }
 

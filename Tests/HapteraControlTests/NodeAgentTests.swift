@@ -1,6 +1,7 @@
 import Foundation
 import Glibc
 import HapteraAPI
+import HapteraCore
 import HapteraHost
 import Logging
 import Testing
@@ -267,6 +268,51 @@ import Testing
         bench.want(.create)
         let replica = try await bench.untilReplica(.failed)
         #expect(replica.reason.contains("does not support O_DIRECT"))
+    }
+
+    @Test func looksIntoDirectoriesItWasNeverToldOf() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 7)
+        let engine = try await bench.untilEngine(.serving)
+        // A new controller on an empty store knows neither.
+        bench.desired = Haptera_V1_DesiredState()
+        try await bench.step()
+        var task = Haptera_V1_AgentTask()
+        task.inspect.replicaIds = []
+        let found = await bench.agent.perform(task)
+        #expect(found.replicas.map(\.replicaID) == ["00000000000000aa"])
+        #expect(found.engines.map(\.pid) == [engine.pid])
+        #expect(found.engines.map(\.clientGeneration) == [7])
+        task.inspect.replicaIds = ["00000000000000aa", "00000000000000ab", "../run"]
+        let inspected = await bench.agent.perform(task).replicas
+        let inspection = try DirectoryInspection.decode(inspected[0].json)
+        #expect(inspection.volume == "00000000000000010000000000000002")
+        #expect(inspection.promise == 7)
+        #expect(inspection.member?.replica.text == "00000000000000aa")
+        #expect(inspected[1].error.hasSuffix("is gone"))
+        #expect(inspected[2].error == "no replica id")
+        #expect(ProcessIdentity(running: replica.pid) != nil)
+    }
+
+    @Test func endsAnEngineAndStartsItAgain() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        let engine = try await bench.untilEngine(.serving)
+        var task = Haptera_V1_AgentTask()
+        task.endEngine.volumeID = "00000000000000010000000000000002"
+        #expect(await bench.agent.perform(task).error.isEmpty)
+        #expect(ProcessIdentity(running: engine.pid) == nil)
+        let again = try await bench.until("another engine") {
+            $0.engines.first?.state == .serving && $0.engines[0].pid != engine.pid
+        }
+        #expect(again.engines[0].uri == engine.uri)
+        // Without a process there is nothing to do, and nothing to fail.
+        task.endEngine.volumeID = "00000000000000010000000000000009"
+        #expect(await bench.agent.perform(task).error.isEmpty)
     }
 
     /// Nothing is stopped or removed because it is not named.

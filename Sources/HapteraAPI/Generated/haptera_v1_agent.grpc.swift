@@ -62,11 +62,39 @@ package enum Haptera_V1_AgentService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "WatchTasks" metadata.
+        package enum WatchTasks: Sendable {
+            /// Request type for "WatchTasks".
+            package typealias Input = Haptera_V1_WatchDesiredStateRequest
+            /// Response type for "WatchTasks".
+            package typealias Output = Haptera_V1_AgentTask
+            /// Descriptor for "WatchTasks".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.AgentService"),
+                method: "WatchTasks",
+                type: .serverStreaming
+            )
+        }
+        /// Namespace for "Answer" metadata.
+        package enum Answer: Sendable {
+            /// Request type for "Answer".
+            package typealias Input = Haptera_V1_AgentAnswer
+            /// Response type for "Answer".
+            package typealias Output = Haptera_V1_AnswerResponse
+            /// Descriptor for "Answer".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.AgentService"),
+                method: "Answer",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.AgentService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             RegisterNode.descriptor,
             WatchDesiredState.descriptor,
-            ReportStatus.descriptor
+            ReportStatus.descriptor,
+            WatchTasks.descriptor,
+            Answer.descriptor
         ]
     }
 }
@@ -97,8 +125,7 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
-        /// directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_RegisterNodeRequest` messages.
@@ -147,6 +174,39 @@ extension Haptera_V1_AgentService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_NodeReport>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ReportStatusResponse>
+
+        /// Handle the "WatchTasks" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+        /// > ends its earlier one.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_WatchDesiredStateRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_AgentTask` messages.
+        func watchTasks(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_WatchDesiredStateRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_AgentTask>
+
+        /// Handle the "Answer" method.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_AgentAnswer` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_AnswerResponse` messages.
+        func answer(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_AgentAnswer>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_AnswerResponse>
     }
 
     /// Service protocol for the "haptera.v1.AgentService" service.
@@ -161,8 +221,7 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
-        /// directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_RegisterNodeRequest` message.
@@ -211,6 +270,39 @@ extension Haptera_V1_AgentService {
             request: GRPCCore.ServerRequest<Haptera_V1_NodeReport>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ReportStatusResponse>
+
+        /// Handle the "WatchTasks" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+        /// > ends its earlier one.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_WatchDesiredStateRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_AgentTask` messages.
+        func watchTasks(
+            request: GRPCCore.ServerRequest<Haptera_V1_WatchDesiredStateRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_AgentTask>
+
+        /// Handle the "Answer" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_AgentAnswer` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_AnswerResponse` message.
+        func answer(
+            request: GRPCCore.ServerRequest<Haptera_V1_AgentAnswer>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_AnswerResponse>
     }
 
     /// Simple service protocol for the "haptera.v1.AgentService" service.
@@ -223,8 +315,7 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
-        /// directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_RegisterNodeRequest` message.
@@ -274,6 +365,40 @@ extension Haptera_V1_AgentService {
             request: Haptera_V1_NodeReport,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_ReportStatusResponse
+
+        /// Handle the "WatchTasks" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+        /// > ends its earlier one.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_WatchDesiredStateRequest` message.
+        ///   - response: A response stream of `Haptera_V1_AgentTask` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        func watchTasks(
+            request: Haptera_V1_WatchDesiredStateRequest,
+            response: GRPCCore.RPCWriter<Haptera_V1_AgentTask>,
+            context: GRPCCore.ServerContext
+        ) async throws
+
+        /// Handle the "Answer" method.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_AgentAnswer` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_AnswerResponse` to respond with.
+        func answer(
+            request: Haptera_V1_AgentAnswer,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_AnswerResponse
     }
 }
 
@@ -314,6 +439,28 @@ extension Haptera_V1_AgentService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_AgentService.Method.WatchTasks.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_WatchDesiredStateRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_AgentTask>(),
+            handler: { request, context in
+                try await self.watchTasks(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_AgentService.Method.Answer.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_AgentAnswer>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_AnswerResponse>(),
+            handler: { request, context in
+                try await self.answer(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -347,6 +494,28 @@ extension Haptera_V1_AgentService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ReportStatusResponse> {
         let response = try await self.reportStatus(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func watchTasks(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_WatchDesiredStateRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_AgentTask> {
+        let response = try await self.watchTasks(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return response
+    }
+
+    package func answer(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_AgentAnswer>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_AnswerResponse> {
+        let response = try await self.answer(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -399,6 +568,36 @@ extension Haptera_V1_AgentService.SimpleServiceProtocol {
             metadata: [:]
         )
     }
+
+    package func watchTasks(
+        request: GRPCCore.ServerRequest<Haptera_V1_WatchDesiredStateRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_AgentTask> {
+        return GRPCCore.StreamingServerResponse<Haptera_V1_AgentTask>(
+            metadata: [:],
+            producer: { writer in
+                try await self.watchTasks(
+                    request: request.message,
+                    response: writer,
+                    context: context
+                )
+                return [:]
+            }
+        )
+    }
+
+    package func answer(
+        request: GRPCCore.ServerRequest<Haptera_V1_AgentAnswer>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_AnswerResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_AnswerResponse>(
+            message: try await self.answer(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
 }
 
 // MARK: haptera.v1.AgentService (client)
@@ -414,8 +613,7 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
-        /// directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_RegisterNodeRequest` message.
@@ -479,6 +677,49 @@ extension Haptera_V1_AgentService {
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ReportStatusResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
+
+        /// Call the "WatchTasks" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+        /// > ends its earlier one.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_WatchDesiredStateRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_WatchDesiredStateRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_AgentTask` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func watchTasks<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_WatchDesiredStateRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_WatchDesiredStateRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_AgentTask>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<Haptera_V1_AgentTask>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "Answer" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_AgentAnswer` message.
+        ///   - serializer: A serializer for `Haptera_V1_AgentAnswer` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_AnswerResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func answer<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_AgentAnswer>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_AgentAnswer>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_AnswerResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_AnswerResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
     }
 
     /// Generated client for the "haptera.v1.AgentService" service.
@@ -501,8 +742,7 @@ extension Haptera_V1_AgentService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another
-        /// directory.
+        /// > Introduces an agent process. FAILED_PRECONDITION if the name belongs to another directory.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_RegisterNodeRequest` message.
@@ -597,6 +837,69 @@ extension Haptera_V1_AgentService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "WatchTasks" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+        /// > ends its earlier one.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_WatchDesiredStateRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_WatchDesiredStateRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_AgentTask` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func watchTasks<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_WatchDesiredStateRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_WatchDesiredStateRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_AgentTask>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<Haptera_V1_AgentTask>) async throws -> Result
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.serverStreaming(
+                request: request,
+                descriptor: Haptera_V1_AgentService.Method.WatchTasks.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "Answer" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_AgentAnswer` message.
+        ///   - serializer: A serializer for `Haptera_V1_AgentAnswer` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_AnswerResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func answer<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_AgentAnswer>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_AgentAnswer>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_AnswerResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_AnswerResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_AgentService.Method.Answer.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -683,6 +986,59 @@ extension Haptera_V1_AgentService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_NodeReport>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReportStatusResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "WatchTasks" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+    /// > ends its earlier one.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_WatchDesiredStateRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func watchTasks<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_WatchDesiredStateRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<Haptera_V1_AgentTask>) async throws -> Result
+    ) async throws -> Result where Result: Sendable {
+        try await self.watchTasks(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_WatchDesiredStateRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_AgentTask>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "Answer" method.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_AgentAnswer` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func answer<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_AgentAnswer>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_AnswerResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.answer(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_AgentAnswer>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_AnswerResponse>(),
             options: options,
             onResponse: handleResponse
         )
@@ -783,6 +1139,67 @@ extension Haptera_V1_AgentService.ClientProtocol {
             metadata: metadata
         )
         return try await self.reportStatus(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "WatchTasks" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > What the agent shall do or find out at once, each answered by Answer. A new watch of a node
+    /// > ends its earlier one.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func watchTasks<Result>(
+        _ message: Haptera_V1_WatchDesiredStateRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<Haptera_V1_AgentTask>) async throws -> Result
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_WatchDesiredStateRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.watchTasks(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "Answer" method.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func answer<Result>(
+        _ message: Haptera_V1_AgentAnswer,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_AnswerResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_AgentAnswer>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.answer(
             request: request,
             options: options,
             onResponse: handleResponse

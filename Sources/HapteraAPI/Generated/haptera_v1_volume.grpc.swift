@@ -126,6 +126,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "ExplainVolume" metadata.
+        package enum ExplainVolume: Sendable {
+            /// Request type for "ExplainVolume".
+            package typealias Input = Haptera_V1_ExplainVolumeRequest
+            /// Response type for "ExplainVolume".
+            package typealias Output = Haptera_V1_VolumeExplanation
+            /// Descriptor for "ExplainVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "ExplainVolume",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -135,7 +148,8 @@ package enum Haptera_V1_VolumeService: Sendable {
             AttachVolume.descriptor,
             DetachVolume.descriptor,
             DeleteVolume.descriptor,
-            ListReplicas.descriptor
+            ListReplicas.descriptor,
+            ExplainVolume.descriptor
         ]
     }
 }
@@ -166,8 +180,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
-        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_CreateVolumeRequest` messages.
@@ -231,8 +245,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
-        /// if the > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+        /// > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_AttachVolumeRequest` messages.
@@ -268,8 +282,7 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-        /// NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_DeleteVolumeRequest` messages.
@@ -296,6 +309,24 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ListReplicasRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ListReplicasResponse>
+
+        /// Handle the "ExplainVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ExplainVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_VolumeExplanation` messages.
+        func explainVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ExplainVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_VolumeExplanation>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -310,8 +341,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
-        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -375,8 +406,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
-        /// if the > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+        /// > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -412,8 +443,7 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-        /// NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -440,6 +470,24 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_ListReplicasRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ListReplicasResponse>
+
+        /// Handle the "ExplainVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ExplainVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_VolumeExplanation` message.
+        func explainVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_ExplainVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_VolumeExplanation>
     }
 
     /// Simple service protocol for the "haptera.v1.VolumeService" service.
@@ -452,8 +500,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
-        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_CreateVolumeRequest` message.
@@ -518,8 +566,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
-        /// if the > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+        /// > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_AttachVolumeRequest` message.
@@ -555,8 +603,7 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-        /// NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_DeleteVolumeRequest` message.
@@ -583,6 +630,24 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_ListReplicasRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_ListReplicasResponse
+
+        /// Handle the "ExplainVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ExplainVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_VolumeExplanation` to respond with.
+        func explainVolume(
+            request: Haptera_V1_ExplainVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_VolumeExplanation
     }
 }
 
@@ -678,6 +743,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.ExplainVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ExplainVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_VolumeExplanation>(),
+            handler: { request, context in
+                try await self.explainVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -766,6 +842,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ListReplicasResponse> {
         let response = try await self.listReplicas(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func explainVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ExplainVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_VolumeExplanation> {
+        let response = try await self.explainVolume(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -883,6 +970,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
             metadata: [:]
         )
     }
+
+    package func explainVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_ExplainVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_VolumeExplanation> {
+        return GRPCCore.ServerResponse<Haptera_V1_VolumeExplanation>(
+            message: try await self.explainVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
 }
 
 // MARK: haptera.v1.VolumeService (client)
@@ -898,8 +998,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
-        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -983,8 +1083,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
-        /// if the > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+        /// > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -1030,8 +1130,7 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-        /// NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1068,6 +1167,29 @@ extension Haptera_V1_VolumeService {
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ListReplicasResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
+
+        /// Call the "ExplainVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ExplainVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ExplainVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_VolumeExplanation` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func explainVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ExplainVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ExplainVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_VolumeExplanation>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_VolumeExplanation>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
     }
 
     /// Generated client for the "haptera.v1.VolumeService" service.
@@ -1090,8 +1212,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by
-        /// name: the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -1217,8 +1339,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION
-        /// if the > volume is attached to another node than the one named.
+        /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+        /// > volume is attached to another node than the one named.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -1286,8 +1408,7 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-        /// NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1346,6 +1467,40 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "ExplainVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ExplainVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ExplainVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_VolumeExplanation` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func explainVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ExplainVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ExplainVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_VolumeExplanation>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_VolumeExplanation>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.ExplainVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -1356,8 +1511,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name:
-    /// the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -1463,8 +1618,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if
-    /// the > volume is attached to another node than the one named.
+    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+    /// > volume is attached to another node than the one named.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -1522,8 +1677,7 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-    /// NOT_FOUND.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1572,6 +1726,35 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             onResponse: handleResponse
         )
     }
+
+    /// Call the "ExplainVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ExplainVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func explainVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ExplainVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_VolumeExplanation>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.explainVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ExplainVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_VolumeExplanation>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
 }
 
 // Helpers providing sugared APIs for 'ClientProtocol' methods.
@@ -1581,8 +1764,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name:
-    /// the > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+    /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
+    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -1704,8 +1887,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if
-    /// the > volume is attached to another node than the one named.
+    /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
+    /// > volume is attached to another node than the one named.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -1771,8 +1954,7 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says
-    /// NOT_FOUND.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -1824,6 +2006,39 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.listReplicas(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ExplainVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The chain of the volume's epochs, its replicas that are out, and what it waits for.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func explainVolume<Result>(
+        _ message: Haptera_V1_ExplainVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_VolumeExplanation>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ExplainVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.explainVolume(
             request: request,
             options: options,
             onResponse: handleResponse

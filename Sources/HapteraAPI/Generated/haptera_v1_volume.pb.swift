@@ -450,6 +450,142 @@ package nonisolated struct Haptera_V1_ListReplicasResponse: Sendable {
   package init() {}
 }
 
+package nonisolated struct Haptera_V1_ExplainVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  /// Every change there is a note of, not only the newest.
+  package var all: Bool = false
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_VolumeExplanation: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var id: String = String()
+
+  package var epoch: UInt64 = 0
+
+  /// Newest last.
+  package var changes: [Haptera_V1_VolumeChange] = []
+
+  package var away: [Haptera_V1_ReplicaAway] = []
+
+  /// What the volume waits for; empty if it can be served.
+  package var waitsFor: String = String()
+
+  /// What each replica that is out would lose if it were chosen; only when the volume waits.
+  package var choices: [Haptera_V1_SalvageChoice] = []
+
+  /// What to do next; may be empty.
+  package var advice: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// One change of the volume record.
+package nonisolated struct Haptera_V1_VolumeChange: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var epoch: UInt64 = 0
+
+  package var timeUnixMilliseconds: Int64 = 0
+
+  /// takeover, removal, join, promotion, detach, salvage, reconstruction, reinstatement, creation.
+  package var kind: String = String()
+
+  /// What happened, for people.
+  package var text: String = String()
+
+  /// Replica ids after the change.
+  package var inSync: [String] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// A replica that is not in the in-sync set.
+package nonisolated struct Haptera_V1_ReplicaAway: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var replicaID: String = String()
+
+  package var node: String = String()
+
+  package var leftEpoch: UInt64 = 0
+
+  /// 0 if there is no note of it.
+  package var leftUnixMilliseconds: Int64 = 0
+
+  package var reason: String = String()
+
+  /// Its bytes are kept after a salvage.
+  package var kept: Bool = false
+
+  package var joining: Bool = false
+
+  /// Its directory could be looked into; if not, `problem` says why.
+  package var inspected: Bool = false
+
+  package var problem: String = String()
+
+  package var promisedEpoch: UInt64 = 0
+
+  package var flushedEpoch: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_SalvageChoice: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var replicaID: String = String()
+
+  package var node: String = String()
+
+  /// The last epoch in which it was in the in-sync set, and until when.
+  package var lastEpoch: UInt64 = 0
+
+  package var leftUnixMilliseconds: Int64 = 0
+
+  package var reason: String = String()
+
+  /// Writes acknowledged from this epoch on may be lost, at most so many regions (1 MiB each).
+  package var lostFromEpoch: UInt64 = 0
+
+  package var lostToEpoch: UInt64 = 0
+
+  package var regionsMax: UInt64 = 0
+
+  /// It cannot be chosen, because of this.
+  package var problem: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
 // MARK: - Code below here is support for the SwiftProtobuf runtime.
 
 fileprivate nonisolated let _protobuf_package = "haptera.v1"
@@ -1055,6 +1191,306 @@ nonisolated extension Haptera_V1_ListReplicasResponse: SwiftProtobuf.Message, Sw
 
   package static func ==(lhs: Haptera_V1_ListReplicasResponse, rhs: Haptera_V1_ListReplicasResponse) -> Bool {
     if lhs.replicas != rhs.replicas {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ExplainVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ExplainVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}all\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularBoolField(value: &self.all) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if self.all != false {
+      try visitor.visitSingularBoolField(value: self.all, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ExplainVolumeRequest, rhs: Haptera_V1_ExplainVolumeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.all != rhs.all {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_VolumeExplanation: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".VolumeExplanation"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{1}epoch\0\u{1}changes\0\u{1}away\0\u{3}waits_for\0\u{1}choices\0\u{1}advice\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.epoch) }()
+      case 4: try { try decoder.decodeRepeatedMessageField(value: &self.changes) }()
+      case 5: try { try decoder.decodeRepeatedMessageField(value: &self.away) }()
+      case 6: try { try decoder.decodeSingularStringField(value: &self.waitsFor) }()
+      case 7: try { try decoder.decodeRepeatedMessageField(value: &self.choices) }()
+      case 8: try { try decoder.decodeSingularStringField(value: &self.advice) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if !self.id.isEmpty {
+      try visitor.visitSingularStringField(value: self.id, fieldNumber: 2)
+    }
+    if self.epoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.epoch, fieldNumber: 3)
+    }
+    if !self.changes.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.changes, fieldNumber: 4)
+    }
+    if !self.away.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.away, fieldNumber: 5)
+    }
+    if !self.waitsFor.isEmpty {
+      try visitor.visitSingularStringField(value: self.waitsFor, fieldNumber: 6)
+    }
+    if !self.choices.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.choices, fieldNumber: 7)
+    }
+    if !self.advice.isEmpty {
+      try visitor.visitSingularStringField(value: self.advice, fieldNumber: 8)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_VolumeExplanation, rhs: Haptera_V1_VolumeExplanation) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.id != rhs.id {return false}
+    if lhs.epoch != rhs.epoch {return false}
+    if lhs.changes != rhs.changes {return false}
+    if lhs.away != rhs.away {return false}
+    if lhs.waitsFor != rhs.waitsFor {return false}
+    if lhs.choices != rhs.choices {return false}
+    if lhs.advice != rhs.advice {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_VolumeChange: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".VolumeChange"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}epoch\0\u{3}time_unix_milliseconds\0\u{1}kind\0\u{1}text\0\u{3}in_sync\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt64Field(value: &self.epoch) }()
+      case 2: try { try decoder.decodeSingularInt64Field(value: &self.timeUnixMilliseconds) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.kind) }()
+      case 4: try { try decoder.decodeSingularStringField(value: &self.text) }()
+      case 5: try { try decoder.decodeRepeatedStringField(value: &self.inSync) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.epoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.epoch, fieldNumber: 1)
+    }
+    if self.timeUnixMilliseconds != 0 {
+      try visitor.visitSingularInt64Field(value: self.timeUnixMilliseconds, fieldNumber: 2)
+    }
+    if !self.kind.isEmpty {
+      try visitor.visitSingularStringField(value: self.kind, fieldNumber: 3)
+    }
+    if !self.text.isEmpty {
+      try visitor.visitSingularStringField(value: self.text, fieldNumber: 4)
+    }
+    if !self.inSync.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.inSync, fieldNumber: 5)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_VolumeChange, rhs: Haptera_V1_VolumeChange) -> Bool {
+    if lhs.epoch != rhs.epoch {return false}
+    if lhs.timeUnixMilliseconds != rhs.timeUnixMilliseconds {return false}
+    if lhs.kind != rhs.kind {return false}
+    if lhs.text != rhs.text {return false}
+    if lhs.inSync != rhs.inSync {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ReplicaAway: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReplicaAway"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}node\0\u{3}left_epoch\0\u{3}left_unix_milliseconds\0\u{1}reason\0\u{1}kept\0\u{1}joining\0\u{1}inspected\0\u{1}problem\0\u{3}promised_epoch\0\u{3}flushed_epoch\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.node) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.leftEpoch) }()
+      case 4: try { try decoder.decodeSingularInt64Field(value: &self.leftUnixMilliseconds) }()
+      case 5: try { try decoder.decodeSingularStringField(value: &self.reason) }()
+      case 6: try { try decoder.decodeSingularBoolField(value: &self.kept) }()
+      case 7: try { try decoder.decodeSingularBoolField(value: &self.joining) }()
+      case 8: try { try decoder.decodeSingularBoolField(value: &self.inspected) }()
+      case 9: try { try decoder.decodeSingularStringField(value: &self.problem) }()
+      case 10: try { try decoder.decodeSingularUInt64Field(value: &self.promisedEpoch) }()
+      case 11: try { try decoder.decodeSingularUInt64Field(value: &self.flushedEpoch) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 1)
+    }
+    if !self.node.isEmpty {
+      try visitor.visitSingularStringField(value: self.node, fieldNumber: 2)
+    }
+    if self.leftEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.leftEpoch, fieldNumber: 3)
+    }
+    if self.leftUnixMilliseconds != 0 {
+      try visitor.visitSingularInt64Field(value: self.leftUnixMilliseconds, fieldNumber: 4)
+    }
+    if !self.reason.isEmpty {
+      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 5)
+    }
+    if self.kept != false {
+      try visitor.visitSingularBoolField(value: self.kept, fieldNumber: 6)
+    }
+    if self.joining != false {
+      try visitor.visitSingularBoolField(value: self.joining, fieldNumber: 7)
+    }
+    if self.inspected != false {
+      try visitor.visitSingularBoolField(value: self.inspected, fieldNumber: 8)
+    }
+    if !self.problem.isEmpty {
+      try visitor.visitSingularStringField(value: self.problem, fieldNumber: 9)
+    }
+    if self.promisedEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.promisedEpoch, fieldNumber: 10)
+    }
+    if self.flushedEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.flushedEpoch, fieldNumber: 11)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReplicaAway, rhs: Haptera_V1_ReplicaAway) -> Bool {
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.node != rhs.node {return false}
+    if lhs.leftEpoch != rhs.leftEpoch {return false}
+    if lhs.leftUnixMilliseconds != rhs.leftUnixMilliseconds {return false}
+    if lhs.reason != rhs.reason {return false}
+    if lhs.kept != rhs.kept {return false}
+    if lhs.joining != rhs.joining {return false}
+    if lhs.inspected != rhs.inspected {return false}
+    if lhs.problem != rhs.problem {return false}
+    if lhs.promisedEpoch != rhs.promisedEpoch {return false}
+    if lhs.flushedEpoch != rhs.flushedEpoch {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_SalvageChoice: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".SalvageChoice"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}node\0\u{3}last_epoch\0\u{3}left_unix_milliseconds\0\u{1}reason\0\u{3}lost_from_epoch\0\u{3}lost_to_epoch\0\u{3}regions_max\0\u{1}problem\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.node) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.lastEpoch) }()
+      case 4: try { try decoder.decodeSingularInt64Field(value: &self.leftUnixMilliseconds) }()
+      case 5: try { try decoder.decodeSingularStringField(value: &self.reason) }()
+      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.lostFromEpoch) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.lostToEpoch) }()
+      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.regionsMax) }()
+      case 9: try { try decoder.decodeSingularStringField(value: &self.problem) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 1)
+    }
+    if !self.node.isEmpty {
+      try visitor.visitSingularStringField(value: self.node, fieldNumber: 2)
+    }
+    if self.lastEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.lastEpoch, fieldNumber: 3)
+    }
+    if self.leftUnixMilliseconds != 0 {
+      try visitor.visitSingularInt64Field(value: self.leftUnixMilliseconds, fieldNumber: 4)
+    }
+    if !self.reason.isEmpty {
+      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 5)
+    }
+    if self.lostFromEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.lostFromEpoch, fieldNumber: 6)
+    }
+    if self.lostToEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.lostToEpoch, fieldNumber: 7)
+    }
+    if self.regionsMax != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsMax, fieldNumber: 8)
+    }
+    if !self.problem.isEmpty {
+      try visitor.visitSingularStringField(value: self.problem, fieldNumber: 9)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_SalvageChoice, rhs: Haptera_V1_SalvageChoice) -> Bool {
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.node != rhs.node {return false}
+    if lhs.lastEpoch != rhs.lastEpoch {return false}
+    if lhs.leftUnixMilliseconds != rhs.leftUnixMilliseconds {return false}
+    if lhs.reason != rhs.reason {return false}
+    if lhs.lostFromEpoch != rhs.lostFromEpoch {return false}
+    if lhs.lostToEpoch != rhs.lostToEpoch {return false}
+    if lhs.regionsMax != rhs.regionsMax {return false}
+    if lhs.problem != rhs.problem {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -13,6 +13,7 @@ package actor Controller {
 
     package nonisolated let store: MetadataStore
     package nonisolated let changes = ChangeSignal()
+    package nonisolated let tasks = AgentTasks()
     /// HOST:PORT under which engines reach the record service.
     package nonisolated let recordService: String
     private nonisolated let logger: Logger
@@ -46,7 +47,7 @@ package actor Controller {
         if isChanged || previous?.report != report || !isFresh(previous?.seen) { changes.notify() }
     }
 
-    private func requireNode(_ name: String, _ nodeID: String) async throws {
+    package func requireNode(_ name: String, _ nodeID: String) async throws {
         guard try await store.nodes().contains(where: { $0.name == name && $0.nodeID == nodeID })
         else {
             throw ControlError(.precondition, "node '\(name)' is not registered with this id")

@@ -60,6 +60,7 @@ package struct ControllerProcess: Sendable {
 package struct GRPCService: Service {
     private let server: GRPCServer<HTTP2ServerTransport.Posix>
     private let changes: ChangeSignal
+    private let tasks: AgentTasks
 
     package init(controller: Controller, host: String, port: Int) throws {
         // The transport takes addresses, not names; `localhost` is the one name worth knowing.
@@ -68,6 +69,7 @@ package struct GRPCService: Service {
             ? .ipv6(host: host, port: port)
             : .ipv4(host: host == "localhost" ? "127.0.0.1" : host, port: port)
         changes = controller.changes
+        tasks = controller.tasks
         server = GRPCServer(
             transport: .http2NIOPosix(address: address, transportSecurity: .plaintext),
             services: [
@@ -88,6 +90,7 @@ package struct GRPCService: Service {
         } onGracefulShutdown: {
             // Watches never end by themselves.
             changes.finish()
+            Task { await tasks.finish() }
             server.beginGracefulShutdown()
         }
     }

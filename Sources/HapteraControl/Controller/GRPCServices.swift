@@ -110,6 +110,14 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
     }
 }
 
+extension VolumeService {
+    func explainVolume(
+        request: Haptera_V1_ExplainVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_VolumeExplanation {
+        try await controller.explain(try checked(request.name), all: request.all)
+    }
+}
+
 /// A name that could exist, or an error that says what names look like.
 private func checked(_ name: String, _ noun: String = "volume") throws -> String {
     guard Names.isValidLabel(name) else {
@@ -140,6 +148,24 @@ struct AgentService: Haptera_V1_AgentService.SimpleServiceProtocol {
             try await response.write(
                 try await controller.desired(for: request.name, nodeID: request.nodeID))
         }
+    }
+
+    func watchTasks(
+        request: Haptera_V1_WatchDesiredStateRequest, response: RPCWriter<Haptera_V1_AgentTask>,
+        context: ServerContext
+    ) async throws {
+        try await controller.requireNode(request.name, request.nodeID)
+        for await task in await controller.tasks.watch(request.name) {
+            try await response.write(task)
+        }
+    }
+
+    func answer(
+        request: Haptera_V1_AgentAnswer, context: ServerContext
+    ) async throws -> Haptera_V1_AnswerResponse {
+        try await controller.requireNode(request.name, request.nodeID)
+        await controller.tasks.answered(request)
+        return Haptera_V1_AnswerResponse()
     }
 
     func reportStatus(

@@ -119,6 +119,8 @@ package actor EngineUnit {
             supervision.files.control, "detach", timeoutSeconds: Self.detachTimeoutSeconds)
     }
 
+    var process: ProcessIdentity? { supervision.process }
+
     /// True once the controller may forget the attachment and we the unit.
     package var isDetached: Bool {
         settings.isDetached && isOfThisAttachment && !supervision.isRunning

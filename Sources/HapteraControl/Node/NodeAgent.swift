@@ -7,7 +7,7 @@ import SwiftProtobuf
 /// Everything one node runs: a unit for each replica and each engine. What the controller wants is
 /// kept on disk, so that supervision goes on while the controller is away, even across our restart.
 package actor NodeAgent {
-    private let context: NodeContext
+    let context: NodeContext
     private let logger: Logger
     private var desired = Haptera_V1_DesiredState()
     private var replicas: [String: ReplicaUnit] = [:]
@@ -82,6 +82,13 @@ package actor NodeAgent {
             }
             engines[id] = nil
         }
+    }
+
+    func engineProcess(_ volumeID: String) async -> ProcessIdentity? {
+        await engines[volumeID]?.process
+    }
+    func replicaProcess(_ replicaID: String) async -> ProcessIdentity? {
+        await replicas[replicaID]?.process
     }
 
     package func report(name: String, nodeID: String) async -> Haptera_V1_NodeReport {

@@ -146,6 +146,7 @@ struct NodeLink: Service {
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask { try await takeDesiredState(service) }
                 group.addTask { try await report(service, options) }
+                group.addTask { try await takeTasks(service, options) }
                 // Neither ends but by an error, or because the controller stops.
                 try await group.next()
                 group.cancelAll()
@@ -161,6 +162,28 @@ struct NodeLink: Service {
         request.nodeID = identity.nodeID
         try await service.watchDesiredState(request) { response in
             for try await message in response.messages { try await agent.want(message) }
+        }
+    }
+
+    /// Tasks run beside each other: one that takes long holds up none.
+    private func takeTasks(
+        _ service: Haptera_V1_AgentService.Client<HTTP2ClientTransport.Posix>,
+        _ options: CallOptions
+    ) async throws {
+        var request = Haptera_V1_WatchDesiredStateRequest()
+        request.name = identity.name
+        request.nodeID = identity.nodeID
+        try await service.watchTasks(request) { response in
+            try await withThrowingDiscardingTaskGroup { group in
+                for try await task in response.messages {
+                    group.addTask {
+                        var answer = await agent.perform(task)
+                        answer.name = identity.name
+                        answer.nodeID = identity.nodeID
+                        _ = try await service.answer(answer, options: options)
+                    }
+                }
+            }
         }
     }
 

@@ -157,6 +157,8 @@ package actor ReplicaUnit {
         }
     }
 
+    var process: ProcessIdentity? { supervision.process }
+
     private var address: String { Names.endpoint(host: context.address, port: settings.port) }
 
     package var report: Haptera_V1_ReplicaReport {

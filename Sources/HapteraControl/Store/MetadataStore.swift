@@ -41,6 +41,7 @@ package final class MetadataStore: Sendable {
                 sql: "INSERT INTO meta (name, value) VALUES ('clusterID', ?)",
                 arguments: [VolumeID.random().text])
         }
+        registerHistory(&migrator)
         return migrator
     }
 

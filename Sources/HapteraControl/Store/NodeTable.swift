@@ -146,6 +146,7 @@ extension MetadataStore {
         try db.execute(
             sql: "INSERT INTO records (volumeID, epoch, record) VALUES (?, 1, ?)",
             arguments: [volume.id, Data(record.encoded())])
+        try noteHistory(db, record)
         var row = volume
         row.phase = .ready
         try row.update(db)

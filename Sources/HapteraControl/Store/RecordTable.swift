@@ -58,6 +58,7 @@ extension MetadataStore {
                     Int64(expected.rawValue),
                 ])
             guard db.changesCount == 1 else { return .conflict(stored.bytes) }
+            try self.noteHistory(db, proposed)
             try self.addEvents(db, of: proposed, after: current)
             return .swapped
         }

@@ -223,6 +223,7 @@ extension MetadataStore {
             row.phase = .deleting
             try row.update(db)
             try db.execute(sql: "DELETE FROM records WHERE volumeID = ?", arguments: [row.id])
+            try self.forgetHistory(db, row.id)
             try db.execute(
                 sql: "UPDATE replicas SET phase = 'remove' WHERE volumeID = ?",
                 arguments: [row.id])

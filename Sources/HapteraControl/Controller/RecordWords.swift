@@ -1,0 +1,91 @@
+import HapteraCore
+
+/// Volume records in words, for people.
+struct RecordWords {
+    /// Where each replica is, as far as it is known.
+    let nodes: [String: String]
+
+    func replica(_ id: ReplicaID) -> String {
+        nodes[id.text].map { "replica \(id.text) on \($0)" } ?? "replica \(id.text)"
+    }
+    private func replicas(_ members: [VolumeRecord.Member]) -> String {
+        members.map { replica($0.replica) }.joined(separator: ", ")
+    }
+
+    /// What a change of the record was. `before` is the record it replaced; nil if that is not
+    /// known any more.
+    func text(_ record: VolumeRecord, after before: VolumeRecord?) -> String {
+        let known = record.epoch.rawValue == 1 || before != nil
+        let left = (before?.inSync ?? []).filter { !record.inSync.contains($0) }
+        let came = known ? record.inSync.filter { !(before?.inSync ?? []).contains($0) } : []
+        var parts: [String] = []
+        switch record.change {
+        case .creation: parts.append("created with \(replicas(record.inSync))")
+        case .takeover, .reinstatement: parts.append("engine at \(record.engineEndpoint) took over")
+        case .detach: parts.append(record.isClean ? "detached, clean" : "detached")
+        case .salvage:
+            parts.append(salvage(record))
+        case .reconstruction: parts.append("record reconstructed from the replicas")
+        case .join:
+            if let joining = record.joining {
+                parts.append("\(replica(joining.replica)) joins: it is being filled")
+            }
+        case .removal, .promotion: break
+        }
+        if record.change != .salvage {
+            for member in left {
+                let departure = record.out.first { $0.member == member }
+                let reason = departure.map { ", because \(Self.words($0.reason))" } ?? ""
+                parts.append("removed \(replica(member.replica))\(reason)")
+            }
+        }
+        if record.change != .creation, record.change != .salvage {
+            let how =
+                record.change == .reinstatement
+                ? "counts again: nothing was acknowledged without it" : "is in sync again"
+            for member in came { parts.append("\(replica(member.replica)) \(how)") }
+        }
+        if let before { parts += releases(record, before) }
+        // A removal or promotion whose predecessor is forgotten.
+        if parts.isEmpty { parts.append("\(record.change)") }
+        return parts.joined(separator: "; ")
+    }
+
+    private func salvage(_ record: VolumeRecord) -> String {
+        guard let fork = record.lineage.last else { return "salvaged" }
+        return "salvaged: goes on from \(replica(fork.survivor)), whose history ended at epoch "
+            + "\(fork.partedEpoch.rawValue)"
+    }
+
+    /// Losers of a salvage that may be filled again or are given up.
+    private func releases(_ record: VolumeRecord, _ before: VolumeRecord) -> [String] {
+        before.out.filter(\.isKept).compactMap { old in
+            guard let now = record.out.first(where: { $0.member == old.member }) else {
+                return record.inSync.contains(old.member) || record.joining == old.member
+                    ? nil : "gave up \(replica(old.member.replica))"
+            }
+            return now.isKept ? nil : "\(replica(old.member.replica)) may be filled again"
+        }
+    }
+
+    static func words(_ reason: VolumeRecord.DepartureReason) -> String {
+        switch reason {
+        case .unknown: "of a reason that was not noted"
+        case .disconnected: "its connection was closed"
+        case .silent: "it did not answer in time"
+        case .full: "its disk was full"
+        case .ioError: "its disk failed a request"
+        case .protocolError: "it broke the protocol"
+        case .slow: "it was much slower than the others"
+        case .rolledBack: "its files were older than it had said"
+        case .unreachable: "it could not be reached at a takeover"
+        case .salvaged: "another copy was chosen in a salvage"
+        case .administrator: "an administrator removed it"
+        }
+    }
+}
+
+extension VolumeRecord.Change {
+    /// As in the API.
+    var word: String { "\(self)" }
+}
