@@ -147,15 +147,22 @@ package enum EngineAction: BitwiseCopyable {
 package enum EngineNote: BitwiseCopyable, Sendable {
     case tookOver(Epoch)
     case replicaLost(ReplicaSlot)
-    case replicaRemoved(ReplicaSlot, Epoch)
+    case replicaRemoved(ReplicaSlot, Epoch, VolumeRecord.DepartureReason)
+    /// Taken back as a member without a resync: nothing was acknowledged without it.
+    case replicaReinstated(ReplicaSlot, Epoch)
+    /// Its files are older than what it once said it had flushed.
+    case replicaRolledBack(ReplicaSlot)
+    /// An administrator let the volume go on from rebooted members only.
+    case lossAccepted
     case replicaJoining(ReplicaSlot, Epoch)
     case replicaPromoted(ReplicaSlot, Epoch)
     case joinFailed(ReplicaSlot)
     /// Every reachable member lost its host since the copies were last equal, and the client may
     /// remember writes that none of them holds: waits for a better member.
     case onlyRebootedMembers
-    /// Takeover has made the members equal: regions compared, blocks that differed.
-    case resolved(regions: UInt64, blocks: UInt64)
+    /// Takeover has made the members equal: regions compared, blocks that differed, since it began
+    /// to serve.
+    case resolved(regions: UInt64, blocks: UInt64, milliseconds: UInt64)
     /// Every member is gone: requests wait for one to return.
     case stalled
     case storeUnavailable

@@ -57,6 +57,23 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     /// L: a replica that starts reports no lease of its time before.
     package static let restartedReplicaForgetsLease = MutationSet(rawValue: 1 << 26)
 
+    /// T: take a member that was rolled back for one like the others.
+    package static let acceptRolledBackMember = MutationSet(rawValue: 1 << 40)
+    /// T: take a removed replica back though writes may have been acknowledged without it.
+    package static let reinstateUnproven = MutationSet(rawValue: 1 << 41)
+    /// J: fill the loser of a salvage like any absent replica.
+    package static let joinKept = MutationSet(rawValue: 1 << 42)
+    /// D: remove the last member too.
+    package static let removeLast = MutationSet(rawValue: 1 << 43)
+    /// I: take a replica whose promise is above the record for a failed one.
+    package static let recordOlderIgnored = MutationSet(rawValue: 1 << 44)
+    /// I: promise the same epoch again after a restart.
+    package static let equalEpochInstallAfterRestart = MutationSet(rawValue: 1 << 45)
+    /// T: think the client of an earlier engine gone.
+    package static let clientGenerationIgnored = MutationSet(rawValue: 1 << 46)
+    /// W: leave what an errored write left different on the members.
+    package static let erroredWriteNotResolved = MutationSet(rawValue: 1 << 47)
+
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
@@ -75,5 +92,11 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("drainBeforeLogSync", .drainBeforeLogSync),
         ("noLeaseCheck", .noLeaseCheck), ("noLeaseWait", .noLeaseWait),
         ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
+        ("acceptRolledBackMember", .acceptRolledBackMember),
+        ("reinstateUnproven", .reinstateUnproven), ("joinKept", .joinKept),
+        ("removeLast", .removeLast), ("recordOlderIgnored", .recordOlderIgnored),
+        ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
+        ("clientGenerationIgnored", .clientGenerationIgnored),
+        ("erroredWriteNotResolved", .erroredWriteNotResolved),
     ]
 }

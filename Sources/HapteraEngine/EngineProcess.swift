@@ -130,6 +130,12 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             shell.configure(list)
             request.reply()
         case "settings": set(request)
+        case "accept-loss":
+            guard shell.core.isRefusing else {
+                return request.fail("the volume does not wait for such a decision")
+            }
+            shell.run(.acceptLoss)
+            request.reply()
         case "detach":
             detaching.append(request)
             leave()

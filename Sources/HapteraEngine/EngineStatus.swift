@@ -33,6 +33,7 @@ extension EngineShell {
     /// One word for where the volume stands, as the control socket reports it.
     var stateWord: String {
         switch core.phase {
+        case .installing where core.isRefusing: "stalled"
         case .idle, .fetching, .claiming, .installing: "starting"
         case .serving: "serving"
         case .stalled: "stalled"
@@ -45,8 +46,9 @@ extension EngineShell {
         switch core.phase {
         case .serving: return isStoreAvailable ? "" : "the metadata store does not answer"
         case .stopped: return core.stopReason?.rawValue ?? ""
-        case .stalled where core.isRefusing:
-            return "every reachable replica lost its host; a write may be lost: needs a decision"
+        case .installing where core.isRefusing:
+            return "only replicas whose hosts restarted are there: acknowledged writes that were "
+                + "never flushed may be missing; waits for a better one, or for accept-loss"
         case .stalled: return "waits for a replica of the in-sync set to return"
         case .idle, .fetching, .claiming: return "waits for the metadata store"
         case .installing: return "waits for the replicas of the in-sync set"
@@ -68,6 +70,9 @@ extension EngineShell {
             ("rebuildTotal", String(core.rebuildProgress.total)),
             ("resolve.regionsDone", String(core.resolveProgress.done)),
             ("resolve.regionsTotal", String(core.resolveProgress.total)),
+            ("lastTakeover.regions", String(core.lastTakeover.regions)),
+            ("lastTakeover.blocks", String(core.lastTakeover.blocks)),
+            ("lastTakeover.milliseconds", String(core.lastTakeover.milliseconds)),
         ]
         if let report = core.rebuildReport {
             lines += [
@@ -115,9 +120,21 @@ extension EngineShell {
         switch note {
         case .tookOver(let epoch): Log.info("volume taken over", volume, at(epoch))
         case .replicaLost(let slot): Log.warn("replica lost", volume, id(slot))
-        case .replicaRemoved(let slot, let epoch):
+        case .replicaRemoved(let slot, let epoch, let reason):
             counters.removals &+= 1
-            Log.warn("replica removed from the in-sync set", volume, id(slot), at(epoch))
+            Log.warn(
+                "replica removed from the in-sync set", volume, id(slot), at(epoch),
+                ("reason", "\(reason)"))
+        case .replicaReinstated(let slot, let epoch):
+            Log.info(
+                "replica back in sync: nothing was acknowledged without it", volume, id(slot),
+                at(epoch))
+        case .replicaRolledBack(let slot):
+            Log.error(
+                "replica's files are older than they were: it is compared in full", volume,
+                id(slot))
+        case .lossAccepted:
+            Log.warn("an administrator accepted the loss of unflushed writes", volume)
         case .replicaJoining(let slot, let epoch):
             Log.info("replica joins: comparing and filling it", volume, id(slot), at(epoch))
         case .replicaPromoted(let slot, let epoch):
@@ -127,10 +144,10 @@ extension EngineShell {
             Log.warn("replica dropped out while being filled; trying again", volume, id(slot))
         case .onlyRebootedMembers:
             Log.error("volume not served: every reachable replica lost its host", volume)
-        case .resolved(let regions, let blocks):
+        case .resolved(let regions, let blocks, let milliseconds):
             Log.info(
-                "replicas are equal", volume, ("regionsCompared", String(regions)),
-                ("blocksCopied", String(blocks)))
+                "resolved \(regions) regions, \(blocks) blocks differed, \(milliseconds) ms", volume
+            )
         case .stalled: Log.error("every replica is gone; requests wait for one to return", volume)
         case .storeUnavailable: Log.debug("the metadata store does not answer", volume)
         case .checksumMismatch(let slot, let offset):

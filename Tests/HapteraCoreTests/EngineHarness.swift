@@ -9,6 +9,9 @@ final class FakeReplica {
     var isUp = true
     var isRebooted = false
     var active: [UInt64] = []
+    /// What it flushed last, and what it was told everybody holds a mark of.
+    var flushed = StablePoint.zero
+    var stable = StablePoint.zero
     /// Requests of these kinds get no answer (they are applied).
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
@@ -206,10 +209,13 @@ final class EngineHarness {
             ).encoded()
         case .install:
             guard let request = InstallRequest(decoding: table) else { return }
+            let before = fake.promise
             fake.promise = request.record.epoch
             reply.epoch = fake.promise
             replyTable = InstallReply(
-                instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted, flushed: .zero,
+                instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted,
+                flushed: fake.flushed,
+                stablePoint: fake.stable, promiseBefore: before,
                 leaseRemainingMilliseconds: 0, activeRegions: fake.active
             ).encoded()
         case .write:
@@ -224,6 +230,11 @@ final class EngineHarness {
             for index in first..<first + count {
                 fake.blocks[index] = (BlockEntry(state: state), [])
             }
+        case .flush:
+            fake.flushed = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        case .stable where header.length == 0:
+            fake.stable = StablePoint(
+                epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag))
         case .read: answerRead(fake, first, count, &replyTable, &replyData)
         case .digest: replyTable = digest(fake, first, count)
         case .regionMap:

@@ -72,8 +72,11 @@ package final class EngineCore {
     var isDetachFlushed = false
     /// Reading the record again to learn why a replica has promised a later epoch.
     var isVerifyingPromise = false
-    /// Only rebooted members and a client that may remember more: an admin must decide.
+    /// Only rebooted members and a client that may remember more: waits for a better one, or for an
+    /// administrator to decide.
     package internal(set) var isRefusing = false
+    /// An administrator has accepted that: for this takeover.
+    var isLossAccepted = false
     /// A member restarted after its promise: the takeover needs a new epoch.
     var mustClaimAgain = false
     /// The record before this takeover: says whether the client survived and the copies were clean.
@@ -105,9 +108,16 @@ package final class EngineCore {
     var isResolving = false
     var regionsResolved: UInt64 = 0
     var blocksResolved: UInt64 = 0
+    /// When this takeover began to serve; nil: its members are equal.
+    var resolveBegan: Instant?
+    package internal(set) var lastTakeover = LastTakeover()
 
     // Stable point.
     package internal(set) var stablePoint = StablePoint.zero
+    /// Highest point of which every member is known to hold a durable mark: a copy whose mark is
+    /// below it was rolled back. S itself would not do: a power cut may take the mark of the last
+    /// flush, though not what it flushed.
+    var markedPoint = StablePoint.zero
     /// Highest sequence number ever acknowledged to a client as written, in any epoch.
     var highestAcknowledged = SequenceNumber.zero
     var highestStable = SequenceNumber.zero
@@ -194,7 +204,7 @@ package final class EngineCore {
             tick()
         case .detach: isDetaching = true
         case .cancel(let session): cancel(session)
-        case .acceptLoss: isRefusing = false
+        case .acceptLoss: acceptLoss()
         }
         reconcile()
     }

@@ -141,13 +141,17 @@ extension EngineCore {
         switch (jobs[job].stage, header.kind) {
         case (.digesting, .digest):
             guard header.status == .ok, table.count == RegionDigest.size else {
-                return failReplica(slot)
+                return failReplica(slot, .failing(header.status))
             }
             digest(job, slot).copy(from: table)
             answered(job, slot)
         case (.reading, .read), (.reading, .adopt):
             guard header.status == .ok else {
-                if header.status == .checksumMismatch { restart(job) } else { failReplica(slot) }
+                if header.status == .checksumMismatch {
+                    restart(job)
+                } else {
+                    failReplica(slot, .failing(header.status))
+                }
                 return
             }
             guard Int(header.dataLength) == jobs[job].run.count * Geometry.blockSize else {
@@ -156,7 +160,7 @@ extension EngineCore {
             writeRun(job, table)
         case (.writing, .write), (.writing, .setState):
             guard header.status == .ok else {
-                return failReplica(slot, isFull: header.status == .noSpace)
+                return failReplica(slot, .failing(header.status))
             }
             answered(job, slot)
         default:

@@ -25,9 +25,11 @@ extension EngineCore {
         for slot in 0..<replicas.count {
             let replica = replicas[slot]
             guard replica.isConfigured, replica.link == .greeted, !members.contains(slot),
+                mayJoin(slot),
                 now >= replica.joinAfter
             else { continue }
             guard replica.promise <= record.epoch else {
+                if mutations.contains(.recordOlderIgnored) { continue }
                 verifyPromise()
                 return
             }

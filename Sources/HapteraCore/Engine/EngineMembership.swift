@@ -32,7 +32,7 @@ extension EngineCore {
         for slot in 0..<replicas.count where replicas[slot].isConfigured {
             guard !list.contains(replicas[slot].id) else { continue }
             replicas[slot].isConfigured = false
-            if replicas[slot].link != .down { failReplica(slot) }
+            if replicas[slot].link != .down { failReplica(slot, .administrator) }
         }
         for id in list {
             guard let slot = assignSlot(id) else { continue }
@@ -51,13 +51,19 @@ extension EngineCore {
         return slot
     }
 
-    private func member(_ slot: ReplicaSlot) -> VolumeRecord.Member {
+    func member(_ slot: ReplicaSlot) -> VolumeRecord.Member {
         VolumeRecord.Member(
             replica: replicas[slot].id, incarnation: replicas[slot].incarnation)
     }
     /// Whether the replica in the slot, as greeted, is the one the record means.
     private func isRecorded(_ slot: ReplicaSlot) -> Bool {
         record?.inSync.contains(member(slot)) ?? false
+    }
+
+    /// A loser of a salvage keeps its bytes until an administrator lets it go.
+    func mayJoin(_ slot: ReplicaSlot) -> Bool {
+        guard let record, !mutations.contains(.joinKept) else { return true }
+        return !record.out.contains { $0.member == member(slot) && $0.isKept }
     }
 
     // MARK: - Connections
@@ -74,12 +80,16 @@ extension EngineCore {
         sendControl(slot, FrameHeader(kind: .hello))
     }
 
-    func disconnected(_ slot: ReplicaSlot) { wentDown(slot) }
+    func disconnected(_ slot: ReplicaSlot) {
+        if replicas[slot].link != .down { replicas[slot].failure = .disconnected }
+        wentDown(slot)
+    }
 
     /// Gives a replica up: closes its connection and lets the rules for lost replicas run.
-    func failReplica(_ slot: ReplicaSlot, isFull: Bool = false) {
-        if isFull { replicas[slot].isFull = true }
+    func failReplica(_ slot: ReplicaSlot, _ reason: VolumeRecord.DepartureReason) {
+        if reason == .full { replicas[slot].isFull = true }
         guard replicas[slot].link != .down else { return }
+        replicas[slot].failure = reason
         actions.append(.disconnect(slot))
         wentDown(slot)
     }
@@ -141,7 +151,7 @@ extension EngineCore {
     func greeted(_ slot: ReplicaSlot, _ reply: HelloReply) {
         guard reply.member.replica == replicas[slot].id else {
             note(.protocolError(slot))
-            failReplica(slot)
+            failReplica(slot, .protocolError)
             return
         }
         replicas[slot].link = .greeted
@@ -159,6 +169,7 @@ extension EngineCore {
     func install(_ slot: ReplicaSlot) {
         guard let record, replicas[slot].link == .greeted else { return }
         guard replicas[slot].promise <= record.epoch else {
+            if mutations.contains(.recordOlderIgnored) { return failReplica(slot, .protocolError) }
             verifyPromise()
             return
         }
@@ -189,6 +200,14 @@ extension EngineCore {
         replicas[slot].installedEpoch = epoch
         replicas[slot].promise = epoch
         replicas[slot].isRebooted = reply.isRebooted
+        replicas[slot].answered = reply.flushed
+        replicas[slot].marked = reply.flushed
+        replicas[slot].probe = .zero
+        if phase == .installing {
+            let before = replicas[slot].promiseBefore ?? reply.promiseBefore
+            replicas[slot].promiseBefore = min(before, reply.promiseBefore)
+        }
+        if members.contains(slot) { markedPoint = max(markedPoint, reply.stablePoint) }
         installReplies[slot] = reply
         renewLease(slot, sentAt: replicas[slot].installSentAt)
         waitOut(reply)
@@ -269,7 +288,7 @@ extension EngineCore {
         proposedRecord.nonce = nextNonce()
         proposedRecord.change = purpose.recorded
         change(&proposedRecord)
-        precondition(!proposedRecord.inSync.isEmpty)
+        precondition(!proposedRecord.inSync.isEmpty || mutations.contains(.removeLast))
         pendingChange = purpose
         isStoreBusy = true
         actions.append(.storeCompareAndSwap(expected: record.epoch))
@@ -343,6 +362,10 @@ extension EngineCore {
             // First its promise, then its first read as a member.
             installAll()
             promoted()
+        case .reinstate:
+            noteReinstated(members.subtracting(previous))
+            deadline = now.adding(milliseconds: configuration.removalDeadlineMilliseconds)
+            installAll()
         case .detach:
             installAll()
         }
@@ -352,7 +375,7 @@ extension EngineCore {
     private func noteRemoved(_ gone: SlotSet) {
         var rest = gone
         while let slot = rest.popFirst() {
-            note(.replicaRemoved(slot, proposedRecord.epoch))
+            note(.replicaRemoved(slot, proposedRecord.epoch, replicas[slot].failure))
             replicas[slot].hasFailed = false
             replicas[slot].joinAfter = now.adding(milliseconds: 200)
         }
@@ -378,7 +401,9 @@ extension EngineCore {
         }
         guard !failed.isEmpty else { return }
         // Nor, before they are equal, the last one whose host has not restarted.
-        guard failed != members, !isResolving || mayRemoveOthers(members.subtracting(failed)) else {
+        guard failed != members || mutations.contains(.removeLast),
+            !isResolving || mayRemoveOthers(members.subtracting(failed))
+        else {
             stall()
             return
         }
@@ -387,7 +412,6 @@ extension EngineCore {
     }
 
     func proposeRemoval(_ gone: SlotSet) {
-        let stable = stablePoint
         propose(.remove) { next in
             for slot in 0..<replicas.count where gone.contains(slot) {
                 let id = replicas[slot].id
@@ -398,7 +422,8 @@ extension EngineCore {
                 next.out.removeAll { $0.member.replica == id }
                 next.out.append(
                     VolumeRecord.Departure(
-                        member: member, leftEpoch: next.epoch, stablePoint: stable))
+                        member: member, leftEpoch: next.epoch, stablePoint: flushedBound(slot),
+                        reason: replicas[slot].failure))
             }
         }
     }
@@ -432,7 +457,7 @@ extension EngineCore {
             if replicas[slot].outstanding > 0,
                 now.nanoseconds(since: replicas[slot].owingSince) >= deadline
             {
-                failReplica(slot)
+                failReplica(slot, .silent)
             }
         }
         renewLeases()

@@ -79,7 +79,10 @@ extension EngineCore {
         header.sequence = slots[index].sequence
         slots[index].sent.formUnion(targets)
         var rest = targets
-        while let slot = rest.popFirst() { send(slot, header) }
+        while let slot = rest.popFirst() {
+            probeMark(slot, header.sequence)
+            send(slot, header)
+        }
     }
 
     func settleFlush(_ index: Int) {
@@ -138,6 +141,9 @@ extension EngineCore {
         var header = FrameHeader(kind: .stable)
         header.auxiliary = point.epoch.rawValue
         header.sequence = point.sequence
+        learnMarks(upTo: point)
+        header.offset = markedPoint.epoch.rawValue
+        header.tag = markedPoint.sequence.rawValue
         var rest = replied
         while let slot = rest.popFirst() {
             guard isLive(slot) else { continue }

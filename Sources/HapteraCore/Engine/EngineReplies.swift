@@ -13,6 +13,7 @@ extension EngineCore {
             replicas[slot].owingSince = now
         }
         if header.flags & FrameFlags.logPressure != 0 { isLogPressed = true }
+        if header.kind == .flush, header.status == .ok { flushAnswered(slot, header) }
         if header.status == .staleEpoch { return refusedAsStale(slot, header) }
         switch header.kind {
         case .hello, .install: receivedControl(slot, header, table)
@@ -34,7 +35,7 @@ extension EngineCore {
 
     func protocolError(_ slot: ReplicaSlot) {
         note(.protocolError(slot))
-        failReplica(slot)
+        failReplica(slot, .protocolError)
     }
 
     private func receivedControl(_ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory) {
@@ -57,11 +58,11 @@ extension EngineCore {
     /// restarted after it promised, and needs a new one.
     private func refusedAsStale(_ slot: ReplicaSlot, _ header: FrameHeader) {
         guard let record else { return }
-        if header.epoch > record.epoch {
+        if header.epoch > record.epoch, !mutations.contains(.recordOlderIgnored) {
             verifyPromise()
             return
         }
-        failReplica(slot)
+        failReplica(slot, .disconnected)
         if phase == .installing, members.contains(slot) { mustClaimAgain = true }
     }
 
@@ -78,13 +79,15 @@ extension EngineCore {
             case .noSpace:
                 slots[index].full.insert(SlotSet(slot))
                 settleWrite(index)
-            default: failReplica(slot)
+            default: failReplica(slot, .failing(header.status))
             }
         case .flush:
             // A failed sync is never retried as clean.
-            guard header.status == .ok else { return failReplica(slot) }
+            guard header.status == .ok else {
+                return failReplica(slot, .failing(header.status))
+            }
             slots[index].replied.insert(SlotSet(slot))
-            if header.auxiliary != 0 { slots[index].isPartial = true }
+            if header.auxiliary & FlushReply.isPartial != 0 { slots[index].isPartial = true }
             settleFlush(index)
         case .read where slots[index].phase == .readingEdges:
             receivedEdge(index, slot, header, table, data)

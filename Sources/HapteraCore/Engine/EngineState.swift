@@ -122,6 +122,16 @@ struct ReplicaState: BitwiseCopyable {
     var size: UInt64 = 0
     /// It failed as a member or joiner and has not been removed, or come back, yet.
     var hasFailed = false
+    /// Why it was given up last: what its removal records.
+    var failure = VolumeRecord.DepartureReason.unknown
+    /// The lowest promise it had before an Install of the takeover under way; nil: none was sent.
+    var promiseBefore: Epoch?
+    /// Highest point whose flush it has answered, and highest of which its mark is known durable.
+    var answered = StablePoint.zero
+    var marked = StablePoint.zero
+    /// A flush on the way; its reply makes the mark of `probedPoint` durable.
+    var probe = SequenceNumber.zero
+    var probedPoint = StablePoint.zero
     /// It failed for want of space.
     var isFull = false
     /// Requests without an answer, and since when it owes one.
@@ -272,6 +282,14 @@ struct Job: BitwiseCopyable {
     }
 }
 
+/// What a takeover has done: regions compared, blocks that differed, how long it took from its
+/// first service on.
+package struct LastTakeover: BitwiseCopyable, Sendable {
+    package var regions: UInt64 = 0
+    package var blocks: UInt64 = 0
+    package var milliseconds: UInt64 = 0
+}
+
 /// Where the filling of a joiner stands.
 enum JoinStage: UInt8, BitwiseCopyable {
     case none
@@ -293,6 +311,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
     case join
     case promote
     case detach
+    case reinstate
 
     var recorded: VolumeRecord.Change {
         switch self {
@@ -301,6 +320,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
         case .join: .join
         case .promote: .promotion
         case .detach: .detach
+        case .reinstate: .reinstatement
         }
     }
 }

@@ -32,7 +32,7 @@ extension EngineCore {
     func advanceTakeover() {
         switch phase {
         case .stalled:
-            guard pendingChange == nil, !isStoreBusy, !isRefusing else { return }
+            guard pendingChange == nil, !isStoreBusy else { return }
             var rest = members
             while let slot = rest.popFirst() {
                 if replicas[slot].link == .greeted {
@@ -44,13 +44,38 @@ extension EngineCore {
             guard pendingChange == nil, !isStoreBusy else { return }
             if mustClaimAgain { return claim() }
             let promised = promisedMembers
+            guard !promised.isEmpty else { return }
+            if reinstate(promised) { return }
             if promised == members {
                 finishInstalling()
-            } else if now >= deadline, !promised.isEmpty, mayRemoveOthers(promised) {
-                proposeRemoval(members.subtracting(promised))
+            } else if now >= deadline {
+                removeUnreachable(promised)
             }
         default: break
         }
+    }
+
+    private func removeUnreachable(_ promised: SlotSet) {
+        guard mayRemoveOthers(promised) else { return refuse() }
+        var rest = members.subtracting(promised)
+        while let slot = rest.popFirst() {
+            if replicas[slot].link != .greeted { replicas[slot].failure = .unreachable }
+        }
+        proposeRemoval(members.subtracting(promised))
+    }
+
+    /// Goes on as soon as somebody better is there: a member that returns is installed when it is
+    /// greeted, one that left in vain is reinstated.
+    private func refuse() {
+        guard !isRefusing else { return }
+        isRefusing = true
+        note(.onlyRebootedMembers)
+    }
+    func acceptLoss() {
+        guard isRefusing else { return }
+        isRefusing = false
+        isLossAccepted = true
+        note(.lossAccepted)
     }
 
     private var promisedMembers: SlotSet {
@@ -67,7 +92,11 @@ extension EngineCore {
     /// The client whose writes were acknowledged still lives, so it would notice a loss.
     private var clientSurvived: Bool {
         guard let recordBefore else { return true }
-        return hasServed || recordBefore.clientGeneration == configuration.clientGeneration
+        if isLossAccepted || mutations.contains(.clientGenerationIgnored) { return false }
+        if hasServed { return true }
+        // Whoever chose the copy of a salvage was told what it may lack.
+        if recordBefore.change == .salvage { return false }
+        return recordBefore.clientGeneration == configuration.clientGeneration
     }
     private var isEverythingStable: Bool {
         if hasServed { return stablePoint.sequence > highestAcknowledged }
@@ -90,14 +119,10 @@ extension EngineCore {
     private func finishInstalling() {
         guard let record else { return }
         let isClean = !hasServed && (recordBefore?.isClean ?? false)
-        if !hasSteadyMember(members), clientSurvived, !isEverythingStable,
-            !mutations.contains(.rebootedSource)
-        {
-            isRefusing = true
-            phase = .stalled
-            note(.onlyRebootedMembers)
-            return
-        }
+        let rolledBack =
+            mutations.contains(.acceptRolledBackMember) ? SlotSet() : rolledBackMembers(members)
+        guard mayRemoveOthers(members.subtracting(rolledBack)) else { return refuse() }
+        guard rolledBack.isEmpty else { return removeRolledBack(rolledBack) }
         unresolved = []
         if !isClean, !mutations.contains(.skipResolution) {
             var rest = members
@@ -117,12 +142,91 @@ extension EngineCore {
         required = members
         phase = .serving
         hasServed = true
+        isRefusing = false
+        isLossAccepted = false
+        for slot in 0..<replicas.count { replicas[slot].promiseBefore = nil }
+        resolveBegan = now
         note(.tookOver(record.epoch))
-        if !isResolving { note(.resolved(regions: 0, blocks: 0)) }
+        if !isResolving { noteResolved() }
         // The first stable point lets replicas forget what the engine before left active.
         flushDueAt = now
         actions.append(.serving(true))
         startAll()
+    }
+
+    /// Tells what a takeover has done. What is resolved later, after an error, is not its.
+    private func noteResolved() {
+        guard let began = resolveBegan else { return }
+        resolveBegan = nil
+        lastTakeover = LastTakeover(
+            regions: regionsResolved, blocks: blocksResolved,
+            milliseconds: now.nanoseconds(since: began) / 1_000_000)
+        note(
+            .resolved(
+                regions: lastTakeover.regions, blocks: lastTakeover.blocks,
+                milliseconds: lastTakeover.milliseconds))
+    }
+
+    private func removeRolledBack(_ gone: SlotSet) {
+        var rest = gone
+        while let slot = rest.popFirst() {
+            replicas[slot].failure = .rolledBack
+            note(.replicaRolledBack(slot))
+        }
+        proposeRemoval(gone)
+    }
+
+    // MARK: - Reinstatement
+
+    /// Takes a replica F back that was removed (at epoch L) in vain. The proof, each part of which is
+    /// asked below:
+    /// - A member P of the present in-sync set had not promised L or anything later before this
+    ///   takeover. Who comes back into the set promises its joining first, so P has been in the set
+    ///   in every epoch since L.
+    /// - In none of these epochs was anything acknowledged, flushed as stable, or filled: each needs
+    ///   every member's promise of the epoch, and P's was never given. This engine has not served
+    ///   since it asked P.
+    /// - So F holds all that was acknowledged; what else F, or the others, were sent before L is in
+    ///   their activity logs, whose union is resolved next.
+    /// - F is as it was then: not filled since (its promise is below L), not set aside in a salvage,
+    ///   no disk that failed it, and whether it was rolled back is asked as of any member.
+    private func reinstate(_ promised: SlotSet) -> Bool {
+        guard let record, let departure = record.out.first(where: { mayReinstate($0, promised) })
+        else { return false }
+        propose(.reinstate) { next in
+            next.out.removeAll { $0.member == departure.member }
+            next.inSync.append(departure.member)
+        }
+        return true
+    }
+
+    private func mayReinstate(_ departure: VolumeRecord.Departure, _ promised: SlotSet) -> Bool {
+        guard let record, !departure.isKept, departure.partedEpoch == departure.leftEpoch,
+            let slot = slot(of: departure.member.replica), replicas[slot].isConfigured,
+            replicas[slot].link == .greeted, member(slot) == departure.member,
+            replicas[slot].size >= record.size
+        else { return false }
+        switch departure.reason {
+        case .unknown, .disconnected, .silent, .unreachable, .slow: break
+        case .full, .ioError, .protocolError, .rolledBack, .salvaged, .administrator: return false
+        }
+        if mutations.contains(.reinstateUnproven) { return true }
+        guard replicas[slot].promise < departure.leftEpoch else { return false }
+        var witnesses = promised.subtracting(rolledBackMembers(promised))
+        while let witness = witnesses.popFirst() {
+            if let before = replicas[witness].promiseBefore, before < departure.leftEpoch {
+                return true
+            }
+        }
+        return false
+    }
+
+    func noteReinstated(_ slots: SlotSet) {
+        var rest = slots
+        while let slot = rest.popFirst() {
+            replicas[slot].hasFailed = false
+            note(.replicaReinstated(slot, proposedRecord.epoch))
+        }
     }
 
     /// Writes failed on every member and may be applied differently: the region is made equal
@@ -147,7 +251,10 @@ extension EngineCore {
         damagedRegions.remove(region)
         unresolved.remove(region)
         note(.repaired(region: region, blocks: blocks))
-        if unresolved.isEmpty { isResolving = false }
+        if unresolved.isEmpty {
+            isResolving = false
+            noteResolved()
+        }
         startAll()
     }
 
@@ -159,7 +266,7 @@ extension EngineCore {
         isResolving = false
         unresolvedQueue.removeAll(keepingCapacity: true)
         unresolvedPosition = 0
-        note(.resolved(regions: regionsResolved, blocks: blocksResolved))
+        noteResolved()
         flushDueAt = now
         startAll()
     }
@@ -182,6 +289,7 @@ extension EngineCore {
     func stall() {
         phase = .stalled
         required = []
+        resolveBegan = nil
         note(.stalled)
         actions.append(.serving(false))
         if joiner != nil { dropJoiner(retryMilliseconds: 0) }

@@ -199,7 +199,7 @@ extension EngineCore {
     /// On some only: they leave the in-sync set. True if the write goes on without them.
     private func settleFull(_ index: Int) -> Bool {
         let full = slots[index].full
-        if let joiner, full.contains(joiner) { failReplica(joiner, isFull: true) }
+        if let joiner, full.contains(joiner) { failReplica(joiner, .full) }
         guard slots[index].use != .free else { return false }
         let answered = slots[index].replied.union(full)
         guard !slots[index].isAcknowledged, required.isSubset(of: answered) else {
@@ -215,7 +215,7 @@ extension EngineCore {
         }
         var rest = full.intersection(members)
         while let slot = rest.popFirst() {
-            if !replicas[slot].hasFailed { failReplica(slot, isFull: true) }
+            if !replicas[slot].hasFailed { failReplica(slot, .full) }
         }
         return true
     }

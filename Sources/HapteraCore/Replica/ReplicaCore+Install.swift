@@ -43,8 +43,8 @@ extension ReplicaCore {
         guard shutdown == .none else { return refuse(slot, .unavailable) }
         let epoch = request.record.epoch
         let isAgain =
-            epoch == promise && hasPromisedHere && manifest.promisedEngine == request.engine
-            && manifest.installed == request.record
+            epoch == promise && (hasPromisedHere || acceptsAgain)
+            && manifest.promisedEngine == request.engine && manifest.installed == request.record
         guard epoch > admittedEpoch || (isAgain && epoch == admittedEpoch) else {
             actions.append(.note(.refusedStale(connection: connection, epoch)))
             return refuse(slot, .staleEpoch)
@@ -67,6 +67,10 @@ extension ReplicaCore {
             connections[other].installedEpoch = .zero
         }
         refuseParked(.staleEpoch)
+    }
+
+    private var acceptsAgain: Bool {
+        options.mutations.contains(.equalEpochInstallAfterRestart)
     }
 
     /// Step 2 on, once nothing is under way. Tried at the end of every step.

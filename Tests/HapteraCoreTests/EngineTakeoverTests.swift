@@ -1,0 +1,229 @@
+import Testing
+
+@testable import HapteraCore
+
+private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
+    StablePoint(epoch: Epoch(epoch), sequence: SequenceNumber(sequence))
+}
+
+/// Rule T beyond the plain case: who was rolled back, who left in vain, who must decide.
+@Suite struct EngineTakeoverTests {
+    private func block(_ byte: UInt8) -> [UInt8] { [UInt8](repeating: byte, count: 4096) }
+
+    /// A volume with a surviving client whose every member's host has restarted.
+    private func rebooted(members: Int = 3) -> EngineHarness {
+        let h = EngineHarness(members: members, generation: 0)
+        h.stored.isClean = false
+        for fake in h.fakes.prefix(members) { fake.isRebooted = true }
+        return h
+    }
+    private func departure(
+        _ h: EngineHarness, _ index: Int, left: UInt64,
+        _ reason: VolumeRecord.DepartureReason = .disconnected
+    ) -> VolumeRecord.Departure {
+        VolumeRecord.Departure(
+            member: h.fakes[index].member, leftEpoch: Epoch(left), stablePoint: .zero,
+            reason: reason)
+    }
+
+    // MARK: reasons and points
+
+    @Test func theReasonOfARemovalIsRecorded() {
+        let cases: [(VolumeRecord.DepartureReason, (EngineHarness) -> Void)] = [
+            (.disconnected, { $0.kill($0.fakes[2]) }),
+            (.ioError, { $0.fakes[2].errors = [FrameKind.write.rawValue: .ioError] }),
+            (.full, { $0.fakes[2].errors = [FrameKind.write.rawValue: .noSpace] }),
+            (.protocolError, { $0.fakes[2].errors = [FrameKind.write.rawValue: .invalid] }),
+            (.silent, { $0.fakes[2].mute = [FrameKind.write.rawValue] }),
+        ]
+        for (reason, harm) in cases {
+            let h = EngineHarness()
+            h.start()
+            harm(h)
+            let write = h.write(0, block(1))
+            // Not so long that it has joined again.
+            for _ in 0..<40 where h.stored.out.isEmpty { h.pass(milliseconds: 100) }
+            #expect(h.stored.out.first?.reason == reason)
+            #expect(h.results[write] == .ok)
+        }
+        let h = EngineHarness()
+        h.fakes[2].isUp = false
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.stored.out.first?.reason == .unreachable)
+    }
+
+    @Test func whatAReplicaMarkedDurablyIsRecordedWhenItLeaves() {
+        let h = EngineHarness()
+        h.start()
+        // The mark of a flush is durable when a later one has been answered.
+        for byte in 1...3 as ClosedRange<UInt8> {
+            h.write(0, block(byte))
+            h.submit(.flush)
+        }
+        let last = h.fakes[2].flushed
+        h.kill(h.fakes[2])
+        let bound = h.stored.out.first?.stablePoint ?? .zero
+        #expect(bound > .zero && bound < last)
+        #expect(h.fakes[0].stable > .zero && h.fakes[0].stable < last)
+    }
+
+    // MARK: rolled back
+
+    @Test func aMemberThatLagsBehindItsPeersKnowledgeIsRemoved() {
+        let h = EngineHarness()
+        h.stored.isClean = false
+        for fake in h.fakes { (fake.flushed, fake.stable) = (point(1, 9), point(1, 8)) }
+        (h.fakes[1].flushed, h.fakes[1].stable) = (point(1, 3), point(1, 2))
+        h.start()
+        #expect(!h.stored.contains(h.fakes[1].member.replica))
+        let gone = h.stored.out.first
+        #expect(gone?.reason == .rolledBack && gone?.stablePoint == point(1, 8))
+        #expect(h.core.phase == .serving)
+    }
+
+    @Test func oneWhoseLastMarkIsMissingIsNot() {
+        let h = EngineHarness()
+        h.stored.isClean = false
+        for fake in h.fakes { (fake.flushed, fake.stable) = (point(1, 9), point(1, 8)) }
+        h.fakes[1].flushed = point(1, 8)
+        h.start()
+        #expect(h.stored.inSync.count == 3 && h.core.phase == .serving)
+    }
+
+    @Test func rebootedOnesAreNotPreferredToOneThatWasRolledBackWithoutAsking() {
+        let h = rebooted()
+        for fake in h.fakes { (fake.flushed, fake.stable) = (point(1, 9), point(1, 8)) }
+        h.fakes[1].isRebooted = false
+        h.fakes[1].flushed = point(1, 3)
+        h.start()
+        #expect(h.core.isRefusing && h.stored.inSync.count == 3)
+        h.run(.acceptLoss)
+        #expect(h.core.phase == .serving && !h.stored.contains(h.fakes[1].member.replica))
+    }
+
+    // MARK: reinstatement
+
+    /// Two members, the third out since epoch 3; nobody has promised more than 2.
+    private func removedInVain() -> EngineHarness {
+        let h = EngineHarness(members: 2, generation: 0)
+        h.stored.epoch = Epoch(3)
+        h.stored.isClean = false
+        h.stored.out = [departure(h, 2, left: 3)]
+        for fake in h.fakes { fake.promise = Epoch(2) }
+        return h
+    }
+
+    @Test func aReplicaRemovedInVainIsTakenBackWithoutAResync() {
+        let h = removedInVain()
+        h.fakes[2].active = [1]
+        h.fakes[2].blocks[300] = (
+            BlockEntry(state: .data, checksum: checksum(of: block(7))), block(7)
+        )
+        // It is greeted before the members have promised.
+        h.fakes[0].isUp = false
+        h.fakes[1].isUp = false
+        h.start()
+        h.connect(h.fakes[0])
+        h.connect(h.fakes[1])
+        #expect(h.core.phase == .serving && h.stored.inSync.count == 3 && h.stored.out.isEmpty)
+        #expect(h.notes.contains { if case .replicaReinstated = $0 { true } else { false } })
+        #expect(!h.fakes[2].seen.contains(.regionMap))
+        // Its activity log took part in the resolution.
+        h.pass(milliseconds: 100)
+        #expect(h.fakes[0].entry(300) == h.fakes[2].entry(300))
+    }
+
+    @Test(arguments: 0..<4) func withoutAProofItIsFilledLikeAnyOther(case number: Int) {
+        let h = removedInVain()
+        switch number {
+        // Both members promised the epoch without it: writes may have been acknowledged.
+        case 0: for fake in h.fakes.prefix(2) { fake.promise = Epoch(3) }
+        case 1: h.stored.out[0].isKept = true
+        case 2: h.stored.out[0].reason = .ioError
+        default: h.stored.out[0].partedEpoch = Epoch(2)
+        }
+        h.fakes[0].isUp = false
+        h.fakes[1].isUp = false
+        h.start()
+        h.connect(h.fakes[0])
+        h.connect(h.fakes[1])
+        #expect(!h.notes.contains { if case .replicaReinstated = $0 { true } else { false } })
+        #expect(h.core.phase == .serving)
+    }
+
+    @Test func aRefusingVolumeGoesOnWhenASteadyReplicaIsReinstated() {
+        let h = removedInVain()
+        for fake in h.fakes.prefix(2) { fake.isRebooted = true }
+        h.fakes[2].isUp = false
+        h.start()
+        h.pass(milliseconds: 1000)
+        #expect(h.core.isRefusing)
+        h.connect(h.fakes[2])
+        #expect(h.core.phase == .serving && !h.core.isRefusing && h.stored.inSync.count == 3)
+    }
+
+    // MARK: only rebooted members
+
+    @Test func aBetterMemberThatReturnsEndsTheRefusal() {
+        let h = rebooted()
+        h.fakes[2].isRebooted = false
+        h.fakes[2].isUp = false
+        h.start()
+        h.pass(milliseconds: 5000)
+        #expect(h.core.isRefusing && h.stored.inSync.count == 3)
+        h.connect(h.fakes[2])
+        #expect(h.core.phase == .serving && !h.core.isRefusing)
+        // Refused once, told once.
+        #expect(
+            h.notes.count { if case .onlyRebootedMembers = $0 { true } else { false } } == 1)
+    }
+
+    @Test func anAcceptedLossLetsItGoOnOnce() {
+        let h = rebooted()
+        h.start()
+        let write = h.write(0, block(1))
+        h.pass(milliseconds: 1000)
+        #expect(h.core.isRefusing && h.results[write] == nil)
+        h.run(.acceptLoss)
+        #expect(h.core.phase == .serving && h.results[write] == .ok)
+        #expect(h.notes.contains { if case .lossAccepted = $0 { true } else { false } })
+        #expect(!h.core.isLossAccepted)
+    }
+
+    @Test func aNewClientOrASalvageNeedsNoQuestion() {
+        var h = rebooted(members: 1)
+        h.stored.clientGeneration = 5
+        h.start()
+        #expect(h.core.phase == .serving)
+        h = rebooted(members: 1)
+        h.stored.change = .salvage
+        h.start()
+        #expect(h.core.phase == .serving)
+    }
+
+    // MARK: salvage
+
+    @Test func aKeptLoserIsNotFilledUntilItIsLetGo() {
+        let h = EngineHarness(members: 1)
+        h.stored.out = [departure(h, 1, left: 1, .salvaged)]
+        h.stored.out[0].isKept = true
+        h.start()
+        h.pass(milliseconds: 3000)
+        #expect(!h.stored.contains(h.fakes[1].member.replica))
+        #expect(!h.fakes[1].seen.contains(.install))
+        #expect(h.stored.contains(h.fakes[2].member.replica))
+    }
+
+    @Test func whatATakeoverDidIsTold() {
+        let h = EngineHarness()
+        h.stored.isClean = false
+        h.fakes[0].active = [0, 2]
+        h.fakes[1].blocks[3] = (
+            BlockEntry(state: .data, checksum: checksum(of: block(2))), block(2)
+        )
+        h.start()
+        h.pass(milliseconds: 200)
+        #expect(h.core.lastTakeover.regions == 2 && h.core.lastTakeover.blocks == 1)
+    }
+}
