@@ -47,7 +47,7 @@ extension EngineCore {
         for slot in 0..<replicas.count where replicas[slot].installedEpoch != .zero {
             if replicas[slot].isPinging {
                 if now.nanoseconds(since: replicas[slot].pingSentAt) >= deadline {
-                    failReplica(slot)
+                    failReplica(slot, .silent)
                 }
                 continue
             }

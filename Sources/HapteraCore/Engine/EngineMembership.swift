@@ -86,7 +86,9 @@ extension EngineCore {
     }
 
     /// Gives a replica up: closes its connection and lets the rules for lost replicas run.
-    func failReplica(_ slot: ReplicaSlot, _ reason: VolumeRecord.DepartureReason) {
+    func failReplica(
+        _ slot: ReplicaSlot, _ reason: VolumeRecord.DepartureReason = .unknown
+    ) {
         if reason == .full { replicas[slot].isFull = true }
         guard replicas[slot].link != .down else { return }
         replicas[slot].failure = reason
