@@ -7,6 +7,8 @@ import HapteraTesting
 #endif
 
 let words = Array(CommandLine.arguments.dropFirst())
-exit(
-    words.first == "fuzz"
-        ? FuzzCommand.run(Array(words.dropFirst())) : SimulatorCommand.run(words))
+switch words.first {
+case "fuzz": exit(FuzzCommand.run(Array(words.dropFirst())))
+case "crash-replay": exit(CrashReplayCommand.run(Array(words.dropFirst())))
+default: exit(SimulatorCommand.run(words))
+}

@@ -219,6 +219,7 @@ extension ReplicaCore {
         guard result == operation.length else {
             return fail(.manifestWriteFailed(errno: result < 0 ? Int32(-result) : 5))
         }
+        if options.mutations.contains(.manifestNotSynced) { return manifestSynced(0) }
         let token = startOperation(.manifestSync, index: 0)
         actions.append(.sync(.manifest, token: token))
     }

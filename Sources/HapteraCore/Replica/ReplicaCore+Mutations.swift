@@ -259,6 +259,9 @@ extension ReplicaCore {
         let blocks = requests[Int(slot)].blocks
         guard let state = BlockState(rawValue: UInt8(header.auxiliary)) else { return }
         let entry = BlockEntry(state: state)
+        if options.mutations.contains(.punchBeforeDrain) {
+            punchAtOnce(header.offset, header.length)
+        }
         log.append(
             .entry(
                 layer: head, block: header.offset / UInt64(Geometry.blockSize),

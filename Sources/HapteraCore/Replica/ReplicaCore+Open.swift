@@ -166,8 +166,8 @@ package struct OpenedReplica {
         }
         log = try ActivityLog(opening: try storage.mapLog(size: Int(logSize)))
         // A log written under larger limits must be read all the same.
-        cache = TableCache(
-            frameCount: max(options.tableCachePagesMax, InstallReply.activeRegionsMax + 64))
+        let frameCount = max(options.tableCachePagesMax, InstallReply.activeRegionsMax + 64)
+        cache = TableCache(frameCount: min(frameCount, Int(max(regions, 1))))
         regionMap = FixedArray(repeating: 0, count: Int((regions + 63) / 64))
         try markAllocated(regions: regions)
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }

@@ -87,6 +87,7 @@ extension ReplicaCore {
         case .writingPages:
             guard upkeep.outstanding == 0 else { return false }
             upkeep.ticket = syncs[FileSync.table].written
+            if options.mutations.contains(.tailMovedBeforePageSync) { upkeep.ticket = 0 }
             want(FileSync.table, upkeep.ticket)
             upkeep.phase = .syncingTable
         case .syncingTable:
@@ -272,8 +273,15 @@ extension ReplicaCore {
                 length: UInt64(run.count * Geometry.blockSize), token: token))
     }
 
+    /// The mutation `punchBeforeDrain`.
+    func punchAtOnce(_ offset: UInt64, _ length: UInt32) {
+        let token = startOperation(.punch, index: -1)
+        actions.append(.punch(.data(head), offset: offset, length: UInt64(length), token: token))
+    }
+
     /// Whether it worked or not: the blocks read zero either way.
     func punched(_ frame: Int32) {
+        guard frame >= 0 else { return }
         for block in punchRun ?? 0..<0 { cache.frames[Int(frame)].unneeded[block] = false }
         punchingFrame = -1
         punchRun = nil

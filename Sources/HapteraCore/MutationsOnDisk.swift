@@ -1,0 +1,20 @@
+// Rules of a single copy's files.
+
+extension MutationSet {
+    /// On disk: let the log's tail pass a page before the table is synced.
+    package static let tailMovedBeforePageSync = MutationSet(rawValue: 1 << 56)
+    /// I: answer an Install when the manifest is written, not when it is synced.
+    package static let manifestNotSynced = MutationSet(rawValue: 1 << 57)
+    /// On disk: give a trimmed block's space back before its entry is durable.
+    package static let punchBeforeDrain = MutationSet(rawValue: 1 << 58)
+
+    /// Of a single copy: caught by replaying crashes, not all of them by simulated worlds, where
+    /// other copies help out.
+    package static let crashReplay: [(name: String, mutation: MutationSet)] = [
+        ("dataBeforeActivate", .dataBeforeActivate), ("drainBeforeLogSync", .drainBeforeLogSync),
+        ("flushWithoutLog", .flushWithoutLog), ("drainWithoutFlush", .drainWithoutFlush),
+        ("flushWithoutSync", .flushWithoutSync), ("noRestamp", .noRestamp),
+        ("tailMovedBeforePageSync", .tailMovedBeforePageSync),
+        ("manifestNotSynced", .manifestNotSynced), ("punchBeforeDrain", .punchBeforeDrain),
+    ]
+}
