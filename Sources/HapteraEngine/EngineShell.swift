@@ -91,6 +91,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
         counters.count(operation)
         core.step(.submit(operation), now: reactor.now)
     }
+    func cancel(session: UInt32) { core.step(.cancel(session: session), now: reactor.now) }
     func completeReady() -> Bool {
         let before = counters.completed
         perform()

@@ -12,6 +12,7 @@ final class FakeReplica {
     /// What it flushed last, and what it was told everybody holds a mark of.
     var flushed = StablePoint.zero
     var stable = StablePoint.zero
+    var leaseRemaining: UInt32 = 0
     /// Requests of these kinds get no answer (they are applied).
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
@@ -46,16 +47,20 @@ final class EngineHarness {
     private var operations: [UInt64: Operation] = [:]
     private var nextUserData: UInt64 = 0
 
-    init(replicas: Int = 3, members: Int? = nil, generation: UInt64 = 1) {
+    init(
+        replicas: Int = 3, members: Int? = nil, generation: UInt64 = 1,
+        configure: (inout EngineConfiguration) -> Void = { _ in }
+    ) {
         fakes = (0..<replicas).map { FakeReplica(UInt64($0 + 1), size: Self.size) }
         let volume = VolumeID(high: 1, low: 2)
         stored = VolumeRecord(
             volume: volume, name: "test", epoch: Epoch(1), nonce: 1, size: Self.size,
             inSync: fakes.prefix(members ?? replicas).map(\.member))
-        core = EngineCore(
-            configuration: EngineConfiguration(
-                volume: volume, instance: InstanceID(rawValue: 99), endpoint: "",
-                clientGeneration: generation, nonceSeed: 5), pool: pool)
+        var configuration = EngineConfiguration(
+            volume: volume, instance: InstanceID(rawValue: 99), endpoint: "",
+            clientGeneration: generation, nonceSeed: 5)
+        configure(&configuration)
+        core = EngineCore(configuration: configuration, pool: pool)
         run(.configure(fakes.map(\.member.replica)))
     }
 
@@ -98,21 +103,22 @@ final class EngineHarness {
         return submit(.write, offset, bytes.count, buffer)
     }
     @discardableResult
-    func read(_ offset: UInt64, _ count: Int) -> UInt64 {
+    func read(_ offset: UInt64, _ count: Int, session: UInt32 = 0) -> UInt64 {
         guard let buffer = pool.allocate((Int(offset % 4096) + count + 4095) / 4096 * 4096) else {
             preconditionFailure("pool")
         }
-        return submit(.read, offset, count, buffer)
+        return submit(.read, offset, count, buffer, session: session)
     }
     @discardableResult
     func submit(
         _ kind: OperationKind, _ offset: UInt64 = 0, _ length: Int = 0, _ buffer: BufferID = .none,
-        flags: OperationFlags = []
+        flags: OperationFlags = [], session: UInt32 = 0
     ) -> UInt64 {
         nextUserData += 1
-        let operation = Operation(
+        var operation = Operation(
             kind: kind, flags: flags, offset: offset, length: length, buffer: buffer,
             userData: nextUserData)
+        operation.session = session
         operations[nextUserData] = operation
         run(.submit(operation))
         return nextUserData
@@ -216,7 +222,7 @@ final class EngineHarness {
                 instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted,
                 flushed: fake.flushed,
                 stablePoint: fake.stable, promiseBefore: before,
-                leaseRemainingMilliseconds: 0, activeRegions: fake.active
+                leaseRemainingMilliseconds: fake.leaseRemaining, activeRegions: fake.active
             ).encoded()
         case .write:
             for index in 0..<count {

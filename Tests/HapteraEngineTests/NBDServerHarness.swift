@@ -24,6 +24,8 @@ final class HeldDevice: BlockDevice {
         seen.append(operation)
     }
     func completeReady() -> Bool { false }
+    private(set) var cancelled: [UInt32] = []
+    func cancel(session: UInt32) { cancelled.append(session) }
 
     /// Completes the held operation at `index`.
     func complete(

@@ -168,6 +168,74 @@ import Testing
         #expect(harness.device.pool.inUse == 0)
     }
 
+    /// A write that is repeated on a new connection after its own died, and then overtaken by a newer
+    /// one of the same client, must not come back: neither from the old connection's unread bytes
+    /// nor from what the device still has of it.
+    @Test func aNewSessionBeginsAfterDeadOnesAreFencedAndDrained() throws {
+        let h = try NBDServerHarness()
+        let old = h.join()
+        let payload = [UInt8](repeating: 1, count: 4096)
+        for index in 0..<NBDClient.outstandingMax + 2 {
+            h.send(
+                old,
+                NBDBytes.request(.write, offset: UInt64(index) * 4096, length: 4096) + payload)
+        }
+        h.runUntilHeld(NBDClient.outstandingMax)
+        let session = h.device.seen[0].session
+        h.disconnect(old)
+        let new = h.join()
+        h.send(new, NBDBytes.request(.write, offset: 0, length: 4096) + payload)
+        h.settle()
+        #expect(h.device.cancelled == [session])
+        #expect(h.device.held.count == NBDClient.outstandingMax, "the new session waits")
+        while h.device.held.count > 1 { h.device.complete() }
+        h.settle()
+        #expect(h.device.held.map(\.session) == [session])
+        h.device.complete()
+        h.runUntilHeld(1)
+        #expect(h.device.seen.count == NBDClient.outstandingMax + 1, "nothing else of the old one")
+        #expect(h.device.held[0].session != session)
+        h.device.complete()
+        #expect(h.receive(new, 16) == NBDBytes.simple())
+        #expect(h.device.pool.inUse == 0)
+    }
+
+    @Test func connectionsThatLiveAreNotFenced() throws {
+        let h = try NBDServerHarness()
+        let first = h.join()
+        h.send(first, NBDBytes.request(.read, length: 4096))
+        h.runUntilHeld(1)
+        let second = h.join(structured: false)
+        h.send(second, NBDBytes.request(.flush))
+        h.runUntilHeld(2)
+        #expect(h.device.cancelled.isEmpty)
+        #expect(h.device.held[0].session != h.device.held[1].session)
+        h.disconnect(second)
+        h.run("not noticed") { h.device.cancelled == [h.device.held[1].session] }
+        h.send(first, NBDBytes.request(.flush))
+        h.runUntilHeld(3)
+        h.device.completeAll()
+        h.settle()
+        #expect(h.device.pool.inUse == 0)
+    }
+
+    @Test func whatTheDeviceHadNoRoomForIsDroppedWithItsClient() throws {
+        let h = try NBDServerHarness()
+        h.device.operationsMax = 1
+        let end = h.join()
+        for offset in 0..<4 {
+            h.send(end, NBDBytes.request(.read, offset: UInt64(offset) * 4096, length: 4096))
+        }
+        h.run("not received") { h.server.counters.reads == 4 }
+        h.settle()
+        h.disconnect(end)
+        h.run("not dropped") { h.device.pool.inUse == 1 }
+        h.device.complete()
+        h.settle()
+        #expect(h.device.seen.count == 1)
+        #expect(h.device.pool.inUse == 0)
+    }
+
     @Test func outstandingRequestsAreBounded() throws {
         let harness = try NBDServerHarness()
         let end = harness.join(structured: false)

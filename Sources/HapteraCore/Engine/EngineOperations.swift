@@ -193,16 +193,23 @@ extension EngineCore {
                 isHole: false))
     }
 
-    /// The session's client is gone: what has not begun never happens.
+    /// The session's client is gone: what has not begun never happens. In every phase: a volume
+    /// that is not served holds nothing for the dead.
     func cancel(_ session: UInt32) {
         guard session != 0 else { return }
         for index in 0..<slotsUsed
-        where slots[index].use == .client && slots[index].phase == .waiting
-            && slots[index].operation.session == session
-        {
-            completeClient(index, .cancelled)
-            release(index)
+        where slots[index].use == .client && slots[index].operation.session == session {
+            slots[index].isOrphan = true
+            dropOrphan(index)
         }
+    }
+    /// An operation that has to begin (again), and nobody waits for it. True if it is gone.
+    @discardableResult
+    func dropOrphan(_ index: Int) -> Bool {
+        guard slots[index].isOrphan, slots[index].phase == .waiting else { return false }
+        completeClient(index, .cancelled)
+        release(index)
+        return true
     }
 
     // MARK: - Sending

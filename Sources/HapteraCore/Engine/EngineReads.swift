@@ -15,6 +15,7 @@ extension EngineCore {
                 dropEdges(index)
                 slots[index].phase = .waiting
                 slots[index].tried = SlotSet()
+                dropOrphan(index)
                 return nil
             }
             completeClient(index, .ioError)

@@ -198,6 +198,8 @@ struct OperationSlot: BitwiseCopyable {
     /// Times a read arrived damaged although the replica had verified it.
     var transitErrors: UInt8 = 0
     static let transitErrorsMax: UInt8 = 3
+    /// Its client is gone: it ends as it may, but does not begin again.
+    var isOrphan = false
     /// The client has its answer; the slot is kept until the joiner has answered.
     var isAcknowledged = false
     /// The write's buffer is the core's own (unaligned zeroes), not the frontend's.

@@ -317,6 +317,7 @@ extension EngineCore {
                 slots[index].replied = []
                 slots[index].full = []
                 slots[index].tried = []
+                dropOrphan(index)
             }
         }
     }
@@ -340,8 +341,8 @@ extension EngineCore {
         case .stopped: break
         case .serving:
             if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }
-            guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, !hasClientOperations,
-                now >= serveAfter
+            guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, now >= serveAfter,
+                hasReleased || !hasClientOperations
             else { return }
             if record?.isClean == true {
                 stop(.detached)

@@ -19,9 +19,17 @@ package protocol BlockDevice: AnyObject {
     /// Precondition: `canSubmit`. The completion follows later, never from within this call.
     /// A device that cannot serve at present holds the operation; it does not fail it.
     func submit(_ operation: Operation)
+    /// The client connection of this number is gone: what of it has not begun need not happen, and
+    /// is completed with `OperationResult.cancelled`; later, never from within this call.
+    func cancel(session: UInt32)
     /// Called at the end of a turn, after everything was submitted. A device that completes
     /// without waiting for anything reports its completions here; true if there were any.
     func completeReady() -> Bool
+}
+
+extension BlockDevice {
+    /// For devices that begin everything at once.
+    package func cancel(session: UInt32) {}
 }
 
 /// The other side of a `BlockDevice`.

@@ -31,9 +31,13 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// A request that was taken from the stream and has no buffers yet.
     private var held: NBDRequest?
     private(set) var isLeaving = false
-    /// Its peer hung up while it was held back: what it had asked may since have been asked again
+    /// Its peer hung up before what it asked was taken: all of it may since have been asked again
     /// on another connection, so it changes nothing any more.
     private var isFenced = false
+    /// It has asked for something after the negotiation.
+    private var hasBegun = false
+    /// Its first request waits for what sessions that have ended left at the device.
+    private var awaitsFence = false
 
     private let acceptedAt: Instant
     /// Since when the client owes the rest of a message, and got no part of it done.
@@ -121,11 +125,37 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
             refuse(request)
         } else if isFenced && request.command.isModification {
             leave()
+        } else if !hasBegun && !begin() {
+            awaitsFence = true
+            server.hasFenceWaiters = true
+            held = request
+            connection.pauseReceiving()
         } else if !start(request, connection) {
             held = request
             connection.pauseReceiving()
             if !isOverOwnBounds(request, connection) { server.wait(self) }
         }
+    }
+
+    /// Before a session's first request: sessions whose peer is gone are fenced, and must have
+    /// nothing left at the device. False if the request must wait for that.
+    private func begin() -> Bool {
+        hasBegun = true
+        server.fenceDeadSessions(for: self)
+        return requests.fencedOperations == 0
+    }
+    /// The peer is gone: nothing it said and we have not heard yet counts, nor what has not begun.
+    func fenceIfHungUp() {
+        guard let connection, !connection.isClosing, hasHungUp() else { return }
+        isFenced = true
+        isLeaving = true
+        held = nil
+        requests.detach(client: index)
+        connection.close()
+    }
+    /// The peer of a session that only begins is gone, and others are there.
+    func fenceSelfIfHungUp() {
+        if hasHungUp() { isFenced = true }
     }
 
     private func refuse(_ request: NBDRequest) {
@@ -185,6 +215,10 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
             return true
         }
         if !isFenced && hasHungUp() { isFenced = true }
+        if awaitsFence {
+            guard requests.fencedOperations == 0 else { return true }
+            awaitsFence = false
+        }
         if let request = held {
             if isFenced && request.command.isModification {
                 held = nil
@@ -206,11 +240,13 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
 
     /// Whether the peer's side of the connection is closed, read or not. Asked only when going on
     /// after a pause.
-    private func hasHungUp() -> Bool {
+    private func hasHungUp() -> Bool { pollHangUp() != 0 }
+    /// POLLRDHUP, POLLHUP, POLLERR of the socket.
+    private func pollHangUp() -> Int16 {
         // POLLRDHUP is not imported from its header, which wants _GNU_SOURCE.
         var entry = pollfd(fd: fd, events: Int16(0x2000), revents: 0)
         // SAFETY: one entry, on the stack, valid during the call.
-        return unsafe poll(&entry, 1, 0) > 0
+        return unsafe poll(&entry, 1, 0) > 0 ? entry.revents : 0
     }
 
     func connectionCanSend(_ connection: Connection) { goOn() }
@@ -253,7 +289,10 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     func close() { connection?.close() }
 
     /// A half-close: what was asked before is answered. A payload cut short is never applied.
-    func connectionReceivedEnd(_ connection: Connection) { leave() }
+    func connectionReceivedEnd(_ connection: Connection) {
+        // A Unix socket tells when nobody is left to read an answer.
+        if pollHangUp() & Int16(POLLHUP) != 0 { fenceIfHungUp() } else { leave() }
+    }
 
     func connectionClosed(_ connection: Connection, reason: CloseReason) {
         self.connection = nil

@@ -25,6 +25,11 @@ final class NBDRequests {
     let slots = NBDSlots()
     private(set) var counters = NBDCounters()
     private var targets: [(any NBDReplyTarget)?]
+    /// The session of each client.
+    private var sessions: [UInt32]
+    private var lastSession: UInt32 = 0
+    /// Operations the device still has of clients that have gone.
+    private(set) var fencedOperations = 0
     /// Pieces the device had no room for yet, in order.
     private let pending = ValueQueue<UInt64>()
     private let scratch = MemoryBlock(count: NBDBlockStatus.replySizeMax)
@@ -34,6 +39,7 @@ final class NBDRequests {
     init(device: any BlockDevice, clientsMax: Int) {
         self.device = device
         targets = Array(repeating: nil, count: clientsMax)
+        sessions = Array(repeating: 0, count: clientsMax)
         let pool = device.pool
         spared = (
             pool.available(4096) / 8, pool.available(128 << 10) / 8, pool.available(1 << 20) / 8
@@ -44,14 +50,41 @@ final class NBDRequests {
             "the pool cannot hold one request of the largest size")
     }
 
-    func attach(_ target: any NBDReplyTarget, client: Int32) { targets[Int(client)] = target }
+    /// A new session begins.
+    func attach(_ target: any NBDReplyTarget, client: Int32) {
+        targets[Int(client)] = target
+        lastSession = max(1, lastSession &+ 1)
+        sessions[Int(client)] = lastSession
+    }
 
-    /// The client has gone: nothing of it is answered, and what the device has not seen is dropped.
+    /// The client has gone: nothing of it is answered, what the device has not seen is dropped at
+    /// once, and what the device has not begun is cancelled. A request whose payload is arriving is
+    /// the client's to `cancel`. Its peer may already have sent all of it again elsewhere.
     func detach(client: Int32) {
+        guard targets[Int(client)] != nil else { return }
         targets[Int(client)] = nil
         for index in 0..<NBDSlots.requestsMax where slots.requests[index].client == client {
             slots.requests[index].client = -1
+            if slots.requests[index].isLaunched { fence(Int32(index)) }
         }
+        device.cancel(session: sessions[Int(client)])
+    }
+    private func fence(_ index: Int32) {
+        var next = slots.requests[Int(index)].firstPiece
+        while next >= 0 {
+            let piece = next
+            next = slots.pieces[Int(piece)].next
+            switch slots.pieces[Int(piece)].stage {
+            case .waiting:
+                slots.requests[Int(index)].piecesLeft -= 1
+                releasePiece(piece)
+            case .submitted:
+                slots.pieces[Int(piece)].isFenced = true
+                fencedOperations += 1
+            case .done: break
+            }
+        }
+        if slots.requests[Int(index)].piecesLeft == 0 { _ = abandon(index) }
     }
 
     // MARK: From header to device
@@ -94,6 +127,7 @@ final class NBDRequests {
     /// Gives the request to the device. A write's payload is in its pieces' buffers.
     func launch(_ index: Int32) {
         let at = Int(index)
+        slots.requests[at].isLaunched = true
         switch slots.requests[at].command {
         case .read, .write, .blockStatus:
             let isSingle = slots.requests[at].firstPiece == slots.requests[at].lastPiece
@@ -132,17 +166,13 @@ final class NBDRequests {
         while device.canSubmit, let userData = pending.popFirst() {
             guard let piece = slots.piece(userData) else { continue }
             let request = Int(slots.pieces[Int(piece)].request)
-            if slots.requests[request].client < 0 {
-                // Its peer has hung up, and may already have sent it again elsewhere.
-                complete(
-                    userData: userData, .ioError, slots.pieces[Int(piece)].buffer, 0, false)
-                continue
-            }
+            slots.pieces[Int(piece)].stage = .submitted
             let content = slots.pieces[Int(piece)]
-            device.submit(
-                Operation(
-                    kind: content.kind, flags: content.flags, offset: content.offset,
-                    length: Int(content.length), buffer: content.buffer, userData: userData))
+            var operation = Operation(
+                kind: content.kind, flags: content.flags, offset: content.offset,
+                length: Int(content.length), buffer: content.buffer, userData: userData)
+            operation.session = sessions[Int(slots.requests[request].client)]
+            device.submit(operation)
         }
     }
     var hasPending: Bool { !pending.isEmpty && device.canSubmit }
@@ -242,7 +272,9 @@ final class NBDRequests {
         let index = slots.pieces[Int(piece)].request
         let at = Int(index)
         slots.requests[at].piecesLeft -= 1
+        slots.pieces[Int(piece)].stage = .done
         slots.pieces[Int(piece)].isHole = isHole
+        if slots.pieces[Int(piece)].isFenced { fencedOperations -= 1 }
         if slots.requests[at].error == .none { slots.requests[at].error = result.nbdError }
         guard let target = target(of: index) else {
             releasePiece(piece)

@@ -27,6 +27,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     private var clients: [NBDClient?]
     /// Clients whose request waits for buffers, first come first served.
     private var waiting: [NBDClient] = []
+    /// Clients wait for the operations of sessions that have ended.
+    var hasFenceWaiters = false
     private var waitingSince: Instant?
     private var isServingWaiting = false
     private var onStopped: (() -> Void)?
@@ -92,6 +94,15 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         clients[index] = NBDClient(
             server: self, reactor: reactor, requests: requests, index: Int32(index), fd: fd)
     }
+    /// A new session begins: whatever hung up before it is done with. Live connections of the same
+    /// client are left alone.
+    func fenceDeadSessions(for client: NBDClient) {
+        guard connectionCount > 1 else { return }
+        for other in clients {
+            if let other, other !== client { other.fenceIfHungUp() }
+        }
+        client.fenceSelfIfHungUp()
+    }
     func remove(_ client: NBDClient) {
         clients[Int(client.index)] = nil
         waiting.removeAll { $0 === client }
@@ -124,6 +135,10 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
 
     package func turnEnded() {
         for _ in 0..<Self.roundsMax {
+            if hasFenceWaiters, requests.fencedOperations == 0 {
+                hasFenceWaiters = false
+                for client in clients { client?.goOn() }
+            }
             serveWaiting()
             requests.submitPending()
             let hasCompleted = device.completeReady()

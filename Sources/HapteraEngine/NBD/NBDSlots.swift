@@ -13,6 +13,16 @@ struct NBDPiece: BitwiseCopyable {
     var kind = OperationKind.flush
     var flags = OperationFlags()
     var isHole = false
+    var stage = Stage.waiting
+    /// Its client has gone while the device has it.
+    var isFenced = false
+
+    enum Stage: UInt8, BitwiseCopyable {
+        /// Not given to the device yet.
+        case waiting
+        case submitted
+        case done
+    }
 
     /// Where the piece's first byte is in its buffer.
     var position: Int { Int(offset % UInt64(Geometry.blockSize)) }
@@ -36,6 +46,8 @@ struct NBDRequestSlot: BitwiseCopyable {
     var flags = NBDCommandFlags()
     var format = NBDReplyFormat.simple
     var error = NBDError.none
+    /// All of it has arrived: its pieces go to the device.
+    var isLaunched = false
     /// A FLUSH follows the last piece: FUA over several pieces.
     var needsFlush = false
     var cookie: UInt64 = 0
