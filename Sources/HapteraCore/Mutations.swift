@@ -4,6 +4,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package var rawValue: UInt64
     package init(rawValue: UInt64) { self.rawValue = rawValue }
     package init() { rawValue = 0 }
+    /// Clients: serve a new session beside what an old one left (a rule of the shell).
+    package static let oldSessionNotFenced = MutationSet(rawValue: 1 << 48)
     /// D: acknowledge without a lost member before its removal is recorded.
     package static let ackBeforeCAS = MutationSet(rawValue: 1 << 0)
     /// D: acknowledge when the removal is recorded, before the members have installed it.
@@ -75,6 +77,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let erroredWriteNotResolved = MutationSet(rawValue: 1 << 47)
 
     package static let named: [(name: String, mutation: MutationSet)] = [
+        ("oldSessionNotFenced", .oldSessionNotFenced),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),

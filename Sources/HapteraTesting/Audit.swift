@@ -5,8 +5,9 @@ struct Promises {
     /// The last write acknowledged, and the last one a completed flush covers; 0: none.
     var acknowledged: [Int]
     var flushed: [Int]
-    /// When each operation was acknowledged, counting acknowledgements.
-    private(set) var order: [Int: Int] = [:]
+    /// When each operation was acknowledged, counting acknowledgements; 0: not yet. By its number.
+    private var order: [Int] = [0]
+    private var acknowledgements = 0
     /// `acknowledged` as it was when a flush under way began.
     private var snapshots: [Int: [Int]] = [:]
 
@@ -16,10 +17,12 @@ struct Promises {
     }
 
     mutating func began(_ operation: ClientOperation) {
+        order.append(0)
         if operation.kind == .flush { snapshots[operation.id] = acknowledged }
     }
     mutating func ended(_ operation: ClientOperation) {
-        order[operation.id] = order.count + 1
+        acknowledgements += 1
+        order[operation.id] = acknowledgements
         for sector in operation.sectors where operation.changesData {
             acknowledged[sector] = operation.id
             if operation.flags.contains(.fua) { flushed[sector] = operation.id }
@@ -44,17 +47,17 @@ struct Promises {
         for operation in snapshots.keys { snapshots[operation] = flushed }
     }
 
-    private func isLater(_ a: Int, _ b: Int) -> Bool { order[a, default: 0] > order[b, default: 0] }
+    private func isLater(_ a: Int, _ b: Int) -> Bool { order[a] > order[b] }
     /// Whether a copy that holds the outcome of `held` keeps the promise `promised`.
     func covers(_ held: ClientOperation, _ promised: Int) -> Bool {
-        held.id == promised || order[held.id] == nil || isLater(held.id, promised)
+        held.id == promised || order[held.id] == 0 || isLater(held.id, promised)
     }
 }
 
 extension World {
     /// Looks at the members' disks: invariants 7, 8 and 13.
     func audit() {
-        let members = hosts.filter { store.record.contains($0.id) }
+        let members = hosts.filter { store.record.contains($0) }
         let current = members.map {
             ReplicaImage($0.disk, isDurable: false, sizeBytes: workload.sizeBytes)
         }
@@ -65,33 +68,60 @@ extension World {
             guard let now = current[index], let kept = durable[index] else {
                 return fail("\(members[index].name): the files do not make sense")
             }
-            if kept.promise < members[index].installed {
-                fail(
-                    "invariant 6: \(members[index].name) promised"
-                        + " e\(members[index].installed.rawValue), but not durably"
-                )
+            let host = members[index]
+            check(
+                6, kept.promise >= host.installed,
+                "\(host.name) promised e\(host.installed.rawValue), but not durably")
+            check(
+                29, kept.installed == nil || kept.installed == store.record(at: kept.promise),
+                "\(host.name) keeps another record of e\(kept.promise.rawValue)")
+            if !host.isLossy {
+                compare(host, now, promises.acknowledged, 7, "lacks acknowledged")
             }
-            if !members[index].isLossy {
-                compare(members[index], now, promises.acknowledged, "7", "lacks acknowledged")
+            compare(host, kept, promises.flushed, 8, "would lose flushed")
+            for (region, epoch) in host.lastWrite where !kept.activeRegions.contains(region) {
+                check(
+                    17, kept.birth(region) >= epoch,
+                    "\(host.name) keeps birth \(kept.birth(region).rawValue) for region \(region),"
+                        + " written in e\(epoch.rawValue)")
             }
-            compare(members[index], kept, promises.flushed, "8", "would lose flushed")
         }
         compareMembers(members, current.compactMap { $0 }, "current")
         compareMembers(members, durable.compactMap { $0 }, "durable")
+        compareDrained(members, current.compactMap { $0 }, durable.compactMap { $0 })
     }
 
-    private func compare(
-        _ host: SimulatedReplica, _ image: ReplicaImage, _ promised: [Int], _ invariant: String,
-        _ what: String
+    /// 15: what was acknowledged is durable on every member once one of them has let the region
+    /// go from its activity log.
+    private func compareDrained(
+        _ members: [SimulatedReplica], _ current: [ReplicaImage], _ durable: [ReplicaImage]
     ) {
-        for sector in hotSectors where promised[sector] != 0 {
+        guard current.count == members.count, durable.count == members.count else { return }
+        let active = current.map { Set($0.activeRegions) }
+        let common = active.dropFirst().reduce(active.first ?? []) { $0.intersection($1) }
+        for (host, image) in zip(members, durable) {
+            compare(host, image, promises.acknowledged, 15, "could lose, though let go elsewhere,")
+            {
+                !common.contains(UInt64($0 / Geometry.blocksPerRegion))
+            }
+        }
+    }
+
+    func compare(
+        _ host: SimulatedReplica, _ image: ReplicaImage, _ promised: [Int], _ invariant: Int,
+        _ what: String, _ concerns: (_ block: Int) -> Bool = { _ in true }
+    ) {
+        coverage.evaluated(invariant)
+        for sector in hotSectors
+        where promised[sector] != 0 && concerns(sector / Content.sectorsPerBlock) {
             let value = image.value(sector: sector, scratch: sectorBlock.memory)
             let operation = operations[promised[sector] - 1]
-            // Bytes under a torn write: what was trimmed before may still lie there.
+            // Bytes under a torn write: what was trimmed before may still lie there. And a block
+            // known to be damaged is repaired from another copy.
             guard
                 isAcceptable(value, sector, promised[sector])
                     || image.isDoubtful(sector / Content.sectorsPerBlock)
-                        && isAcceptable(0, sector, promised[sector])
+                        && (faults.rot || isAcceptable(0, sector, promised[sector]))
             else {
                 return fail(
                     "invariant \(invariant): \(host.name) \(what) \(operation.text) at sector"
@@ -122,6 +152,7 @@ extension World {
         _ members: [SimulatedReplica], _ images: [ReplicaImage], _ kind: String
     ) {
         guard images.count == members.count, !faults.rot else { return }
+        coverage.evaluated(13)
         for sector in hotSectors {
             let block = sector / Content.sectorsPerBlock
             let region = UInt64(block / Geometry.blocksPerRegion)
@@ -148,7 +179,7 @@ extension World {
         let images = hosts.map {
             ReplicaImage($0.disk, isDurable: true, sizeBytes: workload.sizeBytes)
         }
-        for (host, image) in zip(hosts, images) where store.record.contains(host.id) {
+        for (host, image) in zip(hosts, images) where store.record.contains(host) {
             guard let image else { return fail("\(host.name): the files do not make sense") }
             for block in image.entries.indices where image.isDoubtful(block) {
                 if !faults.rot { return fail("\(host.name): block \(block) is damaged at rest") }

@@ -32,7 +32,10 @@ extension World {
         store.replyLoss = 0
         store.lateArrival = 0
         store.duplicates = 0
+        store.reconnectAll()
+        for engine in engines where engine.pausedUntil > 0 { resume(engine) }
         for host in hosts {
+            if host.pausedUntil > 0 { resume(host) }
             host.disk.trouble = DiskTrouble()
             if host.core == nil {
                 timeline.schedule(after: milliseconds(1), .startReplica(host.index))
@@ -55,7 +58,7 @@ extension World {
             return false
         }
         return engine.isServing && store.record.engine == engine.instance
-            && hosts.allSatisfy { store.record.contains($0.id) } && unanswered.isEmpty
+            && hosts.allSatisfy { store.record.contains($0) } && unanswered.isEmpty
             && engine.core.unresolvedCount == 0
     }
 
@@ -70,12 +73,9 @@ extension World {
     func finish() {
         guard let current = currentEngine else { return }
         let engine = engines[current]
-        for cluster in workload.clusters {
-            for block in cluster {
-                let operation = newOperation(
-                    (.read, [], block * UInt64(Geometry.blockSize), Geometry.blockSize), worker: 0)
-                submit(operation, to: engine)
-            }
+        for sector in hotSectors where sector % Content.sectorsPerBlock == 0 {
+            let offset = UInt64(sector * Content.sectorSize)
+            submit(newOperation((.read, [], offset, Geometry.blockSize), worker: 0), to: engine)
         }
         submit(newOperation((.flush, [], 0, 0), worker: 0), to: engine)
         guard run(seconds: 30, until: { unanswered.isEmpty }) else {
@@ -90,6 +90,11 @@ extension World {
         }
         if !store.record.isClean { fail("detached, but the record is not clean") }
         auditAtRest()
+        for engine in engines where engine.isAlive && engine.core.phase == .stopped {
+            check(
+                32, engine.attempts.allSatisfy { $0.completions == 1 },
+                "\(engine.name) has left requests unanswered")
+        }
         if engine.pool.inUse != engine.core.ownBuffers {
             fail("\(engine.name) keeps \(engine.pool.inUse - engine.core.ownBuffers) buffers")
         }

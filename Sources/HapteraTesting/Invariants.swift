@@ -11,10 +11,19 @@ extension World {
         _ header: FrameHeader
     ) {
         let host = hosts[connection.replica]
-        if header.kind == .read && header.flags & FrameFlags.resync == 0,
-            let record = store.record(at: header.epoch), !record.contains(host.id)
-        {
-            fail("invariant 11: a read goes to \(host.name), no member in epoch \(header.epoch)")
+        switch header.kind {
+        case .read, .status, .adopt:
+            let isMember = store.record(at: header.epoch)?.contains(host.id) ?? true
+            if engine.core.isClientTag(header.tag) {
+                check(11, isMember, "a read goes to \(host.name), no member in \(header.epoch)")
+                let region = Geometry.region(ofByte: header.offset)
+                check(
+                    11, header.kind == .status || !engine.core.isUnresolved(region),
+                    "\(engine.name) reads region \(region), which is not resolved")
+            } else {
+                check(23, isMember, "\(host.name) is copied from, no member in \(header.epoch)")
+            }
+        default: break
         }
     }
 
@@ -34,14 +43,13 @@ extension World {
         let first = header.offset / UInt64(Geometry.blockSize)
         let blocks = first..<first + UInt64(header.length) / UInt64(Geometry.blockSize)
         if header.kind == .adopt { promises.forget(blocks) }
-        for other in host.requests
-        where other.connection == number && other.blocks.overlaps(blocks)
-            && other.epoch == header.epoch
-        {
-            fail(
-                "invariant 22: \(host.name) is given \(describe(header)) while"
-                    + " s\(other.sequence.rawValue) on the same blocks is under way")
+        let overlapping = host.requests.first {
+            $0.connection == number && $0.blocks.overlaps(blocks) && $0.epoch == header.epoch
         }
+        check(
+            22, overlapping == nil,
+            "\(host.name) is given \(describe(header)) while"
+                + " s\(overlapping?.sequence.rawValue ?? 0) on the same blocks is under way")
         var values: [ValueID] = []
         if header.kind == .write {
             for position in stride(from: 0, to: data.count, by: Content.sectorSize) {
@@ -52,7 +60,8 @@ extension World {
         host.requests.append(
             .init(
                 connection: number, tag: header.tag, epoch: header.epoch,
-                sequence: header.sequence, blocks: blocks, values: values))
+                sequence: header.sequence, blocks: blocks, values: values,
+                isCopy: header.flags & FrameFlags.resync != 0))
     }
 
     /// A replica answers.
@@ -62,15 +71,12 @@ extension World {
         // 3: the promise never goes back, over any crash, and never runs ahead of the store. (A
         // refusal may name an epoch that is only about to be promised.)
         if header.status == .ok && header.kind != .hello {
-            if header.epoch < host.promised {
-                fail(
-                    "invariant 3: \(host.name) promised \(host.promised.rawValue), now"
-                        + " \(header.epoch.rawValue)"
-                )
-            }
-            if header.epoch > store.record.epoch {
-                fail("invariant 3: \(host.name) promises an epoch the store never had")
-            }
+            check(
+                3, header.epoch >= host.promised,
+                "\(host.name) promised e\(host.promised.rawValue), now e\(header.epoch.rawValue)")
+            check(
+                3, header.epoch <= store.record.epoch,
+                "\(host.name) promises an epoch the store never had")
             host.promised = max(host.promised, header.epoch)
         }
         observeBirth(host, header, table)
@@ -84,8 +90,10 @@ extension World {
             else { return }
             let request = host.requests.remove(at: index)
             if header.status == .ok { observeApplied(host, request) }
-        case .read where header.status == .ok && header.epoch < host.installed:
-            fail("invariant 4: \(host.name) answered a read of epoch \(header.epoch.rawValue)")
+        case .read where header.status == .ok:
+            check(
+                4, header.epoch >= host.installed,
+                "\(host.name) answered a read of e\(header.epoch.rawValue)")
         default: break
         }
     }
@@ -103,34 +111,31 @@ extension World {
         trace("\(host.name) installed e\(header.epoch.rawValue)")
         host.installed = max(host.installed, header.epoch)
         host.installedAt = timeline.now
-        if host.disk.dataWritesInFlight > 0 {
-            fail(
-                "invariant 4: \(host.name) promised e\(header.epoch.rawValue) with older writes"
-                    + " under way"
-            )
-        }
+        check(
+            4, host.disk.dataWritesInFlight == 0,
+            "\(host.name) promised e\(header.epoch.rawValue) with older writes under way")
         // Answers for anything older may not come any more.
         host.requests.removeAll { $0.epoch < header.epoch }
     }
 
     private func observeApplied(_ host: SimulatedReplica, _ request: SimulatedReplica.DataRequest) {
-        if request.epoch < host.installed {
-            fail(
-                "invariant 4: \(host.name) applied a write of e\(request.epoch.rawValue) after"
-                    + " e\(host.installed.rawValue)"
-            )
-        }
+        check(
+            4, request.epoch >= host.installed,
+            "\(host.name) applied a write of e\(request.epoch.rawValue) after"
+                + " e\(host.installed.rawValue)")
         let point = StablePoint(epoch: request.epoch, sequence: request.sequence)
         for block in request.blocks where Int(block) < host.order.count {
-            if request.sequence != .zero && point < host.order[Int(block)] {
-                fail(
-                    "invariant 22: \(host.name) applied s\(request.sequence.rawValue) to block"
-                        + " \(block) out of order"
-                )
-            }
+            check(
+                22, request.sequence == .zero || point >= host.order[Int(block)],
+                "\(host.name) applied s\(request.sequence.rawValue) to block \(block) out of order")
             host.order[Int(block)] = max(host.order[Int(block)], point)
         }
         for value in request.values { host.applied.insert(value) }
+        // (A state that is set already changes nothing.)
+        if !request.isCopy, !request.values.isEmpty, let block = request.blocks.first {
+            let region = block / UInt64(Geometry.blocksPerRegion)
+            host.lastWrite[region] = max(host.lastWrite[region] ?? .zero, request.epoch)
+        }
     }
 
     /// 14: data changes only in regions that are durably in the activity log. (Looked at now and
@@ -141,9 +146,9 @@ extension World {
         guard host.dataWriteCount % 8 == 1 else { return }
         let image = ReplicaImage(host.disk, isDurable: true, sizeBytes: workload.sizeBytes)
         let region = Geometry.region(ofByte: offset)
-        if image?.activeRegions.contains(region) != true {
-            fail("invariant 14: \(host.name) writes data of region \(region), not durably active")
-        }
+        check(
+            14, image?.activeRegions.contains(region) == true,
+            "\(host.name) writes data of region \(region), not durably active")
     }
 
     /// 16: an Install has raised the birth of every active region.
@@ -153,11 +158,17 @@ extension World {
         guard header.kind == .digest, header.status == .ok, let pool = host.pool else { return }
         let region = Geometry.region(ofByte: header.offset)
         let birth = Epoch(pool.memory(table).load(UInt64.self, 0))
-        if let least = host.restamped[region], birth < least {
-            fail(
-                "invariant 16: \(host.name) gives region \(region) birth \(birth.rawValue),"
-                    + " active at the install of e\(least.rawValue)")
+        if let least = host.restamped[region] {
+            check(
+                16, birth >= least,
+                "\(host.name) gives region \(region) birth \(birth.rawValue), active at the"
+                    + " install of e\(least.rawValue)")
         }
+        let written = host.lastWrite[region] ?? .zero
+        check(
+            17, birth >= written,
+            "\(host.name) gives region \(region) birth \(birth.rawValue), written in"
+                + " e\(written.rawValue)")
     }
 
     /// A replica gave itself up.
@@ -179,39 +190,43 @@ extension World {
             return fail("\(engine.name) answers without a record")
         }
         // 5: only the engine the record names acknowledges anything.
-        if record.engine != engine.instance {
-            fail("invariant 5: \(engine.name) answers in e\(epoch.rawValue), which is not its own")
-        }
+        check(
+            5, record.engine == engine.instance,
+            "\(engine.name) answers in e\(epoch.rawValue), which is not its own")
         // 12: no engine's answer rests on what it was before another one answered. 5: none follows.
-        if operation.startedAfter > epoch {
-            fail(
-                "invariant 12: \(engine.name) answers \(operation.text) in e\(epoch.rawValue);"
-                    + " it began after an answer in e\(operation.startedAfter.rawValue)")
-        } else if acknowledgedEpoch > epoch {
-            fail(
-                "invariant 5: \(engine.name) answers \(operation.text) in e\(epoch.rawValue)"
-                    + " after an answer in e\(acknowledgedEpoch.rawValue)")
-        }
+        check(
+            12, operation.startedAfter <= epoch,
+            "\(engine.name) answers \(operation.text) in e\(epoch.rawValue); it began after an"
+                + " answer in e\(operation.startedAfter.rawValue)")
+        check(
+            5, acknowledgedEpoch <= epoch,
+            "\(engine.name) answers \(operation.text) in e\(epoch.rawValue) after an answer in"
+                + " e\(acknowledgedEpoch.rawValue)")
         acknowledgedEpoch = max(acknowledgedEpoch, epoch)
         guard operation.changesData else { return }
+        observeInDoubt(operation, engine, record)
         // 6: every member has promised the epoch and applied the write. While a change of the
         // record waits for its installs, an earlier record may be the one that counts; members of
         // the later ones must have applied the write all the same.
         var index = epoch
         while let record = store.record(at: index), record.engine == engine.instance {
             guard hasApplied(operation, record) else { break }
-            if hosts.allSatisfy({ !record.contains($0.id) || $0.installed >= index }) { return }
+            if hosts.allSatisfy({ !record.contains($0) || $0.installed >= index }) {
+                coverage.evaluated(6)
+                return observeReconstructible(record)
+            }
             index = Epoch(index.rawValue - 1)
         }
-        fail(
-            "invariant 6: \(operation.text) acknowledged in e\(epoch.rawValue) by \(engine.name)"
+        check(
+            6, false,
+            "\(operation.text) acknowledged in e\(epoch.rawValue) by \(engine.name)"
                 + " without every member of \(names(record))")
     }
 
-    private func hasApplied(_ operation: ClientOperation, _ record: VolumeRecord) -> Bool {
+    func hasApplied(_ operation: ClientOperation, _ record: VolumeRecord) -> Bool {
         operation.value == 0
             || hosts.allSatisfy {
-                !record.contains($0.id) || $0.applied.contains(operation.value)
+                !record.contains($0) || $0.applied.contains(operation.value)
             }
     }
 
@@ -220,15 +235,13 @@ extension World {
         _ operation: ClientOperation, _ engine: SimulatedEngine, _ value: ValueID, sector: Int
     ) {
         guard value != 0 else { return }
-        guard value <= UInt64(operations.count) else {
-            return fail("invariant 27: a value nobody wrote")
-        }
+        check(27, value <= UInt64(operations.count), "a value nobody wrote")
+        guard failure == nil else { return }
         let writer = operations[Int(value) - 1]
-        if writer.firstEngine == engine.index, writer.engine == engine.index,
-            writer.isOutstanding
-        {
-            fail("invariant 10: \(operation.text) returned \(writer.text), which is in flight")
-        }
+        let isInFlight =
+            writer.firstEngine == engine.index && writer.engine == engine.index
+            && writer.isOutstanding && writer.attempts == 1
+        check(10, !isInFlight, "\(operation.text) returned \(writer.text), which is in flight")
     }
 
     /// A client got an error. Only trouble no member is spared explains one.
@@ -241,104 +254,5 @@ extension World {
             return
         }
         fail("\(operation.text) failed: \(result)")
-    }
-
-    // MARK: Membership
-
-    /// An engine asks for a new record.
-    func observeProposal(_ engine: SimulatedEngine) {
-        let next = engine.core.proposedRecord
-        // The same proposal again, because the first is in doubt: nothing new is decided.
-        guard next.nonce != engine.proposedNonce else { return }
-        engine.proposedNonce = next.nonce
-        // A superseded engine's proposal fails.
-        guard next.epoch == store.record.epoch.next else { return }
-        let rest = hosts.filter { next.contains($0.id) }
-        let gone = hosts.filter { store.record.contains($0.id) && !next.contains($0.id) }
-        if engine.servesNewClients && rest.allSatisfy(\.isMarkedRebooted) {
-            // Nobody is left who would notice.
-            note("loss of unflushed writes is allowed here")
-            history.append(.lossAllowed, step: timeline.step)
-            promises.lost()
-            return
-        }
-        guard rest.allSatisfy(\.isLossy), gone.contains(where: { !$0.isLossy }) else { return }
-        // 9, promise 1: a good copy is not given up for copies known to have lost power.
-        let knows = rest.allSatisfy { host in
-            guard let slot = engine.core.slot(of: host.id), let link = engine.connections[slot]
-            else { return true }
-            return link.process == host.process && host.startedAt >= host.powerCutAt
-        }
-        if knows && promises.acknowledged != promises.flushed {
-            fail("\(engine.name) removes the last good member; left: \(names(next))")
-        }
-    }
-
-    /// A record has landed in the store.
-    func observeRecord(_ record: VolumeRecord, before: VolumeRecord) {
-        for host in hosts where record.contains(host.id) && !before.contains(host.id) {
-            // Filled since it joined, unless its power failed meanwhile.
-            if host.powerCutAt < joinStartedAt { host.isLossy = false }
-        }
-        if record.engine != before.engine,
-            let engine = engines.first(where: { $0.instance == record.engine })
-        {
-            engine.servesNewClients = record.clientGeneration != before.clientGeneration
-        }
-        if record.joining != nil && record.joining != before.joining {
-            joinStartedAt = timeline.now
-        }
-        note("record e\(record.epoch.rawValue): \(names(record))\(record.isClean ? " clean" : "")")
-        noteLoss()
-    }
-
-    /// Whether only copies that lost power are left: then, and only then, the volume may refuse.
-    func noteLoss() {
-        let members = hosts.filter { store.record.contains($0.id) }
-        if members.allSatisfy(\.isMarkedRebooted) && !isLossPossible {
-            isLossPossible = true
-            note("only members that lost power are left")
-        }
-    }
-
-    /// An engine begins to serve.
-    func engineServes(_ engine: SimulatedEngine) {
-        engine.hasServed = true
-        guard isGenerationUnserved, engine.generation == generation else { return }
-        isGenerationUnserved = false
-        let members = hosts.filter { store.record.contains($0.id) }
-        if members.allSatisfy(\.isMarkedRebooted) {
-            // Nobody is left who would notice: what was not flushed may be gone.
-            note("loss of unflushed writes is allowed here")
-            history.append(.lossAllowed, step: timeline.step)
-            promises.lost()
-            isLossPossible = false
-        }
-    }
-
-    /// An engine has made its members equal.
-    func observeResolved(_ engine: SimulatedEngine) {
-        guard let record = engine.core.record else { return }
-        for host in hosts
-        where record.contains(host.id) && host.installed == record.epoch
-            && host.powerCutAt < host.installedAt
-        {
-            host.isLossy = false
-        }
-    }
-
-    func names(_ record: VolumeRecord) -> String {
-        var text = "in sync ["
-        text += hosts.filter { record.contains($0.id) }.map { String($0.index) }.joined(
-            separator: " ")
-        text += "]"
-        if let joining = record.joining, let host = hosts.first(where: { $0.id == joining.replica })
-        {
-            text += " joining \(host.index)"
-        }
-        if let engine = engines.first(where: { $0.instance == record.engine }) {
-            text += " \(engine.name)"
-        }
-        return text
     }
 }

@@ -7,6 +7,9 @@ struct ReplicaImage {
     private(set) var promise = Epoch.zero
     private(set) var entries: [BlockEntry]
     private(set) var activeRegions: [UInt64] = []
+    /// The record kept with the promise.
+    private(set) var installed: VolumeRecord?
+    private var births: [Epoch] = []
     private let data: RawMemory
 
     /// Nil if the files do not make sense: then opening must fail too.
@@ -22,6 +25,7 @@ struct ReplicaImage {
         else { return nil }
         self.data = data
         promise = manifest.promise
+        installed = manifest.installed
         entries = Array(repeating: .absent, count: Int(sizeBytes) / Geometry.blockSize)
 
         var logIndex: [UInt64] = []
@@ -29,10 +33,13 @@ struct ReplicaImage {
             let pair = table.slice(
                 Int(TablePage.pairOffset(region: region)), TablePage.pairSize)
             switch TablePage.loadPair(pair, layer: layer, region: region) {
-            case .neverWritten: logIndex.append(0)
+            case .neverWritten:
+                logIndex.append(0)
+                births.append(.zero)
             case .damaged: return nil
             case .page(let page, _):
                 logIndex.append(page.logIndex)
+                births.append(page.birth)
                 let from = Int(page.version % 2) * TablePage.size + TablePage.entriesOffset
                 takeEntries(pair.slice(from, TablePage.entriesSize), region)
             }
@@ -82,6 +89,9 @@ struct ReplicaImage {
             entries[block] = entry
         }
     }
+
+    /// What its table page says; an active region counts as written in the promised epoch.
+    func birth(_ region: UInt64) -> Epoch { births[Int(region)] }
 
     func isDoubtful(_ block: Int) -> Bool {
         entries[block].state == .data

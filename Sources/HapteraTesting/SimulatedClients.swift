@@ -40,6 +40,14 @@ extension World {
         submit(operation, to: engines[current])
     }
 
+    func writeFreshBlock() {
+        guard isChaos, let current = currentEngine, let block = workload.freshBlocks.popLast()
+        else { return }
+        let size = Geometry.blockSize
+        let operation = newOperation((.write, [], block * UInt64(size), size), worker: 0)
+        submit(operation, to: engines[current])
+    }
+
     private func outstanding(_ worker: Int) -> Int {
         unanswered.count { $0.worker == worker }
     }
@@ -53,26 +61,74 @@ extension World {
         if operation.worker >= 0 && !unanswered.contains(where: { $0 === operation }) {
             unanswered.append(operation)
         }
+        guard !engine.isSessionDead || operation.worker < 0 else { return }
         engine.unsent.append(operation)
+        submitUnsent(engine)
+    }
+
+    /// The clients' connection breaks. The engine does not notice, and bytes that are on their way
+    /// still arrive; what it answers is lost.
+    func cutClients() {
+        guard let current = currentEngine, engines[current].isRunning,
+            !engines[current].isSessionDead
+        else { return }
+        note("fault: the clients lose their connection to \(engines[current].name)")
+        engines[current].isSessionDead = true
+        if random.permille(200), let operation = unanswered.first {
+            // Its patience is at an end: whether it happened is not known.
+            operation.isAbandoned = true
+            unanswered.removeAll { $0 === operation }
+        }
+        timeline.schedule(
+            after: milliseconds(random.between(1, 3000)), .relief(.clients(engine: current)))
+    }
+
+    /// The clients are back on a new connection and repeat what was not answered. What is held of
+    /// the old session is fenced (it never happens) or drained before anything new is served.
+    func reconnectClients(_ engine: SimulatedEngine) {
+        guard engine.isSessionDead else { return }
+        guard engine.pausedUntil <= timeline.now else {
+            return timeline.schedule(
+                at: engine.pausedUntil + 1000, .relief(.clients(engine: engine.index)))
+        }
+        engine.isSessionDead = false
+        guard engine.isRunning, engine.index == currentEngine else { return }
+        note("the clients connect to \(engine.name) again")
+        coverage.took(.reconnection)
+        let late = engine.unsent
+        engine.unsent = []
+        engine.session += 1
+        if !options.mutations.contains(.oldSessionNotFenced) {
+            engine.leftovers = engine.attempts.count { $0.completions == 0 }
+            step(engine, .cancel(session: engine.session - 1))
+        }
+        for operation in unanswered where operation.isOutstanding {
+            operation.engine = engine.index
+            engine.unsent.append(operation)
+        }
+        if options.mutations.contains(.oldSessionNotFenced) { engine.unsent += late }
         submitUnsent(engine)
     }
 
     /// Hands over what the engine has room for, in order.
     func submitUnsent(_ engine: SimulatedEngine) {
-        guard engine.isRunning, !engine.isSubmitting else { return }
+        guard engine.isRunning, !engine.isSubmitting, engine.pausedUntil == 0,
+            engine.leftovers == 0
+        else { return }
         engine.isSubmitting = true
         defer { engine.isSubmitting = false }
         while let operation = engine.unsent.first, engine.core.canSubmit, engine.isRunning {
             guard let buffer = fillBuffer(operation, engine.pool) else { return }
             engine.unsent.removeFirst()
             trace("client -> \(engine.name) \(operation.text)")
-            step(
-                engine,
-                .submit(
-                    Operation(
-                        kind: operation.kind, flags: operation.flags, offset: operation.offset,
-                        length: operation.length, buffer: buffer,
-                        userData: UInt64(operation.id))))
+            operation.attempts += 1
+            engine.attempts.append(.init(operation: operation, session: engine.session))
+            var request = Operation(
+                kind: operation.kind, flags: operation.flags, offset: operation.offset,
+                length: operation.length, buffer: buffer,
+                userData: UInt64(engine.attempts.count - 1))
+            request.session = engine.session
+            step(engine, .submit(request))
         }
     }
 
@@ -103,9 +159,14 @@ extension World {
         _ engine: SimulatedEngine, _ id: Int, _ result: OperationResult, buffer: BufferID,
         isHole: Bool
     ) {
-        let operation = operations[id - 1]
+        let operation = engine.attempts[id].operation
+        let isCurrent = engine.attempts[id].session == engine.session
         defer { if buffer != .none { engine.pool.release(buffer) } }
         trace("\(engine.name) -> client \(operation.text): \(result)")
+        engine.attempts[id].completions += 1
+        check(32, engine.attempts[id].completions == 1, "\(operation.text) is answered twice")
+        if !isCurrent && engine.leftovers > 0 { engine.leftovers -= 1 }
+        guard isCurrent, !engine.isSessionDead || operation.worker < 0 else { return }
         guard operation.isOutstanding, operation.engine == engine.index else { return }
         switch result {
         case .shuttingDown, .cancelled:
@@ -142,11 +203,10 @@ extension World {
                 in: memory.slice(position, Content.sectorSize), sector: UInt64(sector),
                 scratch: sectorBlock.memory)
             position += Content.sectorSize
-            guard value != Content.garbage else {
-                return fail(
-                    "invariant 27: \(operation.text) returned what nobody wrote to sector \(sector)"
-                )
-            }
+            check(
+                27, value != Content.garbage,
+                "\(operation.text) returned what nobody wrote to sector \(sector)")
+            guard failure == nil else { return }
             if isHole && value != 0 { return fail("\(operation.text): a hole with data in it") }
             observeReadValue(operation, engine, value, sector: sector)
             values.append(value)

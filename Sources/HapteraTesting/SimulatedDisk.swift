@@ -1,7 +1,7 @@
 import HapteraCore
 
 /// What a disk does wrong, set by the world's fault plan and read at each operation.
-struct DiskTrouble {
+struct DiskTrouble: Equatable {
     /// Multiplies latencies.
     var slowness = 1
     /// Per thousand operations.
@@ -9,6 +9,16 @@ struct DiskTrouble {
     var writeErrors = 0
     var syncErrors = 0
     var isFull = false
+    /// Operations that take up to three seconds.
+    var outliers = 0
+    /// The next write of a layer's data does not happen, or happens somewhere else.
+    var misdoing = Misdoing.none
+    enum Misdoing {
+        case none
+        case lose
+        case misdirect
+    }
+    var isNone: Bool { self == DiskTrouble() }
 }
 
 /// An operation ended.
@@ -59,11 +69,13 @@ final class SimulatedDisk: ReplicaStorage {
 
     func file(_ name: ReplicaFile) -> SimulatedFile? { files.first { $0.name == name } }
 
+    private func countCall() throws(StorageError) {
+        guard let left = callsUntilCut else { return }
+        if left == 0 { throw StorageError(.io(errno: 5), "cut off") }
+        callsUntilCut = left - 1
+    }
     private func existing(_ name: ReplicaFile) throws(StorageError) -> SimulatedFile {
-        if let left = callsUntilCut {
-            if left == 0 { throw StorageError(.io(errno: 5), "cut off") }
-            callsUntilCut = left - 1
-        }
+        try countCall()
         guard let file = file(name) else { throw StorageError(.notFound, "no \(name)") }
         return file
     }
@@ -106,10 +118,12 @@ final class SimulatedDisk: ReplicaStorage {
         default:
             return nil
         }
+        delay *= UInt64(trouble.slowness)
+        if random.permille(trouble.outliers) { delay += milliseconds(random.between(100, 3000)) }
         nextOperation += 1
         operation.id = nextOperation
         operations.append(operation)
-        return (operation.id, delay * UInt64(trouble.slowness))
+        return (operation.id, delay)
     }
 
     private func startSync(_ name: ReplicaFile) -> Kind {
@@ -169,8 +183,27 @@ final class SimulatedDisk: ReplicaStorage {
             }
             return -5
         }
-        land(file, offset: operation.offset, bytes: bytes, length: bytes.count)
+        if let offset = place(operation, file, bytes) {
+            land(file, offset: offset, bytes: bytes, length: bytes.count)
+        }
         return bytes.count
+    }
+
+    /// Where a write ends up: where it should, except for a data write of a disk in trouble. Pages,
+    /// log and manifest are spared: of a page lost together with its data nothing is left that
+    /// would tell, and only comparing the copies finds it.
+    private func place(_ operation: Operation, _ file: SimulatedFile, _ bytes: [UInt8]) -> Int? {
+        guard case .data = operation.file else { return operation.offset }
+        switch trouble.misdoing {
+        case .none: return operation.offset
+        case .lose:
+            trouble.misdoing = .none
+            return nil
+        case .misdirect:
+            trouble.misdoing = .none
+            let places = (file.size - bytes.count) / Geometry.blockSize
+            return random.below(places + 1) * Geometry.blockSize
+        }
     }
 
     private func finishSync(
@@ -223,9 +256,34 @@ final class SimulatedDisk: ReplicaStorage {
             }
             file.cutPower(keepPermille: keepPermille, torn: torn, random)
         }
-        files.removeAll { !$0.isNameDurable }
+        // A name that was not synced is gone, or is there, perhaps without the file's size.
+        files.removeAll { !$0.isNameDurable && random.permille(500) }
+        for index in files.indices where !files[index].isNameDurable && random.permille(500) {
+            files[index] = SimulatedFile(name: files[index].name, size: 0)
+        }
         operations = []
         hasFailedSync = false
+    }
+
+    // MARK: Whole directories
+
+    /// A copy of the directory, as a backup program makes it.
+    struct Backup {
+        fileprivate var files: [SimulatedFile]
+    }
+    func backup() -> Backup { Backup(files: files.map(\.copy)) }
+    /// Puts a copy back. The process must be gone.
+    func restore(_ backup: Backup) {
+        files = backup.files.map(\.copy)
+        operations = []
+        hasFailedSync = false
+    }
+    /// A new, empty disk.
+    func replace() {
+        files = []
+        operations = []
+        hasFailedSync = false
+        trouble = DiskTrouble()
     }
 
     // MARK: ReplicaStorage
@@ -253,10 +311,16 @@ final class SimulatedDisk: ReplicaStorage {
         UInt64(try existing(file).size)
     }
     func create(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
-        guard self.file(file) == nil else { throw StorageError(.exists, "\(file)") }
+        try countCall()
+        if let found = self.file(file) {
+            // One without a byte is what a creation cut short leaves: it is taken for new.
+            guard found.size == 0 else { throw StorageError(.exists, "\(file)") }
+            files.removeAll { $0.name == file }
+        }
         files.append(SimulatedFile(name: file, size: Int(size)))
     }
     func syncDirectories() throws(StorageError) {
+        try countCall()
         for file in files { file.isNameDurable = true }
     }
     func nextAllocated(_ file: ReplicaFile, from offset: UInt64) throws(StorageError)

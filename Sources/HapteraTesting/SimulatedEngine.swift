@@ -9,14 +9,35 @@ final class SimulatedEngine {
     let pool: BufferPool
     var connections: [SimulatedNetwork.Connection?]
     private(set) var isAlive = true
+    /// The process is stopped (SIGSTOP) until then, nanoseconds.
+    var pausedUntil: UInt64 = 0
     var isServing = false
     var hasServed = false
     /// The nonce of the change it asked for last.
     var proposedNonce: UInt64 = 0
+    /// That change, until its outcome is known.
+    var proposal: VolumeRecord?
+    /// Of its core, as last looked at.
+    var isCopying = false
+    var regionsCopied: UInt64 = 0
     /// It took the volume over for clients that remember nothing.
     var servesNewClients = false
     /// Guards against handing requests over from within a hand-over.
     var isSubmitting = false
+    /// A request handed to the core, in the order of handing over: the core's `userData` is the
+    /// place in this list.
+    struct Attempt {
+        var operation: ClientOperation
+        var session: UInt32
+        var completions = 0
+    }
+    var attempts: [Attempt] = []
+    /// The clients' connection; requests of an earlier one have nobody to answer to.
+    var session: UInt32 = 1
+    /// The connection is broken and there is no new one yet.
+    var isSessionDead = false
+    /// Requests of earlier sessions that the core still has.
+    var leftovers = 0
     /// Requests the core or the pool had no room for yet, in order.
     var unsent: [ClientOperation] = []
 
@@ -39,6 +60,8 @@ final class SimulatedEngine {
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
     }
 
+    /// It waits for no change of the record.
+    var isSettled: Bool { proposal.map { $0.epoch <= core.epoch } ?? true }
     var isRunning: Bool { isAlive && core.phase != .stopped }
     func kill() { isAlive = false }
     var name: String { "engine-\(index)" }
@@ -97,6 +120,7 @@ extension World {
         guard engine.isAlive else { return }
         engine.core.step(event, now: timeline.instant)
         while let action = engine.core.actions.popFirst() { perform(action, engine) }
+        observeJoin(engine)
         submitUnsent(engine)
     }
 
@@ -139,7 +163,7 @@ extension World {
                 engine: engine.index, expected: expected, record: engine.core.proposedRecord)
         case .note(let note):
             self.note("\(engine.name): \(note)")
-            if case .resolved = note { observeResolved(engine) }
+            observeNote(engine, note)
         case .serving(let serving):
             self.note("\(engine.name) serving: \(serving)")
             engine.isServing = serving
@@ -219,7 +243,7 @@ extension World {
             engine: engine.index, slot: slot, replica: host.index, process: host.process,
             number: number)
         host.connections[number] = connection
-        step(host, .connected(connection: number))
+        deliver(.connected(connection: number), to: host)
     }
 
     func decode(_ bytes: [UInt8]) -> (header: FrameHeader, table: RawMemory, data: RawMemory)? {

@@ -44,6 +44,18 @@ final class SimulatedFile {
         allocated = [Bool](repeating: false, count: (capacity + 4095) / 4096)
     }
 
+    /// The same bytes, all of them durable.
+    var copy: SimulatedFile {
+        let copy = SimulatedFile(name: name, size: size)
+        copy.currentBlock = MemoryBlock(count: current.count)
+        copy.durableBlock = MemoryBlock(count: current.count)
+        copy.current.copy(from: current)
+        copy.durable.copy(from: current)
+        copy.allocated = allocated
+        copy.isNameDurable = true
+        return copy
+    }
+
     var current: RawMemory { currentBlock.memory }
     var durable: RawMemory { durableBlock.memory }
 

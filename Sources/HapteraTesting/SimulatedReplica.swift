@@ -4,7 +4,8 @@ import HapteraCore
 final class SimulatedReplica {
     let index: Int
     let id: ReplicaID
-    let incarnation: Incarnation
+    /// Of the copy in its directory: another one after its disk was replaced.
+    private(set) var incarnation: Incarnation
     let disk: SimulatedDisk
     private(set) var bootID: UInt64
     /// Counts process starts; what belongs to an earlier one is dropped.
@@ -12,6 +13,12 @@ final class SimulatedReplica {
     private(set) var core: ReplicaCore?
     private(set) var pool: BufferPool?
     var connections: [SimulatedNetwork.Connection?]
+    /// The process is stopped (SIGSTOP) until then, nanoseconds.
+    private(set) var pausedUntil: UInt64 = 0
+    /// What the process will find when it goes on.
+    private var held: [ReplicaEvent] = []
+    /// What it held some time ago.
+    private(set) var backup: SimulatedDisk.Backup?
     /// The host lost power since its copy was last equal to the others.
     var isLossy = false
     /// The replica says of itself that it may have lost something (`InstallReply.isRebooted`).
@@ -32,6 +39,8 @@ final class SimulatedReplica {
 
     /// Births an Install has raised: the epoch by region.
     var restamped: [UInt64: Epoch] = [:]
+    /// By region, the epoch of the last client's write it answered for.
+    var lastWrite: [UInt64: Epoch] = [:]
     var dataWriteCount = 0
 
     struct DataRequest {
@@ -41,6 +50,8 @@ final class SimulatedReplica {
         var sequence: SequenceNumber
         var blocks: Range<UInt64>
         var values: [ValueID]
+        /// Made by the engine to make copies equal, not by a client.
+        var isCopy: Bool
     }
 
     init(index: Int, random: RandomSource, blockCount: Int) {
@@ -56,7 +67,10 @@ final class SimulatedReplica {
     var name: String { "replica-\(index)" }
     var freeConnection: Int? { connections.firstIndex { $0 == nil } }
 
-    func created(_ random: RandomSource) { bootID = random.next() | 1 }
+    /// A request that changes the block is under way.
+    func isWriting(_ block: Int) -> Bool {
+        requests.contains { $0.blocks.contains(UInt64(block)) }
+    }
     func started(_ core: ReplicaCore, _ pool: BufferPool) {
         self.core = core
         self.pool = pool
@@ -67,14 +81,69 @@ final class SimulatedReplica {
         pool = nil
         process += 1
         requests = []
+        pausedUntil = 0
+        held = []
         // A region that was on its way into the log, or out of it, may be found outside.
         restamped = [:]
         connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
     }
     func rebooted(_ random: RandomSource) { bootID = random.next() | 1 }
+
+    func pause(until time: UInt64) { pausedUntil = time }
+    func hold(_ event: ReplicaEvent) { held.append(event) }
+    func resume() -> [ReplicaEvent] {
+        defer { held = [] }
+        pausedUntil = 0
+        return held
+    }
+    func takeBackup() { backup = disk.backup() }
+
+    /// The directory is another one now: nothing seen of the one before is true of it.
+    func replaced(incarnation: Incarnation? = nil) {
+        if let incarnation {
+            self.incarnation = incarnation
+            backup = nil
+        }
+        promised = .zero
+        installed = .zero
+        applied = []
+        order = Array(repeating: .zero, count: order.count)
+        lastWrite = [:]
+        isLossy = true
+    }
+}
+
+extension VolumeRecord {
+    /// Whether the replica is a member with the copy it has now.
+    func contains(_ host: SimulatedReplica) -> Bool {
+        inSync.contains { $0.replica == host.id && $0.incarnation == host.incarnation }
+    }
 }
 
 extension World {
+    /// Makes the replica's files; a power cut may come in between, then they are made again.
+    func createReplica(_ host: SimulatedReplica) {
+        let identity = ReplicaIdentity(
+            volume: volume, name: "sim", replica: host.id, incarnation: host.incarnation,
+            size: workload.sizeBytes)
+        if faults.cutsDuringOpen { host.disk.callsUntilCut = random.below(24) }
+        for _ in 0..<2 {
+            do throws(StorageError) {
+                try ReplicaCore.create(
+                    storage: host.disk, identity: identity, logCapacity: ActivityLog.capacityMin)
+                host.disk.callsUntilCut = nil
+                return host.rebooted(random)
+            } catch {
+                guard host.disk.callsUntilCut != nil else {
+                    return fail("\(host.name) cannot be created: \(error.message)")
+                }
+                note("\(host.name) loses power while it is made")
+                host.disk.callsUntilCut = nil
+                host.disk.cutPower()
+            }
+        }
+    }
+
     /// Starts the replica's process when the one before has no disk operation left (its lock is
     /// on the descriptors the kernel still uses).
     func startReplica(_ host: SimulatedReplica) {
@@ -241,12 +310,21 @@ extension World {
         deliverReplicaCloses()
     }
 
+    /// To the process, or to where it finds it when it goes on.
+    func deliver(_ event: ReplicaEvent, to host: SimulatedReplica) {
+        if host.pausedUntil > timeline.now { host.hold(event) } else { step(host, event) }
+    }
+    func resume(_ host: SimulatedReplica) {
+        for event in host.resume() { step(host, event) }
+        deliverReplicaCloses()
+    }
+
     func diskCompleted(_ host: SimulatedReplica, process: Int, operation: UInt64) {
         let isSame = host.process == process && host.core != nil
         guard let done = host.disk.complete(operation, pool: isSame ? host.pool : nil), isSame
         else { return }
         if done.result < 0 { note("\(host.name): disk error \(done.result)") }
-        step(host, .disk(token: done.token, result: done.result))
+        deliver(.disk(token: done.token, result: done.result), to: host)
         deliverReplicaCloses()
     }
 }

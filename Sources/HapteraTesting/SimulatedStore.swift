@@ -17,6 +17,13 @@ final class SimulatedStore {
     /// Every record that ever stood, by epoch, from the first.
     private(set) var history: [VolumeRecord]
     private(set) var isDown = false
+    private struct Cut {
+        var engine: Int
+        var requests: Bool
+        var replies: Bool
+        var until: UInt64
+    }
+    private var cuts: [Cut] = []
 
     // Per thousand.
     var requestLoss = 0
@@ -40,6 +47,17 @@ final class SimulatedStore {
 
     func setDown(_ down: Bool) { isDown = down }
 
+    /// One engine's requests, or their answers, or both are lost until `until`.
+    func cutOff(engine: Int, requests: Bool, replies: Bool, until: UInt64) {
+        cuts.append(Cut(engine: engine, requests: requests, replies: replies, until: until))
+    }
+    func reconnectAll() { cuts = [] }
+    private func isCut(_ engine: Int, _ direction: (Cut) -> Bool) -> Bool {
+        cuts.contains { $0.engine == engine && $0.until > timeline.now && direction($0) }
+    }
+    /// Who waits for the answer; nil: it has one.
+    func asker(_ id: Int) -> Int? { requests[id].isAnswered ? nil : requests[id].engine }
+
     func get(engine: Int) { send(Request(engine: engine, swap: nil)) }
     func compareAndSwap(engine: Int, expected: Epoch, record: VolumeRecord) {
         send(Request(engine: engine, swap: (expected, record)))
@@ -50,7 +68,9 @@ final class SimulatedStore {
         requests.append(request)
         let timeout = milliseconds(1000)
         timeline.schedule(after: timeout, .storeReply(request: id, isTimeout: true))
-        guard !isDown, !random.permille(requestLoss) else { return }
+        guard !isDown, !random.permille(requestLoss), !isCut(request.engine, \.requests) else {
+            return
+        }
         var delay = random.delay(microseconds: 100, 5000)
         if random.permille(lateArrival) { delay += milliseconds(random.below(4000)) }
         timeline.schedule(after: delay, .storeArrival(request: id))
@@ -75,7 +95,7 @@ final class SimulatedStore {
         } else {
             requests[id].outcome = .record(record)
         }
-        if !random.permille(replyLoss) {
+        if !random.permille(replyLoss), !isCut(requests[id].engine, \.replies) {
             timeline.schedule(
                 after: random.delay(microseconds: 100, 5000),
                 .storeReply(request: id, isTimeout: false))

@@ -10,15 +10,17 @@ package enum SimulatorCommand {
     private static let usage = """
         usage: haptera-sim [--seed N | --seeds FROM-TO] [--steps M] [--replicas K]
                            [--mutation NAME] [--until-failure] [--trace]
+                           [--coverage]
                haptera-sim --list-mutations
           --seed N         run one seed (default 1)
           --seeds FROM-TO  run all of them, both ends included
           --steps M        events of each run's troubled part (default \
         \(SimulationOptions().steps))
-          --replicas K     copies of the volume, 1 to \(Geometry.replicasMax) (default 3)
+          --replicas K     copies of the volume, 1 to \(Geometry.replicasMax) (default: drawn, 1 to 3)
           --mutation NAME  switch one rule off; the run should then fail
           --until-failure  stop at the first failing seed
           --trace          print every event
+          --coverage       print how often each check was made and each fault injected
         mutations: \(MutationSet.named.map(\.name).joined(separator: " "))
         """
 
@@ -26,6 +28,7 @@ package enum SimulatorCommand {
         var seeds: ClosedRange<UInt64> = 1...1
         var options = SimulationOptions()
         var stopsAtFailure = false
+        var printsCoverage = false
     }
 
     /// The exit status: 0 all passed, 1 some failed, 2 usage.
@@ -43,17 +46,22 @@ package enum SimulatorCommand {
         var failed = 0
         var acknowledged = 0
         var runs = 0
+        var coverage = Coverage()
         for seed in parsed.seeds {
             // SAFETY: see `currentSeed`.
             unsafe currentSeed = seed
             let outcome = simulate(seed: seed, options: parsed.options)
             runs += 1
+            coverage.add(outcome.coverage)
             acknowledged += outcome.acknowledged
             guard let failure = outcome.failure else { continue }
             failed += 1
             print("seed \(seed): FAILED at step \(failure.step): \(failure.what)")
             fflush(nil)
             if parsed.stopsAtFailure { break }
+        }
+        if parsed.printsCoverage {
+            for line in coverage.lines { print(line) }
         }
         let elapsed = max(seconds() - start, 0.001)
         print(
@@ -69,6 +77,7 @@ package enum SimulatorCommand {
             switch option {
             case "--trace": result.options.trace = { print($0) }
             case "--until-failure": result.stopsAtFailure = true
+            case "--coverage": result.printsCoverage = true
             case "--seed":
                 guard let seed = rest.popFirst().flatMap({ UInt64($0) }) else { return nil }
                 result.seeds = seed...seed

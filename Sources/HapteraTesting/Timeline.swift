@@ -16,6 +16,10 @@ enum WorldEvent {
     /// A client worker does its next piece of work.
     case work(worker: Int)
     case fault
+    /// Trouble at the very moment something changed.
+    case stageFault
+    /// A client writes where nobody has.
+    case freshWrite
     /// A temporary trouble ends.
     case relief(Relief)
 }
@@ -24,7 +28,13 @@ enum WorldEvent {
 enum Relief {
     case disk(replica: Int)
     case store
-    case clients
+    /// The clients connect again.
+    case clients(engine: Int)
+    /// A stopped process goes on.
+    case replica(Int)
+    case engine(Int)
+    /// The link breaks for a moment, so many times more.
+    case flap(replica: Int, left: Int)
 }
 
 /// Simulated time and what is to happen in it.

@@ -12,6 +12,8 @@ final class ClientOperation {
     /// The engine it was first given to, and the one that has it now; -1: none.
     var firstEngine = -1
     var engine = -1
+    /// Times it was handed to an engine.
+    var attempts = 0
     var isComplete = false
     /// Its client is gone, or got an error: nobody knows whether it happened.
     var isAbandoned = false
@@ -61,6 +63,8 @@ struct Workload {
     let sizeBytes: UInt64
     /// Runs of hot blocks.
     let clusters: [Range<UInt64>]
+    /// A block each of regions that nothing else touches; written once.
+    var freshBlocks: [UInt64] = []
     let subBlockPermille: Int
     let readPermille: Int
     let flushPermille: Int
@@ -89,6 +93,10 @@ struct Workload {
         }
         for index in clusters.indices { clusters.swapAt(index, random.below(clusters.count)) }
         self.clusters = clusters
+        let touched = Set(clusters.joined().map { $0 / perRegion })
+        for region in 0..<blocks / perRegion where !touched.contains(region) {
+            freshBlocks.append(region * perRegion + UInt64(random.below(Int(perRegion))))
+        }
         subBlockPermille = random.pick([0, 100, 400])
         readPermille = random.pick([200, 350, 500])
         flushPermille = random.pick([5, 30, 100])

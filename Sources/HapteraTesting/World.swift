@@ -2,7 +2,8 @@ import HapteraCore
 
 /// What a run of the simulator is asked to do.
 package struct SimulationOptions: Sendable {
-    package var replicas = 3
+    /// Copies of the volume; nil: drawn by the seed.
+    package var replicas: Int?
     /// Events of the troubled part of a run; what follows heals and must converge.
     package var steps = 12_000
     package var mutations = MutationSet()
@@ -19,6 +20,7 @@ package struct SimulationOutcome: Sendable {
     package var failure: (step: Int, what: String)?
     package var acknowledged: Int
     package var epochs: Int
+    package var coverage: Coverage
 }
 
 /// A whole installation in one thread: the real cores, and everything around them made up from one
@@ -30,13 +32,14 @@ package final class World {
     let network: SimulatedNetwork
     let store: SimulatedStore
     let volume: VolumeID
-    let workload: Workload
+    var workload: Workload
     let faults: FaultPlan
     let leases: SimulatedLeases
     private(set) var hosts: [SimulatedReplica] = []
     var engines: [SimulatedEngine] = []
     var currentEngine: Int?
     var history = History()
+    var coverage = Coverage()
     var operations: [ClientOperation] = []
     var promises: Promises
     /// The sectors clients use, ascending.
@@ -52,6 +55,8 @@ package final class World {
     var isLossPossible = false
     var joinStartedAt: UInt64 = 0
     var isChaos = true
+    /// No fault before this, nanoseconds.
+    var calmUntil: UInt64 = 0
     /// The replica that rot and the faults that go with it spare.
     let keeper: Int
     var pendingDisconnects: [(SimulatedEngine, ReplicaSlot)] = []
@@ -66,12 +71,14 @@ package final class World {
         self.seed = seed
         self.options = options
         random = RandomSource(seed: RandomSource.mix(seed))
+        // Mostly three copies: that is where the protocol has the most to decide.
+        let replicas = options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
         let regions = random.pick([1, 2, 3, 16])
         let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)
         hotSectors = Set(
-            workload.clusters.joined().flatMap {
+            (Array(workload.clusters.joined()) + workload.freshBlocks).flatMap {
                 let first = Int($0) * Content.sectorsPerBlock
                 return first..<first + Content.sectorsPerBlock
             }
@@ -79,10 +86,10 @@ package final class World {
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
         faults = FaultPlan(random: random.fork())
         leases = SimulatedLeases(random: random.fork())
-        keeper = random.below(options.replicas)
+        keeper = random.below(replicas)
         network = SimulatedNetwork(timeline: timeline, random: random.fork())
         let hostsRandom = random.fork()
-        let hosts = (0..<options.replicas).map {
+        let hosts = (0..<replicas).map {
             SimulatedReplica(
                 index: $0, random: hostsRandom, blockCount: Int(size) / Geometry.blockSize)
         }
@@ -140,6 +147,12 @@ package final class World {
         note("FAILED: \(what)")
     }
 
+    /// Judges an invariant of `docs/replication.md`, by its number, and counts that it did.
+    func check(_ invariant: Int, _ holds: Bool, _ otherwise: @autoclosure () -> String) {
+        coverage.evaluated(invariant)
+        if !holds { fail("invariant \(invariant): \(otherwise())") }
+    }
+
     // MARK: Running
 
     package func run() -> SimulationOutcome {
@@ -147,30 +160,21 @@ package final class World {
         runChaos()
         if failure == nil { converge() }
         if failure == nil { finish() }
+        coverage.evaluated(9)
+        coverage.evaluated(33)
         if let wrong = history.check(sectorCount: Int(workload.sizeBytes) / Content.sectorSize) {
             fail(atStep: wrong.step, wrong.what)
         }
         return SimulationOutcome(
             seed: seed, steps: timeline.step, failure: failure,
             acknowledged: operations.count(where: \.isComplete),
-            epochs: Int(store.record.epoch.rawValue))
+            epochs: Int(store.record.epoch.rawValue), coverage: coverage)
     }
 
     private func setUp() {
         note("\(hosts.count) replicas, \(workload.sizeBytes) bytes, faults \(faults.kinds)")
         for host in hosts {
-            do throws(StorageError) {
-                try ReplicaCore.create(
-                    storage: host.disk,
-                    identity: ReplicaIdentity(
-                        volume: volume, name: "sim", replica: host.id,
-                        incarnation: host.incarnation,
-                        size: workload.sizeBytes),
-                    logCapacity: ActivityLog.capacityMin)
-                host.created(random)
-            } catch {
-                return fail("\(host.name) cannot be created: \(error.message)")
-            }
+            createReplica(host)
             startReplica(host)
         }
         startEngine(generation: generation)
@@ -206,28 +210,37 @@ package final class World {
     private func handle(_ event: WorldEvent) {
         switch event {
         case .deliver(let id, let toReplica): deliver(network.connection(id), toReplica)
-        case .connect(let engine, let slot): connect(engines[engine], slot)
+        case .connect(let engine, let slot):
+            guard !postpone(event, engines[engine].pausedUntil) else { return }
+            connect(engines[engine], slot)
         case .disk(let replica, let process, let operation):
             diskCompleted(hosts[replica], process: process, operation: operation)
         case .storeArrival(let request): storeArrived(request)
         case .storeReply(let request, let isTimeout):
+            if let engine = store.asker(request), postpone(event, engines[engine].pausedUntil) {
+                return
+            }
             guard let answer = store.answer(request, isTimeout: isTimeout) else { return }
             step(engines[answer.engine], .store(answer.outcome))
             deliverDisconnects()
         case .engineTick(let index):
             let engine = engines[index]
-            guard engine.isRunning else { return }
+            guard engine.isRunning, !postpone(event, engine.pausedUntil) else { return }
             step(engine, .tick)
             deliverDisconnects()
             timeline.schedule(after: milliseconds(random.between(20, 100)), event)
         case .replicaTick(let index, let process):
-            guard hosts[index].process == process, hosts[index].core != nil else { return }
+            guard hosts[index].process == process, hosts[index].core != nil,
+                !postpone(event, hosts[index].pausedUntil)
+            else { return }
             step(hosts[index], .tick)
             deliverReplicaCloses()
             timeline.schedule(after: milliseconds(random.between(20, 100)), event)
         case .startReplica(let index): startReplica(hosts[index])
         case .work(let worker): work(worker)
         case .fault: nextFault()
+        case .stageFault: stageFault()
+        case .freshWrite: writeFreshBlock()
         case .relief(let relief): relieve(relief)
         }
     }
@@ -236,11 +249,25 @@ package final class World {
         let before = store.record
         if let violation = store.arrived(request) { return fail(violation) }
         guard store.record.epoch != before.epoch else { return }
+        coverage.evaluated(1)
+        coverage.evaluated(2)
         observeRecord(store.record, before: before)
         audit()
     }
 
+    /// What reaches a stopped process waits until it goes on.
+    private func postpone(_ event: WorldEvent, _ pausedUntil: UInt64) -> Bool {
+        guard pausedUntil > timeline.now else { return false }
+        timeline.schedule(at: pausedUntil + random.delay(microseconds: 1, 20), event)
+        return true
+    }
+
     private func deliver(_ connection: SimulatedNetwork.Connection, _ toReplica: Bool) {
+        let event = WorldEvent.deliver(connection: connection.id, toReplica: toReplica)
+        let pausedUntil =
+            toReplica
+            ? hosts[connection.replica].pausedUntil : engines[connection.engine].pausedUntil
+        guard !postpone(event, pausedUntil) else { return }
         guard let parcel = network.take(connection, toReplica: toReplica) else { return }
         if toReplica {
             deliver(parcel, to: hosts[connection.replica], connection)

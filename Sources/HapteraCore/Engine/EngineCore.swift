@@ -146,6 +146,8 @@ package final class EngineCore {
     var joinProgress = JoinProgress()
     /// Regions whose digests were compared, by resolution, repair or rebuild.
     package internal(set) var regionsCompared: UInt64 = 0
+    package internal(set) var regionsCopied: UInt64 = 0
+    package internal(set) var lastRegionCopied: UInt64 = 0
 
     package init(configuration: EngineConfiguration, pool: BufferPool) {
         self.configuration = configuration
@@ -174,6 +176,20 @@ package final class EngineCore {
     package var rebuildProgress: (done: Int, total: Int) {
         (max(0, neededTotal - neededCount), neededTotal)
     }
+
+    // For checkers.
+    /// The members may differ in the region: nothing may be read from it. (A damaged block alone is
+    /// no such difference.)
+    package func isUnresolved(_ region: UInt64) -> Bool {
+        unresolved.contains(region) && !damagedRegions.contains(region)
+    }
+    /// Whether a request with the tag was sent for a client.
+    package func isClientTag(_ tag: UInt64) -> Bool {
+        slotIndex(ofTag: tag).map { slots[$0].use == .client } ?? false
+    }
+    package var isCopying: Bool { joinStage == .copying }
+    package var regionsToCopy: Int { neededCount }
+    package func isToBeCopied(_ region: UInt64) -> Bool { isNeeded(region) }
 
     /// The checksums (4 bytes per block) that go with a `send` of this slot.
     package func table(_ index: Int32) -> RawMemory {

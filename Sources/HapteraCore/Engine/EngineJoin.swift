@@ -90,6 +90,8 @@ extension EngineCore {
         guard joinStage == .copying, isNeeded(region) else { return }
         needed[Int(region / 64)] &= ~(1 << (region % 64))
         neededCount -= 1
+        regionsCopied += 1
+        lastRegionCopied = region
         let done = neededTotal - neededCount
         if let joiner, done % 64 == 0 || neededCount == 0 {
             note(

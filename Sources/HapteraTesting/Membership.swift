@@ -1,0 +1,242 @@
+import HapteraCore
+
+// What the world checks of the record, of joins and takeovers, and of who may decide.
+
+extension World {
+    /// 21: while a change of the record is in doubt, what is acknowledged is good under both
+    /// outcomes: on all members of the record that stands, and on all of the one that may.
+    /// 20: so a joiner counts from the moment its promotion is asked for.
+    func observeInDoubt(
+        _ operation: ClientOperation, _ engine: SimulatedEngine, _ record: VolumeRecord
+    ) {
+        guard let proposal = engine.proposal, proposal.epoch == record.epoch.next else { return }
+        check(
+            proposal.change == .promotion ? 20 : 21, hasApplied(operation, proposal),
+            "\(operation.text) acknowledged without a member of \(names(proposal)), asked for")
+        check(
+            21, hasApplied(operation, record),
+            "\(operation.text) acknowledged without a member of \(names(record)), which stands"
+                + " while a change is in doubt")
+    }
+
+    /// 29: whoever must have applied what was acknowledged knows the record it counts in, or one
+    /// of a later epoch.
+    func observeReconstructible(_ record: VolumeRecord) {
+        for host in hosts where record.contains(host) {
+            check(
+                29, host.installed >= record.epoch,
+                "\(host.name) has not installed e\(record.epoch.rawValue)")
+        }
+    }
+
+    /// 20: the joiner holds all that was acknowledged, and durably all that was flushed.
+    private func observePromotion(_ engine: SimulatedEngine, _ next: VolumeRecord) {
+        check(20, engine.core.regionsToCopy == 0, "promotion asked for with regions to copy")
+        for host in hosts where next.contains(host) && !store.record.contains(host) {
+            guard
+                let now = ReplicaImage(
+                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes),
+                let kept = ReplicaImage(host.disk, isDurable: true, sizeBytes: workload.sizeBytes)
+            else { continue }
+            compare(host, now, promises.acknowledged, 20, "joins without acknowledged")
+            compare(host, kept, promises.flushed, 20, "joins without flushed")
+        }
+    }
+
+    /// An engine asks for a new record.
+    func observeProposal(_ engine: SimulatedEngine) {
+        let next = engine.core.proposedRecord
+        // The same proposal again, because the first is in doubt: nothing new is decided.
+        guard next.nonce != engine.proposedNonce else { return }
+        engine.proposedNonce = next.nonce
+        engine.proposal = next
+        // A superseded engine's proposal fails.
+        guard next.epoch == store.record.epoch.next else { return }
+        if next.change == .promotion { observePromotion(engine, next) }
+        stageChanged(.recordChange)
+        let rest = hosts.filter { next.contains($0) }
+        let gone = hosts.filter { store.record.contains($0) && !next.contains($0) }
+        if engine.servesNewClients && rest.allSatisfy(\.isMarkedRebooted) {
+            // Nobody is left who would notice.
+            note("loss of unflushed writes is allowed here")
+            coverage.took(.lossAllowed)
+            history.append(.lossAllowed, step: timeline.step)
+            promises.lost()
+            return
+        }
+        guard rest.allSatisfy(\.isLossy), gone.contains(where: { !$0.isLossy }) else { return }
+        // 9, promise 1: a good copy is not given up for copies known to have lost power.
+        let knows = rest.allSatisfy { host in
+            guard let slot = engine.core.slot(of: host.id), let link = engine.connections[slot]
+            else { return true }
+            return link.process == host.process && host.startedAt >= host.powerCutAt
+        }
+        if knows && promises.acknowledged != promises.flushed {
+            fail("\(engine.name) removes the last good member; left: \(names(next))")
+        }
+    }
+
+    /// A record has landed in the store.
+    func observeRecord(_ record: VolumeRecord, before: VolumeRecord) {
+        observeTurn(record, before)
+        for host in hosts where record.contains(host) && !before.contains(host) {
+            let isFork = record.lineage.count > before.lineage.count
+            check(
+                24,
+                record.change == .reinstatement || isFork
+                    || record.change == .promotion && before.joining?.replica == host.id,
+                "\(host.name) is a member again without promotion, reinstatement or fork")
+            // Filled since it joined, unless its power failed meanwhile.
+            if host.powerCutAt < joinStartedAt { host.isLossy = false }
+        }
+        if record.engine != before.engine,
+            let engine = engines.first(where: { $0.instance == record.engine })
+        {
+            engine.servesNewClients = record.clientGeneration != before.clientGeneration
+        }
+        if record.joining != nil && record.joining != before.joining {
+            joinStartedAt = timeline.now
+        }
+        note("record e\(record.epoch.rawValue): \(names(record))\(record.isClean ? " clean" : "")")
+        noteLoss()
+    }
+
+    private func observeTurn(_ record: VolumeRecord, _ before: VolumeRecord) {
+        switch record.change {
+        case .takeover: coverage.took(.takeover)
+        case .removal: coverage.took(.removal)
+        case .join: coverage.took(.join)
+        case .promotion: coverage.took(.promotion)
+        case .detach: coverage.took(.detach)
+        case .salvage: coverage.took(.salvage)
+        case .reinstatement: coverage.took(.reinstatement)
+        case .creation, .reconstruction: break
+        }
+    }
+
+    func observeNote(_ engine: SimulatedEngine, _ note: EngineNote) {
+        switch note {
+        case .resolved:
+            coverage.took(.resolution)
+            observeResolved(engine)
+        case .joinFailed: coverage.took(.joinFailed)
+        case .repaired: coverage.took(.repair)
+        case .stalled: coverage.took(.stall)
+        case .onlyRebootedMembers: coverage.took(.refusal)
+        case .doubtfulBytesKept: coverage.took(.doubtfulBytesKept)
+        case .storeUnavailable: coverage.took(.storeUnavailable)
+        case .tookOver:
+            if engine.core.unresolvedCount > 0 { stageChanged(.resolving) }
+        default: break
+        }
+    }
+
+    /// 18, 19: what the engine will not copy is equal already; what it has copied is equal now.
+    func observeJoin(_ engine: SimulatedEngine) {
+        let core = engine.core
+        if core.isCopying != engine.isCopying {
+            engine.isCopying = core.isCopying
+            if core.isCopying {
+                compareJoiner(engine, 18, "left out of the delta") { !core.isToBeCopied($0) }
+                stageChanged(.copying)
+            }
+        }
+        if core.regionsCopied != engine.regionsCopied {
+            engine.regionsCopied = core.regionsCopied
+            let region = core.lastRegionCopied
+            compareJoiner(engine, 19, "copied") { $0 == region }
+        }
+    }
+
+    private func compareJoiner(
+        _ engine: SimulatedEngine, _ invariant: Int, _ what: String, _ concerns: (UInt64) -> Bool
+    ) {
+        guard !faults.rot, let record = engine.core.record, record.epoch == store.record.epoch,
+            let joiner = hosts.first(where: { $0.id == record.joining?.replica }),
+            isReached(joiner, engine),
+            let mine = ReplicaImage(
+                joiner.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+        else { return }
+        coverage.evaluated(invariant)
+        for host in hosts where record.contains(host) && isReached(host, engine) && !host.isLossy {
+            guard
+                let other = ReplicaImage(
+                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+            else { continue }
+            for sector in hotSectors {
+                let block = sector / Content.sectorsPerBlock
+                let region = UInt64(block / Geometry.blocksPerRegion)
+                guard concerns(region), !host.isWriting(block), !joiner.isWriting(block) else {
+                    continue
+                }
+                let (a, b) = (
+                    mine.value(sector: sector, scratch: sectorBlock.memory),
+                    other.value(sector: sector, scratch: sectorBlock.memory)
+                )
+                if a != b {
+                    return fail(
+                        "invariant \(invariant): region \(region), \(what), differs at sector"
+                            + " \(sector): \(joiner.name) #\(a), \(host.name) #\(b)")
+                }
+            }
+        }
+    }
+
+    /// The engine is connected to the very process that holds the copy.
+    private func isReached(_ host: SimulatedReplica, _ engine: SimulatedEngine) -> Bool {
+        engine.connections.contains {
+            $0?.replica == host.index && $0?.process == host.process && host.core != nil
+        }
+    }
+
+    /// Whether only copies that lost power are left: then, and only then, the volume may refuse.
+    func noteLoss() {
+        let members = hosts.filter { store.record.contains($0) }
+        if members.allSatisfy(\.isMarkedRebooted) && !isLossPossible {
+            isLossPossible = true
+            note("only members that lost power are left")
+        }
+    }
+
+    /// An engine begins to serve.
+    func engineServes(_ engine: SimulatedEngine) {
+        engine.hasServed = true
+        guard isGenerationUnserved, engine.generation == generation else { return }
+        isGenerationUnserved = false
+        let members = hosts.filter { store.record.contains($0) }
+        if members.allSatisfy(\.isMarkedRebooted) {
+            // Nobody is left who would notice: what was not flushed may be gone.
+            note("loss of unflushed writes is allowed here")
+            coverage.took(.lossAllowed)
+            history.append(.lossAllowed, step: timeline.step)
+            promises.lost()
+            isLossPossible = false
+        }
+    }
+
+    /// An engine has made its members equal.
+    private func observeResolved(_ engine: SimulatedEngine) {
+        guard let record = engine.core.record else { return }
+        for host in hosts
+        where record.contains(host) && host.installed == record.epoch
+            && host.powerCutAt < host.installedAt
+        {
+            host.isLossy = false
+        }
+    }
+
+    func names(_ record: VolumeRecord) -> String {
+        var text = "in sync ["
+        text += hosts.filter { record.contains($0) }.map { String($0.index) }.joined(
+            separator: " ")
+        text += "]"
+        if let joining = record.joining, let host = hosts.first(where: { $0.id == joining.replica })
+        {
+            text += " joining \(host.index)"
+        }
+        if let engine = engines.first(where: { $0.instance == record.engine }) {
+            text += " \(engine.name)"
+        }
+        return text
+    }
+}
