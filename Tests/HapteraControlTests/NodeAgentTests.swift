@@ -62,8 +62,10 @@ import Testing
             desired.replicas.append(replica)
         }
 
-        func want(_ phase: Haptera_V1_DesiredEngine.Phase, addresses: [String], attachment: UInt64)
-        {
+        func want(
+            _ phase: Haptera_V1_DesiredEngine.Phase, addresses: [String], attachment: UInt64,
+            _ change: (inout Haptera_V1_DesiredEngine) -> Void = { _ in }
+        ) {
             var engine = Haptera_V1_DesiredEngine()
             engine.volumeID = "00000000000000010000000000000002"
             engine.volume = "vol"
@@ -75,6 +77,7 @@ import Testing
                 replica.address = address
                 return replica
             }
+            change(&engine)
             desired.engines = [engine]
         }
 
@@ -112,6 +115,18 @@ import Testing
             _ state: Haptera_V1_EngineReport.State
         ) async throws -> Haptera_V1_EngineReport {
             try await until("engine \(state)") { $0.engines.first?.state == state }.engines[0]
+        }
+        /// What the engine that runs was started with.
+        func engineArgument(_ name: String) throws -> String? {
+            let file = try #require(
+                ProcessFile.load(directory.path + "/run/e-0000000000000001.pid"))
+            return file.arguments.firstIndex(of: name).map { file.arguments[$0 + 1] }
+        }
+        var engineStatus: [String: String] {
+            get async throws {
+                try await ControlSocket.request(
+                    directory.path + "/run/e-0000000000000001.sock", "status", timeoutSeconds: 5)
+            }
         }
         func untilGone(_ pid: Int32) async throws {
             while ProcessIdentity(running: pid) != nil { await Task.yield() }
@@ -207,15 +222,132 @@ import Testing
         let replica = try await bench.untilReplica(.running)
         bench.want(.attach, addresses: [replica.address], attachment: 7)
         let first = try await bench.untilEngine(.serving)
+        #expect(try bench.engineArgument("--ended-instance") == nil)
         kill(first.pid, SIGKILL)
-        _ = try await bench.untilEngine(.waiting)
+        try await bench.untilGone(first.pid)
+        // At once: the round that finds it ended starts the next.
+        try await bench.step()
+        #expect(await bench.report.engines[0].pid != 0)
+        #expect(await bench.report.engines[0].lastEnding.contains("ended by signal 9"))
         let second = try await bench.untilEngine(.serving)
         #expect(second.pid != first.pid)
         #expect(second.uri == first.uri)
-        let file = try #require(
-            ProcessFile.load(bench.directory.path + "/run/e-0000000000000001.pid"))
-        let position = try #require(file.arguments.firstIndex(of: "--client-generation"))
-        #expect(file.arguments[position + 1] == "7")
+        #expect(second.restarts == 1)
+        #expect(try bench.engineArgument("--client-generation") == "7")
+        // It need not wait for the leases of the one that is known to be gone.
+        #expect(try bench.engineArgument("--ended-instance") == "\(first.instance)")
+    }
+
+    /// The agent may have been away when the engine ended: its number is kept on disk.
+    @Test func anEngineThatEndedUnseenIsNamedToTheNext() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        let first = try await bench.untilEngine(.serving)
+        kill(first.pid, SIGKILL)
+        try await bench.untilGone(first.pid)
+        try await bench.restartAgent()
+        _ = try await bench.untilEngine(.serving)
+        #expect(try bench.engineArgument("--ended-instance") == "\(first.instance)")
+        #expect(try bench.engineArgument("--client-generation") == "1")
+    }
+
+    /// After a reboot the client is another one, perhaps: the controller says so first.
+    @Test func afterARebootTheEngineWaitsForTheController() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        let first = try await bench.untilEngine(.serving)
+        kill(first.pid, SIGKILL)
+        try await bench.untilGone(first.pid)
+        let path = bench.directory.path + "/run/e-0000000000000001.pid"
+        var file = try #require(ProcessFile.load(path))
+        file.identity.bootID = "another"
+        try file.save(path)
+        try await bench.restartAgent()
+        for _ in 0..<3 {
+            for task in await bench.agent.step(now: bench.now) { await task.value }
+            #expect(await bench.report.engines.first?.pid == 0)
+        }
+        bench.want(.attach, addresses: [replica.address], attachment: 2)
+        let second = try await bench.untilEngine(.serving)
+        #expect(second.clientGeneration == 2)
+        #expect(try bench.engineArgument("--client-generation") == "2")
+        // The volume was not detached: its address stays.
+        #expect(second.uri == first.uri)
+    }
+
+    @Test func anEngineGetsTheVolumesSettings() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address], attachment: 1) {
+            $0.minInSync = 2
+            $0.leaseMilliseconds = 1000
+            $0.renewMilliseconds = 300
+            $0.removalDeadlineMilliseconds = 5000
+        }
+        _ = try await bench.untilEngine(.serving)
+        #expect(try bench.engineArgument("--min-in-sync") == "2")
+        #expect(try bench.engineArgument("--lease") == "1000")
+        #expect(try bench.engineArgument("--renew") == "300")
+        #expect(try bench.engineArgument("--removal-deadline") == "5000")
+        #expect(try bench.engineArgument("--io-timeout") == nil)
+        #expect(try await bench.engineStatus["limits"] == "none")
+        // What can change while it runs is told, and no shorter than the lease it has.
+        bench.want(.attach, addresses: [replica.address], attachment: 1) {
+            $0.minInSync = 1
+            $0.leaseMilliseconds = 200
+            $0.renewMilliseconds = 60
+            $0.ioTimeoutMilliseconds = 30_000
+            $0.removalDeadlineMilliseconds = 700
+        }
+        try await bench.step()
+        #expect(try await bench.engineStatus["limits"] == "30000/1000")
+    }
+
+    /// An acceptance is for the engine process that asked.
+    @Test func anAcceptedLossReachesTheEngineThatAsked() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        let question = bench.directory.path + "/run/e-0000000000000001.sock.decide"
+        _ = FileManager.default.createFile(atPath: question, contents: nil)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        let asking = try await bench.untilEngine(.stalled)
+        #expect(asking.needsDecision)
+        #expect(asking.instance != 0)
+        bench.want(.attach, addresses: [replica.address], attachment: 1) {
+            $0.acceptLossInstance = asking.instance &+ 1
+        }
+        for _ in 0..<3 { try await bench.step() }
+        #expect(await bench.report.engines[0].needsDecision)
+        bench.want(.attach, addresses: [replica.address], attachment: 1) {
+            $0.acceptLossInstance = asking.instance
+        }
+        let resumed = try await bench.untilEngine(.serving)
+        #expect(!resumed.needsDecision)
+    }
+
+    @Test func rebuildsAreReported() {
+        let status = [
+            "rebuild.replica": "00000000000000a1", "rebuild.kind": "resync",
+            "rebuild.phase": "copying", "rebuild.regionsDone": "3", "rebuild.regionsTotal": "9",
+            "rebuild.bytesCopied": "4096", "rebuild.bytesPerSecond": "2048",
+            "rebuild.elapsedMilliseconds": "2000", "resolve.regionsDone": "64",
+            "resolve.regionsTotal": "64",
+        ]
+        let reports = EngineUnit.rebuilds(status)
+        #expect(reports.map(\.kind) == ["resync"])
+        #expect(reports[0].regionsTotal == 9)
+        #expect(reports[0].bytesPerSecond == 2048)
+        #expect(reports[0].elapsedMilliseconds == 2000)
+        #expect(
+            EngineUnit.rebuilds(["resolve.regionsDone": "1", "resolve.regionsTotal": "2"])
+                .map(\.kind) == ["resolve"])
+        #expect(EngineUnit.rebuilds([:]).isEmpty)
     }
 
     @Test func anEngineIsToldOfNewAddresses() async throws {
@@ -341,6 +473,23 @@ import Testing
             #expect(backoff.mayStart(now: now))
         }
         #expect(backoff.restarts == 5)
+    }
+
+    @Test func anEagerOneStartsAtOnceIfItRanForAWhile() {
+        var backoff = RestartBackoff(isEager: true)
+        var now: Int64 = 0
+        for delay: Int64 in [0, 500, 1000, 2000] {
+            backoff.started(now: now)
+            now += 10
+            backoff.ended(now: now)
+            #expect(delay == 0 || !backoff.mayStart(now: now + delay - 1))
+            now += delay
+            #expect(backoff.mayStart(now: now))
+        }
+        backoff.started(now: now)
+        now += RestartBackoff.eagerStableAfter
+        backoff.ended(now: now)
+        #expect(backoff.mayStart(now: now))
     }
 
     @Test func startsOverAfterAStableMinute() {

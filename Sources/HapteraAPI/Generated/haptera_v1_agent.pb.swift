@@ -41,6 +41,9 @@ package nonisolated struct Haptera_V1_RegisterNodeRequest: Sendable {
 
   package var pid: Int32 = 0
 
+  /// Of the host's kernel: another one means that nothing that ran on it has survived.
+  package var bootID: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -174,6 +177,20 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
 
   /// The complete set; a replica whose address is not known yet is left out.
   package var replicas: [Haptera_V1_ReplicaEndpoint] = []
+
+  /// For the engine's command line, and for one that runs where it can change them.
+  package var minInSync: UInt32 = 0
+
+  package var ioTimeoutMilliseconds: UInt64 = 0
+
+  package var leaseMilliseconds: UInt64 = 0
+
+  package var renewMilliseconds: UInt64 = 0
+
+  package var removalDeadlineMilliseconds: UInt64 = 0
+
+  /// The engine process that may go on from rebooted replicas; 0: none.
+  package var acceptLossInstance: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -336,36 +353,104 @@ package nonisolated struct Haptera_V1_ReplicaReport: Sendable {
   package init() {}
 }
 
-package nonisolated struct Haptera_V1_EngineReport: Sendable {
+package nonisolated struct Haptera_V1_EngineReport: @unchecked Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
-  package var volumeID: String = String()
+  package var volumeID: String {
+    get {_storage._volumeID}
+    set {_uniqueStorage()._volumeID = newValue}
+  }
 
-  package var clientGeneration: UInt64 = 0
+  package var clientGeneration: UInt64 {
+    get {_storage._clientGeneration}
+    set {_uniqueStorage()._clientGeneration = newValue}
+  }
 
-  package var state: Haptera_V1_EngineReport.State = .unspecified
+  package var state: Haptera_V1_EngineReport.State {
+    get {_storage._state}
+    set {_uniqueStorage()._state = newValue}
+  }
 
-  package var pid: Int32 = 0
+  package var pid: Int32 {
+    get {_storage._pid}
+    set {_uniqueStorage()._pid = newValue}
+  }
 
-  package var uri: String = String()
+  package var uri: String {
+    get {_storage._uri}
+    set {_uniqueStorage()._uri = newValue}
+  }
 
-  package var unixUri: String = String()
+  package var unixUri: String {
+    get {_storage._unixUri}
+    set {_uniqueStorage()._unixUri = newValue}
+  }
 
-  package var reason: String = String()
+  package var reason: String {
+    get {_storage._reason}
+    set {_uniqueStorage()._reason = newValue}
+  }
 
-  package var epoch: UInt64 = 0
+  package var epoch: UInt64 {
+    get {_storage._epoch}
+    set {_uniqueStorage()._epoch = newValue}
+  }
 
-  package var connections: UInt32 = 0
+  package var connections: UInt32 {
+    get {_storage._connections}
+    set {_uniqueStorage()._connections = newValue}
+  }
 
-  package var rebuildDone: UInt64 = 0
+  package var rebuildDone: UInt64 {
+    get {_storage._rebuildDone}
+    set {_uniqueStorage()._rebuildDone = newValue}
+  }
 
-  package var rebuildTotal: UInt64 = 0
+  package var rebuildTotal: UInt64 {
+    get {_storage._rebuildTotal}
+    set {_uniqueStorage()._rebuildTotal = newValue}
+  }
 
-  package var replicas: [Haptera_V1_EngineReplicaReport] = []
+  package var replicas: [Haptera_V1_EngineReplicaReport] {
+    get {_storage._replicas}
+    set {_uniqueStorage()._replicas = newValue}
+  }
 
-  package var restarts: UInt32 = 0
+  package var restarts: UInt32 {
+    get {_storage._restarts}
+    set {_uniqueStorage()._restarts = newValue}
+  }
+
+  /// Random number of the engine process; 0 until it said so.
+  package var instance: UInt64 {
+    get {_storage._instance}
+    set {_uniqueStorage()._instance = newValue}
+  }
+
+  /// It waits for an administrator (AcceptLoss).
+  package var needsDecision: Bool {
+    get {_storage._needsDecision}
+    set {_uniqueStorage()._needsDecision = newValue}
+  }
+
+  package var rebuilds: [Haptera_V1_RebuildReport] {
+    get {_storage._rebuilds}
+    set {_uniqueStorage()._rebuilds = newValue}
+  }
+
+  /// A client has connected from another host since the attach.
+  package var hadRemoteClient: Bool {
+    get {_storage._hadRemoteClient}
+    set {_uniqueStorage()._hadRemoteClient = newValue}
+  }
+
+  /// How the process before this one ended; empty if there was none.
+  package var lastEnding: String {
+    get {_storage._lastEnding}
+    set {_uniqueStorage()._lastEnding = newValue}
+  }
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -422,6 +507,35 @@ package nonisolated struct Haptera_V1_EngineReport: Sendable {
     ]
 
   }
+
+  package init() {}
+
+  fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+/// As `Rebuild`, in the engine's words: resync, rebuild or resolve.
+package nonisolated struct Haptera_V1_RebuildReport: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var replicaID: String = String()
+
+  package var kind: String = String()
+
+  package var phase: String = String()
+
+  package var regionsDone: UInt64 = 0
+
+  package var regionsTotal: UInt64 = 0
+
+  package var bytesCopied: UInt64 = 0
+
+  package var bytesPerSecond: UInt64 = 0
+
+  package var elapsedMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 }
@@ -667,7 +781,7 @@ fileprivate nonisolated let _protobuf_package = "haptera.v1"
 
 nonisolated extension Haptera_V1_RegisterNodeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".RegisterNodeRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}node_id\0\u{1}address\0\u{1}directory\0\u{1}version\0\u{1}pid\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}node_id\0\u{1}address\0\u{1}directory\0\u{1}version\0\u{1}pid\0\u{4}\u{e}boot_id\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -681,6 +795,7 @@ nonisolated extension Haptera_V1_RegisterNodeRequest: SwiftProtobuf.Message, Swi
       case 4: try { try decoder.decodeSingularStringField(value: &self.directory) }()
       case 5: try { try decoder.decodeSingularStringField(value: &self.version) }()
       case 6: try { try decoder.decodeSingularInt32Field(value: &self.pid) }()
+      case 20: try { try decoder.decodeSingularStringField(value: &self.bootID) }()
       default: break
       }
     }
@@ -705,6 +820,9 @@ nonisolated extension Haptera_V1_RegisterNodeRequest: SwiftProtobuf.Message, Swi
     if self.pid != 0 {
       try visitor.visitSingularInt32Field(value: self.pid, fieldNumber: 6)
     }
+    if !self.bootID.isEmpty {
+      try visitor.visitSingularStringField(value: self.bootID, fieldNumber: 20)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -715,6 +833,7 @@ nonisolated extension Haptera_V1_RegisterNodeRequest: SwiftProtobuf.Message, Swi
     if lhs.directory != rhs.directory {return false}
     if lhs.version != rhs.version {return false}
     if lhs.pid != rhs.pid {return false}
+    if lhs.bootID != rhs.bootID {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -886,7 +1005,7 @@ nonisolated extension Haptera_V1_DesiredReplica.Phase: SwiftProtobuf._ProtoNameP
 
 nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DesiredEngine"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}client_generation\0\u{1}phase\0\u{1}replicas\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}client_generation\0\u{1}phase\0\u{1}replicas\0\u{4}\u{f}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}renew_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}accept_loss_instance\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -899,6 +1018,12 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
       case 3: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
       case 4: try { try decoder.decodeSingularEnumField(value: &self.phase) }()
       case 5: try { try decoder.decodeRepeatedMessageField(value: &self.replicas) }()
+      case 20: try { try decoder.decodeSingularUInt32Field(value: &self.minInSync) }()
+      case 21: try { try decoder.decodeSingularUInt64Field(value: &self.ioTimeoutMilliseconds) }()
+      case 22: try { try decoder.decodeSingularUInt64Field(value: &self.leaseMilliseconds) }()
+      case 23: try { try decoder.decodeSingularUInt64Field(value: &self.renewMilliseconds) }()
+      case 24: try { try decoder.decodeSingularUInt64Field(value: &self.removalDeadlineMilliseconds) }()
+      case 25: try { try decoder.decodeSingularUInt64Field(value: &self.acceptLossInstance) }()
       default: break
       }
     }
@@ -920,6 +1045,24 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
     if !self.replicas.isEmpty {
       try visitor.visitRepeatedMessageField(value: self.replicas, fieldNumber: 5)
     }
+    if self.minInSync != 0 {
+      try visitor.visitSingularUInt32Field(value: self.minInSync, fieldNumber: 20)
+    }
+    if self.ioTimeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.ioTimeoutMilliseconds, fieldNumber: 21)
+    }
+    if self.leaseMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.leaseMilliseconds, fieldNumber: 22)
+    }
+    if self.renewMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.renewMilliseconds, fieldNumber: 23)
+    }
+    if self.removalDeadlineMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.removalDeadlineMilliseconds, fieldNumber: 24)
+    }
+    if self.acceptLossInstance != 0 {
+      try visitor.visitSingularUInt64Field(value: self.acceptLossInstance, fieldNumber: 25)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -929,6 +1072,12 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.phase != rhs.phase {return false}
     if lhs.replicas != rhs.replicas {return false}
+    if lhs.minInSync != rhs.minInSync {return false}
+    if lhs.ioTimeoutMilliseconds != rhs.ioTimeoutMilliseconds {return false}
+    if lhs.leaseMilliseconds != rhs.leaseMilliseconds {return false}
+    if lhs.renewMilliseconds != rhs.renewMilliseconds {return false}
+    if lhs.removalDeadlineMilliseconds != rhs.removalDeadlineMilliseconds {return false}
+    if lhs.acceptLossInstance != rhs.acceptLossInstance {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1099,89 +1248,184 @@ nonisolated extension Haptera_V1_ReplicaReport.State: SwiftProtobuf._ProtoNamePr
 
 nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".EngineReport"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}state\0\u{1}pid\0\u{1}uri\0\u{3}unix_uri\0\u{1}reason\0\u{1}epoch\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}replicas\0\u{1}restarts\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}state\0\u{1}pid\0\u{1}uri\0\u{3}unix_uri\0\u{1}reason\0\u{1}epoch\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}replicas\0\u{1}restarts\0\u{2}\u{7}instance\0\u{3}needs_decision\0\u{1}rebuilds\0\u{3}had_remote_client\0\u{3}last_ending\0")
+
+  fileprivate class _StorageClass {
+    var _volumeID: String = String()
+    var _clientGeneration: UInt64 = 0
+    var _state: Haptera_V1_EngineReport.State = .unspecified
+    var _pid: Int32 = 0
+    var _uri: String = String()
+    var _unixUri: String = String()
+    var _reason: String = String()
+    var _epoch: UInt64 = 0
+    var _connections: UInt32 = 0
+    var _rebuildDone: UInt64 = 0
+    var _rebuildTotal: UInt64 = 0
+    var _replicas: [Haptera_V1_EngineReplicaReport] = []
+    var _restarts: UInt32 = 0
+    var _instance: UInt64 = 0
+    var _needsDecision: Bool = false
+    var _rebuilds: [Haptera_V1_RebuildReport] = []
+    var _hadRemoteClient: Bool = false
+    var _lastEnding: String = String()
+
+      // This property is used as the initial default value for new instances of the type.
+      // The type itself is protecting the reference to its storage via CoW semantics.
+      // This will force a copy to be made of this reference when the first mutation occurs;
+      // hence, it is safe to mark this as `nonisolated(unsafe)`.
+      static nonisolated(unsafe) let defaultInstance = _StorageClass()
+
+    private init() {}
+
+    init(copying source: _StorageClass) {
+      _volumeID = source._volumeID
+      _clientGeneration = source._clientGeneration
+      _state = source._state
+      _pid = source._pid
+      _uri = source._uri
+      _unixUri = source._unixUri
+      _reason = source._reason
+      _epoch = source._epoch
+      _connections = source._connections
+      _rebuildDone = source._rebuildDone
+      _rebuildTotal = source._rebuildTotal
+      _replicas = source._replicas
+      _restarts = source._restarts
+      _instance = source._instance
+      _needsDecision = source._needsDecision
+      _rebuilds = source._rebuilds
+      _hadRemoteClient = source._hadRemoteClient
+      _lastEnding = source._lastEnding
+    }
+  }
+
+  fileprivate mutating func _uniqueStorage() -> _StorageClass {
+    if !isKnownUniquelyReferenced(&_storage) {
+      _storage = _StorageClass(copying: _storage)
+    }
+    return _storage
+  }
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
-    while let fieldNumber = try decoder.nextFieldNumber() {
-      // The use of inline closures is to circumvent an issue where the compiler
-      // allocates stack space for every case branch when no optimizations are
-      // enabled. https://github.com/apple/swift-protobuf/issues/1034
-      switch fieldNumber {
-      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
-      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
-      case 3: try { try decoder.decodeSingularEnumField(value: &self.state) }()
-      case 4: try { try decoder.decodeSingularInt32Field(value: &self.pid) }()
-      case 5: try { try decoder.decodeSingularStringField(value: &self.uri) }()
-      case 6: try { try decoder.decodeSingularStringField(value: &self.unixUri) }()
-      case 7: try { try decoder.decodeSingularStringField(value: &self.reason) }()
-      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.epoch) }()
-      case 9: try { try decoder.decodeSingularUInt32Field(value: &self.connections) }()
-      case 10: try { try decoder.decodeSingularUInt64Field(value: &self.rebuildDone) }()
-      case 11: try { try decoder.decodeSingularUInt64Field(value: &self.rebuildTotal) }()
-      case 12: try { try decoder.decodeRepeatedMessageField(value: &self.replicas) }()
-      case 13: try { try decoder.decodeSingularUInt32Field(value: &self.restarts) }()
-      default: break
+    _ = _uniqueStorage()
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      while let fieldNumber = try decoder.nextFieldNumber() {
+        // The use of inline closures is to circumvent an issue where the compiler
+        // allocates stack space for every case branch when no optimizations are
+        // enabled. https://github.com/apple/swift-protobuf/issues/1034
+        switch fieldNumber {
+        case 1: try { try decoder.decodeSingularStringField(value: &_storage._volumeID) }()
+        case 2: try { try decoder.decodeSingularUInt64Field(value: &_storage._clientGeneration) }()
+        case 3: try { try decoder.decodeSingularEnumField(value: &_storage._state) }()
+        case 4: try { try decoder.decodeSingularInt32Field(value: &_storage._pid) }()
+        case 5: try { try decoder.decodeSingularStringField(value: &_storage._uri) }()
+        case 6: try { try decoder.decodeSingularStringField(value: &_storage._unixUri) }()
+        case 7: try { try decoder.decodeSingularStringField(value: &_storage._reason) }()
+        case 8: try { try decoder.decodeSingularUInt64Field(value: &_storage._epoch) }()
+        case 9: try { try decoder.decodeSingularUInt32Field(value: &_storage._connections) }()
+        case 10: try { try decoder.decodeSingularUInt64Field(value: &_storage._rebuildDone) }()
+        case 11: try { try decoder.decodeSingularUInt64Field(value: &_storage._rebuildTotal) }()
+        case 12: try { try decoder.decodeRepeatedMessageField(value: &_storage._replicas) }()
+        case 13: try { try decoder.decodeSingularUInt32Field(value: &_storage._restarts) }()
+        case 20: try { try decoder.decodeSingularUInt64Field(value: &_storage._instance) }()
+        case 21: try { try decoder.decodeSingularBoolField(value: &_storage._needsDecision) }()
+        case 22: try { try decoder.decodeRepeatedMessageField(value: &_storage._rebuilds) }()
+        case 23: try { try decoder.decodeSingularBoolField(value: &_storage._hadRemoteClient) }()
+        case 24: try { try decoder.decodeSingularStringField(value: &_storage._lastEnding) }()
+        default: break
+        }
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    if !self.volumeID.isEmpty {
-      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
-    }
-    if self.clientGeneration != 0 {
-      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
-    }
-    if self.state != .unspecified {
-      try visitor.visitSingularEnumField(value: self.state, fieldNumber: 3)
-    }
-    if self.pid != 0 {
-      try visitor.visitSingularInt32Field(value: self.pid, fieldNumber: 4)
-    }
-    if !self.uri.isEmpty {
-      try visitor.visitSingularStringField(value: self.uri, fieldNumber: 5)
-    }
-    if !self.unixUri.isEmpty {
-      try visitor.visitSingularStringField(value: self.unixUri, fieldNumber: 6)
-    }
-    if !self.reason.isEmpty {
-      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 7)
-    }
-    if self.epoch != 0 {
-      try visitor.visitSingularUInt64Field(value: self.epoch, fieldNumber: 8)
-    }
-    if self.connections != 0 {
-      try visitor.visitSingularUInt32Field(value: self.connections, fieldNumber: 9)
-    }
-    if self.rebuildDone != 0 {
-      try visitor.visitSingularUInt64Field(value: self.rebuildDone, fieldNumber: 10)
-    }
-    if self.rebuildTotal != 0 {
-      try visitor.visitSingularUInt64Field(value: self.rebuildTotal, fieldNumber: 11)
-    }
-    if !self.replicas.isEmpty {
-      try visitor.visitRepeatedMessageField(value: self.replicas, fieldNumber: 12)
-    }
-    if self.restarts != 0 {
-      try visitor.visitSingularUInt32Field(value: self.restarts, fieldNumber: 13)
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      if !_storage._volumeID.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._volumeID, fieldNumber: 1)
+      }
+      if _storage._clientGeneration != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._clientGeneration, fieldNumber: 2)
+      }
+      if _storage._state != .unspecified {
+        try visitor.visitSingularEnumField(value: _storage._state, fieldNumber: 3)
+      }
+      if _storage._pid != 0 {
+        try visitor.visitSingularInt32Field(value: _storage._pid, fieldNumber: 4)
+      }
+      if !_storage._uri.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._uri, fieldNumber: 5)
+      }
+      if !_storage._unixUri.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._unixUri, fieldNumber: 6)
+      }
+      if !_storage._reason.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._reason, fieldNumber: 7)
+      }
+      if _storage._epoch != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._epoch, fieldNumber: 8)
+      }
+      if _storage._connections != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._connections, fieldNumber: 9)
+      }
+      if _storage._rebuildDone != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._rebuildDone, fieldNumber: 10)
+      }
+      if _storage._rebuildTotal != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._rebuildTotal, fieldNumber: 11)
+      }
+      if !_storage._replicas.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._replicas, fieldNumber: 12)
+      }
+      if _storage._restarts != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._restarts, fieldNumber: 13)
+      }
+      if _storage._instance != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._instance, fieldNumber: 20)
+      }
+      if _storage._needsDecision != false {
+        try visitor.visitSingularBoolField(value: _storage._needsDecision, fieldNumber: 21)
+      }
+      if !_storage._rebuilds.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._rebuilds, fieldNumber: 22)
+      }
+      if _storage._hadRemoteClient != false {
+        try visitor.visitSingularBoolField(value: _storage._hadRemoteClient, fieldNumber: 23)
+      }
+      if !_storage._lastEnding.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._lastEnding, fieldNumber: 24)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: Haptera_V1_EngineReport, rhs: Haptera_V1_EngineReport) -> Bool {
-    if lhs.volumeID != rhs.volumeID {return false}
-    if lhs.clientGeneration != rhs.clientGeneration {return false}
-    if lhs.state != rhs.state {return false}
-    if lhs.pid != rhs.pid {return false}
-    if lhs.uri != rhs.uri {return false}
-    if lhs.unixUri != rhs.unixUri {return false}
-    if lhs.reason != rhs.reason {return false}
-    if lhs.epoch != rhs.epoch {return false}
-    if lhs.connections != rhs.connections {return false}
-    if lhs.rebuildDone != rhs.rebuildDone {return false}
-    if lhs.rebuildTotal != rhs.rebuildTotal {return false}
-    if lhs.replicas != rhs.replicas {return false}
-    if lhs.restarts != rhs.restarts {return false}
+    if lhs._storage !== rhs._storage {
+      let storagesAreEqual: Bool = withExtendedLifetime((lhs._storage, rhs._storage)) { (_args: (_StorageClass, _StorageClass)) in
+        let _storage = _args.0
+        let rhs_storage = _args.1
+        if _storage._volumeID != rhs_storage._volumeID {return false}
+        if _storage._clientGeneration != rhs_storage._clientGeneration {return false}
+        if _storage._state != rhs_storage._state {return false}
+        if _storage._pid != rhs_storage._pid {return false}
+        if _storage._uri != rhs_storage._uri {return false}
+        if _storage._unixUri != rhs_storage._unixUri {return false}
+        if _storage._reason != rhs_storage._reason {return false}
+        if _storage._epoch != rhs_storage._epoch {return false}
+        if _storage._connections != rhs_storage._connections {return false}
+        if _storage._rebuildDone != rhs_storage._rebuildDone {return false}
+        if _storage._rebuildTotal != rhs_storage._rebuildTotal {return false}
+        if _storage._replicas != rhs_storage._replicas {return false}
+        if _storage._restarts != rhs_storage._restarts {return false}
+        if _storage._instance != rhs_storage._instance {return false}
+        if _storage._needsDecision != rhs_storage._needsDecision {return false}
+        if _storage._rebuilds != rhs_storage._rebuilds {return false}
+        if _storage._hadRemoteClient != rhs_storage._hadRemoteClient {return false}
+        if _storage._lastEnding != rhs_storage._lastEnding {return false}
+        return true
+      }
+      if !storagesAreEqual {return false}
+    }
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1189,6 +1433,71 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
 
 nonisolated extension Haptera_V1_EngineReport.State: SwiftProtobuf._ProtoNameProviding {
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0STATE_UNSPECIFIED\0\u{1}STATE_STARTING\0\u{1}STATE_SERVING\0\u{1}STATE_STALLED\0\u{1}STATE_WAITING\0\u{1}STATE_DETACHED\0")
+}
+
+nonisolated extension Haptera_V1_RebuildReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".RebuildReport"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}kind\0\u{1}phase\0\u{3}regions_done\0\u{3}regions_total\0\u{3}bytes_copied\0\u{3}bytes_per_second\0\u{3}elapsed_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.kind) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.phase) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.regionsDone) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.regionsTotal) }()
+      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.bytesCopied) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.bytesPerSecond) }()
+      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.elapsedMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 1)
+    }
+    if !self.kind.isEmpty {
+      try visitor.visitSingularStringField(value: self.kind, fieldNumber: 2)
+    }
+    if !self.phase.isEmpty {
+      try visitor.visitSingularStringField(value: self.phase, fieldNumber: 3)
+    }
+    if self.regionsDone != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsDone, fieldNumber: 4)
+    }
+    if self.regionsTotal != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsTotal, fieldNumber: 5)
+    }
+    if self.bytesCopied != 0 {
+      try visitor.visitSingularUInt64Field(value: self.bytesCopied, fieldNumber: 6)
+    }
+    if self.bytesPerSecond != 0 {
+      try visitor.visitSingularUInt64Field(value: self.bytesPerSecond, fieldNumber: 7)
+    }
+    if self.elapsedMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.elapsedMilliseconds, fieldNumber: 8)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_RebuildReport, rhs: Haptera_V1_RebuildReport) -> Bool {
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.kind != rhs.kind {return false}
+    if lhs.phase != rhs.phase {return false}
+    if lhs.regionsDone != rhs.regionsDone {return false}
+    if lhs.regionsTotal != rhs.regionsTotal {return false}
+    if lhs.bytesCopied != rhs.bytesCopied {return false}
+    if lhs.bytesPerSecond != rhs.bytesPerSecond {return false}
+    if lhs.elapsedMilliseconds != rhs.elapsedMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
 }
 
 nonisolated extension Haptera_V1_EngineReplicaReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {

@@ -139,6 +139,58 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "UpdateVolume" metadata.
+        package enum UpdateVolume: Sendable {
+            /// Request type for "UpdateVolume".
+            package typealias Input = Haptera_V1_UpdateVolumeRequest
+            /// Response type for "UpdateVolume".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "UpdateVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "UpdateVolume",
+                type: .unary
+            )
+        }
+        /// Namespace for "ReplaceReplica" metadata.
+        package enum ReplaceReplica: Sendable {
+            /// Request type for "ReplaceReplica".
+            package typealias Input = Haptera_V1_ReplaceReplicaRequest
+            /// Response type for "ReplaceReplica".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "ReplaceReplica".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "ReplaceReplica",
+                type: .unary
+            )
+        }
+        /// Namespace for "DeleteReplica" metadata.
+        package enum DeleteReplica: Sendable {
+            /// Request type for "DeleteReplica".
+            package typealias Input = Haptera_V1_DeleteReplicaRequest
+            /// Response type for "DeleteReplica".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "DeleteReplica".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "DeleteReplica",
+                type: .unary
+            )
+        }
+        /// Namespace for "AcceptLoss" metadata.
+        package enum AcceptLoss: Sendable {
+            /// Request type for "AcceptLoss".
+            package typealias Input = Haptera_V1_AcceptLossRequest
+            /// Response type for "AcceptLoss".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "AcceptLoss".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "AcceptLoss",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -149,7 +201,11 @@ package enum Haptera_V1_VolumeService: Sendable {
             DetachVolume.descriptor,
             DeleteVolume.descriptor,
             ListReplicas.descriptor,
-            ExplainVolume.descriptor
+            ExplainVolume.descriptor,
+            UpdateVolume.descriptor,
+            ReplaceReplica.descriptor,
+            DeleteReplica.descriptor,
+            AcceptLoss.descriptor
         ]
     }
 }
@@ -327,6 +383,83 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ExplainVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_VolumeExplanation>
+
+        /// Handle the "UpdateVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the settings that are given and leaves the others.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_UpdateVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func updateVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_UpdateVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "ReplaceReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+        /// > old one any more. Idempotent while that goes on.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ReplaceReplicaRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func replaceReplica(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ReplaceReplicaRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "DeleteReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+        /// > The volume is then meant to have one replica less, unless this one was being filled to take
+        /// > another's place.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_DeleteReplicaRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func deleteReplica(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteReplicaRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "AcceptLoss" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+        /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+        /// > waits for that decision; the decision holds for the engine process that asked.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_AcceptLossRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func acceptLoss(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_AcceptLossRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -488,6 +621,83 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_ExplainVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_VolumeExplanation>
+
+        /// Handle the "UpdateVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the settings that are given and leaves the others.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func updateVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_UpdateVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "ReplaceReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+        /// > old one any more. Idempotent while that goes on.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReplaceReplicaRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func replaceReplica(
+            request: GRPCCore.ServerRequest<Haptera_V1_ReplaceReplicaRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "DeleteReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+        /// > The volume is then meant to have one replica less, unless this one was being filled to take
+        /// > another's place.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_DeleteReplicaRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func deleteReplica(
+            request: GRPCCore.ServerRequest<Haptera_V1_DeleteReplicaRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "AcceptLoss" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+        /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+        /// > waits for that decision; the decision holds for the engine process that asked.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_AcceptLossRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func acceptLoss(
+            request: GRPCCore.ServerRequest<Haptera_V1_AcceptLossRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
     }
 
     /// Simple service protocol for the "haptera.v1.VolumeService" service.
@@ -648,6 +858,83 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_ExplainVolumeRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_VolumeExplanation
+
+        /// Handle the "UpdateVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the settings that are given and leaves the others.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_UpdateVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func updateVolume(
+            request: Haptera_V1_UpdateVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "ReplaceReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+        /// > old one any more. Idempotent while that goes on.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ReplaceReplicaRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func replaceReplica(
+            request: Haptera_V1_ReplaceReplicaRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "DeleteReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+        /// > The volume is then meant to have one replica less, unless this one was being filled to take
+        /// > another's place.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_DeleteReplicaRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func deleteReplica(
+            request: Haptera_V1_DeleteReplicaRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "AcceptLoss" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+        /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+        /// > waits for that decision; the decision holds for the engine process that asked.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_AcceptLossRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func acceptLoss(
+            request: Haptera_V1_AcceptLossRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
     }
 }
 
@@ -754,6 +1041,50 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.UpdateVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_UpdateVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.updateVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.ReplaceReplica.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReplaceReplicaRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.replaceReplica(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.DeleteReplica.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_DeleteReplicaRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.deleteReplica(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.AcceptLoss.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_AcceptLossRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.acceptLoss(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -853,6 +1184,50 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_VolumeExplanation> {
         let response = try await self.explainVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func updateVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_UpdateVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.updateVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func replaceReplica(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ReplaceReplicaRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.replaceReplica(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func deleteReplica(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteReplicaRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.deleteReplica(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func acceptLoss(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_AcceptLossRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.acceptLoss(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -977,6 +1352,58 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_VolumeExplanation> {
         return GRPCCore.ServerResponse<Haptera_V1_VolumeExplanation>(
             message: try await self.explainVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func updateVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_UpdateVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.updateVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func replaceReplica(
+        request: GRPCCore.ServerRequest<Haptera_V1_ReplaceReplicaRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.replaceReplica(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func deleteReplica(
+        request: GRPCCore.ServerRequest<Haptera_V1_DeleteReplicaRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.deleteReplica(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func acceptLoss(
+        request: GRPCCore.ServerRequest<Haptera_V1_AcceptLossRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.acceptLoss(
                 request: request.message,
                 context: context
             ),
@@ -1189,6 +1616,103 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_VolumeExplanation>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_VolumeExplanation>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "UpdateVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the settings that are given and leaves the others.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_UpdateVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func updateVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_UpdateVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_UpdateVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ReplaceReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+        /// > old one any more. Idempotent while that goes on.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReplaceReplicaRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReplaceReplicaRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func replaceReplica<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReplaceReplicaRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReplaceReplicaRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "DeleteReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+        /// > The volume is then meant to have one replica less, unless this one was being filled to take
+        /// > another's place.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_DeleteReplicaRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_DeleteReplicaRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func deleteReplica<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_DeleteReplicaRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_DeleteReplicaRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "AcceptLoss" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+        /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+        /// > waits for that decision; the decision holds for the engine process that asked.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_AcceptLossRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_AcceptLossRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func acceptLoss<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_AcceptLossRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_AcceptLossRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
         ) async throws -> Result where Result: Sendable
     }
 
@@ -1501,6 +2025,147 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "UpdateVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the settings that are given and leaves the others.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_UpdateVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func updateVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_UpdateVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_UpdateVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.UpdateVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "ReplaceReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+        /// > old one any more. Idempotent while that goes on.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReplaceReplicaRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReplaceReplicaRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func replaceReplica<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReplaceReplicaRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReplaceReplicaRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.ReplaceReplica.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "DeleteReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+        /// > The volume is then meant to have one replica less, unless this one was being filled to take
+        /// > another's place.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_DeleteReplicaRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_DeleteReplicaRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func deleteReplica<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_DeleteReplicaRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_DeleteReplicaRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.DeleteReplica.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "AcceptLoss" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+        /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+        /// > waits for that decision; the decision holds for the engine process that asked.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_AcceptLossRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_AcceptLossRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func acceptLoss<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_AcceptLossRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_AcceptLossRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.AcceptLoss.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -1751,6 +2416,127 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ExplainVolumeRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_VolumeExplanation>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "UpdateVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Changes the settings that are given and leaves the others.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_UpdateVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func updateVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_UpdateVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.updateVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_UpdateVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReplaceReplica" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+    /// > old one any more. Idempotent while that goes on.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ReplaceReplicaRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func replaceReplica<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ReplaceReplicaRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.replaceReplica(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReplaceReplicaRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "DeleteReplica" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+    /// > The volume is then meant to have one replica less, unless this one was being filled to take
+    /// > another's place.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_DeleteReplicaRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func deleteReplica<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_DeleteReplicaRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.deleteReplica(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteReplicaRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "AcceptLoss" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+    /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+    /// > waits for that decision; the decision holds for the engine process that asked.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_AcceptLossRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func acceptLoss<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_AcceptLossRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.acceptLoss(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_AcceptLossRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
             options: options,
             onResponse: handleResponse
         )
@@ -2039,6 +2825,143 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.explainVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "UpdateVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Changes the settings that are given and leaves the others.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func updateVolume<Result>(
+        _ message: Haptera_V1_UpdateVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_UpdateVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.updateVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReplaceReplica" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Begins to replace a replica by a new one on another node; done when GetVolume does not name the
+    /// > old one any more. Idempotent while that goes on.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func replaceReplica<Result>(
+        _ message: Haptera_V1_ReplaceReplicaRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ReplaceReplicaRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.replaceReplica(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "DeleteReplica" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Takes a replica out of a volume for good, data and all; done when GetVolume does not name it.
+    /// > The volume is then meant to have one replica less, unless this one was being filled to take
+    /// > another's place.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func deleteReplica<Result>(
+        _ message: Haptera_V1_DeleteReplicaRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_DeleteReplicaRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.deleteReplica(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "AcceptLoss" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets the engine go on from what the replicas hold that it can reach, though writes that were
+    /// > acknowledged and not flushed may be missing in them. FAILED_PRECONDITION unless the engine
+    /// > waits for that decision; the decision holds for the engine process that asked.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func acceptLoss<Result>(
+        _ message: Haptera_V1_AcceptLossRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_AcceptLossRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.acceptLoss(
             request: request,
             options: options,
             onResponse: handleResponse

@@ -178,6 +178,74 @@ package nonisolated enum Haptera_V1_ReplicaState: SwiftProtobuf.Enum, Swift.Case
 
 }
 
+/// How a volume behaves when something is slow or gone. Not set: the default, or no change.
+package nonisolated struct Haptera_V1_VolumeSettings: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// Writes wait while fewer replicas than this are in sync. 1 to the number of replicas; default 1.
+  package var minInSync: UInt32 {
+    get {_minInSync ?? 0}
+    set {_minInSync = newValue}
+  }
+  /// Returns true if `minInSync` has been explicitly set.
+  package var hasMinInSync: Bool {self._minInSync != nil}
+  /// Clears the value of `minInSync`. Subsequent reads from it will return its default value.
+  package mutating func clearMinInSync() {self._minInSync = nil}
+
+  /// A request that could not be answered for this long gets an error; 0 (default): it waits.
+  package var ioTimeoutMilliseconds: UInt64 {
+    get {_ioTimeoutMilliseconds ?? 0}
+    set {_ioTimeoutMilliseconds = newValue}
+  }
+  /// Returns true if `ioTimeoutMilliseconds` has been explicitly set.
+  package var hasIoTimeoutMilliseconds: Bool {self._ioTimeoutMilliseconds != nil}
+  /// Clears the value of `ioTimeoutMilliseconds`. Subsequent reads from it will return its default value.
+  package mutating func clearIoTimeoutMilliseconds() {self._ioTimeoutMilliseconds = nil}
+
+  /// How long a replica's answer lets the engine serve. Default 500.
+  package var leaseMilliseconds: UInt64 {
+    get {_leaseMilliseconds ?? 0}
+    set {_leaseMilliseconds = newValue}
+  }
+  /// Returns true if `leaseMilliseconds` has been explicitly set.
+  package var hasLeaseMilliseconds: Bool {self._leaseMilliseconds != nil}
+  /// Clears the value of `leaseMilliseconds`. Subsequent reads from it will return its default value.
+  package mutating func clearLeaseMilliseconds() {self._leaseMilliseconds = nil}
+
+  /// A replica that owes an answer this long is taken out of the in-sync set. Default 3000.
+  package var removalDeadlineMilliseconds: UInt64 {
+    get {_removalDeadlineMilliseconds ?? 0}
+    set {_removalDeadlineMilliseconds = newValue}
+  }
+  /// Returns true if `removalDeadlineMilliseconds` has been explicitly set.
+  package var hasRemovalDeadlineMilliseconds: Bool {self._removalDeadlineMilliseconds != nil}
+  /// Clears the value of `removalDeadlineMilliseconds`. Subsequent reads from it will return its default value.
+  package mutating func clearRemovalDeadlineMilliseconds() {self._removalDeadlineMilliseconds = nil}
+
+  /// A replica out of the in-sync set that is away for longer than this is replaced on another node;
+  /// 0: never. Default 1800000.
+  package var staleReplicaTimeoutMilliseconds: UInt64 {
+    get {_staleReplicaTimeoutMilliseconds ?? 0}
+    set {_staleReplicaTimeoutMilliseconds = newValue}
+  }
+  /// Returns true if `staleReplicaTimeoutMilliseconds` has been explicitly set.
+  package var hasStaleReplicaTimeoutMilliseconds: Bool {self._staleReplicaTimeoutMilliseconds != nil}
+  /// Clears the value of `staleReplicaTimeoutMilliseconds`. Subsequent reads from it will return its default value.
+  package mutating func clearStaleReplicaTimeoutMilliseconds() {self._staleReplicaTimeoutMilliseconds = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _minInSync: UInt32? = nil
+  fileprivate var _ioTimeoutMilliseconds: UInt64? = nil
+  fileprivate var _leaseMilliseconds: UInt64? = nil
+  fileprivate var _removalDeadlineMilliseconds: UInt64? = nil
+  fileprivate var _staleReplicaTimeoutMilliseconds: UInt64? = nil
+}
+
 package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
@@ -247,6 +315,28 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._createdUnixMilliseconds = newValue}
   }
 
+  /// All of them are set.
+  package var settings: Haptera_V1_VolumeSettings {
+    get {_storage._settings ?? Haptera_V1_VolumeSettings()}
+    set {_uniqueStorage()._settings = newValue}
+  }
+  /// Returns true if `settings` has been explicitly set.
+  package var hasSettings: Bool {_storage._settings != nil}
+  /// Clears the value of `settings`. Subsequent reads from it will return its default value.
+  package mutating func clearSettings() {_uniqueStorage()._settings = nil}
+
+  /// How many replicas it is meant to have; `replicas` may name more while one is being replaced.
+  package var replicaCount: UInt32 {
+    get {_storage._replicaCount}
+    set {_uniqueStorage()._replicaCount = newValue}
+  }
+
+  /// Set when the engine waits for AcceptLoss: its number, as in `Engine.instance`.
+  package var decisionInstance: UInt64 {
+    get {_storage._decisionInstance}
+    set {_uniqueStorage()._decisionInstance = newValue}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -277,7 +367,92 @@ package nonisolated struct Haptera_V1_Engine: Sendable {
 
   package var restarts: UInt32 = 0
 
+  /// Random number of the engine process.
+  package var instance: UInt64 = 0
+
+  /// What is being copied or compared.
+  package var rebuilds: [Haptera_V1_Rebuild] = []
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// Progress of filling one replica, or of comparing the replicas after a takeover.
+package nonisolated struct Haptera_V1_Rebuild: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// Empty for KIND_RESOLVE, which concerns all of them.
+  package var replicaID: String = String()
+
+  package var node: String = String()
+
+  package var kind: Haptera_V1_Rebuild.Kind = .unspecified
+
+  /// installing, mapping, copying, flushing, promoting; empty for KIND_RESOLVE.
+  package var phase: String = String()
+
+  package var regionsDone: UInt64 = 0
+
+  package var regionsTotal: UInt64 = 0
+
+  package var bytesCopied: UInt64 = 0
+
+  package var bytesPerSecond: UInt64 = 0
+
+  package var elapsedMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package nonisolated enum Kind: SwiftProtobuf.Enum, Swift.CaseIterable {
+    package typealias RawValue = Int
+    case unspecified // = 0
+
+    /// Copies to a returning replica what changed while it was away.
+    case resync // = 1
+
+    /// Fills a new replica.
+    case rebuild // = 2
+
+    /// Makes the replicas equal where the last engine may have left them different.
+    case resolve // = 3
+    case UNRECOGNIZED(Int)
+
+    package init() {
+      self = .unspecified
+    }
+
+    package init?(rawValue: Int) {
+      switch rawValue {
+      case 0: self = .unspecified
+      case 1: self = .resync
+      case 2: self = .rebuild
+      case 3: self = .resolve
+      default: self = .UNRECOGNIZED(rawValue)
+      }
+    }
+
+    package var rawValue: Int {
+      switch self {
+      case .unspecified: return 0
+      case .resync: return 1
+      case .rebuild: return 2
+      case .resolve: return 3
+      case .UNRECOGNIZED(let i): return i
+      }
+    }
+
+    // The compiler won't synthesize support with the UNRECOGNIZED case.
+    package static let allCases: [Haptera_V1_Rebuild.Kind] = [
+      .unspecified,
+      .resync,
+      .rebuild,
+      .resolve,
+    ]
+
+  }
 
   package init() {}
 }
@@ -311,6 +486,12 @@ package nonisolated struct Haptera_V1_Replica: Sendable {
 
   package var reason: String = String()
 
+  /// The replica whose place it takes once it is in sync; empty: none.
+  package var replaces: String = String()
+
+  /// It is being taken out of the volume.
+  package var leaving: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -333,6 +514,89 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   /// Where to put the replicas. As many as `replicas`: exactly there, repeats allowed. Otherwise
   /// the distinct nodes to choose from. Empty: any node.
   package var nodes: [String] = []
+
+  package var settings: Haptera_V1_VolumeSettings {
+    get {_settings ?? Haptera_V1_VolumeSettings()}
+    set {_settings = newValue}
+  }
+  /// Returns true if `settings` has been explicitly set.
+  package var hasSettings: Bool {self._settings != nil}
+  /// Clears the value of `settings`. Subsequent reads from it will return its default value.
+  package mutating func clearSettings() {self._settings = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _settings: Haptera_V1_VolumeSettings? = nil
+}
+
+package nonisolated struct Haptera_V1_UpdateVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var settings: Haptera_V1_VolumeSettings {
+    get {_settings ?? Haptera_V1_VolumeSettings()}
+    set {_settings = newValue}
+  }
+  /// Returns true if `settings` has been explicitly set.
+  package var hasSettings: Bool {self._settings != nil}
+  /// Clears the value of `settings`. Subsequent reads from it will return its default value.
+  package mutating func clearSettings() {self._settings = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _settings: Haptera_V1_VolumeSettings? = nil
+}
+
+package nonisolated struct Haptera_V1_ReplaceReplicaRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  package var replicaID: String = String()
+
+  /// Empty: a ready node with space that has no replica of the volume.
+  package var node: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_DeleteReplicaRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  package var replicaID: String = String()
+
+  /// Also one that a salvage decided against and whose data is kept.
+  package var discardKept: Bool = false
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_AcceptLossRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  /// The engine process that waits, as in `Volume.decision_instance`.
+  package var instance: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -397,6 +661,9 @@ package nonisolated struct Haptera_V1_DetachVolumeRequest: Sendable {
   // methods supported on all messages.
 
   package var name: String = String()
+
+  /// Give the attachment up without its engine's word, because its node is not heard of.
+  package var force: Bool = false
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -602,9 +869,63 @@ nonisolated extension Haptera_V1_ReplicaState: SwiftProtobuf._ProtoNameProviding
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0REPLICA_STATE_UNSPECIFIED\0\u{1}REPLICA_STATE_IN_SYNC\0\u{1}REPLICA_STATE_JOINING\0\u{1}REPLICA_STATE_ABSENT\0\u{1}REPLICA_STATE_FULL\0\u{1}REPLICA_STATE_FAILED\0")
 }
 
+nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".VolumeSettings"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}stale_replica_timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt32Field(value: &self._minInSync) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self._ioTimeoutMilliseconds) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self._leaseMilliseconds) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self._removalDeadlineMilliseconds) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self._staleReplicaTimeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    try { if let v = self._minInSync {
+      try visitor.visitSingularUInt32Field(value: v, fieldNumber: 1)
+    } }()
+    try { if let v = self._ioTimeoutMilliseconds {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 2)
+    } }()
+    try { if let v = self._leaseMilliseconds {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 3)
+    } }()
+    try { if let v = self._removalDeadlineMilliseconds {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 4)
+    } }()
+    try { if let v = self._staleReplicaTimeoutMilliseconds {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 5)
+    } }()
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_VolumeSettings, rhs: Haptera_V1_VolumeSettings) -> Bool {
+    if lhs._minInSync != rhs._minInSync {return false}
+    if lhs._ioTimeoutMilliseconds != rhs._ioTimeoutMilliseconds {return false}
+    if lhs._leaseMilliseconds != rhs._leaseMilliseconds {return false}
+    if lhs._removalDeadlineMilliseconds != rhs._removalDeadlineMilliseconds {return false}
+    if lhs._staleReplicaTimeoutMilliseconds != rhs._staleReplicaTimeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -618,6 +939,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _replicas: [Haptera_V1_Replica] = []
     var _clientGeneration: UInt64 = 0
     var _createdUnixMilliseconds: Int64 = 0
+    var _settings: Haptera_V1_VolumeSettings? = nil
+    var _replicaCount: UInt32 = 0
+    var _decisionInstance: UInt64 = 0
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -639,6 +963,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _replicas = source._replicas
       _clientGeneration = source._clientGeneration
       _createdUnixMilliseconds = source._createdUnixMilliseconds
+      _settings = source._settings
+      _replicaCount = source._replicaCount
+      _decisionInstance = source._decisionInstance
     }
   }
 
@@ -668,6 +995,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 9: try { try decoder.decodeRepeatedMessageField(value: &_storage._replicas) }()
         case 10: try { try decoder.decodeSingularUInt64Field(value: &_storage._clientGeneration) }()
         case 11: try { try decoder.decodeSingularInt64Field(value: &_storage._createdUnixMilliseconds) }()
+        case 20: try { try decoder.decodeSingularMessageField(value: &_storage._settings) }()
+        case 21: try { try decoder.decodeSingularUInt32Field(value: &_storage._replicaCount) }()
+        case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
         default: break
         }
       }
@@ -713,6 +1043,15 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if _storage._createdUnixMilliseconds != 0 {
         try visitor.visitSingularInt64Field(value: _storage._createdUnixMilliseconds, fieldNumber: 11)
       }
+      try { if let v = _storage._settings {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 20)
+      } }()
+      if _storage._replicaCount != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._replicaCount, fieldNumber: 21)
+      }
+      if _storage._decisionInstance != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._decisionInstance, fieldNumber: 22)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -733,6 +1072,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._replicas != rhs_storage._replicas {return false}
         if _storage._clientGeneration != rhs_storage._clientGeneration {return false}
         if _storage._createdUnixMilliseconds != rhs_storage._createdUnixMilliseconds {return false}
+        if _storage._settings != rhs_storage._settings {return false}
+        if _storage._replicaCount != rhs_storage._replicaCount {return false}
+        if _storage._decisionInstance != rhs_storage._decisionInstance {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -744,7 +1086,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
 
 nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Engine"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}pid\0\u{1}node\0\u{1}uri\0\u{3}unix_uri\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}restarts\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}pid\0\u{1}node\0\u{1}uri\0\u{3}unix_uri\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}restarts\0\u{2}\u{c}instance\0\u{1}rebuilds\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -760,6 +1102,8 @@ nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._M
       case 6: try { try decoder.decodeSingularUInt64Field(value: &self.rebuildDone) }()
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.rebuildTotal) }()
       case 8: try { try decoder.decodeSingularUInt32Field(value: &self.restarts) }()
+      case 20: try { try decoder.decodeSingularUInt64Field(value: &self.instance) }()
+      case 21: try { try decoder.decodeRepeatedMessageField(value: &self.rebuilds) }()
       default: break
       }
     }
@@ -790,6 +1134,12 @@ nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._M
     if self.restarts != 0 {
       try visitor.visitSingularUInt32Field(value: self.restarts, fieldNumber: 8)
     }
+    if self.instance != 0 {
+      try visitor.visitSingularUInt64Field(value: self.instance, fieldNumber: 20)
+    }
+    if !self.rebuilds.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.rebuilds, fieldNumber: 21)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -802,14 +1152,90 @@ nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._M
     if lhs.rebuildDone != rhs.rebuildDone {return false}
     if lhs.rebuildTotal != rhs.rebuildTotal {return false}
     if lhs.restarts != rhs.restarts {return false}
+    if lhs.instance != rhs.instance {return false}
+    if lhs.rebuilds != rhs.rebuilds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
 }
 
+nonisolated extension Haptera_V1_Rebuild: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".Rebuild"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}node\0\u{1}kind\0\u{1}phase\0\u{3}regions_done\0\u{3}regions_total\0\u{3}bytes_copied\0\u{3}bytes_per_second\0\u{3}elapsed_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.node) }()
+      case 3: try { try decoder.decodeSingularEnumField(value: &self.kind) }()
+      case 4: try { try decoder.decodeSingularStringField(value: &self.phase) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.regionsDone) }()
+      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.regionsTotal) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.bytesCopied) }()
+      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.bytesPerSecond) }()
+      case 9: try { try decoder.decodeSingularUInt64Field(value: &self.elapsedMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 1)
+    }
+    if !self.node.isEmpty {
+      try visitor.visitSingularStringField(value: self.node, fieldNumber: 2)
+    }
+    if self.kind != .unspecified {
+      try visitor.visitSingularEnumField(value: self.kind, fieldNumber: 3)
+    }
+    if !self.phase.isEmpty {
+      try visitor.visitSingularStringField(value: self.phase, fieldNumber: 4)
+    }
+    if self.regionsDone != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsDone, fieldNumber: 5)
+    }
+    if self.regionsTotal != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsTotal, fieldNumber: 6)
+    }
+    if self.bytesCopied != 0 {
+      try visitor.visitSingularUInt64Field(value: self.bytesCopied, fieldNumber: 7)
+    }
+    if self.bytesPerSecond != 0 {
+      try visitor.visitSingularUInt64Field(value: self.bytesPerSecond, fieldNumber: 8)
+    }
+    if self.elapsedMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.elapsedMilliseconds, fieldNumber: 9)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_Rebuild, rhs: Haptera_V1_Rebuild) -> Bool {
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.node != rhs.node {return false}
+    if lhs.kind != rhs.kind {return false}
+    if lhs.phase != rhs.phase {return false}
+    if lhs.regionsDone != rhs.regionsDone {return false}
+    if lhs.regionsTotal != rhs.regionsTotal {return false}
+    if lhs.bytesCopied != rhs.bytesCopied {return false}
+    if lhs.bytesPerSecond != rhs.bytesPerSecond {return false}
+    if lhs.elapsedMilliseconds != rhs.elapsedMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_Rebuild.Kind: SwiftProtobuf._ProtoNameProviding {
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0KIND_UNSPECIFIED\0\u{1}KIND_RESYNC\0\u{1}KIND_REBUILD\0\u{1}KIND_RESOLVE\0")
+}
+
 nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Replica"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}volume\0\u{1}node\0\u{1}state\0\u{3}in_sync\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{3}allocated_bytes\0\u{1}restarts\0\u{1}reason\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}volume\0\u{1}node\0\u{1}state\0\u{3}in_sync\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{3}allocated_bytes\0\u{1}restarts\0\u{1}reason\0\u{2}\u{9}replaces\0\u{1}leaving\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -828,6 +1254,8 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
       case 9: try { try decoder.decodeSingularUInt64Field(value: &self.allocatedBytes) }()
       case 10: try { try decoder.decodeSingularUInt32Field(value: &self.restarts) }()
       case 11: try { try decoder.decodeSingularStringField(value: &self.reason) }()
+      case 20: try { try decoder.decodeSingularStringField(value: &self.replaces) }()
+      case 21: try { try decoder.decodeSingularBoolField(value: &self.leaving) }()
       default: break
       }
     }
@@ -867,6 +1295,12 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
     if !self.reason.isEmpty {
       try visitor.visitSingularStringField(value: self.reason, fieldNumber: 11)
     }
+    if !self.replaces.isEmpty {
+      try visitor.visitSingularStringField(value: self.replaces, fieldNumber: 20)
+    }
+    if self.leaving != false {
+      try visitor.visitSingularBoolField(value: self.leaving, fieldNumber: 21)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -882,6 +1316,8 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
     if lhs.allocatedBytes != rhs.allocatedBytes {return false}
     if lhs.restarts != rhs.restarts {return false}
     if lhs.reason != rhs.reason {return false}
+    if lhs.replaces != rhs.replaces {return false}
+    if lhs.leaving != rhs.leaving {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -889,7 +1325,7 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
 
 nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".CreateVolumeRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -901,12 +1337,17 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
       case 2: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
       case 3: try { try decoder.decodeSingularUInt32Field(value: &self.replicas) }()
       case 4: try { try decoder.decodeRepeatedStringField(value: &self.nodes) }()
+      case 20: try { try decoder.decodeSingularMessageField(value: &self._settings) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if !self.name.isEmpty {
       try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
     }
@@ -919,6 +1360,9 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     if !self.nodes.isEmpty {
       try visitor.visitRepeatedStringField(value: self.nodes, fieldNumber: 4)
     }
+    try { if let v = self._settings {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 20)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -927,6 +1371,161 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.replicas != rhs.replicas {return false}
     if lhs.nodes != rhs.nodes {return false}
+    if lhs._settings != rhs._settings {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_UpdateVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".UpdateVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}settings\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularMessageField(value: &self._settings) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    try { if let v = self._settings {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
+    } }()
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_UpdateVolumeRequest, rhs: Haptera_V1_UpdateVolumeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs._settings != rhs._settings {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ReplaceReplicaRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReplaceReplicaRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{3}replica_id\0\u{1}node\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.node) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 2)
+    }
+    if !self.node.isEmpty {
+      try visitor.visitSingularStringField(value: self.node, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReplaceReplicaRequest, rhs: Haptera_V1_ReplaceReplicaRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.node != rhs.node {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_DeleteReplicaRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".DeleteReplicaRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{3}replica_id\0\u{3}discard_kept\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 3: try { try decoder.decodeSingularBoolField(value: &self.discardKept) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 2)
+    }
+    if self.discardKept != false {
+      try visitor.visitSingularBoolField(value: self.discardKept, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_DeleteReplicaRequest, rhs: Haptera_V1_DeleteReplicaRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.discardKept != rhs.discardKept {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_AcceptLossRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".AcceptLossRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}instance\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.instance) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if self.instance != 0 {
+      try visitor.visitSingularUInt64Field(value: self.instance, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_AcceptLossRequest, rhs: Haptera_V1_AcceptLossRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.instance != rhs.instance {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1059,7 +1658,7 @@ nonisolated extension Haptera_V1_AttachVolumeRequest: SwiftProtobuf.Message, Swi
 
 nonisolated extension Haptera_V1_DetachVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DetachVolumeRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{2}\u{13}force\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1068,6 +1667,7 @@ nonisolated extension Haptera_V1_DetachVolumeRequest: SwiftProtobuf.Message, Swi
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 20: try { try decoder.decodeSingularBoolField(value: &self.force) }()
       default: break
       }
     }
@@ -1077,11 +1677,15 @@ nonisolated extension Haptera_V1_DetachVolumeRequest: SwiftProtobuf.Message, Swi
     if !self.name.isEmpty {
       try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
     }
+    if self.force != false {
+      try visitor.visitSingularBoolField(value: self.force, fieldNumber: 20)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: Haptera_V1_DetachVolumeRequest, rhs: Haptera_V1_DetachVolumeRequest) -> Bool {
     if lhs.name != rhs.name {return false}
+    if lhs.force != rhs.force {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -17,6 +17,9 @@ package actor Controller {
     /// HOST:PORT under which engines reach the record service.
     package nonisolated let recordService: String
     private nonisolated let logger: Logger
+    /// Since when replicas are away, and which volumes' stale replicas cannot be replaced, and why.
+    var awayTimes = AwayTimes()
+    var problems: [String: String] = [:]
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
 
     package init(store: MetadataStore, recordService: String, logger: Logger) {
@@ -30,7 +33,8 @@ package actor Controller {
     package func register(_ request: Haptera_V1_RegisterNodeRequest) async throws {
         let row = NodeRow(
             name: request.name, nodeID: request.nodeID, address: request.address,
-            directory: request.directory, version: request.version, pid: request.pid)
+            directory: request.directory, version: request.version, pid: request.pid,
+            bootID: request.bootID)
         try await store.registerNode(row)
         // Ready with its first report: before that, its replicas would look dead. What it reported
         // before its restart still stands.
@@ -65,7 +69,8 @@ package actor Controller {
         facts.engines = report.engines.map {
             .init(
                 volumeID: $0.volumeID, clientGeneration: Int64(clamping: $0.clientGeneration),
-                hasServed: $0.state == .serving, isDetached: $0.state == .detached)
+                hasServed: $0.state == .serving, isDetached: $0.state == .detached,
+                hadRemoteClient: $0.hadRemoteClient)
         }
         return facts
     }
@@ -86,6 +91,12 @@ package actor Controller {
             }
         }
         for engine in new.engines {
+            if let before = old.engines.first(where: { $0.volumeID == engine.volumeID }),
+                before.restarts < engine.restarts
+            {
+                try await store.addEvent(
+                    "EngineRestarted", "engine/\(engine.volumeID)", engine.lastEnding, by: caller)
+            }
             guard let before = old.engines.first(where: { $0.volumeID == engine.volumeID }),
                 before.clientGeneration == engine.clientGeneration, before.state != engine.state,
                 let kind = Self.engineEvents[engine.state]
@@ -104,39 +115,64 @@ package actor Controller {
 
     package func desired(for node: String, nodeID: String) async throws -> Haptera_V1_DesiredState {
         try await requireNode(node, nodeID)
-        let (replicas, engines) = try await store.desired(for: node)
+        let rows = try await store.desired(for: node)
         var message = Haptera_V1_DesiredState()
         message.recordService = recordService
-        message.replicas = replicas.map { replica, volume in
-            var wanted = Haptera_V1_DesiredReplica()
-            wanted.volumeID = volume.id
-            wanted.volume = volume.name
-            wanted.replicaID = replica.id
-            wanted.incarnation = replica.incarnation
-            wanted.sizeBytes = UInt64(volume.sizeBytes)
-            wanted.phase =
-                switch replica.phase {
-                case .create: .create
-                case .run: .run
-                case .remove: .remove
-                }
-            return wanted
-        }
-        message.engines = engines.map { stored in
-            var wanted = Haptera_V1_DesiredEngine()
-            wanted.volumeID = stored.volume.id
-            wanted.volume = stored.volume.name
-            wanted.clientGeneration = UInt64(stored.volume.clientGeneration)
-            wanted.phase = stored.volume.isDetaching ? .detach : .attach
-            wanted.replicas = stored.replicas.filter { !$0.address.isEmpty }.map { replica in
-                var endpoint = Haptera_V1_ReplicaEndpoint()
-                endpoint.replicaID = replica.id
-                endpoint.address = replica.address
-                return endpoint
-            }
-            return wanted
-        }
+        message.replicas =
+            rows.replicas.map { Self.desired($0, of: $1) } + rows.discarded.map(Self.removal)
+        message.engines = rows.engines.map(Self.desired)
         return message
+    }
+
+    private static func desired(
+        _ replica: ReplicaRow, of volume: VolumeRow
+    ) -> Haptera_V1_DesiredReplica {
+        var wanted = Haptera_V1_DesiredReplica()
+        wanted.volumeID = volume.id
+        wanted.volume = volume.name
+        wanted.replicaID = replica.id
+        wanted.incarnation = replica.incarnation
+        wanted.sizeBytes = UInt64(volume.sizeBytes)
+        wanted.phase =
+            switch replica.phase {
+            case .create: .create
+            case .run, .leave: .run
+            case .remove: .remove
+            }
+        return wanted
+    }
+
+    private static func removal(_ row: DiscardedReplicaRow) -> Haptera_V1_DesiredReplica {
+        var wanted = Haptera_V1_DesiredReplica()
+        wanted.volumeID = row.volumeID
+        wanted.volume = row.volume
+        wanted.replicaID = row.id
+        wanted.incarnation = row.incarnation
+        wanted.sizeBytes = UInt64(row.sizeBytes)
+        wanted.phase = .remove
+        return wanted
+    }
+
+    private static func desired(_ stored: StoredVolume) -> Haptera_V1_DesiredEngine {
+        let volume = stored.volume
+        var wanted = Haptera_V1_DesiredEngine()
+        wanted.volumeID = volume.id
+        wanted.volume = volume.name
+        wanted.clientGeneration = UInt64(volume.clientGeneration)
+        wanted.phase = volume.isDetaching ? .detach : .attach
+        wanted.minInSync = UInt32(volume.minInSync)
+        wanted.ioTimeoutMilliseconds = UInt64(volume.ioTimeoutMilliseconds)
+        wanted.leaseMilliseconds = UInt64(volume.leaseMilliseconds)
+        wanted.renewMilliseconds = UInt64(volume.settings.renew)
+        wanted.removalDeadlineMilliseconds = UInt64(volume.removalDeadlineMilliseconds)
+        wanted.acceptLossInstance = UInt64(volume.acceptLossInstance) ?? 0
+        wanted.replicas = stored.replicas.filter { !$0.address.isEmpty && $0.phase == .run }.map {
+            var endpoint = Haptera_V1_ReplicaEndpoint()
+            endpoint.replicaID = $0.id
+            endpoint.address = $0.address
+            return endpoint
+        }
+        return wanted
     }
 
     private func isFresh(_ seen: Int64?) -> Bool {
@@ -188,7 +224,7 @@ package actor Controller {
     }
 
     private func view(_ stored: StoredVolume) -> Haptera_V1_Volume {
-        VolumeView(stored, nodes: observedNodes).message
+        VolumeView(stored, nodes: observedNodes, problem: problems[stored.volume.name]).message
     }
 
     package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
@@ -200,12 +236,33 @@ package actor Controller {
     package func detach(_ name: String) async throws -> Haptera_V1_Volume {
         try changed(await store.detachVolume(name))
     }
+    package func update(
+        _ name: String, _ settings: Haptera_V1_VolumeSettings
+    ) async throws -> Haptera_V1_Volume {
+        try changed(await store.updateVolume(name, settings))
+    }
+    /// `instance`: the engine process whose question the caller has seen.
+    package func acceptLoss(_ name: String, instance: UInt64) async throws -> Haptera_V1_Volume {
+        let now = view(try await store.volume(named: name))
+        guard now.decisionInstance != 0 else {
+            throw ControlError(
+                .precondition,
+                "the engine of volume '\(name)' does not wait for a decision; see 'storagectl "
+                    + "volume show \(name)'")
+        }
+        guard now.decisionInstance == instance else {
+            throw ControlError(
+                .precondition,
+                "the engine of volume '\(name)' was started again meanwhile; look again")
+        }
+        return try changed(await store.acceptLoss(name, instance: instance, question: now.reason))
+    }
     package func delete(_ name: String) async throws {
         _ = try await store.deleteVolume(name)
         changes.notify()
     }
 
-    private func changed(_ stored: StoredVolume) -> Haptera_V1_Volume {
+    func changed(_ stored: StoredVolume) -> Haptera_V1_Volume {
         logger.info("volume changed", metadata: ["volume": "\(stored.volume.name)"])
         changes.notify()
         return view(stored)

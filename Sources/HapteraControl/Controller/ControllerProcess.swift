@@ -49,6 +49,7 @@ package struct ControllerProcess: Sendable {
                 services: [
                     .init(service: recordService), .init(service: api),
                     .init(service: Ticker(changes: controller.changes)),
+                    .init(service: UpkeepLoop(controller: controller, logger: logger)),
                 ],
                 gracefulShutdownSignals: [.sigterm, .sigint], logger: logger))
         try await group.run()
@@ -92,6 +93,26 @@ package struct GRPCService: Service {
             changes.finish()
             Task { await tasks.finish() }
             server.beginGracefulShutdown()
+        }
+    }
+}
+
+/// Lets the controller look after replicas that stay away.
+struct UpkeepLoop: Service {
+    static let period = Duration.seconds(1)
+    let controller: Controller
+    let logger: Logger
+
+    func run() async throws {
+        await cancelWhenGracefulShutdown {
+            while !Task.isCancelled {
+                do {
+                    try await controller.upkeep()
+                } catch {
+                    logger.error("upkeep failed", metadata: ["reason": "\(error)"])
+                }
+                try? await Task.sleep(for: Self.period)
+            }
         }
     }
 }

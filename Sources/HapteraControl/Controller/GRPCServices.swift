@@ -39,7 +39,13 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
         try await controller.create(
             try VolumeSpecification(
                 name: request.name, sizeBytes: request.sizeBytes, replicas: request.replicas,
-                nodes: request.nodes))
+                nodes: request.nodes, settings: request.settings))
+    }
+
+    func updateVolume(
+        request: Haptera_V1_UpdateVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        try await controller.update(try checked(request.name), request.settings)
     }
 
     func getVolume(
@@ -94,6 +100,27 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> Haptera_V1_DeleteVolumeResponse {
         try await controller.delete(try checked(request.name))
         return Haptera_V1_DeleteVolumeResponse()
+    }
+
+    func replaceReplica(
+        request: Haptera_V1_ReplaceReplicaRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        let node = request.node.isEmpty ? nil : try checked(request.node, "node")
+        return try await controller.replace(
+            request.replicaID, of: try checked(request.volume), node: node)
+    }
+
+    func deleteReplica(
+        request: Haptera_V1_DeleteReplicaRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        try await controller.deleteReplica(
+            request.replicaID, of: try checked(request.volume), discardKept: request.discardKept)
+    }
+
+    func acceptLoss(
+        request: Haptera_V1_AcceptLossRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        try await controller.acceptLoss(try checked(request.name), instance: request.instance)
     }
 
     func listReplicas(

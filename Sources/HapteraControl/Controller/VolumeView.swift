@@ -32,9 +32,13 @@ package struct VolumeView: Sendable {
     /// The engine of the present attachment as its node sees it.
     let engine: Haptera_V1_EngineReport?
 
-    package init(_ stored: StoredVolume, nodes: [String: ObservedNode]) {
+    /// Why a stale replica is not replaced.
+    let problem: String?
+
+    package init(_ stored: StoredVolume, nodes: [String: ObservedNode], problem: String? = nil) {
         self.stored = stored
         self.nodes = nodes
+        self.problem = problem
         engine = stored.volume.attachedNode.flatMap { nodes[$0]?.engine(stored.volume) }
     }
 
@@ -49,6 +53,9 @@ package struct VolumeView: Sendable {
         message.clientGeneration = UInt64(volume.clientGeneration)
         message.createdUnixMilliseconds = volume.createdMilliseconds
         message.replicas = stored.replicas.map(replica)
+        message.settings = volume.settings.message
+        message.replicaCount = UInt32(volume.replicaCount)
+        if let engine, engine.needsDecision { message.decisionInstance = engine.instance }
         (message.robustness, message.reason) = robustness(message.replicas)
         if let node = volume.attachedNode {
             message.engine.node = node
@@ -60,6 +67,8 @@ package struct VolumeView: Sendable {
                 message.engine.rebuildDone = engine.rebuildDone
                 message.engine.rebuildTotal = engine.rebuildTotal
                 message.engine.restarts = engine.restarts
+                message.engine.instance = engine.instance
+                message.engine.rebuilds = engine.rebuilds.map(rebuild)
             }
         }
         return message
@@ -80,7 +89,27 @@ package struct VolumeView: Sendable {
     }
 
     /// The engine's process runs and has taken the volume over.
-    private var isEngineUp: Bool { engine?.state == .serving || engine?.state == .stalled }
+    var isEngineUp: Bool { engine?.state == .serving || engine?.state == .stalled }
+
+    private func rebuild(_ report: Haptera_V1_RebuildReport) -> Haptera_V1_Rebuild {
+        var message = Haptera_V1_Rebuild()
+        message.replicaID = report.replicaID
+        message.node = stored.replicas.first { $0.id == report.replicaID }?.node ?? ""
+        message.kind =
+            switch report.kind {
+            case "resync": .resync
+            case "rebuild": .rebuild
+            case "resolve": .resolve
+            default: .unspecified
+            }
+        message.phase = report.phase
+        message.regionsDone = report.regionsDone
+        message.regionsTotal = report.regionsTotal
+        message.bytesCopied = report.bytesCopied
+        message.bytesPerSecond = report.bytesPerSecond
+        message.elapsedMilliseconds = report.elapsedMilliseconds
+        return message
+    }
 
     // MARK: Replicas
 
@@ -91,7 +120,9 @@ package struct VolumeView: Sendable {
         message.node = row.node
         message.address = row.address
         message.directory = row.directory
-        message.inSync = isMember(row)
+        message.inSync = stored.isMember(row)
+        message.replaces = row.replaces ?? ""
+        message.leaving = row.phase == .leave
         let report = nodes[row.node]?.replica(row.id)
         if let report {
             message.pid = report.pid
@@ -103,16 +134,12 @@ package struct VolumeView: Sendable {
         return message
     }
 
-    private func isMember(_ row: ReplicaRow) -> Bool {
-        guard let member = row.member else { return false }
-        return stored.record?.inSync.contains(member) ?? false
-    }
-
     private func replicaState(
         _ row: ReplicaRow, _ report: Haptera_V1_ReplicaReport?
     ) -> Haptera_V1_ReplicaState {
         if report?.state == .failed { return .failed }
-        let isJoining = stored.record?.joining.map { $0 == row.member } ?? false
+        let isMember = stored.isMember(row)
+        let isJoining = stored.isJoining(row)
         // The engine's connection says more about a replica than its own node does, which may be
         // silent; but a process seen dead is dead, though the engine may not have noticed yet.
         let isDead = nodes[row.node]?.isReady == true && report?.state != .running
@@ -122,13 +149,13 @@ package struct VolumeView: Sendable {
             switch view {
             case "failed": return .failed
             case "full": return .full
-            case "inSync": return isMember(row) ? .inSync : (isJoining ? .joining : .absent)
+            case "inSync": return isMember ? .inSync : (isJoining ? .joining : .absent)
             case "joining": return .joining
             default: return .absent
             }
         }
         guard nodes[row.node]?.isReady == true else { return .absent }
-        if isMember(row) { return .inSync }
+        if isMember { return .inSync }
         return isJoining ? .joining : .absent
     }
 
@@ -147,18 +174,27 @@ package struct VolumeView: Sendable {
         case .deleting: return (.healthy, "")
         case .ready: break
         }
+        if let engine, engine.needsDecision {
+            return (
+                .faulted,
+                "\(engine.reason); see 'storagectl volume accept-loss \(stored.volume.name)'"
+            )
+        }
         if let reason = engine?.reason, let decision = Self.decision(reason) {
             return (.faulted, decision)
         }
         if state == .attached, let trouble = engineTrouble { return trouble }
-        let inSync = replicas.count { $0.state == .inSync }
-        if inSync == replicas.count { return (.healthy, "") }
+        let inSync = replicas.count { $0.state == .inSync && !$0.leaving }
+        if inSync >= stored.volume.replicaCount { return (.healthy, "") }
         if inSync == 0, !isEngineUp {
             return (.stalled, "no in-sync replica is running; it waits for one to return")
         }
-        let missing = replicas.filter { $0.state != .inSync }
-            .map { "replica \($0.id) on node \($0.node) is \($0.state.word)" }
-        return (.degraded, missing.joined(separator: "; "))
+        let missing = replicas.filter { $0.state != .inSync }.map { replica in
+            let purpose = replica.replaces.isEmpty ? "" : ", to replace \(replica.replaces),"
+            return "replica \(replica.id)\(purpose) on node \(replica.node) is "
+                + replica.state.word
+        }
+        return (.degraded, (missing + [problem].compactMap { $0 }).joined(separator: "; "))
     }
 
     private var engineTrouble: (Haptera_V1_Robustness, reason: String)? {

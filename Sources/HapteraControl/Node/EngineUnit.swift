@@ -13,6 +13,10 @@ package actor EngineUnit {
     private var told: [Haptera_V1_ReplicaEndpoint]?
     private var failure = ""
     private var isBusy = false
+    /// The controller has said so since the agent started: not only its memory on disk.
+    private var isConfirmed = false
+    /// The process before was another boot's.
+    private let isRebooted: Bool
 
     /// An engine answers `detach` when it has flushed.
     static let detachTimeoutSeconds = 60
@@ -24,13 +28,18 @@ package actor EngineUnit {
         self.recordService = recordService
         self.context = context
         let files = UnitFiles(run: context.run, prefix: "e", id: wanted.volumeID)
-        supervision = Supervision(files: files)
+        supervision = Supervision(files: files, isEager: true)
         settings = files.loadSettings()
+        let process = ProcessFile.load(files.process)?.identity
+        isRebooted = process.map { $0.bootID != ProcessIdentity.currentBootID } ?? false
     }
 
-    package func want(_ wanted: Haptera_V1_DesiredEngine, recordService: String) {
+    package func want(
+        _ wanted: Haptera_V1_DesiredEngine, recordService: String, isConfirmed: Bool
+    ) {
         self.wanted = wanted
         self.recordService = recordService
+        self.isConfirmed = isConfirmed
     }
 
     package func step(now: Int64) async {
@@ -63,23 +72,67 @@ package actor EngineUnit {
         if !isOfThisAttachment {
             // An engine of an earlier attachment must be gone before this one's is started.
             guard !supervision.isRunning else { return try await leave(now: now) }
-            settings.port = try context.host.findPort(at: context.address, in: context.ports)
+            // The address stays as long as the attachment, which a reboot does not end.
+            let isContinued = settings.port != 0 && !settings.isDetached
+            if !isContinued || !context.host.isPortFree(settings.port, at: context.address) {
+                settings.port = try context.host.findPort(at: context.address, in: context.ports)
+            }
             settings.clientGeneration = wanted.clientGeneration
             settings.isDetached = false
             try supervision.files.save(settings)
         }
         guard !settings.isDetached else { return }
-        if !supervision.isRunning { start(now: now) }
+        // After a reboot the controller first says which client this is: see `clientGeneration`.
+        guard supervision.isRunning || isConfirmed || !isRebooted else { return }
+        if !supervision.isRunning { try start(now: now) }
         guard supervision.isRunning else { return }
         if supervision.isPollDue(now: now, isSettling: supervision.status["state"] != "serving") {
             let values = try? await context.host.request(
                 supervision.files.control, "status", timeoutSeconds: 2)
             supervision.polled(values, now: now)
+            try rememberInstance()
         }
         try await tellReplicas()
+        try await tellLimits()
+        try await tellDecision()
     }
 
-    private func start(now: Int64) {
+    /// So that the next engine can be told that this one has ended, if it has.
+    private func rememberInstance() throws {
+        guard let process = supervision.process, let instance = supervision.status["instance"],
+            let pid = supervision.status["pid"], Int32(pid) == process.pid
+        else { return }
+        let known = KnownEngine(identity: process, instance: instance)
+        guard settings.engine != known else { return }
+        settings.engine = known
+        try supervision.files.save(settings)
+    }
+
+    private var wantedLimits: EngineLimitsTold {
+        EngineLimitsTold(
+            lease: wanted.leaseMilliseconds, ioTimeout: wanted.ioTimeoutMilliseconds,
+            removalDeadline: wanted.removalDeadlineMilliseconds)
+    }
+
+    /// What differs from the engine's defaults. 0 stands for what an older controller did not say.
+    private var limitArguments: [String] {
+        var arguments: [String] = []
+        if ![0, 500].contains(wanted.leaseMilliseconds) {
+            arguments += [
+                "--lease", "\(wanted.leaseMilliseconds)", "--renew", "\(wanted.renewMilliseconds)",
+            ]
+        }
+        if ![0, 3000].contains(wanted.removalDeadlineMilliseconds) {
+            arguments += ["--removal-deadline", "\(wanted.removalDeadlineMilliseconds)"]
+        }
+        if wanted.ioTimeoutMilliseconds != 0 {
+            arguments += ["--io-timeout", "\(wanted.ioTimeoutMilliseconds)"]
+        }
+        if wanted.minInSync > 1 { arguments += ["--min-in-sync", "\(wanted.minInSync)"] }
+        return arguments
+    }
+
+    private func start(now: Int64) throws {
         guard supervision.backoff.mayStart(now: now) else { return }
         var arguments = [
             "--volume", wanted.volume, "--volume-id", wanted.volumeID, "--store", recordService,
@@ -90,6 +143,13 @@ package actor EngineUnit {
         for replica in wanted.replicas {
             arguments += ["--replica", "\(replica.replicaID)=\(replica.address)"]
         }
+        arguments += limitArguments
+        // Only what is certain: that very process is gone, so nobody needs to wait for its leases.
+        if let engine = settings.engine, context.host.ending(of: engine.identity) != nil {
+            arguments += ["--ended-instance", engine.instance]
+        }
+        settings.limits = wantedLimits
+        try supervision.files.save(settings)
         let replicas = wanted.replicas
         supervision.start(context.host, context.engineProgram, arguments, now: now)
         if supervision.isRunning { told = replicas }
@@ -102,6 +162,39 @@ package actor EngineUnit {
         _ = try await context.host.request(
             supervision.files.control, "replicas list=\(list)", timeoutSeconds: 5)
         told = replicas
+    }
+
+    /// The limits that can change while it runs; the others wait for the next attach.
+    private func tellLimits() async throws {
+        guard !supervision.status.isEmpty, let told = settings.limits,
+            wanted.removalDeadlineMilliseconds != 0
+        else { return }
+        var now = wantedLimits
+        now.lease = told.lease
+        now.removalDeadline = max(now.removalDeadline, told.lease)
+        guard now != told else { return }
+        _ = try await context.host.request(
+            supervision.files.control,
+            "settings io-timeout=\(now.ioTimeout) removal-deadline=\(now.removalDeadline)",
+            timeoutSeconds: 5)
+        settings.limits = now
+        try supervision.files.save(settings)
+    }
+
+    /// How an engine says that it waits for an administrator.
+    static let decisionWords = "needs a decision"
+
+    private var needsDecision: Bool {
+        supervision.status["reason"]?.contains(Self.decisionWords) ?? false
+    }
+
+    /// Holds for the process that asked, and no other.
+    private func tellDecision() async throws {
+        guard wanted.acceptLossInstance != 0, needsDecision,
+            supervision.status["instance"] == "\(wanted.acceptLossInstance)"
+        else { return }
+        _ = try await context.host.request(
+            supervision.files.control, "accept-loss", timeoutSeconds: 5)
     }
 
     private func detach(now: Int64) async throws {
@@ -151,8 +244,41 @@ package actor EngineUnit {
                 replica.state = value
                 return replica
             }
+        report.instance = status["instance"].flatMap { UInt64($0) } ?? 0
+        report.needsDecision = needsDecision
+        report.hadRemoteClient = status["remoteClients"].map { $0 != "0" } ?? false
+        report.lastEnding = supervision.lastEnding
+        report.rebuilds = Self.rebuilds(status)
         report.state = state
         return report
+    }
+
+    /// From the keys `rebuild.*` and `resolve.*`, which are there while there is something to tell.
+    static func rebuilds(_ status: [String: String]) -> [Haptera_V1_RebuildReport] {
+        func number(_ key: String) -> UInt64 { status[key].flatMap { UInt64($0) } ?? 0 }
+        var reports: [Haptera_V1_RebuildReport] = []
+        if let replica = status["rebuild.replica"], !replica.isEmpty {
+            var report = Haptera_V1_RebuildReport()
+            report.replicaID = replica
+            report.kind = status["rebuild.kind"] ?? ""
+            report.phase = status["rebuild.phase"] ?? ""
+            report.regionsDone = number("rebuild.regionsDone")
+            report.regionsTotal = number("rebuild.regionsTotal")
+            report.bytesCopied = number("rebuild.bytesCopied")
+            report.bytesPerSecond = number("rebuild.bytesPerSecond")
+            report.elapsedMilliseconds = number("rebuild.elapsedMilliseconds")
+            reports.append(report)
+        }
+        if number("resolve.regionsTotal") > number("resolve.regionsDone") {
+            var report = Haptera_V1_RebuildReport()
+            report.kind = "resolve"
+            report.regionsDone = number("resolve.regionsDone")
+            report.regionsTotal = number("resolve.regionsTotal")
+            report.bytesCopied = number("resolve.bytesCopied")
+            report.elapsedMilliseconds = number("resolve.elapsedMilliseconds")
+            reports.append(report)
+        }
+        return reports
     }
 
     private var state: Haptera_V1_EngineReport.State {

@@ -12,6 +12,8 @@ package actor NodeAgent {
     private var desired = Haptera_V1_DesiredState()
     private var replicas: [String: ReplicaUnit] = [:]
     private var engines: [String: EngineUnit] = [:]
+    /// The controller has spoken since we started.
+    private var isConfirmed = false
     private var desiredFile: String { context.directory + "/desired" }
 
     package init(_ context: NodeContext, logger: Logger) throws {
@@ -30,6 +32,7 @@ package actor NodeAgent {
     }
 
     package func want(_ message: Haptera_V1_DesiredState) throws {
+        isConfirmed = true
         guard message != desired else { return }
         try HostFiles.replace(desiredFile, with: try message.serializedData())
         take(message)
@@ -55,7 +58,8 @@ package actor NodeAgent {
                 engines[wanted.volumeID]
                 ?? EngineUnit(wanted, recordService: desired.recordService, context)
             engines[wanted.volumeID] = unit
-            await unit.want(wanted, recordService: desired.recordService)
+            await unit.want(
+                wanted, recordService: desired.recordService, isConfirmed: isConfirmed)
             tasks.append(Task { await unit.step(now: now) })
         }
         await dropUnnamed()

@@ -45,6 +45,7 @@ package struct NodeProcess: Sendable {
         identity.directory = directory
         identity.version = HapteraVersion.text
         identity.pid = ProcessInfo.processInfo.processIdentifier
+        identity.bootID = ProcessIdentity.currentBootID
         let link = NodeLink(
             agent: agent, identity: identity, controller: controller, logger: logger)
         logger.info(

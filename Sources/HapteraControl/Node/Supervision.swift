@@ -2,19 +2,25 @@ import Foundation
 import HapteraHost
 
 /// When an ended process may be started again: at least 2 s later, doubling up to 30 s while it
-/// keeps ending soon, and 2 s again once it has run for a minute. Times are milliseconds of a
-/// monotonic clock.
+/// keeps ending soon, and 2 s again once it has run for a minute. An eager one is started again at
+/// once if it has run for 5 s: clients wait for it. Times are milliseconds of a monotonic clock.
 package struct RestartBackoff: Equatable, Sendable {
     package static let delayMinimum: Int64 = 2000
     package static let delayMaximum: Int64 = 30_000
     package static let stableAfter: Int64 = 60_000
+    package static let eagerDelayMinimum: Int64 = 500
+    package static let eagerStableAfter: Int64 = 5000
 
-    private var delay = Self.delayMinimum
+    private let isEager: Bool
+    private var delay: Int64
     private var startedAt: Int64?
     private var notBefore: Int64 = .min
     package private(set) var restarts: UInt32 = 0
 
-    package init() {}
+    package init(isEager: Bool = false) {
+        self.isEager = isEager
+        delay = isEager ? 0 : Self.delayMinimum
+    }
 
     package func mayStart(now: Int64) -> Bool { now >= notBefore }
 
@@ -25,9 +31,12 @@ package struct RestartBackoff: Equatable, Sendable {
 
     /// The process was found ended.
     package mutating func ended(now: Int64) {
-        if let startedAt, now - startedAt >= Self.stableAfter { delay = Self.delayMinimum }
+        let stableAfter = isEager ? Self.eagerStableAfter : Self.stableAfter
+        if let startedAt, now - startedAt >= stableAfter {
+            delay = isEager ? 0 : Self.delayMinimum
+        }
         notBefore = now + delay
-        delay = min(delay * 2, Self.delayMaximum)
+        delay = min(max(delay * 2, Self.eagerDelayMinimum), Self.delayMaximum)
     }
 }
 
@@ -36,7 +45,25 @@ package struct UnitSettings: Codable, Equatable, Sendable {
     package var port = 0
     package var clientGeneration: UInt64 = 0
     package var isDetached = false
+    /// The engine that answered last: what the next one may be told about it.
+    package var engine: KnownEngine?
+    /// What the running engine was started with, or told since.
+    package var limits: EngineLimitsTold?
     package init() {}
+}
+
+/// An engine process and the number it has given itself.
+package struct KnownEngine: Codable, Equatable, Sendable {
+    package var identity: ProcessIdentity
+    /// Decimal.
+    package var instance: String
+}
+
+/// Milliseconds.
+package struct EngineLimitsTold: Codable, Equatable, Sendable {
+    package var lease: UInt64
+    package var ioTimeout: UInt64
+    package var removalDeadline: UInt64
 }
 
 /// The files of a unit, all below the node's `run` directory.
@@ -77,15 +104,20 @@ package struct UnitFiles: Sendable {
 package struct Supervision: Sendable {
     package let files: UnitFiles
     package private(set) var process: ProcessIdentity?
-    package private(set) var backoff = RestartBackoff()
+    package private(set) var backoff: RestartBackoff
     /// The last answer to `status`; empty if there was none since the process started.
     package private(set) var status: [String: String] = [:]
     /// Why the last process ended, or why the last start failed.
     package private(set) var reason = ""
+    /// How the last process ended; stays when the next one answers.
+    package private(set) var lastEnding = ""
     private var polledAt: Int64 = .min
     private var hasLooked = false
 
-    package init(files: UnitFiles) { self.files = files }
+    package init(files: UnitFiles, isEager: Bool = false) {
+        self.files = files
+        backoff = RestartBackoff(isEager: isEager)
+    }
 
     package var isRunning: Bool { process != nil }
 
@@ -117,6 +149,7 @@ package struct Supervision: Sendable {
         status = [:]
         polledAt = .min
         reason = ending.reason(pid: process.pid, lastLine: host.lastLine(of: files.log))
+        lastEnding = reason
         backoff.ended(now: now)
     }
 

@@ -42,6 +42,7 @@ package final class MetadataStore: Sendable {
                 arguments: [VolumeID.random().text])
         }
         registerHistory(&migrator)
+        migrator.registerMigration("settings") { db in try db.execute(sql: Self.settingsSchema) }
         return migrator
     }
 
@@ -70,6 +71,26 @@ package final class MetadataStore: Sendable {
             id INTEGER PRIMARY KEY AUTOINCREMENT, timeMilliseconds INTEGER NOT NULL,
             kind TEXT NOT NULL, subject TEXT NOT NULL, message TEXT NOT NULL,
             actor TEXT NOT NULL, peer TEXT NOT NULL) STRICT;
+        """
+
+    /// Volume settings, reboots of nodes, replaced replicas.
+    private static let settingsSchema = """
+        ALTER TABLE volumes ADD COLUMN minInSync INTEGER NOT NULL DEFAULT 1;
+        ALTER TABLE volumes ADD COLUMN ioTimeoutMilliseconds INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE volumes ADD COLUMN leaseMilliseconds INTEGER NOT NULL DEFAULT 500;
+        ALTER TABLE volumes ADD COLUMN removalDeadlineMilliseconds INTEGER NOT NULL DEFAULT 3000;
+        ALTER TABLE volumes ADD COLUMN staleReplicaTimeoutMilliseconds INTEGER NOT NULL
+            DEFAULT 1800000;
+        ALTER TABLE volumes ADD COLUMN attachedBootID TEXT NOT NULL DEFAULT '';
+        ALTER TABLE volumes ADD COLUMN hadRemoteClient INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE volumes ADD COLUMN acceptLossInstance TEXT NOT NULL DEFAULT '';
+        ALTER TABLE nodes ADD COLUMN bootID TEXT NOT NULL DEFAULT '';
+        ALTER TABLE replicas ADD COLUMN replaces TEXT;
+        ALTER TABLE replicas ADD COLUMN isAutomatic INTEGER NOT NULL DEFAULT 0;
+        CREATE TABLE discardedReplicas (
+            id TEXT PRIMARY KEY, volumeID TEXT NOT NULL, volume TEXT NOT NULL,
+            node TEXT NOT NULL REFERENCES nodes (name), incarnation TEXT NOT NULL,
+            sizeBytes INTEGER NOT NULL, timeMilliseconds INTEGER NOT NULL) STRICT;
         """
 
     package func clusterID() async throws -> String {

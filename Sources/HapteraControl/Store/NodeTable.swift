@@ -16,6 +16,7 @@ package struct ReportedFacts: Equatable, Sendable {
         package var clientGeneration: Int64
         package var hasServed: Bool
         package var isDetached: Bool
+        package var hadRemoteClient = false
     }
     /// Replicas that run, or are removed.
     package var replicas: [Replica] = []
@@ -49,16 +50,41 @@ extension MetadataStore {
             if known == node { return }
             try node.upsert(db)
             let caller = Caller(actor: "node/\(node.name)", peer: Caller.current.peer)
+            try self.noteBoot(db, node, by: caller)
             try self.addEvent(
                 db, known == nil ? "NodeRegistered" : "NodeStarted", "node/\(node.name)",
                 "at \(node.address), \(node.directory), process \(node.pid)", by: caller)
         }
     }
 
-    /// What the node shall run. Engines get the replicas whose address is known.
-    package func desired(
-        for node: String
-    ) async throws -> (replicas: [(ReplicaRow, VolumeRow)], engines: [StoredVolume]) {
+    /// A client lives on the node its volume is attached to: after a restart of that host it is a
+    /// new one, which remembers no acknowledged write. One that came from another host may live on.
+    private func noteBoot(_ db: Database, _ node: NodeRow, by caller: Caller) throws {
+        guard !node.bootID.isEmpty else { return }
+        let attached = try VolumeRow.filter(Column("attachedNode") == node.name).fetchAll(db)
+        for var row in attached where row.attachedBootID != node.bootID {
+            let isNewBoot = !row.attachedBootID.isEmpty
+            row.attachedBootID = node.bootID
+            if isNewBoot, !row.hadRemoteClient {
+                row.clientGeneration += 1
+                try addEvent(
+                    db, "ClientEnded", "volume/\(row.name)",
+                    "node \(node.name) has restarted; client generation "
+                        + "\(row.clientGeneration) begins", by: caller)
+            }
+            try row.update(db)
+        }
+    }
+
+    /// What one node shall run and remove.
+    package struct DesiredRows: Sendable {
+        package var replicas: [(ReplicaRow, VolumeRow)]
+        /// Engines get the replicas whose address is known.
+        package var engines: [StoredVolume]
+        package var discarded: [DiscardedReplicaRow]
+    }
+
+    package func desired(for node: String) async throws -> DesiredRows {
         try await database.read { db in
             let rows = try ReplicaRow.filter(Column("node") == node).order(Column("id"))
                 .fetchAll(db)
@@ -67,7 +93,9 @@ extension MetadataStore {
             }
             let attached = try VolumeRow.filter(Column("attachedNode") == node)
                 .order(Column("name")).fetchAll(db)
-            return (replicas, try attached.map { try Self.stored(db, $0) })
+            return DesiredRows(
+                replicas: replicas, engines: try attached.map { try Self.stored(db, $0) },
+                discarded: try Self.discarded(db, on: node))
         }
     }
 
@@ -78,7 +106,7 @@ extension MetadataStore {
         let isNews = try await database.read { db in
             try facts.replicas.contains { fact in
                 guard let row = try ReplicaRow.fetchOne(db, key: fact.id), row.node == node else {
-                    return false
+                    return try fact.isRemoved && Self.isDiscarded(db, fact.id, on: node)
                 }
                 return Self.isNews(fact, to: row)
             }
@@ -99,6 +127,10 @@ extension MetadataStore {
         }
     }
 
+    private static func isDiscarded(_ db: Database, _ id: String, on node: String) throws -> Bool {
+        try DiscardedReplicaRow.fetchOne(db, key: id)?.node == node
+    }
+
     private static func isNews(_ fact: ReportedFacts.Replica, to row: ReplicaRow) -> Bool {
         if fact.isRemoved { return row.phase == .remove }
         return row.phase == .create || row.address != fact.address
@@ -113,9 +145,19 @@ extension MetadataStore {
         }
         return (fact.isDetached && row.isDetaching)
             || (fact.hasServed && row.servedGeneration < fact.clientGeneration)
+            || (fact.hadRemoteClient && !row.hadRemoteClient)
     }
 
     private func apply(_ db: Database, _ fact: ReportedFacts.Replica, node: String) throws {
+        if fact.isRemoved, try Self.isDiscarded(db, fact.id, on: node),
+            let gone = try DiscardedReplicaRow.fetchOne(db, key: fact.id)
+        {
+            try gone.delete(db)
+            try addEvent(
+                db, "ReplicaDataRemoved", "volume/\(gone.volume)",
+                "replica \(gone.id), from node \(node)")
+            return
+        }
         guard var row = try ReplicaRow.fetchOne(db, key: fact.id), row.node == node,
             Self.isNews(fact, to: row), let volume = try VolumeRow.fetchOne(db, key: row.volumeID)
         else { return }
@@ -139,10 +181,12 @@ extension MetadataStore {
         guard stored.replicas.count == volume.replicaCount,
             stored.replicas.allSatisfy({ $0.phase == .run }), let id = VolumeID(volume.id)
         else { return }
-        let record = VolumeRecord(
+        var record = VolumeRecord(
             volume: id, name: volume.name, epoch: Epoch(1),
             nonce: UInt64.random(in: 1 ... .max), size: UInt64(volume.sizeBytes),
             inSync: stored.replicas.compactMap(\.member))
+        record.minInSync = UInt8(clamping: volume.minInSync)
+        record.leaseMilliseconds = UInt32(clamping: volume.leaseMilliseconds)
         try db.execute(
             sql: "INSERT INTO records (volumeID, epoch, record) VALUES (?, 1, ?)",
             arguments: [volume.id, Data(record.encoded())])
@@ -175,6 +219,7 @@ extension MetadataStore {
             row.servedGeneration = fact.clientGeneration
             try addEvent(db, "VolumeAttached", subject, "on node \(node)")
         }
+        row.hadRemoteClient = row.hadRemoteClient || fact.hadRemoteClient
         if fact.isDetached, row.isDetaching {
             row.attachedNode = nil
             row.isDetaching = false

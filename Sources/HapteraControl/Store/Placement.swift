@@ -1,13 +1,15 @@
 import HapteraHost
 
-/// Chooses nodes for a new volume's replicas.
+/// Chooses nodes for replicas.
 package struct Placement: Equatable, Sendable {
     package struct Candidate: Equatable, Sendable {
         package var name: String
         package var replicas: Int
-        package init(name: String, replicas: Int) {
+        package var availableBytes: UInt64
+        package init(name: String, replicas: Int, availableBytes: UInt64 = .max) {
             self.name = name
             self.replicas = replicas
+            self.availableBytes = availableBytes
         }
     }
 
@@ -38,5 +40,24 @@ package struct Placement: Equatable, Sendable {
                     + "(repeats put several on one node)")
         }
         return allowed.prefix(replicas).map(\.name)
+    }
+
+    /// A node for one more replica of a volume that has some on `occupied`: another one, with space
+    /// for `neededBytes`, the one with the fewest replicas.
+    package static func chooseAnother(
+        occupied: Set<String>, neededBytes: UInt64, candidates: [Candidate]
+    ) throws(ControlError) -> String {
+        let others = candidates.filter { !occupied.contains($0.name) }
+        guard !others.isEmpty else {
+            throw ControlError(.precondition, "every ready node holds a replica of it already")
+        }
+        let spacious = others.filter { $0.availableBytes >= neededBytes }
+            .sorted { ($0.replicas, $0.name) < ($1.replicas, $1.name) }
+        guard let best = spacious.first else {
+            throw ControlError(
+                .precondition,
+                "no other ready node has \(VolumeSize.text(neededBytes)) available")
+        }
+        return best.name
     }
 }

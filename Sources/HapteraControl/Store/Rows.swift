@@ -25,6 +25,17 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     /// The highest client generation whose engine has served.
     package var servedGeneration: Int64
     package var createdMilliseconds: Int64
+    package var minInSync: Int
+    package var ioTimeoutMilliseconds: Int64
+    package var leaseMilliseconds: Int64
+    package var removalDeadlineMilliseconds: Int64
+    package var staleReplicaTimeoutMilliseconds: Int64
+    /// The boot of the attached node in which its client began; empty if not known.
+    package var attachedBootID: String
+    /// A client has connected from another host since the attach: it outlives the node.
+    package var hadRemoteClient: Bool
+    /// Decimal number of the engine process that may go on from rebooted replicas; empty: none.
+    package var acceptLossInstance: String
 
     package init(id: VolumeID, name: String, sizeBytes: Int64, replicaCount: Int, created: Int64) {
         self.id = id.text
@@ -37,12 +48,23 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
         clientGeneration = 0
         servedGeneration = 0
         createdMilliseconds = created
+        let settings = VolumeSettings()
+        minInSync = settings.minInSync
+        ioTimeoutMilliseconds = settings.ioTimeout
+        leaseMilliseconds = settings.lease
+        removalDeadlineMilliseconds = settings.removalDeadline
+        staleReplicaTimeoutMilliseconds = settings.staleReplicaTimeout
+        attachedBootID = ""
+        hadRemoteClient = false
+        acceptLossInstance = ""
     }
 }
 
 package enum ReplicaPhase: String, Codable, Sendable {
     case create
     case run
+    /// Runs, but the engine is told to do without it; then its data is removed.
+    case leave
     case remove
 }
 
@@ -59,6 +81,27 @@ package struct ReplicaRow: Codable, Equatable, Sendable, FetchableRecord, Persis
     /// HOST:PORT and directory as its node reported last; empty before that.
     package var address: String
     package var directory: String
+    /// The replica whose place it takes once it is in sync.
+    package var replaces: String?
+    /// Nobody asked for the replacement: it is given up if the other one comes back first.
+    package var isAutomatic = false
+
+    package init(
+        id: String, volumeID: String, ordinal: Int, node: String, incarnation: String,
+        phase: ReplicaPhase, address: String = "", directory: String = "",
+        replaces: String? = nil, isAutomatic: Bool = false
+    ) {
+        self.id = id
+        self.volumeID = volumeID
+        self.ordinal = ordinal
+        self.node = node
+        self.incarnation = incarnation
+        self.phase = phase
+        self.address = address
+        self.directory = directory
+        self.replaces = replaces
+        self.isAutomatic = isAutomatic
+    }
 
     var member: VolumeRecord.Member? {
         guard let id = ReplicaID(id), let number = parseHexadecimal(incarnation.utf8) else {
@@ -77,6 +120,35 @@ package struct NodeRow: Codable, Equatable, Sendable, FetchableRecord, Persistab
     package var directory: String
     package var version: String
     package var pid: Int32
+    /// Of the host's kernel; empty if the agent did not say.
+    package var bootID = ""
+
+    package init(
+        name: String, nodeID: String, address: String, directory: String, version: String,
+        pid: Int32, bootID: String = ""
+    ) {
+        self.name = name
+        self.nodeID = nodeID
+        self.address = address
+        self.directory = directory
+        self.version = version
+        self.pid = pid
+        self.bootID = bootID
+    }
+}
+
+/// A replica that belongs to no volume any more, and whose data its node still has.
+package struct DiscardedReplicaRow: Codable, Equatable, Sendable, FetchableRecord,
+    PersistableRecord
+{
+    package static let databaseTableName = "discardedReplicas"
+    package var id: String
+    package var volumeID: String
+    package var volume: String
+    package var node: String
+    package var incarnation: String
+    package var sizeBytes: Int64
+    package var timeMilliseconds: Int64
 }
 
 package struct EventRow: Codable, Equatable, Sendable, FetchableRecord, MutablePersistableRecord {

@@ -1,5 +1,6 @@
 import Foundation
 import GRDB
+import HapteraAPI
 import HapteraCore
 import HapteraHost
 
@@ -17,9 +18,12 @@ package struct VolumeSpecification: Equatable, Sendable {
     package var sizeBytes: UInt64
     package var replicas: Int
     package var nodes: [String]
+    /// What was said of the settings; the rest is as usual.
+    package var settings: Haptera_V1_VolumeSettings
 
     package init(
-        name: String, sizeBytes: UInt64, replicas: UInt32, nodes: [String]
+        name: String, sizeBytes: UInt64, replicas: UInt32, nodes: [String],
+        settings: Haptera_V1_VolumeSettings = .init()
     ) throws(ControlError) {
         guard Names.isValidLabel(name) else {
             throw ControlError(.invalid, "'\(name)' is no volume name: use \(Names.labelRule)")
@@ -35,7 +39,9 @@ package struct VolumeSpecification: Equatable, Sendable {
         for node in nodes where !Names.isValidLabel(node) {
             throw ControlError(.invalid, "'\(node)' is no node name: use \(Names.labelRule)")
         }
+        try VolumeSettings().changed(by: settings).check(replicas: count)
         self.name = name
+        self.settings = settings
         self.sizeBytes = sizeBytes
         self.replicas = count
         self.nodes = nodes
@@ -91,17 +97,13 @@ extension MetadataStore {
             let nodes = try Placement.choose(
                 replicas: wanted.replicas, requested: wanted.nodes,
                 candidates: ready.map { .init(name: $0, replicas: used[$0] ?? 0) })
-            let row = VolumeRow(
+            var row = VolumeRow(
                 id: .random(), name: wanted.name, sizeBytes: Int64(wanted.sizeBytes),
                 replicaCount: wanted.replicas, created: self.clock())
+            row.settings = row.settings.changed(by: wanted.settings)
             try row.insert(db)
             for (ordinal, node) in nodes.enumerated() {
-                try ReplicaRow(
-                    id: hexadecimal(UInt64.random(in: 1 ... .max)), volumeID: row.id,
-                    ordinal: ordinal, node: node,
-                    incarnation: hexadecimal(UInt64.random(in: 1 ... .max)), phase: .create,
-                    address: "", directory: ""
-                ).insert(db)
+                try ReplicaRow(of: row, ordinal: ordinal, node: node).insert(db)
             }
             try db.execute(
                 sql: "DELETE FROM deletedVolumes WHERE name = ?", arguments: [wanted.name])
@@ -128,7 +130,8 @@ extension MetadataStore {
             ? nodes.sorted() == wanted.nodes.sorted()
             : wanted.nodes.isEmpty || Set(nodes).isSubset(of: wanted.nodes)
         guard volume.sizeBytes == Int64(wanted.sizeBytes),
-            volume.replicaCount == wanted.replicas, isPlacedAsAsked
+            volume.replicaCount == wanted.replicas, isPlacedAsAsked,
+            volume.settings.changed(by: wanted.settings) == volume.settings
         else {
             let size = VolumeSize.text(UInt64(volume.sizeBytes))
             throw ControlError(
@@ -166,6 +169,9 @@ extension MetadataStore {
             let target = try Self.attachTarget(stored, node: node, ready: ready)
             row.attachedNode = target
             row.clientGeneration += 1
+            row.attachedBootID = try NodeRow.fetchOne(db, key: target)?.bootID ?? ""
+            row.hadRemoteClient = false
+            row.acceptLossInstance = ""
             try row.update(db)
             try self.addEvent(
                 db, "VolumeAttachRequested", "volume/\(name)",
@@ -191,6 +197,19 @@ extension MetadataStore {
             throw ControlError(.unavailable, "no node is ready; see 'storagectl node list'")
         }
         return best
+    }
+
+    /// The engine process `instance` may go on from rebooted replicas.
+    package func acceptLoss(
+        _ name: String, instance: UInt64, question: String
+    ) async throws -> StoredVolume {
+        try await changeVolume(name) { db, stored in
+            var row = stored.volume
+            guard row.acceptLossInstance != "\(instance)" else { return }
+            row.acceptLossInstance = "\(instance)"
+            try row.update(db)
+            try self.addEvent(db, "LossAccepted", "volume/\(name)", question)
+        }
     }
 
     package func detachVolume(_ name: String) async throws -> StoredVolume {
@@ -225,14 +244,14 @@ extension MetadataStore {
             try db.execute(sql: "DELETE FROM records WHERE volumeID = ?", arguments: [row.id])
             try self.forgetHistory(db, row.id)
             try db.execute(
-                sql: "UPDATE replicas SET phase = 'remove' WHERE volumeID = ?",
+                sql: "UPDATE replicas SET phase = 'remove', replaces = NULL WHERE volumeID = ?",
                 arguments: [row.id])
             try self.addEvent(db, "VolumeDeleteRequested", "volume/\(name)", "")
             return false
         }
     }
 
-    private func changeVolume(
+    func changeVolume(
         _ name: String,
         _ change: @escaping @Sendable (Database, StoredVolume) throws -> Void
     ) async throws -> StoredVolume {
