@@ -5,7 +5,8 @@ import HapteraHost
 
 package struct ReplicaCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
-        commandName: "replica", abstract: "Look at replicas.", subcommands: [List.self])
+        commandName: "replica", abstract: "Look at replicas, replace and remove them.",
+        subcommands: [List.self, RebuildStatus.self, Replace.self, Delete.self])
     package init() {}
 
     package struct List: AsyncParsableCommand {

@@ -18,7 +18,58 @@ package enum Presentation {
             ("epoch", .number(volume.epoch)),
             ("engine", volume.hasEngine ? value(volume.engine) : .null),
             ("replicas", .list(volume.replicas.map { value($0) })),
+            ("replicaCount", .number(UInt64(volume.replicaCount))),
+            ("settings", value(volume.settings)),
         ])
+    }
+
+    private static func value(_ settings: Haptera_V1_VolumeSettings) -> OutputValue {
+        .object([
+            ("minInSync", .number(UInt64(settings.minInSync))),
+            ("ioTimeoutMilliseconds", .number(settings.ioTimeoutMilliseconds)),
+            ("leaseMilliseconds", .number(settings.leaseMilliseconds)),
+            ("removalDeadlineMilliseconds", .number(settings.removalDeadlineMilliseconds)),
+            (
+                "staleReplicaTimeoutMilliseconds",
+                .number(settings.staleReplicaTimeoutMilliseconds)
+            ),
+        ])
+    }
+
+    package static func line(_ settings: Haptera_V1_VolumeSettings) -> String {
+        let ioTimeout = settings.ioTimeoutMilliseconds
+        let stale = settings.staleReplicaTimeoutMilliseconds
+        return [
+            "min in sync \(settings.minInSync)",
+            "I/O timeout " + (ioTimeout == 0 ? "none" : Durations.text(ioTimeout)),
+            "lease \(Durations.text(settings.leaseMilliseconds))",
+            "removal deadline \(Durations.text(settings.removalDeadlineMilliseconds))",
+            "stale replica timeout " + (stale == 0 ? "never" : Durations.text(stale)),
+        ].joined(separator: ", ")
+    }
+
+    /// What accepting the loss means for this volume.
+    package static func lossExplanation(_ volume: Haptera_V1_Volume) -> String {
+        func list(_ replicas: [Haptera_V1_Replica]) -> String {
+            replicas.map { "\($0.id) on node \($0.node)" }.joined(separator: ", ")
+        }
+        let members = volume.replicas.filter(\.inSync)
+        let reachable = members.filter { $0.state == .inSync || $0.pid > 0 }
+        let missing = members.filter { member in !reachable.contains { $0.id == member.id } }
+        var lines = [
+            "Volume \(volume.name) (epoch \(volume.epoch)) waits: \(volume.reason)",
+            "Its hosts have restarted: \(list(reachable)).",
+            "Writes that were acknowledged there and not flushed may be missing. Everything that a "
+                + "FLUSH or FUA has answered for is there.",
+        ]
+        if !missing.isEmpty {
+            lines.append(
+                "Not reachable, and perhaps better: \(list(missing)). If one of them can come back, "
+                    + "wait for it instead: it then resumes by itself, and nothing is lost.")
+        } else {
+            lines.append("No other replica was in sync: there is none to wait for.")
+        }
+        return lines.joined(separator: "\n")
     }
 
     private static func value(_ engine: Haptera_V1_Engine) -> OutputValue {
@@ -55,7 +106,7 @@ package enum Presentation {
             let inSync = volume.replicas.count { $0.state == .inSync }
             let row = [
                 volume.name, VolumeSize.text(volume.sizeBytes), word(volume.state),
-                word(volume.robustness), volume.engine.node, "\(inSync)/\(volume.replicas.count)",
+                word(volume.robustness), volume.engine.node, "\(inSync)/\(volume.replicaCount)",
             ]
             return wide ? row + ["\(volume.epoch)", volume.engine.uri, volume.id] : row
         }
@@ -70,6 +121,7 @@ package enum Presentation {
         ]
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
         lines.append("epoch:       \(volume.epoch)")
+        lines.append("settings:    \(line(volume.settings))")
         if volume.hasEngine {
             let engine = volume.engine
             lines.append(
@@ -101,6 +153,8 @@ package enum Presentation {
             ("allocatedBytes", .number(replica.allocatedBytes)),
             ("restarts", .number(UInt64(replica.restarts))),
             ("reason", .optional(replica.reason)),
+            ("replaces", .optional(replica.replaces)),
+            ("leaving", .flag(replica.leaving)),
         ]
         if withVolume { fields.insert(("volume", .text(replica.volume)), at: 1) }
         return .object(fields)
@@ -110,7 +164,9 @@ package enum Presentation {
         let header = ["REPLICA", "VOLUME", "NODE", "STATE", "IN SYNC", "ADDRESS"]
         let rows = replicas.map { replica in
             let row = [
-                replica.id, replica.volume, replica.node, word(replica.state),
+                replica.id, replica.volume, replica.node,
+                word(replica.state) + (replica.leaving ? " (leaving)" : "")
+                    + (replica.replaces.isEmpty ? "" : " (new)"),
                 replica.inSync ? "yes" : "no", replica.address,
             ]
             let pid = replica.pid > 0 ? "\(replica.pid)" : ""

@@ -155,11 +155,16 @@ package struct Session: Sendable {
 
 /// One line on the terminal that is overwritten; nothing if there is no terminal.
 package struct Progress: Sendable {
-    private let isOn: Bool
+    package let isOn: Bool
     package init(_ options: GlobalOptions) { isOn = !options.quiet && isatty(2) == 1 }
 
     package func show(_ text: String) { write("\r\u{1b}[K\(text)") }
     package func clear() { write("\r\u{1b}[K") }
+
+    /// A line for people, on standard error.
+    package static func complain(_ text: String, newline: Bool = true) {
+        FileHandle.standardError.write(Data((text + (newline ? "\n" : "")).utf8))
+    }
 
     private func write(_ text: String) {
         if isOn { FileHandle.standardError.write(Data(text.utf8)) }

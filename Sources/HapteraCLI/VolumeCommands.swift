@@ -9,7 +9,8 @@ package struct VolumeCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
         commandName: "volume", abstract: "Create, attach, look at and delete volumes.",
         subcommands: [
-            Create.self, List.self, Show.self, Why.self, Attach.self, Detach.self, Delete.self,
+            Create.self, List.self, Show.self, Why.self, Update.self, Attach.self, Detach.self,
+            AcceptLoss.self, Delete.self,
         ])
     package init() {}
 }
@@ -58,6 +59,7 @@ extension VolumeCommand {
                 """, transform: Label.init(typed:))
         package var node: [Label] = []
 
+        @OptionGroup package var settings: SettingsOptions
         @OptionGroup package var options: GlobalOptions
         package init() {}
 
@@ -74,7 +76,11 @@ extension VolumeCommand {
                 request.sizeBytes = size.bytes
                 request.replicas = UInt32(replicas)
                 request.nodes = node.map(\.text)
-                _ = try await session.volumes.createVolume(request, options: session.callOptions)
+                request.settings = settings.message
+                let wanted = request
+                _ = try await session.change {
+                    try await session.volumes.createVolume(wanted, options: session.callOptions)
+                }
                 let name = name.text
                 let volume = try await session.follow(name, "creating") { volume in
                     guard let volume else {
@@ -166,7 +172,10 @@ extension VolumeCommand {
                 var request = Haptera_V1_AttachVolumeRequest()
                 request.name = name.text
                 request.node = node?.text ?? ""
-                _ = try await session.volumes.attachVolume(request, options: session.callOptions)
+                let wanted = request
+                _ = try await session.change {
+                    try await session.volumes.attachVolume(wanted, options: session.callOptions)
+                }
                 let name = name.text
                 let volume = try await session.follow(name, "attaching") { volume in
                     guard let volume, volume.hasEngine else {
@@ -223,7 +232,10 @@ extension VolumeCommand {
             try await Session.run(options) { session in
                 var request = Haptera_V1_DeleteVolumeRequest()
                 request.name = name.text
-                _ = try await session.volumes.deleteVolume(request, options: session.callOptions)
+                let wanted = request
+                _ = try await session.change {
+                    try await session.volumes.deleteVolume(wanted, options: session.callOptions)
+                }
                 _ = try await session.follow(name.text, "deleting") { $0?.state != .deleting }
                 let value = OutputValue.object([
                     ("name", .text(name.text)), ("deleted", .flag(true)),
@@ -239,7 +251,8 @@ extension Session {
     func detach(_ name: String) async throws -> Haptera_V1_Volume? {
         var request = Haptera_V1_DetachVolumeRequest()
         request.name = name
-        _ = try await volumes.detachVolume(request, options: callOptions)
+        let wanted = request
+        _ = try await change { try await volumes.detachVolume(wanted, options: callOptions) }
         return try await follow(name, "detaching") { $0?.state != .detaching }
     }
 }

@@ -3,6 +3,44 @@ import HapteraAPI
 import Synchronization
 
 extension Session {
+    /// Asks for a change. A controller that does not answer is waited for, and the wait is said:
+    /// every change may be asked for twice.
+    func change<Result: Sendable>(_ ask: () async throws -> Result) async throws -> Result {
+        let progress = Progress(options)
+        defer { progress.clear() }
+        var hasSaid = false
+        while true {
+            do {
+                return try await ask()
+            } catch let error as RPCError where error.code == .unavailable {
+                let reason = Self.brief(error)
+                guard !isPastDeadline else {
+                    throw CommandFailure(
+                        .unavailable,
+                        "the controller at \(server) did not answer for \(options.timeout.seconds) s, "
+                            + "and nothing was changed unless it answers late; last error: \(reason)"
+                    )
+                }
+                let words = "waiting for the controller at \(server), last error: \(reason)"
+                if progress.isOn {
+                    progress.show(words)
+                } else if !hasSaid, !options.quiet {
+                    Progress.complain("storagectl: \(words)")
+                }
+                hasSaid = true
+            }
+            let left = deadline - ContinuousClock.now
+            try await Task.sleep(for: max(min(left, .milliseconds(250)), .milliseconds(1)))
+        }
+    }
+
+    /// The first line of what went wrong.
+    private static func brief(_ error: RPCError) -> String {
+        let cause = error.cause.map { ": \($0)" } ?? ""
+        let text = error.message + cause
+        return String(text.split(separator: "\n").first?.prefix(200) ?? "no answer")
+    }
+
     /// Follows a volume until `isDone` says so, and returns what it was given then (nil: the volume
     /// is gone). A controller that restarts meanwhile is asked again. `isDone` may throw.
     func follow(

@@ -42,7 +42,12 @@ import Testing
         "volume show v", "volume attach v --node n", "volume attach v", "volume detach v",
         "volume delete v", "replica list", "replica list v --watch", "node list -o wide",
         "node show n", "events --follow", "events --limit 5", "version", "completion bash",
-        "completion zsh", "completion fish",
+        "completion zsh", "completion fish", "volume update v --io-timeout 30s",
+        "volume update v --min-in-sync 2 --lease 1s --removal-deadline 5s",
+        "volume create v --size 1GiB --stale-replica-timeout 0", "volume accept-loss v --yes",
+        "replica rebuild-status", "replica rebuild-status v --watch",
+        "replica replace v 00000000000000a1 --node n --wait",
+        "replica delete v 00000000000000a1 --discard-kept --yes",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -54,7 +59,8 @@ import Testing
         "volume create v --size 1GiB --node _", "volume show", "volume show a/b",
         "volume list --server nohost", "volume list -o xml", "volume list --timeout 0",
         "cluster up", "cluster up --dir x --nodes 0", "events --limit 0", "nonsense",
-        "completion tcsh",
+        "completion tcsh", "volume update v", "volume update v --lease soon",
+        "replica replace v a1", "replica delete v", "volume create v --size 1GiB --io-timeout -1",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)
@@ -83,6 +89,29 @@ import Testing
         #expect(VolumeSize.text(3 << 29) == "1.5GiB")
         #expect(VolumeSize.text(512) == "512B")
         #expect(VolumeSize.text(0) == "0B")
+    }
+
+    @Test(
+        arguments: [
+            ("0", 0), ("3", 3000), ("500ms", 500), ("3s", 3000), ("30m", 1_800_000),
+            ("2h", 7_200_000), ("7d", 604_800_000),
+        ] as [(String, UInt64)])
+    func durationsAreRead(_ text: String, _ milliseconds: UInt64) {
+        #expect(Durations.parse(text) == milliseconds)
+    }
+
+    @Test(arguments: ["", "s", "1.5s", "-1s", "1 s", "1y", "99999999999999999999", "1ms5"])
+    func nonsenseIsNoDuration(_ text: String) {
+        #expect(Durations.parse(text) == nil)
+    }
+
+    @Test func durationsAreWritten() {
+        #expect(Durations.text(1500) == "1500ms")
+        #expect(Durations.text(1_800_000) == "30m")
+        #expect(Durations.rough(59_999) == "59s")
+        #expect(Durations.rough(61_000) == "1m 1s")
+        #expect(Durations.rough(3_660_000) == "1h 1m")
+        #expect(Durations.rough(90_000_000) == "1d 1h")
     }
 
     @Test(arguments: [

@@ -22,6 +22,11 @@ import Testing
         volume.engine.uri = "nbd://127.0.0.1:20000/vol"
         volume.engine.unixUri = "nbd+unix:///vol?socket=/d/e.nbd"
         volume.engine.connections = 2
+        volume.replicaCount = 2
+        volume.settings.minInSync = 1
+        volume.settings.leaseMilliseconds = 500
+        volume.settings.removalDeadlineMilliseconds = 3000
+        volume.settings.staleReplicaTimeoutMilliseconds = 1_800_000
         for number in 1...2 {
             var replica = Haptera_V1_Replica()
             replica.id = "00000000000000b\(number)"
@@ -69,7 +74,9 @@ import Testing
                       "directory": "/d/node-1",
                       "allocatedBytes": 0,
                       "restarts": 0,
-                      "reason": null
+                      "reason": null,
+                      "replaces": null,
+                      "leaving": false
                     },
                     {
                       "id": "00000000000000b2",
@@ -81,11 +88,80 @@ import Testing
                       "directory": "/d/node-2",
                       "allocatedBytes": 0,
                       "restarts": 0,
-                      "reason": null
+                      "reason": null,
+                      "replaces": null,
+                      "leaving": false
                     }
-                  ]
+                  ],
+                  "replicaCount": 2,
+                  "settings": {
+                    "minInSync": 1,
+                    "ioTimeoutMilliseconds": 0,
+                    "leaseMilliseconds": 500,
+                    "removalDeadlineMilliseconds": 3000,
+                    "staleReplicaTimeoutMilliseconds": 1800000
+                  }
                 }
                 """)
+    }
+
+    @Test func settingsForPeople() {
+        #expect(
+            Presentation.line(Self.volume().settings)
+                == "min in sync 1, I/O timeout none, lease 500ms, removal deadline 3s, "
+                + "stale replica timeout 30m")
+    }
+
+    private static var rebuild: RebuildRow {
+        var rebuild = Haptera_V1_Rebuild()
+        rebuild.replicaID = "00000000000000b2"
+        rebuild.node = "node-2"
+        rebuild.kind = .resync
+        rebuild.phase = "copying"
+        rebuild.regionsDone = 50
+        rebuild.regionsTotal = 200
+        rebuild.bytesCopied = 50 << 20
+        rebuild.bytesPerSecond = 5 << 20
+        rebuild.elapsedMilliseconds = 10_000
+        return RebuildRow(volume: "vol", rebuild: rebuild)
+    }
+
+    @Test func rebuildsAsTableBarAndJSON() {
+        #expect(
+            RebuildRow.table([Self.rebuild]).text == """
+                VOLUME  REPLICA           NODE    KIND    PHASE    DONE  TOTAL  PERCENT  BYTES  \
+                RATE    ELAPSED  ETA
+                vol     00000000000000b2  node-2  resync  copying  50    200    25%      50MiB  \
+                5MiB/s  10s      30s
+                """)
+        #expect(
+            Self.rebuild.bar(width: 8)
+                == "vol 00000000000000b2 resync copying [##......] 25% 50MiB 5MiB/s, 30s left")
+        #expect(
+            Self.rebuild.value.json(pretty: false)
+                == #"{"volume":"vol","replica":"00000000000000b2","node":"node-2","#
+                + #""kind":"resync","phase":"copying","regionsDone":50,"regionsTotal":200,"#
+                + #""percent":25,"bytesCopied":52428800,"bytesPerSecond":5242880,"#
+                + #""elapsedMilliseconds":10000,"etaMilliseconds":30000}"#)
+    }
+
+    /// Nothing is divided by what is not known yet.
+    @Test func aRebuildThatJustBegan() {
+        var rebuild = Haptera_V1_Rebuild()
+        rebuild.kind = .resolve
+        let row = RebuildRow(volume: "vol", rebuild: rebuild)
+        #expect(row.percent == nil)
+        #expect(row.etaMilliseconds == nil)
+        #expect(row.bar(width: 4) == "vol resolve [....] 0% 0B 0B/s")
+    }
+
+    @Test func whatAcceptingALossMeans() {
+        var volume = Self.volume()
+        volume.replicas[1].inSync = true
+        let text = Presentation.lossExplanation(volume)
+        #expect(text.contains("00000000000000b1 on node node-1"))
+        #expect(text.contains("Not reachable, and perhaps better: 00000000000000b2 on node node-2"))
+        #expect(text.contains("Everything that a FLUSH or FUA has answered for is there"))
     }
 
     @Test func detachedVolumeHasNoEngine() {
