@@ -114,22 +114,15 @@ package actor EngineUnit {
             removalDeadline: wanted.removalDeadlineMilliseconds)
     }
 
-    /// What differs from the engine's defaults. 0 stands for what an older controller did not say.
+    /// 0 is what an older controller does not say: the engine's default then.
     private var limitArguments: [String] {
-        var arguments: [String] = []
-        if ![0, 500].contains(wanted.leaseMilliseconds) {
-            arguments += [
-                "--lease", "\(wanted.leaseMilliseconds)", "--renew", "\(wanted.renewMilliseconds)",
-            ]
-        }
-        if ![0, 3000].contains(wanted.removalDeadlineMilliseconds) {
-            arguments += ["--removal-deadline", "\(wanted.removalDeadlineMilliseconds)"]
-        }
-        if wanted.ioTimeoutMilliseconds != 0 {
-            arguments += ["--io-timeout", "\(wanted.ioTimeoutMilliseconds)"]
-        }
-        if wanted.minInSync > 1 { arguments += ["--min-in-sync", "\(wanted.minInSync)"] }
-        return arguments
+        let values: [(String, UInt64)] = [
+            ("--lease", wanted.leaseMilliseconds), ("--renew", wanted.renewMilliseconds),
+            ("--removal-deadline", wanted.removalDeadlineMilliseconds),
+            ("--io-timeout", wanted.ioTimeoutMilliseconds),
+            ("--min-in-sync", UInt64(wanted.minInSync)),
+        ]
+        return values.filter { $0.1 != 0 }.flatMap { [$0.0, "\($0.1)"] }
     }
 
     private func start(now: Int64) throws {
