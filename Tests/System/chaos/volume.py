@@ -34,7 +34,7 @@ class Volume:
         self.size, self.clients = size, clients
         self.trace = trace or (lambda line: None)
         self.checker = Checker()
-        self.workers, self.crashed = [], 0
+        self.workers, self.crashed, self.answered = [], 0, 0
         self.backend = context.backend
         self.held = set()  # replica numbers, "engine"
         self.generation = 1
@@ -198,7 +198,13 @@ class Volume:
         worker = self.workers.pop(self.random.randrange(len(self.workers)))
         worker.crash()
         self.crashed += 1
+        self.answered += worker.completed
         self.add_worker()
+
+    @property
+    def requests(self):
+        """Answered to clients so far."""
+        return self.answered + sum(w.completed for w in self.workers)
 
     def check(self):
         """Raises what went wrong so far."""
@@ -246,20 +252,25 @@ class Volume:
         """All in sync, all resolved, every client answered; how long it took, seconds."""
         start = time.monotonic()
 
-        def healthy():
-            status = self.status()
-            return (status.get("state") == "serving"
-                    and int(status.get("unresolvedRegions", 0)) == 0
-                    and all(status.get(f"replica.{r.text}") == "inSync" and self.is_member(r)
-                            for r in self.cluster.replicas))
         try:
-            self.wait(healthy, "all replicas to be in sync")
-            self.progress(20, max(5.0, CONVERGENCE - (time.monotonic() - start)))
+            # A silence before the end of the faults may cost a replica its place after it.
+            while True:
+                self.wait(self._is_healthy, "all replicas to be in sync")
+                self.progress(20, max(5.0, CONVERGENCE - (time.monotonic() - start)))
+                if self._is_healthy():
+                    break
         except AssertionError as error:
             raise AssertionError(
                 f"{error}; status {self.status()}, clients "
                 f"{[w.state for w in self.workers]}") from None
         return time.monotonic() - start
+
+    def _is_healthy(self):
+        status = self.status()
+        return (status.get("state") == "serving"
+                and int(status.get("unresolvedRegions", 0)) == 0
+                and all(status.get(f"replica.{r.text}") == "inSync" and self.is_member(r)
+                        for r in self.cluster.replicas))
 
     def finish_round(self):
         """Everything is read, then all copies are compared with each other and the history."""
@@ -268,12 +279,14 @@ class Volume:
         for attempt in range(REPAIRS_MAX):
             for _ in range(6 if self.ill else 1):
                 self.sweep()
+            self.wait(self._is_healthy, "all replicas to be in sync")
             with self._lock:
                 self.held |= {"engine", 1, 2, 3}
             self.cluster.engine.detach()
             for replica in self.cluster.replicas:
                 replica.shutdown()
-            if self._verify(attempt):
+            # One may have been lost in the very moment of the detach.
+            if self._verify(attempt) and all(map(self.is_member, self.cluster.replicas)):
                 break
             self._restart()
         self.ill.clear()
@@ -359,6 +372,7 @@ class Volume:
         self.random.seed(seed)
         self.generation += 1
         self.crashed += len(self.workers)
+        self.answered += sum(w.completed for w in self.workers)
         self.workers.clear()
         self.checker.fence_all()
         self._restart()
