@@ -182,7 +182,7 @@ def full_disk(volume, source):
                 if error.errno != errno.ENOSPC:
                     raise
     yield source.choice((2, 4))
-    filler.unlink()
+    filler.unlink(missing_ok=True)
 
 
 PASSING = [

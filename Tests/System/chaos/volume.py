@@ -113,14 +113,15 @@ class Volume:
             self.cluster.start_engine(self.generation, wait=False, before=engine)
         elif engine.instance is None and engine.control.exists():
             with contextlib.suppress(OSError, ControlError):
-                engine.status()
+                engine.status(0.2)
 
     def _restart_replica(self, replica):
         now = time.monotonic()
         starts = self._starts.setdefault(replica.number, [])
         if starts and now - starts[-1] < min(0.2 * 2 ** len(starts), 3):
             return
-        starts[:] = [t for t in starts if now - t < 10] + [now]
+        was_killed = replica.process.wait() < 0 or replica.environment
+        starts[:] = [t for t in starts if now - t < 10] + ([] if was_killed else [now])
         if len(starts) > 4:
             if replica.number not in self.ill:
                 raise AssertionError(
@@ -167,7 +168,7 @@ class Volume:
     def status(self):
         """The engine's, empty while there is none that answers."""
         with contextlib.suppress(OSError, ControlError):
-            return self.cluster.engine.status()
+            return self.cluster.engine.status(3)
         return {}
 
     def state(self, replica):

@@ -246,8 +246,8 @@ class Engine:
             f"engine {number}", arguments, cluster.path / f"engine-{number}.log",
             {**cluster.environment, **(environment or {})})
 
-    def status(self):
-        status = control(self.control, "status")
+    def status(self, timeout=60.0):
+        status = control(self.control, "status", timeout)
         self.instance = status.get("instance", self.instance)
         return status
 
