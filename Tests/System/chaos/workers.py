@@ -45,7 +45,7 @@ class Worker:
         self.checker, self.number, self.address, self.cells = checker, number, address, cells
         self.random = random.Random(seed)
         self.inside, self.depth, self.patience = inside, depth, patience
-        self.completed = self.reconnects = self.retries = 0
+        self.completed = self.reconnects = self.retries = self.retried_blocks = 0
         self.longest_gap = 0.0
         self.last_answer = time.monotonic()
         self.failure = None
@@ -109,6 +109,9 @@ class Worker:
         try:
             for job in list(self._unanswered.values()):
                 self.retries += 1
+                if job.write is not None:
+                    self.retried_blocks += (job.first + job.count - 1) // CELLS - \
+                        job.first // CELLS + 1
                 self._send(handle, job)
             while not self._broken and not self._crash.is_set():
                 while len(self._unanswered) < self.depth and not self._stop.is_set():

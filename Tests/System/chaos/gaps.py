@@ -1,0 +1,111 @@
+"""How long a client waits when something dies: each measurement on a volume of its own."""
+
+import contextlib
+import signal
+import time
+
+from harness.cluster import MIB, wait_for
+from harness.workload import BLOCK, History, SyncProbe, Workload, check_all
+
+from .checker import Checker
+from .data import CELL
+from .workers import Worker
+
+BLOCKS = 64 * MIB // BLOCK
+DEPTH = 32
+REMOVAL_DEADLINE = 3.0
+FLOOR = 0.05
+
+
+class Gap:
+    """A measured pause and what it may be, seconds."""
+
+    def __init__(self, seconds, limit, remark):
+        self.seconds, self.limit, self.remark = seconds, limit, remark
+
+    @property
+    def is_met(self):
+        return self.seconds < self.limit
+
+    def __str__(self):
+        return f"{self.seconds * 1e3:.1f} ms, limit {self.limit * 1e3:.0f} ms ({self.remark})"
+
+
+@contextlib.contextmanager
+def loaded(context):
+    with context.cluster() as cluster, SyncProbe(cluster.path) as probe:
+        cluster.up()
+        history = History(BLOCKS)
+        load = Workload(history, cluster.engine.unix, context.seed, depth=DEPTH).start()
+        load.wait_completed(3000)
+        load.reset_gap()
+        yield cluster, load, probe
+        error = load.stop()
+        assert error is None, f"the client got an error: {error}"
+        check_all(history, cluster.engine.unix)
+
+
+def by_disk(seconds, probe, remark=""):
+    p99 = probe.p99()
+    return Gap(seconds, max(FLOOR, 5 * p99), f"{remark}fdatasync p99 {p99 * 1e3:.1f} ms")
+
+
+def replica_killed(context):
+    with loaded(context) as (cluster, load, probe):
+        lost = cluster.replicas[1]
+        lost.process.kill()
+        cluster.engine.wait_state(lost, "absent")
+        load.wait_completed(3000)
+        return by_disk(load.longest_gap, probe)
+
+
+def replica_stopped(context):
+    with loaded(context) as (cluster, load, probe):
+        silent = cluster.replicas[2]
+        silent.process.signal(signal.SIGSTOP)
+        wait_for(lambda: len(cluster.record().in_sync) == 2, "the silent replica's removal")
+        load.wait_completed(3000)
+        silent.process.signal(signal.SIGCONT)
+        return Gap(load.longest_gap, REMOVAL_DEADLINE + 0.1, "the removal deadline and 100 ms")
+
+
+def store_away(context, seconds):
+    with loaded(context) as (cluster, load, probe):
+        epoch = cluster.record().epoch
+        cluster.store.stop()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            load.wait_completed(100)
+        gap = by_disk(load.longest_gap, probe, f"{seconds:.0f} s, {load.completed} requests, ")
+        cluster.store.start()
+        assert cluster.record().epoch == epoch, "something changed the record"
+        return gap
+
+
+def engine_killed(context):
+    """Under a client that reconnects, with the engine started again at once."""
+    with context.cluster() as cluster:
+        cluster.up()
+        cluster.engine.status()
+        checker = Checker()
+        client = Worker(checker, 0, cluster.engine.unix, BLOCKS * BLOCK // CELL, context.seed,
+                        depth=DEPTH).start()
+        wait_for(lambda: client.completed > 3000, "the load")
+        client.longest_gap = 0.0
+        before, answered = cluster.engine, client.completed
+        before.process.kill()
+        cluster.start_engine(wait=False, before=before)
+        wait_for(lambda: client.completed > answered + 500, "answers from the next engine")
+        gap, status = client.longest_gap, {}
+        wait_for(lambda: status.update(cluster.engine.status()) or
+                 int(status.get("unresolvedRegions", 0)) == 0, "the resolution's end")
+        assert client.reconnects == 1, client.state
+        moved, at_most = int(status["lastTakeover.blocks"]), 2 * client.retried_blocks
+        # Only what was on the way can differ, on two of the three at most.
+        assert moved <= at_most, f"{moved} blocks moved, at most {at_most} can have differed"
+        remark = (f"{status['lastTakeover.regions']} regions, {moved} blocks moved of at most "
+                  f"{at_most}, {status['lastTakeover.milliseconds']} ms")
+        client.stop()
+        cluster.wait_healthy()
+        cluster.check_copies()
+        return Gap(gap, 1.0, remark)
