@@ -165,6 +165,8 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case resolved(regions: UInt64, blocks: UInt64, milliseconds: UInt64)
     /// Every member is gone: requests wait for one to return.
     case stalled
+    /// No member has space for a write: it is held and tried again.
+    case fullEverywhere
     case storeUnavailable
     case checksumMismatch(ReplicaSlot, offset: UInt64)
     /// Resolution found no intact copy of the block and kept the bytes of this replica.

@@ -44,6 +44,8 @@ extension EngineShell {
     /// Why it is not being served, for people; empty if it is.
     var reason: String {
         switch core.phase {
+        case .serving where core.isFullEverywhere:
+            return "every replica's disk is full; writes wait for space"
         case .serving: return isStoreAvailable ? "" : "the metadata store does not answer"
         case .stopped: return core.stopReason?.rawValue ?? ""
         case .installing where core.isRefusing:
@@ -149,6 +151,8 @@ extension EngineShell {
                 "resolved \(regions) regions, \(blocks) blocks differed, \(milliseconds) ms", volume
             )
         case .stalled: Log.error("every replica is gone; requests wait for one to return", volume)
+        case .fullEverywhere:
+            Log.error("every replica's disk is full; writes wait for space", volume)
         case .storeUnavailable: Log.debug("the metadata store does not answer", volume)
         case .checksumMismatch(let slot, let offset):
             counters.checksumMismatches &+= 1

@@ -240,20 +240,6 @@ import Testing
         #expect(h.core.phase == .installing && h.core.isRefusing)
     }
 
-    @Test func fullOnEveryMemberIsTheClientsErrorAndRemovesNobody() {
-        let h = EngineHarness()
-        h.start()
-        for fake in h.fakes { fake.errors = [FrameKind.write.rawValue: .noSpace] }
-        #expect(h.results[h.write(0, block(1))] == .noSpace)
-        #expect(h.stored.inSync.count == 3)
-        for fake in h.fakes { fake.errors = [:] }
-        #expect(h.results[h.write(0, block(2))] == .ok)
-        h.fakes[1].errors = [FrameKind.write.rawValue: .noSpace]
-        #expect(h.results[h.write(0, block(3))] == .ok)
-        #expect(h.stored.inSync.count == 2)
-        #expect(h.core.standing(h.slot(h.fakes[1])) == .full || h.stored.joining != nil)
-    }
-
     @Test func anotherEngineStopsThisOne() {
         let h = EngineHarness()
         h.start()

@@ -17,6 +17,9 @@ final class FakeReplica {
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
     var errors: [UInt16: FrameStatus] = [:]
+    /// What it is sent waits in `unheard`.
+    var isDeaf = false
+    var unheard: [(header: FrameHeader, table: [UInt8], data: [UInt8])] = []
     /// Kinds received, in order.
     var seen: [FrameKind] = []
 
@@ -36,7 +39,7 @@ final class EngineHarness {
     let core: EngineCore
     let fakes: [FakeReplica]
     var stored: VolumeRecord
-    var now = Instant.zero
+    var now = Instant(rawValue: 1_000_000_000)
     /// Lost: the store takes the change, but its answer does not arrive.
     var losesStoreReplies = false
     var isStoreDown = false
@@ -170,6 +173,7 @@ final class EngineHarness {
         _ slot: ReplicaSlot, _ header: FrameHeader, _ table: [UInt8], _ data: [UInt8]
     ) {
         guard let fake = fakes.first(where: { self.slot($0) == slot }), fake.isUp else { return }
+        guard !fake.isDeaf else { return fake.unheard.append((header, table, data)) }
         fake.seen.append(header.kind)
         var reply = header.reply(.ok, epoch: fake.promise)
         var replyTable: [UInt8] = []
@@ -185,6 +189,19 @@ final class EngineHarness {
         reply.tableLength = UInt32(replyTable.count)
         reply.dataLength = UInt32(replyData.count)
         receive(slot, reply, replyTable, replyData)
+    }
+
+    /// Lets a deaf replica hear what waits, from the given frame on.
+    func hear(_ fake: FakeReplica, from first: Int) {
+        let frames = fake.unheard[first...]
+        fake.unheard = []
+        fake.isDeaf = false
+        for frame in frames { deliver(slot(fake), frame.header, frame.table, frame.data) }
+        run(.tick)
+    }
+    func refuse(_ fake: FakeReplica, _ header: FrameHeader, _ status: FrameStatus) {
+        receive(slot(fake), header.reply(status, epoch: fake.promise), [], [])
+        run(.tick)
     }
 
     private func receive(

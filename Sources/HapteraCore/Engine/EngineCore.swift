@@ -51,6 +51,8 @@ package final class EngineCore {
     var sequence = SequenceNumber.zero
     /// Something waits for a buffer of the core's or the pool's.
     var isStarved = false
+    /// Writes wait for space on every member.
+    package internal(set) var isFullEverywhere = false
 
     // Membership.
     /// Members by the record that stands.

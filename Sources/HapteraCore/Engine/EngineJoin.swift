@@ -189,6 +189,7 @@ extension EngineCore {
     func promoted() {
         guard let joiner else { return }
         note(.replicaPromoted(joiner, proposedRecord.epoch))
+        replicas[joiner].fullBackoff = 0
         self.joiner = nil
         joinStage = .none
         needed = []
@@ -205,7 +206,8 @@ extension EngineCore {
         joinStage = .none
         neededCount = 0
         required.remove(SlotSet(slot))
-        replicas[slot].joinAfter = now.adding(milliseconds: retryMilliseconds)
+        replicas[slot].joinAfter = max(
+            replicas[slot].joinAfter, now.adding(milliseconds: retryMilliseconds))
         replicas[slot].sentEpoch = .zero
         abandonJobs(.copy)
         for index in 0..<slotsUsed

@@ -89,7 +89,7 @@ extension EngineCore {
     func failReplica(
         _ slot: ReplicaSlot, _ reason: VolumeRecord.DepartureReason = .unknown
     ) {
-        if reason == .full { replicas[slot].isFull = true }
+        if reason == .full { becameFull(slot) }
         guard replicas[slot].link != .down else { return }
         replicas[slot].failure = reason
         actions.append(.disconnect(slot))
@@ -379,7 +379,8 @@ extension EngineCore {
         while let slot = rest.popFirst() {
             note(.replicaRemoved(slot, proposedRecord.epoch, replicas[slot].failure))
             replicas[slot].hasFailed = false
-            replicas[slot].joinAfter = now.adding(milliseconds: 200)
+            replicas[slot].joinAfter = max(
+                replicas[slot].joinAfter, now.adding(milliseconds: 200))
         }
     }
 
@@ -464,5 +465,6 @@ extension EngineCore {
         }
         renewLeases()
         if isStarved { startAll() }
+        retryFull()
     }
 }

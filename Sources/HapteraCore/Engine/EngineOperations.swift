@@ -154,7 +154,7 @@ extension EngineCore {
             return
         default: break
         }
-        guard !isBlocked(index) else { return }
+        guard !isBlocked(index), now >= slots[index].retryAt else { return }
         let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
         if !unresolved.isEmpty, unresolved.contains(region) {
             if urgentRegions.count < Self.urgentRegionsMax { urgentRegions.append(region) }

@@ -62,6 +62,8 @@ extension EngineCore {
             verifyPromise()
             return
         }
+        // Refused for the Install behind it, which is this engine's own: it goes behind that.
+        if header.epoch < replicas[slot].sentEpoch, sendAgain(slot, header) { return }
         failReplica(slot, .disconnected)
         if phase == .installing, members.contains(slot) { mustClaimAgain = true }
     }

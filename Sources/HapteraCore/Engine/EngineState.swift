@@ -132,8 +132,11 @@ struct ReplicaState: BitwiseCopyable {
     /// A flush on the way; its reply makes the mark of `probedPoint` durable.
     var probe = SequenceNumber.zero
     var probedPoint = StablePoint.zero
-    /// It failed for want of space.
+    /// It failed for want of space, and how long to wait then before it is filled again,
+    /// milliseconds: longer each time.
     var isFull = false
+    var fullBackoff: UInt64 = 0
+    static let fullBackoffRange: ClosedRange<UInt64> = 1000...60_000
     /// Requests without an answer, and since when it owes one.
     var outstanding: Int32 = 0
     var owingSince = Instant.zero
@@ -192,6 +195,9 @@ struct OperationSlot: BitwiseCopyable {
     var replied = SlotSet()
     /// Who has no space for it.
     var full = SlotSet()
+    /// No member had: since when, and when it is tried again; zero: not so.
+    var fullSince = Instant.zero
+    var retryAt = Instant.zero
     /// Members already asked for a read.
     var tried = SlotSet()
     var source: Int8 = -1

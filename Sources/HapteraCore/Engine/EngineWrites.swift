@@ -173,6 +173,7 @@ extension EngineCore {
             highestAcknowledged = max(highestAcknowledged, slots[index].sequence)
             completeClient(index, .ok)
             slots[index].isAcknowledged = true
+            if slots[index].fullSince != .zero { foundSpace() }
         }
         if let joiner, slots[index].sent.contains(joiner), !slots[index].replied.contains(joiner),
             !mutations.contains(.noJoinerLock)
@@ -192,31 +193,5 @@ extension EngineCore {
         }
         return !needed.isEmpty && needed.isSubset(of: replied)
             && members.count >= minInSync && mayAnswer()
-    }
-
-    /// Somebody has no space. On every member: the client is told and the region is made equal
-    /// again.
-    /// On some only: they leave the in-sync set. True if the write goes on without them.
-    private func settleFull(_ index: Int) -> Bool {
-        let full = slots[index].full
-        if let joiner, full.contains(joiner) { failReplica(joiner, .full) }
-        guard slots[index].use != .free else { return false }
-        let answered = slots[index].replied.union(full)
-        guard !slots[index].isAcknowledged, required.isSubset(of: answered) else {
-            return full.isDisjoint(with: required)
-        }
-        if !required.isEmpty, required.isSubset(of: full) {
-            dropJoiner(retryMilliseconds: 1000)
-            guard slots[index].use != .free else { return false }
-            addUnresolved(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
-            completeClient(index, .noSpace)
-            release(index)
-            return false
-        }
-        var rest = full.intersection(members)
-        while let slot = rest.popFirst() {
-            if !replicas[slot].hasFailed { failReplica(slot, .full) }
-        }
-        return true
     }
 }

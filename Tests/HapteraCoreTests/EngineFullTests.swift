@@ -1,0 +1,81 @@
+import Testing
+
+@testable import HapteraCore
+
+/// A full disk is a state of its own; and writes that an Install overtook.
+@Suite struct EngineFullTests {
+    private func block(_ byte: UInt8) -> [UInt8] { [UInt8](repeating: byte, count: 4096) }
+    private let full: [UInt16: FrameStatus] = [FrameKind.write.rawValue: .noSpace]
+
+    @Test func fullOnEveryMemberHoldsTheWriteAndRemovesNobody() {
+        let h = EngineHarness()
+        h.start()
+        for fake in h.fakes { fake.errors = full }
+        let first = h.write(0, block(1))
+        let second = h.write(0, block(2))
+        h.pass(milliseconds: 60_000)
+        #expect(h.results[first] == nil && h.results[second] == nil)
+        #expect(h.stored.inSync.count == 3 && h.core.isFullEverywhere)
+        for fake in h.fakes { fake.errors = [:] }
+        h.pass(milliseconds: 1500)
+        // In their order.
+        #expect(h.results[first] == .ok && h.results[second] == .ok)
+        #expect(h.fakes.allSatisfy { $0.blocks[0]?.data == block(2) })
+        #expect(!h.core.isFullEverywhere)
+    }
+
+    @Test func aTimeoutEndsTheWaitForSpaceAndTheRegionIsMadeEqual() {
+        let h = EngineHarness()
+        h.core.set(removalDeadlineMilliseconds: nil, ioTimeoutMilliseconds: 2000)
+        h.start()
+        for fake in h.fakes { fake.errors = full }
+        let write = h.write(0, block(1))
+        h.pass(milliseconds: 1500)
+        #expect(h.results[write] == nil)
+        // What the attempts have left on one of them.
+        h.fakes[2].blocks[0] = (BlockEntry(state: .zeroAllocated), [])
+        h.pass(milliseconds: 700)
+        #expect(h.results[write] == .noSpace && h.stored.inSync.count == 3)
+        #expect(h.fakes[2].entry(0) == h.fakes[0].entry(0))
+    }
+
+    @Test func fullOnOneMemberRemovesItAndFillsItAgainEverMoreRarely() {
+        let h = EngineHarness()
+        h.start()
+        h.fakes[1].errors = full
+        #expect(h.results[h.write(0, block(3))] == .ok)
+        #expect(h.stored.out.first?.reason == .full)
+        let slot = h.slot(h.fakes[1])
+        #expect(h.core.standing(slot) == .full)
+        func pass(seconds: Int) {
+            for _ in 0..<seconds where h.stored.inSync.count < 3 {
+                if h.core.replicas[slot].link == .down { h.connect(h.fakes[1]) }
+                h.pass(milliseconds: 1000)
+            }
+        }
+        pass(seconds: 60)
+        // After 1, 2, 4, 8, 16 and 32 s: each attempt changes the record once.
+        #expect(h.stored.inSync.count == 2 && h.stored.epoch.rawValue <= 10)
+        h.fakes[1].errors = [:]
+        pass(seconds: 120)
+        #expect(h.stored.inSync.count == 3 && h.fakes[1].blocks[0]?.data == block(3))
+    }
+
+    /// The replica let the write wait for room in its activity log, and an Install of the same
+    /// engine pass it.
+    @Test func aWriteRefusedForAnInstallOfOursIsSentAgain() {
+        let h = EngineHarness()
+        h.start()
+        h.fakes[1].isDeaf = true
+        let write = h.write(0, block(1))
+        h.kill(h.fakes[2])
+        // The write, then the Install of the record without the third.
+        let waiting = h.fakes[1].unheard
+        #expect(waiting.map(\.header.kind) == [.write, .install])
+        h.refuse(h.fakes[1], waiting[0].header, .staleEpoch)
+        #expect(h.fakes[1].unheard.map(\.header.kind) == [.write, .install, .write])
+        h.hear(h.fakes[1], from: 1)
+        #expect(h.results[write] == .ok && h.stored.inSync.count == 2)
+        #expect(h.fakes[1].blocks[0]?.data == block(1))
+    }
+}
