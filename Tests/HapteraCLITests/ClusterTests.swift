@@ -70,8 +70,19 @@ import Testing
             file.identity.signal(SIGKILL)
             while file.identity.isRunning { await Task.yield() }
         }
-        #expect(try bench.run("volume show vol --timeout 2").status == 5)
+        // Looking fails at once; a change waits and says for what.
+        let look = try bench.run("volume list")
+        #expect(look.status == 5)
+        #expect(look.error.contains("cannot be reached"))
+        let change = try bench.run("volume detach vol --timeout 1")
+        #expect(change.status == 5)
+        #expect(change.error.contains("waiting for the controller at 127.0.0.1:"))
+        #expect(change.error.contains("last error:"))
+        #expect(change.error.contains("did not answer for 1 s"))
+        let waiting = try bench.start("volume create other --size 1MiB --replicas 1 -q")
         #expect(try bench.run("cluster up --dir \(bench.cluster) --nodes 1").status == 0)
+        waiting.waitUntilExit()
+        #expect(waiting.terminationStatus == 0)
         try bench.wait { $0["robustness"] as? String == "healthy" }
         let after = try bench.run("volume show vol -o json").json
         #expect(try Bench.pids(after) == Bench.pids(before))
@@ -132,6 +143,18 @@ private struct Bench {
         return Outcome(
             status: process.terminationStatus, output: String(decoding: data, as: UTF8.self),
             error: (try? String(contentsOfFile: error, encoding: .utf8)) ?? "")
+    }
+
+    /// Without waiting; its output is nobody's.
+    func start(_ line: String) throws -> Process {
+        let process = Process()
+        process.executableURL = URL(filePath: Self.programs + "/storagectl")
+        process.arguments = line.split(separator: " ").map(String.init)
+        process.environment = environment
+        process.standardOutput = FileHandle.nullDevice
+        process.standardError = FileHandle.nullDevice
+        try process.run()
+        return process
     }
 
     /// Until `volume show vol` says so.
