@@ -109,6 +109,30 @@ int haptera_local_port(int fd) {
     return ntohs(address.any.ss_family == AF_INET6 ? address.v6.sin6_port : address.v4.sin_port);
 }
 
+int haptera_peer_is_local(int fd) {
+    union endpoint {
+        struct sockaddr_storage any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+    } peer = {0}, self = {0};
+    socklen_t peerSize = sizeof peer, selfSize = sizeof self;
+    if (getpeername(fd, (struct sockaddr *)&peer, &peerSize) < 0) return 0;
+    if (getsockname(fd, (struct sockaddr *)&self, &selfSize) < 0) return 0;
+    if (peer.any.ss_family != self.any.ss_family) return 0;
+    switch (peer.any.ss_family) {
+    case AF_UNIX:
+        return 1;
+    case AF_INET:
+        return ntohl(peer.v4.sin_addr.s_addr) >> 24 == 127 ||
+            peer.v4.sin_addr.s_addr == self.v4.sin_addr.s_addr;
+    case AF_INET6:
+        return IN6_IS_ADDR_LOOPBACK(&peer.v6.sin6_addr) ||
+            memcmp(&peer.v6.sin6_addr, &self.v6.sin6_addr, sizeof peer.v6.sin6_addr) == 0;
+    default:
+        return 0;
+    }
+}
+
 uint64_t haptera_random(void) {
     uint64_t value;
     while (getrandom(&value, sizeof value, 0) != sizeof value) {

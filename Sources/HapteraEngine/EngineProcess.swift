@@ -180,6 +180,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             ("pid", String(getpid())), ("uri", uri), ("unixURI", unixURI),
             ("io", reactor.backendName),
             ("connections", String(server?.connectionCount ?? 0)),
+            ("remoteClients", String(server?.remoteClients ?? 0)),
         ] + shell.statusLines().map { ($0.key, $0.value) }
     }
 }

@@ -29,6 +29,9 @@ package enum SocketAddress: Equatable, Sendable {
         }
     }
 
+    /// Whether the connected socket's peer is known to be on this host.
+    package static func isPeerLocal(_ fd: Int32) -> Bool { haptera_peer_is_local(fd) != 0 }
+
     /// A non-blocking socket that listens on, or has begun to connect to, the address. Resolving a
     /// host name (not an address) may block.
     func open(listening: Bool) throws(IOError) -> Int32 {

@@ -64,6 +64,9 @@ int haptera_socket_tcp(const char *host, const char *port, int listening, int *r
 int haptera_socket_unix(const char *path, int listening);
 int haptera_socket_error(int fd);                 // the outcome of a connect: 0 or negative errno
 int haptera_local_port(int fd);
+// Whether the connected socket's peer is on this host: a Unix socket, a loopback address, or the
+// address it was reached at. 0 if it is not, or cannot be told.
+int haptera_peer_is_local(int fd);
 uint64_t haptera_random(void);
 int haptera_open(const char *path, int flags, int direct);
 int haptera_fallocate(int fd, int mode, int64_t offset, int64_t length);

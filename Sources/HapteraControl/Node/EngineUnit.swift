@@ -174,12 +174,7 @@ package actor EngineUnit {
         try supervision.files.save(settings)
     }
 
-    /// How an engine says that it waits for an administrator.
-    static let decisionWords = "needs a decision"
-
-    private var needsDecision: Bool {
-        supervision.status["reason"]?.contains(Self.decisionWords) ?? false
-    }
+    private var needsDecision: Bool { supervision.status["needsDecision"] == "true" }
 
     /// Holds for the process that asked, and no other.
     private func tellDecision() async throws {

@@ -34,6 +34,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     private var onStopped: (() -> Void)?
     package private(set) var connectionCount = 0
     package private(set) var connectionsRefused: UInt64 = 0
+    /// Clients that came from another host: they outlive this one.
+    package private(set) var remoteClients: UInt64 = 0
 
     package init(reactor: Reactor, device: any BlockDevice, limits: Limits = Limits()) {
         self.reactor = reactor
@@ -91,6 +93,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
             return
         }
         connectionCount += 1
+        if !SocketAddress.isPeerLocal(fd) { remoteClients += 1 }
         clients[index] = NBDClient(
             server: self, reactor: reactor, requests: requests, index: Int32(index), fd: fd)
     }
