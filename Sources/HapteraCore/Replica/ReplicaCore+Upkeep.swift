@@ -198,21 +198,37 @@ extension ReplicaCore {
         pool.release(buffer)
         upkeep.outstanding -= 1
         syncs[FileSync.table].written += 1
-        guard result == TablePage.size else { return cancel(Int(place)) }
+        guard result == TablePage.size else { return reactivate(Int(place)) }
         cache.frames[Int(batch[Int(place)])].version += 1
         // Unless a power cut took them while the region was active, they were there before.
         cache.frames[Int(batch[Int(place)])].hasSlots = true
     }
 
+    /// The page's write failed, but it may be on the disk all the same, and then it ends the
+    /// region's activation: no write is let in before a new one is durable.
+    private func reactivate(_ place: Int) {
+        let frame = batch[place]
+        guard cache.frames[Int(frame)].state == .draining, log.hasRoomForUpkeep else {
+            // A page that renews names an activation behind it.
+            return cancel(place)
+        }
+        cancel(place, to: .activating)
+        log.append(.activate(layer: head, region: cache.frames[Int(frame)].region))
+        cache.frames[Int(frame)].pendingTicket = log.storeCount
+        cache.move(frame, to: .none)
+        activations.append(frame)
+        want(FileSync.log, log.storeCount)
+    }
+
     /// The region stays as it was. (A second activation in the log does no harm.)
-    private func cancel(_ place: Int) {
+    private func cancel(_ place: Int, to state: FrameState = .active) {
         let frame = batch[place]
         batch[place] = -1
         upkeep.notBefore = now.adding(milliseconds: 1000)
         cache.frames[Int(frame)].isRenewing = false
         guard cache.frames[Int(frame)].state == .draining else { return }
-        cache.frames[Int(frame)].state = .active
-        wake(frame)
+        cache.frames[Int(frame)].state = state
+        if state == .active { wake(frame) }
     }
 
     private func completeBatch() {
