@@ -157,6 +157,10 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case replicaJoining(ReplicaSlot, Epoch)
     case replicaPromoted(ReplicaSlot, Epoch)
     case joinFailed(ReplicaSlot)
+    /// What to fill the joiner with is known: regions written since this epoch (zero: all).
+    case joinMapped(ReplicaSlot, since: Epoch, regions: UInt64)
+    /// The joiner's copy is older than what it is known to have flushed or promised.
+    case joinerRolledBack(ReplicaSlot)
     /// Every reachable member lost its host since the copies were last equal, and the client may
     /// remember writes that none of them holds: waits for a better member.
     case onlyRebootedMembers

@@ -75,6 +75,14 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let clientGenerationIgnored = MutationSet(rawValue: 1 << 46)
     /// W: leave what an errored write left different on the members.
     package static let erroredWriteNotResolved = MutationSet(rawValue: 1 << 47)
+    /// J: leave what a member wrote since the joiner left out of the delta.
+    package static let deltaIgnoresSourceBirth = MutationSet(rawValue: 1 << 32)
+    /// J: leave what the joiner wrote since it left out of the delta.
+    package static let deltaIgnoresJoinerBirth = MutationSet(rawValue: 1 << 33)
+    /// J: take an older copy of a replica for one that was merely away.
+    package static let rolledBackJoinerByDelta = MutationSet(rawValue: 1 << 34)
+    /// J: leave the birth of a region found equal as it is on the joiner.
+    package static let equalRegionKeepsBirth = MutationSet(rawValue: 1 << 35)
 
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced),
@@ -101,5 +109,9 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
         ("clientGenerationIgnored", .clientGenerationIgnored),
         ("erroredWriteNotResolved", .erroredWriteNotResolved),
+        ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
+        ("deltaIgnoresJoinerBirth", .deltaIgnoresJoinerBirth),
+        ("rolledBackJoinerByDelta", .rolledBackJoinerByDelta),
+        ("equalRegionKeepsBirth", .equalRegionKeepsBirth),
     ]
 }

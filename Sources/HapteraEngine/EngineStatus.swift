@@ -145,6 +145,12 @@ extension EngineShell {
             Log.info("replica in sync again", volume, id(slot), at(epoch), copied)
         case .joinFailed(let slot):
             Log.warn("replica dropped out while being filled; trying again", volume, id(slot))
+        case .joinMapped(let slot, let since, let regions):
+            Log.info(
+                "filling replica", volume, id(slot), ("sinceEpoch", String(since.rawValue)),
+                ("regions", String(regions)))
+        case .joinerRolledBack(let slot):
+            Log.warn("replica is an older copy of itself; comparing all of it", volume, id(slot))
         case .onlyRebootedMembers:
             Log.error("volume not served: every reachable replica lost its host", volume)
         case .resolved(let regions, let blocks, let milliseconds):

@@ -79,6 +79,7 @@ extension World {
                 compare(host, now, promises.acknowledged, 7, "lacks acknowledged")
             }
             compare(host, kept, promises.flushed, 8, "would lose flushed")
+            checkBirths(host, now)
             for (region, epoch) in host.lastWrite where !kept.activeRegions.contains(region) {
                 check(
                     17, kept.birth(region) >= epoch,

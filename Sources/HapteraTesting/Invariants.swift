@@ -205,6 +205,7 @@ extension World {
         acknowledgedEpoch = max(acknowledgedEpoch, epoch)
         guard operation.changesData else { return }
         observeInDoubt(operation, engine, record)
+        noteWrite(operation, record)
         // 6: every member has promised the epoch and applied the write. While a change of the
         // record waits for its installs, an earlier record may be the one that counts; members of
         // the later ones must have applied the write all the same.

@@ -62,6 +62,7 @@ extension World {
             coverage.took(.lossAllowed)
             history.append(.lossAllowed, step: timeline.step)
             promises.lost()
+            lastWrites = [:]
             return
         }
         guard rest.allSatisfy(\.isLossy), gone.contains(where: { !$0.isLossy }) else { return }
@@ -210,6 +211,7 @@ extension World {
             coverage.took(.lossAllowed)
             history.append(.lossAllowed, step: timeline.step)
             promises.lost()
+            lastWrites = [:]
             isLossPossible = false
         }
     }

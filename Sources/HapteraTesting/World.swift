@@ -54,6 +54,8 @@ package final class World {
     /// Only members that lost power are left: the volume may refuse to be served.
     var isLossPossible = false
     var joinStartedAt: UInt64 = 0
+    /// By region: the epoch in which every member had applied its last acknowledged write.
+    var lastWrites: [UInt64: Epoch] = [:]
     var isChaos = true
     /// No fault before this, nanoseconds.
     var calmUntil: UInt64 = 0

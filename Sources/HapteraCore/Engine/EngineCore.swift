@@ -138,9 +138,15 @@ package final class EngineCore {
     var neededCount = 0
     var neededCursor = 0
     var neededTotal = 0
-    var mapAwaiting = SlotSet()
+    /// Regions the joiner may hold anything in, a bit each.
+    var held: [UInt64] = []
+    /// B of the delta; zero: everything is compared.
+    var joinBase = Epoch.zero
+    var mapAttempt: UInt16 = 0
+    var mapAwaiting: UInt8 = 0
     var mapRegion: UInt64 = 0
-    var joinSource: ReplicaSlot?
+    /// The member whose births count.
+    package internal(set) var joinSource: ReplicaSlot?
     var isJoinFlushed = false
     package internal(set) var blocksRebuilt: UInt64 = 0
     /// Bytes of data sent to joiners, ever.
@@ -196,8 +202,11 @@ package final class EngineCore {
     /// The checksums (4 bytes per block) that go with a `send` of this slot.
     package func table(_ index: Int32) -> RawMemory {
         let size = Geometry.blocksPerRegion * 4
-        return tables.memory.slice(Int(index) * size, size)
+        let first = Int(index >> 16) * 4
+        return tables.memory.slice(Int(index & 0xffff) * size + first, size - first)
     }
+    /// Names the part of a slot's table from `block` on.
+    static func tableIndex(_ slot: Int32, block: Int) -> Int32 { slot | Int32(block) << 16 }
 
     // MARK: - Step
 
@@ -250,6 +259,12 @@ package final class EngineCore {
             return (op.operation.buffer, 0)
         case .job:
             let job = Int(op.operation.userData)
+            if jobs[job].stage == .draining { return nil }
+            if jobs[job].stage == .copying {
+                return copiedBlocks(job, header).map {
+                    (jobBuffers[job], $0.lowerBound * Geometry.blockSize)
+                }
+            }
             guard Int(header.dataLength) == jobs[job].run.count * Geometry.blockSize else {
                 return nil
             }

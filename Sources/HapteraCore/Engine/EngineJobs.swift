@@ -1,7 +1,8 @@
 // Making regions equal: the members after a takeover (T4), the joiner while it is filled (J).
 //
 // A job holds its region's lock, asks every participant for a digest, and treats the blocks that
-// differ run by run: read from one source, written to those who differ. Whatever interrupts it - a
+// differ run by run: read from one source, written to those who differ (a copy: see EngineCopy).
+// Whatever interrupts it - a
 // lost participant, a changed record - it keeps the lock and begins again with fresh digests.
 
 extension EngineCore {
@@ -58,7 +59,7 @@ extension EngineCore {
     }
 
     /// Blocks of the region; the volume's last region may be partial.
-    private func blockCount(_ region: UInt64) -> Int {
+    func blockCount(_ region: UInt64) -> Int {
         let start = region * UInt64(Geometry.regionSize)
         return Int(min(UInt64(Geometry.regionSize), size - start)) / Geometry.blockSize
     }
@@ -85,6 +86,7 @@ extension EngineCore {
         jobs[job].awaiting = participants
         jobs[job].source = Int8(source)
         jobs[job].nextBlock = 0
+        if jobs[job].kind == .copy, !isHeldByJoiner(jobs[job].region) { return fetch(job) }
         jobs[job].stage = .digesting
         var header = FrameHeader(kind: .digest)
         header.tag = tag(index)
@@ -119,7 +121,8 @@ extension EngineCore {
             if jobs[job].participants.contains(slot) { restart(job) }
         }
     }
-    private func restart(_ job: Int) {
+    func restart(_ job: Int) {
+        if drain(job) { return }
         jobs[job].stage = .waiting
         slots[Int(jobs[job].slot)].generation &+= 1
     }
@@ -145,6 +148,8 @@ extension EngineCore {
             }
             digest(job, slot).copy(from: table)
             answered(job, slot)
+        case (.fetching, .read): receivedFetch(job, slot, header, table)
+        case (.copying, _), (.draining, _): receivedForCopy(job, slot, header, table)
         case (.reading, .read), (.reading, .adopt):
             guard header.status == .ok else {
                 if header.status == .checksumMismatch {
@@ -171,41 +176,45 @@ extension EngineCore {
     private func answered(_ job: Int, _ slot: ReplicaSlot) {
         jobs[job].awaiting.remove(SlotSet(slot))
         guard jobs[job].awaiting.isEmpty else { return }
-        if jobs[job].stage == .digesting { regionsCompared += 1 }
+        if jobs[job].stage == .digesting {
+            regionsCompared += 1
+            if jobs[job].kind == .copy { return compareForCopy(job) }
+        }
         nextRun(job)
     }
 
-    private func digest(_ job: Int, _ slot: ReplicaSlot) -> RawMemory {
+    func digest(_ job: Int, _ slot: ReplicaSlot) -> RawMemory {
         digests.memory.slice(
             (job * Geometry.replicaSlotsMax + slot) * RegionDigest.size, RegionDigest.size)
     }
 
     // MARK: - Runs
 
-    private func nextRun(_ job: Int) {
+    /// The next run of blocks that need the same treatment, from `nextBlock` on, which moves past
+    /// it; its action is `none` if there is none left.
+    func nextDifference(_ job: Int) -> Job.Run {
         let count = blockCount(jobs[job].region)
         var block = jobs[job].nextBlock
         var run = Job.Run()
-        var bridged = 0
         while block < count {
             let next = plan(job, block)
             if run.action == .none {
                 run = next
                 run.first = block
-                run.count = run.action == .none ? 0 : 1
+                run.count = 1
             } else if run.continues(next) {
-                run.count += bridged + 1
-                bridged = 0
-            } else if next.action == .none, bridged < Self.bridgedBlocksMax,
-                mayBridge(job, block, run)
-            {
-                bridged += 1
+                run.count += 1
             } else {
                 break
             }
             block += 1
         }
-        jobs[job].nextBlock = run.action == .none ? block : run.first + run.count
+        jobs[job].nextBlock = block
+        return run
+    }
+
+    private func nextRun(_ job: Int) {
+        let run = nextDifference(job)
         jobs[job].run = run
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
@@ -231,25 +240,12 @@ extension EngineCore {
             header.flags = FrameFlags.resync
             header.auxiliary = UInt64(run.state.rawValue)
             sendRun(job, &header, buffer: .none)
-        case .impossible:
-            tryAnotherSource(job)
+        case .impossible: preconditionFailure("only a copy gives up")
         }
     }
 
-    /// After random writes a joiner's blocks lie scattered: equal ones between them are copied
-    /// along,
-    /// rather than a round trip for each that differs. A takeover moves only what differs.
-    private func mayBridge(_ job: Int, _ block: Int, _ run: Job.Run) -> Bool {
-        guard jobs[job].kind == .copy, run.action == .copy,
-            let content = RegionDigest.decode(
-                index: block, from: digest(job, ReplicaSlot(run.source)))
-        else { return false }
-        return content.entry.state == .data && !content.isDoubtful
-    }
-    private static let bridgedBlocksMax = 32
-
     /// What the block needs, from the digests.
-    private func plan(_ job: Int, _ block: Int) -> Job.Run {
+    func plan(_ job: Int, _ block: Int) -> Job.Run {
         var run = Job.Run()
         let participants = jobs[job].participants
         guard let source = sourceOfBlock(job, block) else {
@@ -300,20 +296,6 @@ extension EngineCore {
         return rebooted
     }
 
-    /// The copy's source holds a doubtful block: another member may not.
-    private func tryAnotherSource(_ job: Int) {
-        jobs[job].unfit.insert(SlotSet(ReplicaSlot(jobs[job].source)))
-        if liveMembers.subtracting(jobs[job].unfit).isEmpty {
-            note(
-                .checksumMismatch(
-                    ReplicaSlot(jobs[job].source),
-                    offset: jobs[job].region * UInt64(Geometry.regionSize)))
-            dropJoiner(retryMilliseconds: 10_000)
-        } else {
-            restart(job)
-        }
-    }
-
     /// The run has been read into the job's buffer: verifies it and writes it where it is missing.
     private func writeRun(_ job: Int, _ entries: RawMemory) {
         let run = jobs[job].run
@@ -341,16 +323,11 @@ extension EngineCore {
     }
 
     private func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {
-        sequence = SequenceNumber(sequence.rawValue + 1)
-        header.sequence = sequence
+        header.sequence = nextSequence()
         let targets = jobs[job].run.targets
         jobs[job].stage = .writing
         jobs[job].awaiting = targets
         jobs[job].blocksCopied += UInt64(jobs[job].run.count)
-        if jobs[job].kind == .copy {
-            joinProgress.bytesCopied += UInt64(header.dataLength)
-            bytesRebuilt += UInt64(header.dataLength)
-        }
         guard !targets.isEmpty else { return nextRun(job) }
         var rest = targets
         while let slot = rest.popFirst() {
@@ -361,7 +338,12 @@ extension EngineCore {
         }
     }
 
-    private func finish(_ job: Int) {
+    func nextSequence() -> SequenceNumber {
+        sequence = SequenceNumber(sequence.rawValue + 1)
+        return sequence
+    }
+
+    func finish(_ job: Int) {
         let (kind, region, copied) = (jobs[job].kind, jobs[job].region, jobs[job].blocksCopied)
         jobs[job].stage = .free
         // First the region counts as equal, then its lock goes: what waits for it starts in

@@ -10,7 +10,8 @@ extension EngineCore {
                 replicas[joiner].installedEpoch == record.epoch
             else { return }
             beginMapping()
-        case .mapping, .promoting: break
+        case .mapping: advanceMapping()
+        case .promoting: break
         case .copying:
             if neededCount == 0, activeJobs(.copy) == 0 { beginJoinFlush() }
         case .flushing: promoteIfFlushed()
@@ -34,6 +35,7 @@ extension EngineCore {
                 return
             }
             guard replica.size >= record.size else { continue }
+            let member = member(slot)
             joiner = slot
             joinStage = .installing
             replicas[slot].hasFailed = false
@@ -45,8 +47,6 @@ extension EngineCore {
             neededCursor = 0
             // J: writes on the way now may or may not be in what the joiner is compared with.
             if !mutations.contains(.inFlightRegionsNotCopied) { markRegionsInFlight() }
-            let member = VolumeRecord.Member(
-                replica: replica.id, incarnation: replica.incarnation)
             joinProgress = JoinProgress(isNew: isNewReplica(member), at: now)
             propose(.join) { $0.joining = member }
             return
@@ -100,52 +100,6 @@ extension EngineCore {
         }
     }
 
-    // MARK: - Which regions
-
-    private static let mapRegionsMax: UInt64 = 65536
-
-    private func beginMapping() {
-        joinStage = .mapping
-        mapRegion = 0
-        requestMap()
-    }
-    private func requestMap() {
-        guard let joiner, let source = liveMembers.first else { return }
-        joinSource = source
-        mapAwaiting = [SlotSet(source), SlotSet(joiner)]
-        var header = FrameHeader(kind: .regionMap)
-        header.tag = mapRegion
-        header.offset = mapRegion * UInt64(Geometry.regionSize)
-        header.length = UInt32(
-            min(Self.mapRegionsMax, Geometry.regionCount(size: size) - mapRegion))
-        send(source, header)
-        send(joiner, header)
-    }
-
-    func receivedMap(_ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory) {
-        guard joinStage == .mapping, header.tag == mapRegion, mapAwaiting.contains(slot) else {
-            return
-        }
-        guard header.status == .ok, table.count == (Int(header.length) + 7) / 8 else {
-            return protocolError(slot)
-        }
-        let regions = Geometry.regionCount(size: size)
-        for byte in 0..<table.count where table[byte] != 0 {
-            for bit in 0..<8 where table[byte] & (1 << UInt8(bit)) != 0 {
-                let region = mapRegion + UInt64(byte * 8 + bit)
-                if region < regions { markNeeded(region) }
-            }
-        }
-        mapAwaiting.remove(SlotSet(slot))
-        guard mapAwaiting.isEmpty else { return }
-        mapRegion += Self.mapRegionsMax
-        if mapRegion < regions { return requestMap() }
-        for region in joiner.flatMap({ installReplies[$0]?.activeRegions }) ?? []
-        where region < regions { markNeeded(region) }
-        neededTotal = neededCount
-        joinStage = .copying
-    }
-
     // MARK: - Promotion
 
     /// Everything is copied. From here on the joiner's reply is required, then it is flushed, then
@@ -190,9 +144,11 @@ extension EngineCore {
         guard let joiner else { return }
         note(.replicaPromoted(joiner, proposedRecord.epoch))
         replicas[joiner].fullBackoff = 0
+        replicas[joiner].isRolledBack = false
         self.joiner = nil
         joinStage = .none
         needed = []
+        held = []
         // Writes that were only held for the joiner now count it as a member.
         recheckAll()
         flushDueAt = now

@@ -158,6 +158,9 @@ extension EngineCore {
         }
         replicas[slot].link = .greeted
         mayJoin = true
+        let isSame = replicas[slot].incarnation == reply.member.incarnation
+        replicas[slot].isRolledBack =
+            isSame && (replicas[slot].isRolledBack || reply.promise < replicas[slot].promise)
         replicas[slot].incarnation = reply.member.incarnation
         replicas[slot].instance = reply.instance
         replicas[slot].promise = reply.promise
@@ -202,6 +205,10 @@ extension EngineCore {
         replicas[slot].installedEpoch = epoch
         replicas[slot].promise = epoch
         replicas[slot].isRebooted = reply.isRebooted
+        // Without a restart of its host no mark is lost.
+        if !reply.isRebooted, reply.flushed < replicas[slot].answered {
+            replicas[slot].isRolledBack = true
+        }
         replicas[slot].answered = reply.flushed
         replicas[slot].marked = reply.flushed
         replicas[slot].probe = .zero

@@ -119,6 +119,8 @@ struct ReplicaState: BitwiseCopyable {
     var isRebooted = false
     /// What it said of itself when greeted.
     var promise = Epoch.zero
+    /// It has promised or flushed less than it had: its directory is an older copy.
+    var isRolledBack = false
     var size: UInt64 = 0
     /// It failed as a member or joiner and has not been removed, or come back, yet.
     var hasFailed = false
@@ -242,6 +244,12 @@ struct Job: BitwiseCopyable {
         case digesting
         case reading
         case writing
+        /// A copy of a region that the joiner cannot hold: reading all of it.
+        case fetching
+        /// A copy: several runs are being read and written.
+        case copying
+        /// A copy that begins again when its writes on the way are answered.
+        case draining
     }
     enum Kind: UInt8, BitwiseCopyable {
         /// Members against each other, after a takeover.
@@ -265,6 +273,13 @@ struct Job: BitwiseCopyable {
     var nextBlock = 0
     var run = Run()
     var blocksCopied: UInt64 = 0
+    /// Copy: frames on the way to the source and to the joiner.
+    var readsOut = 0
+    var writesOut = 0
+    /// Copy: the whole region is in the job's buffer.
+    var isFetched = false
+    /// Copy: the joiner's birth of the region is too old, and nothing has been written to it yet.
+    var isStampDue = false
 
     /// Blocks that get the same treatment.
     struct Run: BitwiseCopyable, Equatable {

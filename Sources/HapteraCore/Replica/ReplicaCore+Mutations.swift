@@ -86,9 +86,10 @@ extension ReplicaCore {
     }
 
     /// A setState of blocks that are all so already. Absent blocks read zero and hold no space.
+    /// A copy is no such thing: it also tells when the region was last written.
     private func changesNothing(_ slot: Int32, _ frame: Int32) -> Bool {
         let header = requests[Int(slot)].header
-        guard header.kind == .setState else { return false }
+        guard header.kind == .setState, header.flags & FrameFlags.resync == 0 else { return false }
         for block in requests[Int(slot)].blocks {
             let state = cache.entry(frame, block).state
             let isSame =

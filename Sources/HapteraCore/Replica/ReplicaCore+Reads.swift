@@ -1,4 +1,4 @@
-// Read, digest, status and regionMap: what looks at a copy. None of them activates a region.
+// Read, digest and status: what looks at a copy. None of them activates a region.
 
 extension ReplicaCore {
     /// Table page and data are fetched in parallel when the region is not in memory.
@@ -49,7 +49,7 @@ extension ReplicaCore {
         requests[Int(slot)].table = table
         return true
     }
-    private func takeTable(_ slot: Int32) -> BufferID {
+    func takeTable(_ slot: Int32) -> BufferID {
         let table = requests[Int(slot)].table
         requests[Int(slot)].table = .none
         return table
@@ -225,23 +225,5 @@ extension ReplicaCore {
         }
         requests[index].position = end
         return true
-    }
-
-    // MARK: regionMap
-
-    func answerRegionMap(_ slot: Int32) {
-        let header = requests[Int(slot)].header
-        let length = (Int(header.length) + 7) / 8
-        guard reserveTable(slot, length) else { return }
-        let table = takeTable(slot)
-        let memory = pool.memory(table).slice(0, length)
-        memory.fill()
-        let first = Geometry.region(ofByte: header.offset)
-        for place in 0..<Int(header.length) {
-            let region = first + UInt64(place)
-            guard region < regionCount else { break }
-            if mayBeInTable(region) { memory[place / 8] |= 1 << UInt8(place % 8) }
-        }
-        finish(slot, .ok, table: table, tableLength: length)
     }
 }

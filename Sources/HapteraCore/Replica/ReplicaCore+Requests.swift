@@ -72,7 +72,8 @@ extension ReplicaCore {
             return header.offset % UInt64(Geometry.regionSize) == 0 && header.offset < size
         case .regionMap:
             return header.offset % UInt64(Geometry.regionSize) == 0 && header.offset < size
-                && header.length >= 1 && header.length <= 65_536
+                && header.length >= 1
+                && header.length <= (header.auxiliary == 0 ? 65_536 : UInt32(Self.birthRegionsMax))
         case .write, .setState, .read, .adopt, .status:
             guard header.offset % blockSize == 0, UInt64(header.length) % blockSize == 0,
                 header.length > 0, header.offset < size,
@@ -141,7 +142,7 @@ extension ReplicaCore {
         case .read: resumeRead(slot)
         case .digest: resumeDigest(slot)
         case .status: resumeStatus(slot)
-        case .regionMap: answerRegionMap(slot)
+        case .regionMap: resumeRegionMap(slot)
         case .flush:
             requests[index].parkCount = parkCount
             requests[index].passesParked = !parked.isEmpty
@@ -363,6 +364,7 @@ extension ReplicaCore {
         case .dataWrite: dataWritten(ended.index, result)
         case .dataRead: dataRead(ended.index, result)
         case .pageLoad: pageLoaded(ended.index, ended.buffer, result)
+        case .birthsRead: birthsRead(ended, result)
         case .slotsInit: slotsInitialised(ended.index, ended.buffer, result)
         case .pageWrite: pageWritten(ended.index, ended.buffer, result)
         case .sync: syncEnded(Int(ended.index), result)

@@ -282,6 +282,7 @@ struct DiskOperation: BitwiseCopyable {
         case free
         case dataWrite
         case dataRead
+        case birthsRead
         case pageLoad
         case slotsInit
         case pageWrite
@@ -296,6 +297,8 @@ struct DiskOperation: BitwiseCopyable {
     var generation: UInt32 = 0
     var buffer = BufferID.none
     var length = 0
+    /// Where a read of births begins.
+    var region: UInt64 = 0
     var next: Int32 = -1
 }
 

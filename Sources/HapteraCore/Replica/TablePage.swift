@@ -85,7 +85,7 @@ package struct TablePage: Equatable, BitwiseCopyable, Sendable {
         }
     }
 
-    private static func checksum(_ page: RawMemory) -> UInt32 {
+    static func checksum(_ page: RawMemory) -> UInt32 {
         CRC32C.checksum(
             page.slice(52, size - 52), continuing: CRC32C.checksum(page.slice(0, 48)))
     }
