@@ -103,9 +103,9 @@ extension ReplicaCore {
     // MARK: activation
 
     private func activate(_ slot: Int32, _ frame: Int32) {
-        guard cache.activeCount + slotsInitCount < options.activeRegionsMax else {
-            return park(slot)
-        }
+        let isCopy = requests[Int(slot)].header.flags & FrameFlags.resync != 0
+        let limit = isCopy ? options.activeRegionsForCopies : options.activeRegionsMax
+        guard cache.activeCount + slotsInitCount < limit else { return park(slot) }
         guard log.hasRoom(1 + requests[Int(slot)].blocks.count) else {
             actions.append(.note(.logFull))
             return push(slot, &awaitingLog)

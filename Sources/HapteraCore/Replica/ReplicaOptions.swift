@@ -7,6 +7,12 @@ package struct ReplicaOptions {
     package var tableCachePagesMax = 12_288
     /// Regions in the activity log, at most `InstallReply.activeRegionsMax`.
     package var activeRegionsMax = 6144
+    /// For writes that make members equal. No stable point comes before they are: were clients'
+    /// writes to take all the room, neither would ever end.
+    var activeRegionsForCopies: Int {
+        let room = activeRegionsMax + (tableCachePagesMax - activeRegionsMax) / 2
+        return min(InstallReply.activeRegionsMax, room)
+    }
     package var mutations = MutationSet()
     /// 128 bits of a block's data for `RegionDigest`; the process gives SHA-256. Must be the same
     /// function on all replicas of a volume. The default is fast and no cryptographic hash: for
