@@ -85,6 +85,9 @@ extension Presentation {
             ("lostFromEpoch", epoch(choice.lostFromEpoch)),
             ("lostToEpoch", epoch(choice.lostToEpoch)),
             ("regionsMax", choice.problem.isEmpty ? .number(choice.regionsMax) : .null),
+            ("measured", .flag(choice.measured)),
+            ("lacksUnflushed", .flag(choice.lacksUnflushed)),
+            ("rolledBack", .flag(choice.rolledBack)),
             ("problem", .optional(choice.problem)),
         ])
     }
@@ -141,16 +144,6 @@ extension Presentation {
                     plainTime(choice.leftUnixMilliseconds), loss(choice),
                 ]
             })
-    }
-
-    static func loss(_ choice: Haptera_V1_SalvageChoice) -> String {
-        guard choice.problem.isEmpty else { return "cannot be chosen: \(choice.problem)" }
-        let epochs =
-            choice.lostFromEpoch == choice.lostToEpoch
-            ? "epoch \(choice.lostFromEpoch)"
-            : "epochs \(choice.lostFromEpoch) to \(choice.lostToEpoch)"
-        return "the writes of \(epochs), to any region (1 MiB), and in \(choice.regionsMax) "
-            + "regions what was not stable before"
     }
 
     static func plainTime(_ milliseconds: Int64) -> String {

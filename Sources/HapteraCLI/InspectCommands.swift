@@ -6,7 +6,7 @@ import HapteraHost
 package struct ReplicaCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
         commandName: "replica", abstract: "Look at replicas, replace and remove them.",
-        subcommands: [List.self, RebuildStatus.self, Replace.self, Delete.self])
+        subcommands: [List.self, RebuildStatus.self, Replace.self, Rejoin.self, Delete.self])
     package init() {}
 
     package struct List: AsyncParsableCommand {

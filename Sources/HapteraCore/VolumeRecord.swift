@@ -70,6 +70,8 @@ package struct VolumeRecord: Equatable, Sendable {
         case reconstruction = 7
         /// A takeover that took a removed replica back without a resync.
         case reinstatement = 8
+        /// A decision about a replica that is out.
+        case administration = 9
     }
     /// A salvage: the history went on from the copy of `survivor`, which had parted from the other
     /// members' at `partedEpoch`.

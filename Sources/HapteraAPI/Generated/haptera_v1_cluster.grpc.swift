@@ -100,6 +100,19 @@ package enum Haptera_V1_ClusterService: Sendable {
                 type: .serverStreaming
             )
         }
+        /// Namespace for "ReconstructStore" metadata.
+        package enum ReconstructStore: Sendable {
+            /// Request type for "ReconstructStore".
+            package typealias Input = Haptera_V1_ReconstructStoreRequest
+            /// Response type for "ReconstructStore".
+            package typealias Output = Haptera_V1_ReconstructStoreResponse
+            /// Descriptor for "ReconstructStore".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.ClusterService"),
+                method: "ReconstructStore",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.ClusterService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             GetClusterStatus.descriptor,
@@ -107,7 +120,8 @@ package enum Haptera_V1_ClusterService: Sendable {
             ListNodes.descriptor,
             GetNode.descriptor,
             ListEvents.descriptor,
-            WatchEvents.descriptor
+            WatchEvents.descriptor,
+            ReconstructStore.descriptor
         ]
     }
 }
@@ -221,6 +235,24 @@ extension Haptera_V1_ClusterService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ListEventsRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Event>
+
+        /// Handle the "ReconstructStore" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ReconstructStoreRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_ReconstructStoreResponse` messages.
+        func reconstructStore(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ReconstructStoreRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ReconstructStoreResponse>
     }
 
     /// Service protocol for the "haptera.v1.ClusterService" service.
@@ -318,6 +350,24 @@ extension Haptera_V1_ClusterService {
             request: GRPCCore.ServerRequest<Haptera_V1_ListEventsRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Event>
+
+        /// Handle the "ReconstructStore" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReconstructStoreRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_ReconstructStoreResponse` message.
+        func reconstructStore(
+            request: GRPCCore.ServerRequest<Haptera_V1_ReconstructStoreRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ReconstructStoreResponse>
     }
 
     /// Simple service protocol for the "haptera.v1.ClusterService" service.
@@ -414,6 +464,24 @@ extension Haptera_V1_ClusterService {
             response: GRPCCore.RPCWriter<Haptera_V1_Event>,
             context: GRPCCore.ServerContext
         ) async throws
+
+        /// Handle the "ReconstructStore" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ReconstructStoreRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_ReconstructStoreResponse` to respond with.
+        func reconstructStore(
+            request: Haptera_V1_ReconstructStoreRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_ReconstructStoreResponse
     }
 }
 
@@ -482,6 +550,17 @@ extension Haptera_V1_ClusterService.StreamingServiceProtocol {
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Event>(),
             handler: { request, context in
                 try await self.watchEvents(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_ClusterService.Method.ReconstructStore.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReconstructStoreRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReconstructStoreResponse>(),
+            handler: { request, context in
+                try await self.reconstructStore(
                     request: request,
                     context: context
                 )
@@ -557,6 +636,17 @@ extension Haptera_V1_ClusterService.ServiceProtocol {
             context: context
         )
         return response
+    }
+
+    package func reconstructStore(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ReconstructStoreRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ReconstructStoreResponse> {
+        let response = try await self.reconstructStore(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
     }
 }
 
@@ -642,6 +732,19 @@ extension Haptera_V1_ClusterService.SimpleServiceProtocol {
                 )
                 return [:]
             }
+        )
+    }
+
+    package func reconstructStore(
+        request: GRPCCore.ServerRequest<Haptera_V1_ReconstructStoreRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ReconstructStoreResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_ReconstructStoreResponse>(
+            message: try await self.reconstructStore(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
         )
     }
 }
@@ -771,6 +874,29 @@ extension Haptera_V1_ClusterService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Event>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<Haptera_V1_Event>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ReconstructStore" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReconstructStoreRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReconstructStoreRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_ReconstructStoreResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func reconstructStore<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReconstructStoreRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReconstructStoreRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_ReconstructStoreResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ReconstructStoreResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
     }
 
@@ -971,6 +1097,40 @@ extension Haptera_V1_ClusterService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "ReconstructStore" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReconstructStoreRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReconstructStoreRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_ReconstructStoreResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func reconstructStore<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReconstructStoreRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReconstructStoreRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_ReconstructStoreResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ReconstructStoreResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_ClusterService.Method.ReconstructStore.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -1124,6 +1284,35 @@ extension Haptera_V1_ClusterService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ListEventsRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Event>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReconstructStore" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ReconstructStoreRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func reconstructStore<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ReconstructStoreRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ReconstructStoreResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.reconstructStore(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReconstructStoreRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReconstructStoreResponse>(),
             options: options,
             onResponse: handleResponse
         )
@@ -1303,6 +1492,39 @@ extension Haptera_V1_ClusterService.ClientProtocol {
             metadata: metadata
         )
         return try await self.watchEvents(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReconstructStore" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Rebuilds what the metadata store knows of volumes from the replicas the nodes hold.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func reconstructStore<Result>(
+        _ message: Haptera_V1_ReconstructStoreRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ReconstructStoreResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ReconstructStoreRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.reconstructStore(
             request: request,
             options: options,
             onResponse: handleResponse

@@ -214,6 +214,81 @@ package nonisolated struct Haptera_V1_ListEventsResponse: Sendable {
   package init() {}
 }
 
+package nonisolated struct Haptera_V1_ReconstructStoreRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// Empty: all volumes.
+  package var volume: String = String()
+
+  /// Do it; otherwise only tell what would be done.
+  package var act: Bool = false
+
+  /// Also where a replica of the record could not be looked into.
+  package var force: Bool = false
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_ReconstructStoreResponse: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volumes: [Haptera_V1_ReconstructedVolume] = []
+
+  /// Nodes and directories that could not be looked into.
+  package var problems: [String] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_ReconstructedVolume: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var id: String = String()
+
+  package var name: String = String()
+
+  package var sizeBytes: UInt64 = 0
+
+  /// Of the newest record any replica holds, and who holds it.
+  package var epoch: UInt64 = 0
+
+  package var newestOn: [String] = []
+
+  /// Replicas that were found, and those the record names and nobody found.
+  package var found: [String] = []
+
+  package var missing: [String] = []
+
+  /// In the store now; 0 if it does not know the volume.
+  package var storedEpoch: UInt64 = 0
+
+  /// The store is as new as the replicas: there is nothing to do.
+  package var current: Bool = false
+
+  /// Every known replica was looked into.
+  package var safe: Bool = false
+
+  /// Why it was or would be refused; empty if not.
+  package var objection: String = String()
+
+  /// The record that was written; 0 if none was.
+  package var newEpoch: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
 // MARK: - Code below here is support for the SwiftProtobuf runtime.
 
 fileprivate nonisolated let _protobuf_package = "haptera.v1"
@@ -655,6 +730,166 @@ nonisolated extension Haptera_V1_ListEventsResponse: SwiftProtobuf.Message, Swif
 
   package static func ==(lhs: Haptera_V1_ListEventsResponse, rhs: Haptera_V1_ListEventsResponse) -> Bool {
     if lhs.events != rhs.events {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ReconstructStoreRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReconstructStoreRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}act\0\u{1}force\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularBoolField(value: &self.act) }()
+      case 3: try { try decoder.decodeSingularBoolField(value: &self.force) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if self.act != false {
+      try visitor.visitSingularBoolField(value: self.act, fieldNumber: 2)
+    }
+    if self.force != false {
+      try visitor.visitSingularBoolField(value: self.force, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReconstructStoreRequest, rhs: Haptera_V1_ReconstructStoreRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.act != rhs.act {return false}
+    if lhs.force != rhs.force {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ReconstructStoreResponse: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReconstructStoreResponse"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volumes\0\u{1}problems\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeRepeatedMessageField(value: &self.volumes) }()
+      case 2: try { try decoder.decodeRepeatedStringField(value: &self.problems) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volumes.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.volumes, fieldNumber: 1)
+    }
+    if !self.problems.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.problems, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReconstructStoreResponse, rhs: Haptera_V1_ReconstructStoreResponse) -> Bool {
+    if lhs.volumes != rhs.volumes {return false}
+    if lhs.problems != rhs.problems {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ReconstructedVolume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReconstructedVolume"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}name\0\u{3}size_bytes\0\u{1}epoch\0\u{3}newest_on\0\u{1}found\0\u{1}missing\0\u{3}stored_epoch\0\u{1}current\0\u{1}safe\0\u{1}objection\0\u{3}new_epoch\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.epoch) }()
+      case 5: try { try decoder.decodeRepeatedStringField(value: &self.newestOn) }()
+      case 6: try { try decoder.decodeRepeatedStringField(value: &self.found) }()
+      case 7: try { try decoder.decodeRepeatedStringField(value: &self.missing) }()
+      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.storedEpoch) }()
+      case 9: try { try decoder.decodeSingularBoolField(value: &self.current) }()
+      case 10: try { try decoder.decodeSingularBoolField(value: &self.safe) }()
+      case 11: try { try decoder.decodeSingularStringField(value: &self.objection) }()
+      case 12: try { try decoder.decodeSingularUInt64Field(value: &self.newEpoch) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.id.isEmpty {
+      try visitor.visitSingularStringField(value: self.id, fieldNumber: 1)
+    }
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 2)
+    }
+    if self.sizeBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.sizeBytes, fieldNumber: 3)
+    }
+    if self.epoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.epoch, fieldNumber: 4)
+    }
+    if !self.newestOn.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.newestOn, fieldNumber: 5)
+    }
+    if !self.found.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.found, fieldNumber: 6)
+    }
+    if !self.missing.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.missing, fieldNumber: 7)
+    }
+    if self.storedEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.storedEpoch, fieldNumber: 8)
+    }
+    if self.current != false {
+      try visitor.visitSingularBoolField(value: self.current, fieldNumber: 9)
+    }
+    if self.safe != false {
+      try visitor.visitSingularBoolField(value: self.safe, fieldNumber: 10)
+    }
+    if !self.objection.isEmpty {
+      try visitor.visitSingularStringField(value: self.objection, fieldNumber: 11)
+    }
+    if self.newEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.newEpoch, fieldNumber: 12)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReconstructedVolume, rhs: Haptera_V1_ReconstructedVolume) -> Bool {
+    if lhs.id != rhs.id {return false}
+    if lhs.name != rhs.name {return false}
+    if lhs.sizeBytes != rhs.sizeBytes {return false}
+    if lhs.epoch != rhs.epoch {return false}
+    if lhs.newestOn != rhs.newestOn {return false}
+    if lhs.found != rhs.found {return false}
+    if lhs.missing != rhs.missing {return false}
+    if lhs.storedEpoch != rhs.storedEpoch {return false}
+    if lhs.current != rhs.current {return false}
+    if lhs.safe != rhs.safe {return false}
+    if lhs.objection != rhs.objection {return false}
+    if lhs.newEpoch != rhs.newEpoch {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -191,6 +191,32 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "SalvageVolume" metadata.
+        package enum SalvageVolume: Sendable {
+            /// Request type for "SalvageVolume".
+            package typealias Input = Haptera_V1_SalvageVolumeRequest
+            /// Response type for "SalvageVolume".
+            package typealias Output = Haptera_V1_SalvageVolumeResponse
+            /// Descriptor for "SalvageVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "SalvageVolume",
+                type: .unary
+            )
+        }
+        /// Namespace for "RejoinReplica" metadata.
+        package enum RejoinReplica: Sendable {
+            /// Request type for "RejoinReplica".
+            package typealias Input = Haptera_V1_ReplicaRequest
+            /// Response type for "RejoinReplica".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "RejoinReplica".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "RejoinReplica",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -205,7 +231,9 @@ package enum Haptera_V1_VolumeService: Sendable {
             UpdateVolume.descriptor,
             ReplaceReplica.descriptor,
             DeleteReplica.descriptor,
-            AcceptLoss.descriptor
+            AcceptLoss.descriptor,
+            SalvageVolume.descriptor,
+            RejoinReplica.descriptor
         ]
     }
 }
@@ -460,6 +488,42 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_AcceptLossRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "SalvageVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_SalvageVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_SalvageVolumeResponse` messages.
+        func salvageVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_SalvageVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_SalvageVolumeResponse>
+
+        /// Handle the "RejoinReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a replica that was kept after a salvage be filled again.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ReplicaRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func rejoinReplica(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ReplicaRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -696,6 +760,42 @@ extension Haptera_V1_VolumeService {
         /// - Returns: A response containing a single `Haptera_V1_Volume` message.
         func acceptLoss(
             request: GRPCCore.ServerRequest<Haptera_V1_AcceptLossRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "SalvageVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_SalvageVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_SalvageVolumeResponse` message.
+        func salvageVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_SalvageVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_SalvageVolumeResponse>
+
+        /// Handle the "RejoinReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a replica that was kept after a salvage be filled again.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReplicaRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func rejoinReplica(
+            request: GRPCCore.ServerRequest<Haptera_V1_ReplicaRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
     }
@@ -935,6 +1035,42 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_AcceptLossRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "SalvageVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_SalvageVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_SalvageVolumeResponse` to respond with.
+        func salvageVolume(
+            request: Haptera_V1_SalvageVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_SalvageVolumeResponse
+
+        /// Handle the "RejoinReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a replica that was kept after a salvage be filled again.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ReplicaRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func rejoinReplica(
+            request: Haptera_V1_ReplicaRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
     }
 }
 
@@ -1085,6 +1221,28 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.SalvageVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_SalvageVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_SalvageVolumeResponse>(),
+            handler: { request, context in
+                try await self.salvageVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.RejoinReplica.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReplicaRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.rejoinReplica(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -1228,6 +1386,28 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
         let response = try await self.acceptLoss(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func salvageVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_SalvageVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_SalvageVolumeResponse> {
+        let response = try await self.salvageVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func rejoinReplica(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ReplicaRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.rejoinReplica(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -1404,6 +1584,32 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
         return GRPCCore.ServerResponse<Haptera_V1_Volume>(
             message: try await self.acceptLoss(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func salvageVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_SalvageVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_SalvageVolumeResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_SalvageVolumeResponse>(
+            message: try await self.salvageVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func rejoinReplica(
+        request: GRPCCore.ServerRequest<Haptera_V1_ReplicaRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.rejoinReplica(
                 request: request.message,
                 context: context
             ),
@@ -1710,6 +1916,52 @@ extension Haptera_V1_VolumeService {
         func acceptLoss<Result>(
             request: GRPCCore.ClientRequest<Haptera_V1_AcceptLossRequest>,
             serializer: some GRPCCore.MessageSerializer<Haptera_V1_AcceptLossRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "SalvageVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_SalvageVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_SalvageVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_SalvageVolumeResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func salvageVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_SalvageVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_SalvageVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_SalvageVolumeResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_SalvageVolumeResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "RejoinReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a replica that was kept after a salvage be filled again.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReplicaRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReplicaRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func rejoinReplica<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReplicaRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReplicaRequest>,
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
@@ -2166,6 +2418,74 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "SalvageVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_SalvageVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_SalvageVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_SalvageVolumeResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func salvageVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_SalvageVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_SalvageVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_SalvageVolumeResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_SalvageVolumeResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.SalvageVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "RejoinReplica" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a replica that was kept after a salvage be filled again.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReplicaRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReplicaRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func rejoinReplica<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReplicaRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReplicaRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.RejoinReplica.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -2536,6 +2856,64 @@ extension Haptera_V1_VolumeService.ClientProtocol {
         try await self.acceptLoss(
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_AcceptLossRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "SalvageVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_SalvageVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func salvageVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_SalvageVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_SalvageVolumeResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.salvageVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_SalvageVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_SalvageVolumeResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "RejoinReplica" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets a replica that was kept after a salvage be filled again.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ReplicaRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func rejoinReplica<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ReplicaRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.rejoinReplica(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReplicaRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
             options: options,
             onResponse: handleResponse
@@ -2962,6 +3340,72 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.acceptLoss(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "SalvageVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Goes on from the copy of one replica that is out, giving up what only the others had.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func salvageVolume<Result>(
+        _ message: Haptera_V1_SalvageVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_SalvageVolumeResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_SalvageVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.salvageVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "RejoinReplica" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets a replica that was kept after a salvage be filled again.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func rejoinReplica<Result>(
+        _ message: Haptera_V1_ReplicaRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ReplicaRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.rejoinReplica(
             request: request,
             options: options,
             onResponse: handleResponse

@@ -717,6 +717,21 @@ package nonisolated struct Haptera_V1_ListReplicasResponse: Sendable {
   package init() {}
 }
 
+package nonisolated struct Haptera_V1_ReplicaRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  /// 16 hexadecimal digits.
+  package var replicaID: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
 package nonisolated struct Haptera_V1_ExplainVolumeRequest: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
@@ -838,7 +853,8 @@ package nonisolated struct Haptera_V1_SalvageChoice: Sendable {
 
   package var reason: String = String()
 
-  /// Writes acknowledged from this epoch on may be lost, at most so many regions (1 MiB each).
+  /// Writes acknowledged from this epoch on may be lost, in at most so many regions (1 MiB each);
+  /// 0: none are known to be.
   package var lostFromEpoch: UInt64 = 0
 
   package var lostToEpoch: UInt64 = 0
@@ -848,9 +864,68 @@ package nonisolated struct Haptera_V1_SalvageChoice: Sendable {
   /// It cannot be chosen, because of this.
   package var problem: String = String()
 
+  /// The regions were counted on a copy that holds them; otherwise it is the whole volume.
+  package var measured: Bool = false
+
+  /// Its host restarted: it may also lack what was never flushed.
+  package var lacksUnflushed: Bool = false
+
+  /// Its files are older than it had said.
+  package var rolledBack: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
+}
+
+package nonisolated struct Haptera_V1_SalvageVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  /// Empty: only tell what each choice would lose.
+  package var replicaID: String = String()
+
+  /// Of the volume when the choice was shown; another epoch is refused.
+  package var expectedEpoch: UInt64 = 0
+
+  /// The node that ran the engine is gone for good.
+  package var engineIsGone: Bool = false
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_SalvageVolumeResponse: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var epoch: UInt64 = 0
+
+  package var choices: [Haptera_V1_SalvageChoice] = []
+
+  /// Why the volume cannot be salvaged now; empty if it can be.
+  package var objection: String = String()
+
+  /// After a salvage.
+  package var volume: Haptera_V1_Volume {
+    get {_volume ?? Haptera_V1_Volume()}
+    set {_volume = newValue}
+  }
+  /// Returns true if `volume` has been explicitly set.
+  package var hasVolume: Bool {self._volume != nil}
+  /// Clears the value of `volume`. Subsequent reads from it will return its default value.
+  package mutating func clearVolume() {self._volume = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _volume: Haptera_V1_Volume? = nil
 }
 
 // MARK: - Code below here is support for the SwiftProtobuf runtime.
@@ -1800,6 +1875,41 @@ nonisolated extension Haptera_V1_ListReplicasResponse: SwiftProtobuf.Message, Sw
   }
 }
 
+nonisolated extension Haptera_V1_ReplicaRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReplicaRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{3}replica_id\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReplicaRequest, rhs: Haptera_V1_ReplicaRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
 nonisolated extension Haptera_V1_ExplainVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ExplainVolumeRequest"
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}all\0")
@@ -2032,7 +2142,7 @@ nonisolated extension Haptera_V1_ReplicaAway: SwiftProtobuf.Message, SwiftProtob
 
 nonisolated extension Haptera_V1_SalvageChoice: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".SalvageChoice"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}node\0\u{3}last_epoch\0\u{3}left_unix_milliseconds\0\u{1}reason\0\u{3}lost_from_epoch\0\u{3}lost_to_epoch\0\u{3}regions_max\0\u{1}problem\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}node\0\u{3}last_epoch\0\u{3}left_unix_milliseconds\0\u{1}reason\0\u{3}lost_from_epoch\0\u{3}lost_to_epoch\0\u{3}regions_max\0\u{1}problem\0\u{1}measured\0\u{3}lacks_unflushed\0\u{3}rolled_back\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2049,6 +2159,9 @@ nonisolated extension Haptera_V1_SalvageChoice: SwiftProtobuf.Message, SwiftProt
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.lostToEpoch) }()
       case 8: try { try decoder.decodeSingularUInt64Field(value: &self.regionsMax) }()
       case 9: try { try decoder.decodeSingularStringField(value: &self.problem) }()
+      case 10: try { try decoder.decodeSingularBoolField(value: &self.measured) }()
+      case 11: try { try decoder.decodeSingularBoolField(value: &self.lacksUnflushed) }()
+      case 12: try { try decoder.decodeSingularBoolField(value: &self.rolledBack) }()
       default: break
       }
     }
@@ -2082,6 +2195,15 @@ nonisolated extension Haptera_V1_SalvageChoice: SwiftProtobuf.Message, SwiftProt
     if !self.problem.isEmpty {
       try visitor.visitSingularStringField(value: self.problem, fieldNumber: 9)
     }
+    if self.measured != false {
+      try visitor.visitSingularBoolField(value: self.measured, fieldNumber: 10)
+    }
+    if self.lacksUnflushed != false {
+      try visitor.visitSingularBoolField(value: self.lacksUnflushed, fieldNumber: 11)
+    }
+    if self.rolledBack != false {
+      try visitor.visitSingularBoolField(value: self.rolledBack, fieldNumber: 12)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2095,6 +2217,103 @@ nonisolated extension Haptera_V1_SalvageChoice: SwiftProtobuf.Message, SwiftProt
     if lhs.lostToEpoch != rhs.lostToEpoch {return false}
     if lhs.regionsMax != rhs.regionsMax {return false}
     if lhs.problem != rhs.problem {return false}
+    if lhs.measured != rhs.measured {return false}
+    if lhs.lacksUnflushed != rhs.lacksUnflushed {return false}
+    if lhs.rolledBack != rhs.rolledBack {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_SalvageVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".SalvageVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}replica_id\0\u{3}expected_epoch\0\u{3}engine_is_gone\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.expectedEpoch) }()
+      case 4: try { try decoder.decodeSingularBoolField(value: &self.engineIsGone) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 2)
+    }
+    if self.expectedEpoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.expectedEpoch, fieldNumber: 3)
+    }
+    if self.engineIsGone != false {
+      try visitor.visitSingularBoolField(value: self.engineIsGone, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_SalvageVolumeRequest, rhs: Haptera_V1_SalvageVolumeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.expectedEpoch != rhs.expectedEpoch {return false}
+    if lhs.engineIsGone != rhs.engineIsGone {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".SalvageVolumeResponse"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}epoch\0\u{1}choices\0\u{1}objection\0\u{1}volume\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt64Field(value: &self.epoch) }()
+      case 2: try { try decoder.decodeRepeatedMessageField(value: &self.choices) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.objection) }()
+      case 4: try { try decoder.decodeSingularMessageField(value: &self._volume) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    if self.epoch != 0 {
+      try visitor.visitSingularUInt64Field(value: self.epoch, fieldNumber: 1)
+    }
+    if !self.choices.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.choices, fieldNumber: 2)
+    }
+    if !self.objection.isEmpty {
+      try visitor.visitSingularStringField(value: self.objection, fieldNumber: 3)
+    }
+    try { if let v = self._volume {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 4)
+    } }()
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_SalvageVolumeResponse, rhs: Haptera_V1_SalvageVolumeResponse) -> Bool {
+    if lhs.epoch != rhs.epoch {return false}
+    if lhs.choices != rhs.choices {return false}
+    if lhs.objection != rhs.objection {return false}
+    if lhs._volume != rhs._volume {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -223,7 +223,7 @@ package actor Controller {
         view(try await store.volume(named: name))
     }
 
-    private func view(_ stored: StoredVolume) -> Haptera_V1_Volume {
+    func view(_ stored: StoredVolume) -> Haptera_V1_Volume {
         VolumeView(stored, nodes: observedNodes, problem: problems[stored.volume.name]).message
     }
 

@@ -38,6 +38,7 @@ package struct Explanation {
         message.changes = changes
         message.away = away
         message.waitsFor = waitsFor
+        if isWithoutMembers { message.choices = Salvage(self)?.choices ?? [] }
         message.advice = advice
         return message
     }
@@ -117,13 +118,14 @@ package struct Explanation {
         engineReason.contains(StopReason.recordOlderThanReplica.rawValue)
     }
 
-    /// No member of the in-sync set can be reached.
-    var isWithoutMembers: Bool {
-        guard let record = stored.record else { return false }
-        return !stored.replicas.contains { row in
+    /// A member of the in-sync set that can be reached.
+    var reachableMember: ReplicaRow? {
+        guard let record = stored.record else { return nil }
+        return stored.replicas.first { row in
             row.member.map(record.inSync.contains) == true && isReachable(row)
         }
     }
+    var isWithoutMembers: Bool { stored.record != nil && reachableMember == nil }
 
     private var waitsFor: String {
         guard let record = stored.record else {
@@ -157,7 +159,8 @@ package struct Explanation {
         if let kept = stored.record?.out.first(where: \.isKept) {
             let id = kept.member.replica.text
             return "replica \(id) keeps what a salvage gave up; when you need it no more: "
-                + "storagectl replica rejoin \(name) \(id), or storagectl replica delete \(name) \(id)"
+                + "storagectl replica rejoin \(name) \(id), or "
+                + "storagectl replica delete \(name) \(id) --discard-kept"
         }
         return ""
     }
@@ -168,15 +171,22 @@ extension Controller {
         try await explanation(name, all: all).message
     }
 
-    func explanation(_ name: String, all: Bool = false) async throws -> Explanation {
+    /// Looks into the replicas that are out; into members too if none of them answers, for what a
+    /// salvage would lose.
+    func explanation(
+        _ name: String, all: Bool = false, inspectingAll: Bool = false
+    ) async throws -> Explanation {
         let stored = try await store.volume(named: name)
         let history = try await store.history(
             of: stored.volume.id,
             limit: all ? MetadataStore.historyMax : Explanation.changesDefault,
             also: Explanation.relevantEpochs(stored.record))
-        let out = Set((stored.record?.out ?? []).map(\.member.replica.text))
-        let joining = stored.record?.joining?.replica.text
-        let wanted = stored.replicas.filter { out.contains($0.id) || $0.id == joining }
+        let isStranded = Explanation(stored, history: [], nodes: observedNodes, inspections: [:])
+            .isWithoutMembers
+        let members = Set((stored.record?.inSync ?? []).map(\.replica.text))
+        let wanted = stored.replicas.filter {
+            inspectingAll || isStranded || !members.contains($0.id)
+        }
         let inspections = await inspect(wanted.map { (node: $0.node, replica: $0.id) })
         return Explanation(
             stored, history: history, nodes: observedNodes, inspections: inspections)

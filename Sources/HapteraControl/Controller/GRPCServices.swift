@@ -143,6 +143,29 @@ extension VolumeService {
     ) async throws -> Haptera_V1_VolumeExplanation {
         try await controller.explain(try checked(request.name), all: request.all)
     }
+
+    func salvageVolume(
+        request: Haptera_V1_SalvageVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_SalvageVolumeResponse {
+        _ = try checked(request.name)
+        return try await controller.salvage(request)
+    }
+
+    func rejoinReplica(
+        request: Haptera_V1_ReplicaRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        _ = try checked(request.volume)
+        return try await controller.rejoin(request)
+    }
+}
+
+extension ClusterService {
+    func reconstructStore(
+        request: Haptera_V1_ReconstructStoreRequest, context: ServerContext
+    ) async throws -> Haptera_V1_ReconstructStoreResponse {
+        if !request.volume.isEmpty { _ = try checked(request.volume) }
+        return try await controller.reconstruct(request)
+    }
 }
 
 /// A name that could exist, or an error that says what names look like.

@@ -24,6 +24,7 @@ package struct DirectoryInspection: Decodable, Equatable, Sendable {
     package var births: [Birth]?
     package var olderRegions: UInt64?
     package var isRebooted: Bool?
+    package var activeRegions: UInt64?
 
     package static func decode(_ json: String) throws -> DirectoryInspection {
         do {
@@ -38,6 +39,22 @@ package struct DirectoryInspection: Decodable, Equatable, Sendable {
             return nil
         }
         return VolumeRecord.Member(replica: id, incarnation: Incarnation(rawValue: number))
+    }
+
+    /// The same as salvage and reconstruction take it.
+    package var survey: ReplicaSurvey? {
+        guard let member else { return nil }
+        var survey = ReplicaSurvey(
+            member: member, promise: Epoch(promise), installed: installed)
+        survey.flushed = StablePoint(
+            epoch: Epoch(flushedEpoch ?? 0), sequence: SequenceNumber(flushedSequence ?? 0))
+        survey.stable = StablePoint(
+            epoch: Epoch(stableEpoch ?? 0), sequence: SequenceNumber(stableSequence ?? 0))
+        survey.isRebooted = isRebooted ?? false
+        survey.activeRegions = activeRegions ?? 0
+        survey.births = (births ?? []).map { .init(epoch: Epoch($0.epoch), regions: $0.regions) }
+        survey.olderRegions = olderRegions ?? 0
+        return survey
     }
 
     /// The record it installed last.

@@ -30,7 +30,7 @@ struct RecordWords {
             if let joining = record.joining {
                 parts.append("\(replica(joining.replica)) joins: it is being filled")
             }
-        case .removal, .promotion: break
+        case .removal, .promotion, .administration: break
         }
         if record.change != .salvage {
             for member in left {

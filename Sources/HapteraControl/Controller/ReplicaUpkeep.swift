@@ -260,6 +260,15 @@ extension Controller {
     package func deleteReplica(
         _ id: String, of name: String, discardKept: Bool
     ) async throws -> Haptera_V1_Volume {
-        try changed(await store.deleteReplica(id, of: name, discardKept: discardKept))
+        // Without a member within reach, any copy may be the one to go on from.
+        let stored = try await store.volume(named: name)
+        let look = Explanation(stored, history: [], nodes: observedNodes, inspections: [:])
+        guard !look.isWithoutMembers else {
+            throw ControlError(
+                .precondition,
+                "no replica of the in-sync set of '\(name)' can be reached: this copy may be "
+                    + "needed; see 'storagectl volume why \(name)'")
+        }
+        return try changed(await store.deleteReplica(id, of: name, discardKept: discardKept))
     }
 }

@@ -48,9 +48,8 @@ extension MetadataStore {
                 let current = VolumeRecord(decoding: stored.bytes)
             else { return .conflict(stored.bytes) }
             let replicas = try ReplicaRow.filter(Column("volumeID") == volume.text).fetchAll(db)
-            if let reason = Self.objection(to: proposed, after: current, replicas: replicas) {
-                return .invalid(reason)
-            }
+            let rules = RecordRules(after: current, known: Set(replicas.compactMap(\.member)))
+            if let reason = rules.objection(to: proposed, by: .engine) { return .invalid(reason) }
             try db.execute(
                 sql: "UPDATE records SET epoch = ?, record = ? WHERE volumeID = ? AND epoch = ?",
                 arguments: [
@@ -62,24 +61,6 @@ extension MetadataStore {
             try self.addEvents(db, of: proposed, after: current)
             return .swapped
         }
-    }
-
-    /// Why no engine of this volume can have meant the proposal; nil if there is no such reason.
-    private static func objection(
-        to proposed: VolumeRecord, after current: VolumeRecord, replicas: [ReplicaRow]
-    ) -> String? {
-        if proposed.size != current.size { return "the record changes the volume's size" }
-        if proposed.name != current.name { return "the record changes the volume's name" }
-        if proposed.clientGeneration < current.clientGeneration {
-            return "the record lowers the client generation"
-        }
-        let known = Set(replicas.compactMap(\.member))
-        let named = proposed.inSync + [proposed.joining].compactMap { $0 }
-        if !named.allSatisfy(known.contains) { return "the record names an unknown replica" }
-        if Set(named.map(\.replica)).count != named.count {
-            return "the record names a replica twice"
-        }
-        return nil
     }
 
     /// What the change means to an operator.
