@@ -15,6 +15,7 @@ from harness.cluster import BINARIES, MIB, wait_for
 from harness.context import SkipTest
 
 SIZE = 64 * MIB
+BLOCK = 4096
 
 
 class Plane:
@@ -160,12 +161,9 @@ def test_store_restored_from_an_old_backup(context):
         shutil.rmtree(store)
         shutil.copytree(plane.directory / "backup", store)
         plane.up()
-        # The old number of an attachment: a node agent takes it for one that has ended.
+        # An engine finds replicas that have promised more than its record says.
         plane.run("volume", "attach", "vol", "--timeout", "5", fails=True)
         plane.run("store", "reconstruct", "--volume", "vol", "--yes")
-        plane.until(
-            "an end of the old attachment",
-            lambda v: v["state"] == "detached")
         plane.run("volume", "attach", "vol")
         assert plane.read() == path.read_bytes()
 
@@ -180,7 +178,9 @@ def test_salvage(context):
         expected = path.read_bytes()
         survivor = plane.replicas()["node-3"]
         os.kill(survivor["pid"], signal.SIGSTOP)
-        plane.write(plane.image(2 * MIB), offset=8 * MIB)
+        start, later = 8 * MIB, plane.image(2 * MIB)
+        plane.write(later, offset=start)
+        later = later.read_bytes()
         assert plane.replicas()["node-3"]["inSync"] is False
         assert "can be reached" in plane.run(
             "volume", "salvage", "vol", "--replica", survivor["id"], "--yes", fails=True)
@@ -188,8 +188,11 @@ def test_salvage(context):
         lost = [plane.replicas()[node] for node in ("node-1", "node-2")]
         for node in ("node-1", "node-2"):
             plane.kill(plane.daemon(node))
-        for replica in lost:
-            plane.kill(replica["pid"])
+        # The first is taken out of the in-sync set; the second is all that is left of it.
+        plane.kill(lost[0]["pid"])
+        plane.until("the first loss", lambda v: any(
+            r["id"] == lost[0]["id"] and not r["inSync"] for r in v["replicas"]))
+        plane.kill(lost[1]["pid"])
         os.kill(survivor["pid"], signal.SIGCONT)
         plan = wait_for(
             lambda: (lambda p: p["objection"] is None and p)(
@@ -199,14 +202,19 @@ def test_salvage(context):
         assert plan["choices"][0]["lostFromEpoch"] > 1
         why = plane.run("volume", "why", "vol")
         assert why["choices"] == plan["choices"]
-        assert lost[0]["id"] in why["waitsFor"]
+        assert lost[1]["id"] in why["waitsFor"]
         # Not without a word.
         plane.run("volume", "salvage", "vol", "--replica", survivor["id"], fails=True)
 
         plane.run("volume", "salvage", "vol", "--replica", survivor["id"], "--yes")
         plane.until("service", lambda v: v["robustness"] == "degraded" and v["engine"]["pid"])
         wait_for(lambda: readable(plane), "the volume to be readable")
-        assert plane.read() == expected, "not the chosen copy"
+        # What was on its way to the copy when it was cut off may have reached it.
+        found = plane.read()
+        for at in range(0, SIZE, BLOCK):
+            block, old = found[at:at + BLOCK], expected[at:at + BLOCK]
+            assert block == old or start <= at < start + len(later) and \
+                block == later[at - start:at - start + BLOCK], f"offset {at}"
 
         # The losers return, and stay as they are until somebody decides.
         plane.up()
@@ -220,7 +228,7 @@ def test_salvage(context):
         plane.run("replica", "delete", "vol", lost[1]["id"], "--discard-kept", "--yes")
         wait_for(
             lambda: not pathlib.Path(lost[1]["directory"]).exists(), "its data to be removed")
-        assert plane.read() == expected
+        assert plane.read() == found
 
 
 def readable(plane):

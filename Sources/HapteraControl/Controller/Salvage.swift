@@ -142,7 +142,7 @@ extension Controller {
             explanation.stored.volume, record,
             endsAttachment: salvage.isEngineGone, message: Self.message(choice, record))
         changes.notify()
-        // From here on a stalled engine can take nothing over; its successor starts from this record.
+        // A stalled engine can take nothing over any more; its successor starts from this record.
         _ = try? await endEngine(explanation)
         response.volume = view(stored)
         return response
