@@ -56,6 +56,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let noLeaseCheck = MutationSet(rawValue: 1 << 24)
     /// L: a new engine does not wait for the leases of the one before.
     package static let noLeaseWait = MutationSet(rawValue: 1 << 25)
+    /// W: the range of a write whose client was told of a time-out is given free at once.
+    package static let timedOutWriteUnlocked = MutationSet(rawValue: 1 << 28)
     /// L: a replica that starts reports no lease of its time before.
     package static let restartedReplicaForgetsLease = MutationSet(rawValue: 1 << 26)
 
@@ -103,6 +105,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("drainBeforeLogSync", .drainBeforeLogSync),
         ("noLeaseCheck", .noLeaseCheck), ("noLeaseWait", .noLeaseWait),
         ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
+        ("timedOutWriteUnlocked", .timedOutWriteUnlocked),
         ("acceptRolledBackMember", .acceptRolledBackMember),
         ("reinstateUnproven", .reinstateUnproven), ("joinKept", .joinKept),
         ("removeLast", .removeLast), ("recordOlderIgnored", .recordOlderIgnored),

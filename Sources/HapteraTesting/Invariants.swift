@@ -248,6 +248,7 @@ extension World {
     /// A client got an error. Only trouble no member is spared explains one.
     func observeError(_ operation: ClientOperation, _ result: OperationResult) {
         if result == .noSpace && faults.noSpace { return }
+        if result == .ioError && leases.ioTimeoutMilliseconds > 0 { return }
         let isPartial = operation.offset % 4096 != 0 || operation.length % 4096 != 0
         if result == .ioError && (faults.diskErrors || faults.rot)
             && (operation.kind == .read || isPartial)

@@ -55,6 +55,7 @@ final class SimulatedEngine {
             removalDeadlineMilliseconds: leases.removalMilliseconds)
         configuration.leaseMilliseconds = leases.milliseconds
         configuration.renewMilliseconds = UInt64(leases.milliseconds) / 3
+        configuration.ioTimeoutMilliseconds = leases.ioTimeoutMilliseconds
         core = EngineCore(configuration: configuration, pool: pool)
         core.mutations = mutations
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
@@ -72,11 +73,14 @@ final class SimulatedEngine {
 struct SimulatedLeases {
     let milliseconds: UInt32
     let removalMilliseconds: UInt64
+    /// Of client requests; 0: held for ever.
+    let ioTimeoutMilliseconds: UInt64
 
     init(random: RandomSource) {
         (milliseconds, removalMilliseconds) = random.pick([
             (500, 3000), (500, 3000), (500, 500), (2500, 3000), (3000, 800),
         ])
+        ioTimeoutMilliseconds = random.permille(200) ? random.pick([100, 700, 4000]) : 0
     }
 }
 

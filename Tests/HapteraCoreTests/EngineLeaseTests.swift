@@ -134,4 +134,52 @@ import Testing
         #expect(h.results[alive] == .ok)
         #expect(h.pool.inUse == h.core.ownBuffers)
     }
+
+    // MARK: - Time-out
+
+    /// Trap 22: the client hears of an error in time; the range stays locked until the copies of it
+    /// are equal.
+    @Test func aWriteThatTakesTooLongStaysLockedUntilItIsEverywhere() {
+        let h = EngineHarness { $0.ioTimeoutMilliseconds = 1000 }
+        h.start()
+        h.fakes[2].mute = [FrameKind.write.rawValue, FrameKind.ping.rawValue]
+        let late = h.write(0, one)
+        h.pass(milliseconds: 900)
+        #expect(h.results[late] == nil)
+        h.pass(milliseconds: 100)
+        #expect(h.results[late] == .ioError)
+        h.core.set(removalDeadlineMilliseconds: nil, ioTimeoutMilliseconds: 0)
+        let next = h.write(0, [UInt8](repeating: 2, count: 4096))
+        let writes = h.fakes[0].seen.count { $0 == .write }
+        h.pass(milliseconds: 1500)
+        #expect(h.fakes[0].seen.count { $0 == .write } == writes, "the range is still locked")
+        h.pass(milliseconds: 1000)
+        #expect(h.stored.inSync.count == 2)
+        #expect(h.results[next] == .ok)
+        #expect(h.fakes[0].blocks[0]?.data == h.fakes[1].blocks[0]?.data)
+        #expect(h.pool.inUse == h.core.ownBuffers)
+    }
+
+    @Test func aReadThatTakesTooLongKeepsItsBufferWhileAReplyMayArriveInIt() {
+        let h = EngineHarness { $0.ioTimeoutMilliseconds = 1000 }
+        h.start()
+        for fake in h.fakes { fake.mute = [FrameKind.read.rawValue] }
+        let read = h.read(0, 4096)
+        let edges = h.write(100, [1, 2, 3])
+        h.pass(milliseconds: 1000)
+        #expect(h.results[read] == .ioError && h.results[edges] == .ioError)
+        #expect(h.pool.inUse == h.core.ownBuffers + 1)
+        for fake in h.fakes { h.kill(fake) }
+        #expect(h.pool.inUse == h.core.ownBuffers)
+    }
+
+    @Test func aVolumeThatIsNotServedAnswersWithErrorsInTime() {
+        let h = EngineHarness { $0.ioTimeoutMilliseconds = 500 }
+        h.isStoreDown = true
+        h.start()
+        let ids = [h.read(0, 4096), h.write(0, one), h.submit(.flush)]
+        h.pass(milliseconds: 600)
+        #expect(ids.allSatisfy { h.results[$0] == .ioError })
+        #expect(h.pool.inUse == h.core.ownBuffers)
+    }
 }

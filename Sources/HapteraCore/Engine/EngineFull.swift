@@ -12,7 +12,9 @@ extension EngineCore {
         if let joiner, full.contains(joiner) { failReplica(joiner, .full) }
         guard slots[index].use != .free else { return false }
         let answered = slots[index].replied.union(full)
-        guard !slots[index].isAcknowledged, required.isSubset(of: answered) else {
+        guard !slots[index].isAcknowledged || slots[index].isExpired,
+            required.isSubset(of: answered)
+        else {
             return full.isDisjoint(with: required)
         }
         if !required.isEmpty, required.isSubset(of: full) {
@@ -36,7 +38,7 @@ extension EngineCore {
         if slots[index].fullSince == .zero { slots[index].fullSince = now }
         let limit = configuration.ioTimeoutMilliseconds
         let held = now.nanoseconds(since: slots[index].fullSince) / 1_000_000
-        guard limit == 0 || held < limit else {
+        guard limit == 0 || held < limit, !slots[index].isExpired else {
             completeClient(index, .noSpace)
             release(index)
             return

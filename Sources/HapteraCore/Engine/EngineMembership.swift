@@ -132,6 +132,7 @@ extension EngineCore {
         }
     }
     func retryRead(_ index: Int) {
+        if slots[index].isExpired { return release(index) }
         slots[index].generation &+= 1
         if slots[index].phase == .readingEdges {
             readEdges(index)
@@ -471,6 +472,7 @@ extension EngineCore {
             }
         }
         renewLeases()
+        expireOld()
         if isStarved { startAll() }
         retryFull()
     }

@@ -21,7 +21,9 @@ extension EngineCore {
     /// then starts what waited for it.
     func release(_ index: Int) {
         dropEdges(index)
-        if slots[index].ownsBuffer { pool.release(slots[index].operation.buffer) }
+        if slots[index].ownsBuffer || slots[index].retainsBuffer {
+            pool.release(slots[index].operation.buffer)
+        }
         let isLocked = slots[index].endBlock > slots[index].firstBlock
         let bucket = bucketIndex(slots[index].firstBlock)
         if isLocked { unlink(index, bucket) }
@@ -130,6 +132,7 @@ extension EngineCore {
             precondition(operation.length > 0)
         }
         let index = allocateSlot(.client, operation)
+        slots[index].submittedAt = now
         if operation.kind != .flush && operation.kind != .status {
             let blocks = Geometry.blocks(offset: operation.offset, length: operation.length)
             let region = blocks.lowerBound / UInt64(Geometry.blocksPerRegion)
@@ -210,6 +213,37 @@ extension EngineCore {
         completeClient(index, .cancelled)
         release(index)
         return true
+    }
+
+    // MARK: - Time-out
+
+    /// `--io-timeout`: tells clients of what takes too long.
+    func expireOld() {
+        let timeout = configuration.ioTimeoutMilliseconds * 1_000_000
+        guard timeout > 0, phase != .stopped else { return }
+        for index in 0..<slotsUsed
+        where slots[index].use == .client && !slots[index].isAcknowledged {
+            if now.nanoseconds(since: slots[index].submittedAt) >= timeout { expire(index) }
+        }
+    }
+    /// What has not begun, or only waits for a lease, is over. Anything else keeps its range until
+    /// nothing of it is under way: a read because its reply may be arriving in its buffer, a write
+    /// until every member has it, so that an error never leaves copies that differ (trap 22). If
+    /// the volume stalls first, the takeover after that makes them equal.
+    private func expire(_ index: Int) {
+        let isRead = slots[index].isRead || slots[index].phase == .readingEdges
+        let isOver =
+            slots[index].phase == .waiting || slots[index].isReady
+            || slots[index].operation.kind == .status
+            || !isRead && mutations.contains(.timedOutWriteUnlocked)
+        if !isOver, slots[index].isRead {
+            pool.retain(slots[index].operation.buffer)
+            slots[index].retainsBuffer = true
+        }
+        completeClient(index, slots[index].fullSince == .zero ? .ioError : .noSpace)
+        slots[index].isAcknowledged = true
+        slots[index].isExpired = true
+        if isOver { release(index) }
     }
 
     // MARK: - Sending

@@ -130,6 +130,7 @@ extension EngineCore {
     ) {
         let blocks = Int(slots[index].endBlock - slots[index].firstBlock)
         if replicas[slot].reads > 0 { replicas[slot].reads -= 1 }
+        guard !slots[index].isExpired else { return release(index) }
         guard header.status == .ok else {
             readFailed(index, slot, header)
             return
@@ -176,6 +177,11 @@ extension EngineCore {
         _ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory,
         _ data: RawMemory
     ) {
+        if slots[index].isExpired {
+            slots[index].edgesMissing -= 1
+            if slots[index].edgesMissing == 0 { release(index) }
+            return
+        }
         guard header.status == .ok else {
             readFailed(index, slot, header)
             return

@@ -206,6 +206,12 @@ struct OperationSlot: BitwiseCopyable {
     /// Times a read arrived damaged although the replica had verified it.
     var transitErrors: UInt8 = 0
     static let transitErrorsMax: UInt8 = 3
+    /// When it was submitted.
+    var submittedAt = Instant.zero
+    /// Its client was told of an error: it ends without another answer.
+    var isExpired = false
+    /// A reference of the core's own to the operation's buffer, which a reply may still arrive in.
+    var retainsBuffer = false
     /// Its client is gone: it ends as it may, but does not begin again.
     var isOrphan = false
     /// The client has its answer; the slot is kept until the joiner has answered.
@@ -227,7 +233,9 @@ struct OperationSlot: BitwiseCopyable {
     var isFlush: Bool { operation.kind == .flush }
     /// Something that changes data is on the way and not known to be everywhere.
     var isChanging: Bool {
-        guard phase == .inFlight, !isAcknowledged, endBlock > firstBlock else { return false }
+        guard phase == .inFlight, !isAcknowledged || isExpired, endBlock > firstBlock else {
+            return false
+        }
         return use == .job || use == .client && !isRead
     }
     func overlaps(_ other: OperationSlot) -> Bool {

@@ -163,12 +163,13 @@ extension EngineCore {
         }
     }
 
-    /// W4: answers the client when everyone whose reply counts has replied and the lease holds; gives the range free
-    /// when
-    /// the joiner has too.
+    /// W4: answers the client when everyone whose reply counts has replied and the lease holds;
+    /// gives the range free when the joiner has too.
     func settleWrite(_ index: Int) {
         if !slots[index].full.isEmpty && !settleFull(index) { return }
-        if !slots[index].isAcknowledged {
+        if slots[index].isExpired {
+            guard !required.isEmpty, required.isSubset(of: slots[index].replied) else { return }
+        } else if !slots[index].isAcknowledged {
             guard mayAcknowledge(slots[index].replied) else { return }
             highestAcknowledged = max(highestAcknowledged, slots[index].sequence)
             completeClient(index, .ok)
