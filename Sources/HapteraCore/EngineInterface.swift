@@ -178,6 +178,8 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     /// A damaged copy was rewritten from another member.
     case repaired(region: UInt64, blocks: UInt64)
     case protocolError(ReplicaSlot)
+    /// It answers much later than the others, and leaves the in-sync set for a while.
+    case replicaSlow(ReplicaSlot)
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }
 

@@ -89,6 +89,9 @@ extension EngineShell {
             ]
         }
         for slot in core.configuredSlots {
+            let latency = core.writeLatency(slot)
+            lines.append(("latency." + core.replicaID(slot).text, String(latency.average)))
+            lines.append(("latencyWorst." + core.replicaID(slot).text, String(latency.worst)))
             lines.append(
                 ("replica." + core.replicaID(slot).text, core.standing(slot).rawValue))
         }
@@ -172,6 +175,11 @@ extension EngineShell {
             Log.info(
                 "damaged copy repaired", volume, ("region", String(region)),
                 ("blocksCopied", String(blocks)))
+        case .replicaSlow(let slot):
+            let latency = core.writeLatency(slot)
+            Log.warn(
+                "replica much slower than the others", volume, id(slot),
+                ("latencyMicroseconds", String(latency.average)))
         case .protocolError(let slot):
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
         case .rebuildProgress(let slot, let done, let total):

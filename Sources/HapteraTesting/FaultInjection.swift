@@ -264,6 +264,14 @@ extension World {
                         engine: current, replica: host.index, toReplica: random.permille(500),
                         until: timeline.now + milliseconds(random.between(100, 6000)))
                 }
+                if random.permille(500), !isKeeper(kept) {
+                    // And the new one cannot reach it: only leases keep the old one from reading.
+                    for toReplica in [false, true] {
+                        network.block(
+                            engine: engines.count, replica: kept.index, toReplica: toReplica,
+                            until: timeline.now + milliseconds(random.between(1000, 9000)))
+                    }
+                }
             }
             startEngine(generation: generation)
             attach(to: engines[engines.count - 1])

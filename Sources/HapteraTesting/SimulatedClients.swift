@@ -27,14 +27,19 @@ extension World {
             : milliseconds(random.below(workload.thinkMillisecondsMax) + 1)
         timeline.schedule(after: pause, .work(worker: worker))
         guard let current = currentEngine, outstanding(worker) < workload.depth else { return }
-        if let stale = staleEngine(), random.permille(300),
-            operations.count(where: { $0.worker < 0 && $0.isOutstanding })
-                < Workload.staleRequestsMax
-        {
+        if let stale = staleEngine(), random.permille(300) {
             // Somebody still talks to an engine that was superseded; nobody repeats what it says.
-            let operation = newOperation(workload.draw(random), worker: -1)
-            submit(operation, to: stale)
-            return
+            var draw = workload.draw(random)
+            if random.permille(600), draw.kind == .write { (draw.kind, draw.flags) = (.read, []) }
+            let most =
+                draw.kind == .read ? Workload.staleReadsMax : Workload.staleRequestsMax
+            let waiting = operations.count {
+                $0.worker < 0 && $0.isOutstanding && ($0.kind == .read) == (draw.kind == .read)
+            }
+            if waiting < most {
+                submit(newOperation(draw, worker: -1), to: stale)
+                return
+            }
         }
         let operation = newOperation(workload.draw(random), worker: worker)
         submit(operation, to: engines[current])

@@ -76,6 +76,7 @@ struct Workload {
     let workers: Int
     /// Requests at most to an engine that was superseded.
     static let staleRequestsMax = 2
+    static let staleReadsMax = 8
     /// Of each replica. As in a real one more than requests under way can need at once, or they
     /// could wait for each other on different replicas; often fewer than the volume has, so that
     /// writes wait for regions to be drained.

@@ -13,6 +13,8 @@ final class FakeReplica {
     var flushed = StablePoint.zero
     var stable = StablePoint.zero
     var leaseRemaining: UInt32 = 0
+    /// Reads and writes are answered so much later.
+    var delayMilliseconds: UInt64 = 0
     /// Requests of these kinds get no answer (they are applied).
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
@@ -48,6 +50,8 @@ final class EngineHarness {
     var notes: [EngineNote] = []
     private var events: [EngineEvent] = []
     private var operations: [UInt64: Operation] = [:]
+    private var late:
+        [(at: Instant, slot: ReplicaSlot, header: FrameHeader, table: [UInt8], data: [UInt8])] = []
     private var nextUserData: UInt64 = 0
 
     init(
@@ -85,6 +89,11 @@ final class EngineHarness {
     func pass(milliseconds: UInt64) {
         for _ in 0..<(milliseconds / 100) {
             now = now.adding(milliseconds: 100)
+            let due = late.filter { $0.at <= now }
+            late.removeAll { $0.at <= now }
+            for reply in due {
+                receive(reply.slot, reply.header, reply.table, reply.data)
+            }
             run(.tick)
         }
     }
@@ -188,7 +197,12 @@ final class EngineHarness {
         if header.kind == .stable || fake.mute.contains(header.kind.rawValue) { return }
         reply.tableLength = UInt32(replyTable.count)
         reply.dataLength = UInt32(replyData.count)
-        receive(slot, reply, replyTable, replyData)
+        if fake.delayMilliseconds > 0, header.kind == .write || header.kind == .read {
+            let at = now.adding(milliseconds: fake.delayMilliseconds)
+            late.append((at, slot, reply, replyTable, replyData))
+        } else {
+            receive(slot, reply, replyTable, replyData)
+        }
     }
 
     /// Lets a deaf replica hear what waits, from the given frame on.

@@ -91,6 +91,7 @@ package final class EngineCore {
     var leaseUntil = Instant.zero
     /// When the last lease of an engine before this one has run out.
     var serveAfter = Instant.zero
+    var latencyWindowAt = Instant.zero
     /// Something is ready and waits for a lease.
     var hasHeld = false
     /// The change that marks the volume clean has been asked for: nothing is served any more.

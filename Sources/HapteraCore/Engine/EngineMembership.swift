@@ -472,6 +472,7 @@ extension EngineCore {
             }
         }
         renewLeases()
+        watchLatencies()
         expireOld()
         if isStarved { startAll() }
         retryFull()

@@ -1,9 +1,8 @@
 // Reads, flushes and status requests (rules R and F).
 
 extension EngineCore {
-    /// A member to read from that this operation has not tried: the one with the fewest reads on
-    /// the
-    /// way. When all were tried in vain, the client gets an error.
+    /// A member to read from that this operation has not tried: the one that should answer first.
+    /// When all were tried in vain, the client gets an error.
     func chooseReader(_ index: Int) -> ReplicaSlot? {
         var candidates = liveMembers.subtracting(slots[index].tried)
         if mutations.contains(.readFromJoiner), let joiner, isLive(joiner), joinStage == .copying {
@@ -23,7 +22,7 @@ extension EngineCore {
             return nil
         }
         while let slot = candidates.popFirst() {
-            if replicas[slot].reads < replicas[best].reads { best = slot }
+            if readCost(slot) < readCost(best) { best = slot }
         }
         slots[index].source = Int8(best)
         return best

@@ -25,6 +25,7 @@ extension EngineCore {
         case .write, .setState, .flush, .read, .status, .digest, .adopt:
             guard let index = slotIndex(ofTag: header.tag) else { return }
             if header.status == .ok { renewLease(slot, sentAt: slots[index].sentAt) }
+            if slots[index].use == .client { countAnswer(index, slot) }
             if slots[index].use == .job {
                 receivedForJob(Int(slots[index].operation.userData), slot, header, table, data)
             } else {

@@ -153,6 +153,12 @@ struct ReplicaState: BitwiseCopyable {
     var joinAfter = Instant.zero
     /// Reads on the way, to spread them.
     var reads: Int32 = 0
+    var readLatency = Latency()
+    var writeLatency = Latency()
+    /// Since when it is much slower than the others; zero: it is not.
+    var slowSince = Instant.zero
+    /// How long it stays away when it is removed for that, milliseconds.
+    var slowPause: UInt64 = 0
 }
 
 /// What an operation slot is used for.
