@@ -18,6 +18,8 @@ extension EngineCore {
             return full.isDisjoint(with: required)
         }
         if !required.isEmpty, required.isSubset(of: full) {
+            // First, so that nothing that dropping the joiner lets go begins in the region.
+            markUnequal(index)
             dropJoiner(retryMilliseconds: 1000)
             if slots[index].use != .free { holdForSpace(index) }
             return false
@@ -31,10 +33,11 @@ extension EngineCore {
 
     /// A part of the write may have been done, and not the same everywhere: the region is made
     /// equal before anyone, the write itself included, touches it again.
+    private func markUnequal(_ index: Int) {
+        guard !mutations.contains(.erroredWriteNotResolved) else { return }
+        addUnresolved(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
+    }
     private func holdForSpace(_ index: Int) {
-        if !mutations.contains(.erroredWriteNotResolved) {
-            addUnresolved(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
-        }
         if slots[index].fullSince == .zero { slots[index].fullSince = now }
         let limit = configuration.ioTimeoutMilliseconds
         let held = now.nanoseconds(since: slots[index].fullSince) / 1_000_000
