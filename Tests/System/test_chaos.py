@@ -43,6 +43,28 @@ def test_chaos_network(context):
         [faults.flapping, faults.isolate, faults.clog])
 
 
+def test_clients_that_give_up(context):
+    """Behind a partition of either direction they lose patience, and repeat all on a new connection.
+
+    They reset the old one: what its kernel has not delivered yet must not arrive later.
+    """
+    with Volume(context, 2, 35) as volume:
+        for worker in volume.workers:
+            worker.patience = 0.7
+        for link in (("client", "engine"), ("engine", "client")):
+            volume.progress(30)
+            volume.network.cut(*link)
+            volume.pass_time(2)
+            volume.network.join(*link)
+            volume.pass_time(1)
+        volume.heal()
+        volume.converge()
+        volume.finish_round()
+        reconnects = sum(w.reconnects for w in volume.workers)
+        assert reconnects > 2, "nobody gave up"
+        return f"{reconnects} connections, {sum(w.retries for w in volume.workers)} repeats"
+
+
 def test_chaos_store(context):
     return rounds(context, 31, [faults.store_outage, faults.kill_replica, faults.kill_engine])
 

@@ -150,6 +150,11 @@ class Block:
 
     def _explain(self, request):
         lines = [f"block {self.number}: {request!r} fits no legal order"]
+        if request.kind == READ:
+            low, high = request.cells_in(self.number)
+            start = self.number * CELLS + low - request.first
+            lines.append(f"seen here, from cell {low} on: " + " ".join(
+                map(name, request.values[start:start + high - low])))
         legal = {cells for cells, _ in self.configurations}
         lines += ["legal contents before: " + " | ".join(
             " ".join(name(w) for w in cells) for cells in list(legal)[:4])]
