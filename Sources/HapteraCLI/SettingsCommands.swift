@@ -62,7 +62,7 @@ extension VolumeCommand {
             abstract: "Change a volume's settings.",
             discussion: """
                 --io-timeout, --removal-deadline and --stale-replica-timeout apply at once, \
-                --lease and --min-in-sync from the next attach on.
+                --lease and --min-in-sync when the engine starts next.
                 """)
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
@@ -91,7 +91,7 @@ extension VolumeCommand {
                 session.say(Presentation.value(volume), quiet: volume.name) { _ in
                     "volume \(volume.name) updated: \(Presentation.line(volume.settings))"
                         + (waits
-                            ? "\n--lease and --min-in-sync apply from the next attach on: "
+                            ? "\n--lease and --min-in-sync apply when the engine starts next: "
                                 + "storagectl volume detach \(volume.name), then attach" : "")
                 }
             }

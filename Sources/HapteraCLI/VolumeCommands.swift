@@ -200,21 +200,47 @@ extension VolumeCommand {
 
     package struct Detach: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Stop serving a volume, in order.")
+            abstract: "Stop serving a volume, in order.",
+            discussion: """
+                With --force: when the node of the engine is not heard of, and will not come back \
+                soon. See the documentation for what that means.
+                """)
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
         package var name: Label
+
+        @Flag(help: "Give the attachment up without the engine's word; its node must be silent.")
+        package var force = false
+
+        @Flag(help: "Do not ask.")
+        package var yes = false
 
         @OptionGroup package var options: GlobalOptions
         package init() {}
 
         package func run() async throws {
             try await Session.run(options) { session in
-                guard let volume = try await session.detach(name.text) else { return }
+                if force {
+                    try session.confirm(
+                        Self.explanation(name.text), "Give the attachment up?", yes: yes)
+                }
+                guard let volume = try await session.detach(name.text, isForced: force) else {
+                    return
+                }
                 session.say(Presentation.value(volume), quiet: volume.name) { _ in
                     "volume \(volume.name) detached"
                 }
             }
+        }
+
+        private static func explanation(_ name: String) -> String {
+            """
+            The engine of volume \(name) cannot be asked, and may still serve its clients. The \
+            next engine of the volume shuts it out by its epoch and waits until its leases have \
+            run out: never do both serve.
+            What clients of the old engine have not flushed is as after a crash of that node. Be \
+            sure that they are dead, or that nobody relies on them: they get errors.
+            """
         }
     }
 
@@ -248,9 +274,10 @@ extension VolumeCommand {
 
 extension Session {
     /// Asks for the detach and waits until it is done.
-    func detach(_ name: String) async throws -> Haptera_V1_Volume? {
+    func detach(_ name: String, isForced: Bool = false) async throws -> Haptera_V1_Volume? {
         var request = Haptera_V1_DetachVolumeRequest()
         request.name = name
+        request.force = isForced
         let wanted = request
         _ = try await change { try await volumes.detachVolume(wanted, options: callOptions) }
         return try await follow(name, "detaching") { $0?.state != .detaching }

@@ -34,11 +34,16 @@ extension Session {
         }
     }
 
-    /// The first line of what went wrong.
-    private static func brief(_ error: RPCError) -> String {
-        let cause = error.cause.map { ": \($0)" } ?? ""
-        let text = error.message + cause
-        return String(text.split(separator: "\n").first?.prefix(200) ?? "no answer")
+    /// What went wrong, in a few words.
+    static func brief(_ error: RPCError) -> String {
+        let text = "\(error)"
+        for (cause, words) in [
+            ("Connection refused", "connection refused"), ("Connection reset", "connection reset"),
+            ("No route to host", "no route to host"), ("timed out", "timed out"),
+        ] where text.contains(cause) {
+            return words
+        }
+        return String(error.message.split(separator: "\n").first?.prefix(200) ?? "no answer")
     }
 
     /// Follows a volume until `isDone` says so, and returns what it was given then (nil: the volume

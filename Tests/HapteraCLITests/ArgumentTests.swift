@@ -45,7 +45,8 @@ import Testing
         "completion zsh", "completion fish", "volume update v --io-timeout 30s",
         "volume update v --min-in-sync 2 --lease 1s --removal-deadline 5s",
         "volume create v --size 1GiB --stale-replica-timeout 0", "volume accept-loss v --yes",
-        "replica rebuild-status", "replica rebuild-status v --watch",
+        "volume detach v --force --yes", "replica rebuild-status",
+        "replica rebuild-status v --watch",
         "replica replace v 00000000000000a1 --node n --wait",
         "replica delete v 00000000000000a1 --discard-kept --yes",
     ])

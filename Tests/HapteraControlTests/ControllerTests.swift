@@ -136,6 +136,68 @@ import Testing
             ])
     }
 
+    /// A dead node's attachment is given up; if the node returns, its engine ends first.
+    @Test func aForcedDetach() async throws {
+        let bench = try Bench()
+        try await bench.register("n")
+        try await bench.report("n")
+        _ = try await bench.controller.create(
+            VolumeSpecification(name: "vol", sizeBytes: 1 << 20, replicas: 1, nodes: []))
+        try await bench.report("n", replicas: try await bench.obedience())
+        _ = try await bench.controller.attach("vol", node: nil)
+        let error = await #expect(throws: ControlError.self) {
+            try await bench.controller.detach("vol", isForced: true)
+        }
+        #expect(error?.message.contains("without --force") == true)
+        bench.test.clock.advance(Controller.nodeSilenceMaxMilliseconds + 1)
+        let record = try await bench.test.store.volume(named: "vol").record
+        #expect(try await bench.controller.detach("vol", isForced: true).state == .detached)
+        // Nothing is said for the engine: the next one takes over.
+        #expect(try await bench.test.store.volume(named: "vol").record == record)
+        let back = try await bench.controller.desired(for: "n", nodeID: "00000000000000a1")
+        #expect(back.engines.map(\.phase) == [.detach])
+        #expect(back.engines.map(\.clientGeneration) == [1])
+        // Attached again, there is one wish for the volume, of a later generation.
+        try await bench.report("n", replicas: try await bench.obedience())
+        _ = try await bench.controller.attach("vol", node: "n")
+        let again = try await bench.controller.desired(for: "n", nodeID: "00000000000000a1")
+        #expect(again.engines.map(\.phase) == [.attach])
+        #expect(again.engines.map(\.clientGeneration) == [2])
+        var engine = Haptera_V1_EngineReport()
+        engine.volumeID = again.engines[0].volumeID
+        engine.clientGeneration = 2
+        engine.state = .serving
+        try await bench.report(
+            "n", replicas: try await bench.obedience(), engines: [engine])
+        let kinds = try await bench.test.store.events(after: 0, limit: 100).map(\.kind)
+        #expect(kinds.contains("VolumeDetachForced"))
+        #expect(kinds.contains("AbandonedEngineEnded"))
+    }
+
+    @Test func anAbandonedEngineIsForgottenOnceItHasEnded() async throws {
+        let bench = try Bench()
+        try await bench.register("n")
+        try await bench.report("n")
+        _ = try await bench.controller.create(
+            VolumeSpecification(name: "vol", sizeBytes: 1 << 20, replicas: 1, nodes: []))
+        try await bench.report("n", replicas: try await bench.obedience())
+        let volume = try await bench.controller.attach("vol", node: nil)
+        bench.test.clock.advance(Controller.nodeSilenceMaxMilliseconds + 1)
+        _ = try await bench.controller.detach("vol", isForced: true)
+        var engine = Haptera_V1_EngineReport()
+        engine.volumeID = volume.id
+        engine.clientGeneration = 1
+        engine.state = .serving
+        try await bench.report("n", replicas: try await bench.obedience(), engines: [engine])
+        #expect(try await bench.controller.volume(named: "vol").state == .detached)
+        let before = try await bench.controller.desired(for: "n", nodeID: "00000000000000a1")
+        #expect(before.engines.count == 1)
+        engine.state = .detached
+        try await bench.report("n", replicas: try await bench.obedience(), engines: [engine])
+        let after = try await bench.controller.desired(for: "n", nodeID: "00000000000000a1")
+        #expect(after.engines.isEmpty)
+    }
+
     /// Nothing is lost with the controller's memory but what nodes say again.
     @Test func aRestartedControllerKnowsWhatIsWanted() async throws {
         let bench = try Bench()

@@ -120,7 +120,7 @@ package actor Controller {
         message.recordService = recordService
         message.replicas =
             rows.replicas.map { Self.desired($0, of: $1) } + rows.discarded.map(Self.removal)
-        message.engines = rows.engines.map(Self.desired)
+        message.engines = rows.engines.map(Self.desired) + rows.abandoned.map(Self.end)
         return message
     }
 
@@ -172,6 +172,15 @@ package actor Controller {
             endpoint.address = $0.address
             return endpoint
         }
+        return wanted
+    }
+
+    private static func end(_ row: AbandonedEngineRow) -> Haptera_V1_DesiredEngine {
+        var wanted = Haptera_V1_DesiredEngine()
+        wanted.volumeID = row.volumeID
+        wanted.volume = row.volume
+        wanted.clientGeneration = UInt64(row.clientGeneration)
+        wanted.phase = .detach
         return wanted
     }
 
@@ -233,8 +242,13 @@ package actor Controller {
     package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
         try changed(await store.attachVolume(name, node: node, ready: Set(readyNodes)))
     }
-    package func detach(_ name: String) async throws -> Haptera_V1_Volume {
-        try changed(await store.detachVolume(name))
+    package func detach(
+        _ name: String, isForced: Bool = false
+    ) async throws -> Haptera_V1_Volume {
+        guard isForced else { return try changed(await store.detachVolume(name)) }
+        let node = try await store.volume(named: name).volume.attachedNode ?? ""
+        let isReady = observedNodes[node]?.isReady ?? false
+        return try changed(await store.abandonAttachment(name, isNodeReady: isReady))
     }
     package func update(
         _ name: String, _ settings: Haptera_V1_VolumeSettings

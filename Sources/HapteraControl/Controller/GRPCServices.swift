@@ -92,7 +92,7 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
     func detachVolume(
         request: Haptera_V1_DetachVolumeRequest, context: ServerContext
     ) async throws -> Haptera_V1_Volume {
-        try await controller.detach(try checked(request.name))
+        try await controller.detach(try checked(request.name), isForced: request.force)
     }
 
     func deleteVolume(

@@ -43,6 +43,16 @@ package final class MetadataStore: Sendable {
         }
         registerHistory(&migrator)
         migrator.registerMigration("settings") { db in try db.execute(sql: Self.settingsSchema) }
+        migrator.registerMigration("abandonedEngines") { db in
+            try db.execute(
+                sql: """
+                    CREATE TABLE abandonedEngines (
+                        volumeID TEXT NOT NULL, volume TEXT NOT NULL,
+                        node TEXT NOT NULL REFERENCES nodes (name),
+                        clientGeneration INTEGER NOT NULL,
+                        PRIMARY KEY (volumeID, node)) STRICT;
+                    """)
+        }
         return migrator
     }
 

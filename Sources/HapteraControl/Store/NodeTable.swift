@@ -82,6 +82,7 @@ extension MetadataStore {
         /// Engines get the replicas whose address is known.
         package var engines: [StoredVolume]
         package var discarded: [DiscardedReplicaRow]
+        package var abandoned: [AbandonedEngineRow]
     }
 
     package func desired(for node: String) async throws -> DesiredRows {
@@ -95,7 +96,8 @@ extension MetadataStore {
                 .order(Column("name")).fetchAll(db)
             return DesiredRows(
                 replicas: replicas, engines: try attached.map { try Self.stored(db, $0) },
-                discarded: try Self.discarded(db, on: node))
+                discarded: try Self.discarded(db, on: node),
+                abandoned: try Self.abandoned(db, on: node))
         }
     }
 
@@ -111,6 +113,7 @@ extension MetadataStore {
                 return Self.isNews(fact, to: row)
             }
                 || facts.engines.contains { fact in
+                    if try Self.settled(db, by: fact, on: node) != nil { return true }
                     guard let row = try VolumeRow.fetchOne(db, key: fact.volumeID) else {
                         return false
                     }
@@ -211,6 +214,11 @@ extension MetadataStore {
     }
 
     private func apply(_ db: Database, _ fact: ReportedFacts.Engine, node: String) throws {
+        if let row = try Self.settled(db, by: fact, on: node) {
+            try row.delete(db)
+            try addEvent(
+                db, "AbandonedEngineEnded", "volume/\(row.volume)", "on node \(node)")
+        }
         guard var row = try VolumeRow.fetchOne(db, key: fact.volumeID),
             Self.isNews(fact, to: row, node: node)
         else { return }

@@ -151,6 +151,18 @@ package struct DiscardedReplicaRow: Codable, Equatable, Sendable, FetchableRecor
     package var timeMilliseconds: Int64
 }
 
+/// An attachment that was given up while its node was not heard of: the node is told to end the
+/// engine when it is back.
+package struct AbandonedEngineRow: Codable, Equatable, Sendable, FetchableRecord,
+    PersistableRecord
+{
+    package static let databaseTableName = "abandonedEngines"
+    package var volumeID: String
+    package var volume: String
+    package var node: String
+    package var clientGeneration: Int64
+}
+
 package struct EventRow: Codable, Equatable, Sendable, FetchableRecord, MutablePersistableRecord {
     package static let databaseTableName = "events"
     package var id: Int64?
