@@ -15,6 +15,8 @@ final class FakeReplica {
     var leaseRemaining: UInt32 = 0
     /// Reads and writes are answered so much later.
     var delayMilliseconds: UInt64 = 0
+    /// By region; in maps what is not here counts as written just now.
+    var births: [UInt64: UInt64] = [:]
     /// Requests of these kinds get no answer (they are applied).
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
@@ -276,7 +278,8 @@ final class EngineHarness {
         case .digest: replyTable = digest(fake, first, count)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
-            for block in fake.blocks.keys {
+            for block in fake.blocks.keys
+            where header.auxiliary <= fake.births[block / 256] ?? .max {
                 replyTable[Int(block / 256 / 8)] |= 1 << (block / 256 % 8)
             }
         default: break
@@ -303,6 +306,7 @@ final class EngineHarness {
 
     private func digest(_ fake: FakeReplica, _ first: UInt64, _ count: UInt64) -> [UInt8] {
         let block = MemoryBlock(count: RegionDigest.size)
+        block.memory.store(fake.births[first / 256] ?? 0, 0)
         for index in 0..<count {
             let entry = fake.entry(first + index)
             let data = fake.blocks[first + index]?.data ?? []

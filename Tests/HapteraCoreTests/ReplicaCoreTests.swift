@@ -258,4 +258,41 @@ import Testing
             disk: bench.disk, create: false, options: ReplicaBench.options(boot: 3))
         #expect(try fourth.attach(epoch: 4)?.isRebooted == false)
     }
+
+    /// Births come from the table for drained regions and from memory for the others; what the
+    /// table does not say for certain counts as written.
+    @Test func regionMapTellsWhatWasWrittenSince() throws {
+        func map(_ bench: ReplicaBench, since: UInt64) throws -> [UInt8] {
+            let tag = bench.send(.regionMap, epoch: 5, length: 8, auxiliary: since)
+            try bench.run()
+            return try #require(bench.reply(tag)).table
+        }
+        let first = try ReplicaBench()
+        _ = try first.attach()
+        for place in [0, 3, 6] as [UInt64] {
+            first.write(ReplicaBench.pattern(place), at: place * region, sequence: place + 1)
+        }
+        let flush = first.send(.flush, sequence: 8)
+        try first.run()
+        #expect(first.status(flush) == .ok)
+        first.send(.stable, sequence: 8, auxiliary: 1)
+        first.core.beginShutdown(now: first.now)
+        try first.tick()
+        #expect(first.core.isShutDown)
+
+        let bench = try ReplicaBench(disk: first.disk, create: false)
+        #expect(try bench.attach(epoch: 5)?.activeRegions == [])
+        bench.write(ReplicaBench.pattern(9), at: 3 * region, epoch: 5)
+        try bench.run()
+        #expect(try map(bench, since: 0) == [0b0100_1001])
+        #expect(try map(bench, since: 1) == [0b0100_1001])
+        #expect(try map(bench, since: 2) == [0b0000_1000])
+        #expect(try map(bench, since: 6) == [0])
+        // A page of a region not in the activity log whose other slot is not as it must be.
+        let table = try bench.disk.memory(.table(bench.core.headLayer))
+        let page = table.slice(6 * TablePage.pairSize, TablePage.size)
+        page[100] ^= 1
+        #expect(try map(bench, since: 6) == [0b0100_0000])
+        #expect(bench.pool.inUse == 0)
+    }
 }

@@ -153,6 +153,7 @@ package final class EngineCore {
     /// Bytes of data sent to joiners, ever.
     package internal(set) var bytesRebuilt: UInt64 = 0
     var joinProgress = JoinProgress()
+    var throttle = CopyThrottle()
     /// Regions whose digests were compared, by resolution, repair or rebuild.
     package internal(set) var regionsCompared: UInt64 = 0
     package internal(set) var regionsCopied: UInt64 = 0
@@ -229,6 +230,7 @@ package final class EngineCore {
         case .tick:
             mayJoin = true
             joinProgress.sample(self.now)
+            throttle.advance(self.now, isCopying: joinStage == .copying)
             tick()
         case .detach: isDetaching = true
         case .cancel(let session): cancel(session)

@@ -31,7 +31,10 @@ extension EngineCore {
         while isResolving, hasFreeJob, let region = nextUnresolved() {
             begin(damagedRegions.contains(region) ? .repair : .resolve, region)
         }
-        while joinStage == .copying, !isResolving, hasFreeJob, let region = nextNeeded() {
+        while joinStage == .copying, !isResolving, hasFreeJob,
+            throttle.mayBegin(now, running: activeJobs(.copy)), let region = nextNeeded()
+        {
+            throttle.began(bytes: Geometry.regionSize)
             begin(.copy, region)
         }
     }

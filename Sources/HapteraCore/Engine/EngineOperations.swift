@@ -14,6 +14,7 @@ extension EngineCore {
         slots[index].generation = generation &+ 1
         slots[index].use = use
         slots[index].operation = operation
+        slots[index].since = now
         return index
     }
 
@@ -183,6 +184,14 @@ extension EngineCore {
         _ index: Int, _ result: OperationResult, tableLength: Int = 0, isHole: Bool = false
     ) {
         guard slots[index].use == .client, !slots[index].isAcknowledged else { return }
+        let operation = slots[index].operation
+        if result == .ok, operation.kind == .read || operation.kind == .write,
+            !operation.flags.contains(.fua)
+        {
+            throttle.completed(
+                isRead: operation.kind == .read,
+                nanoseconds: now.nanoseconds(since: slots[index].since))
+        }
         let buffer = slots[index].ownsBuffer ? BufferID.none : slots[index].operation.buffer
         actions.append(
             .complete(

@@ -190,6 +190,8 @@ struct OperationSlot: BitwiseCopyable {
     var firstBlock: UInt64 = 0
     var endBlock: UInt64 = 0
     var sequence = SequenceNumber.zero
+    /// When it was submitted.
+    var since = Instant.zero
     /// The epoch it was sent in.
     var epoch = Epoch.zero
     /// When what is on the way was sent first, for the leases its answers renew.

@@ -1,0 +1,126 @@
+/// How fast a joiner may be filled beside clients' work (rule J).
+///
+/// The promise: while clients are active the 99th percentile of their latency stays within 1.5
+/// times what it was before, or below a small bound. Windows that break it cut the rate, others
+/// raise it; it never falls below a floor, so that every copy ends, and without clients there is
+/// no limit. Pure: it is told the time.
+struct CopyThrottle {
+    /// Bytes of regions per second.
+    static let floor: UInt64 = 8 << 20
+    /// From here on there is no limit.
+    static let ceiling: UInt64 = 1 << 30
+    private static let beginning: UInt64 = 32 << 20
+    /// Nanoseconds.
+    private static let windowMin: UInt64 = 500_000_000
+    private static let windowMax: UInt64 = 2_000_000_000
+    /// What nobody notices, whatever it was before.
+    private static let latencyUnnoticed: UInt64 = 1_000_000
+    private static let samplesMin = 100
+    /// Fewer operations in a window than this are no activity.
+    private static let activityMin = 10
+
+    private(set) var rate = ceiling
+    private var reads = LatencyTrack()
+    private var writes = LatencyTrack()
+    private var windowStart = Instant.zero
+    private var isCopying = false
+    private var isActive = false
+    /// Bytes that may be begun now; negative after a region was.
+    private var credit: Int64 = 0
+    private var creditAt = Instant.zero
+
+    mutating func completed(isRead: Bool, nanoseconds: UInt64) {
+        if isRead { reads.record(nanoseconds) } else { writes.record(nanoseconds) }
+    }
+
+    /// Time has passed; `isCopying`: a joiner is being filled.
+    mutating func advance(_ now: Instant, isCopying: Bool) {
+        if isCopying, !self.isCopying { rate = isActive ? Self.beginning : Self.ceiling }
+        self.isCopying = isCopying
+        let elapsed = now.nanoseconds(since: windowStart)
+        let samples = reads.count + writes.count
+        guard elapsed >= Self.windowMax || elapsed >= Self.windowMin && samples >= Self.samplesMin
+        else { return }
+        windowStart = now
+        isActive = samples >= Self.activityMin
+        if !isCopying {
+            reads.learn()
+            writes.learn()
+        } else if !isActive {
+            rate = Self.ceiling
+        } else if reads.exceeds(Self.latencyUnnoticed) || writes.exceeds(Self.latencyUnnoticed) {
+            rate = max(Self.floor, rate / 10 * 6)
+        } else {
+            rate = min(Self.ceiling, rate / 4 * 5)
+        }
+        reads.reset()
+        writes.reset()
+    }
+
+    /// Whether another region may be begun, `running` being under way.
+    mutating func mayBegin(_ now: Instant, running: Int) -> Bool {
+        guard rate < Self.ceiling else { return true }
+        guard running < max(1, Int(rate / Self.beginning)) else { return false }
+        let elapsed = min(now.nanoseconds(since: creditAt), 1_000_000_000)
+        creditAt = now
+        credit += Int64(rate * (elapsed / 1000) / 1_000_000)
+        credit = min(credit, Int64(Geometry.regionSize))
+        return credit > 0
+    }
+    mutating func began(bytes: Int) {
+        if rate < Self.ceiling { credit -= Int64(bytes) }
+    }
+}
+
+/// Latencies of one kind of operation: of this window, and what was usual before.
+private struct LatencyTrack {
+    /// Four buckets per doubling, from 1 us on.
+    private static let bucketCount = 112
+    private let buckets = FixedArray(repeating: UInt32(0), count: bucketCount)
+    private(set) var count = 0
+    /// Nanoseconds; zero: unknown.
+    private var usual: UInt64 = 0
+
+    mutating func record(_ nanoseconds: UInt64) {
+        buckets[Self.bucket(nanoseconds / 1000)] += 1
+        count += 1
+    }
+    private static func bucket(_ microseconds: UInt64) -> Int {
+        guard microseconds >= 4 else { return Int(microseconds) }
+        let power = 63 - microseconds.leadingZeroBitCount
+        let quarter = Int(microseconds >> UInt64(power - 2)) & 3
+        return min(bucketCount - 1, (power - 1) * 4 + quarter)
+    }
+    /// The first latency beyond the bucket, nanoseconds.
+    private static func end(_ bucket: Int) -> UInt64 {
+        guard bucket >= 4 else { return UInt64(bucket + 1) * 1000 }
+        let power = UInt64(bucket / 4 + 1)
+        return (UInt64(4 + bucket % 4 + 1) << (power - 2)) * 1000
+    }
+
+    private var percentile99: UInt64 {
+        var left = max(1, count / 100)
+        for bucket in (0..<Self.bucketCount).reversed() {
+            let here = Int(buckets[bucket])
+            if here >= left { return Self.end(bucket) }
+            left -= here
+        }
+        return 0
+    }
+    /// Too few samples say nothing about a percentile.
+    private var isTelling: Bool { count >= 50 }
+
+    /// The window was an ordinary one.
+    mutating func learn() {
+        guard isTelling else { return }
+        usual = usual == 0 ? percentile99 : (3 * usual + percentile99) / 4
+    }
+    func exceeds(_ least: UInt64) -> Bool {
+        isTelling && percentile99 > max(least, usual / 2 * 3)
+    }
+    mutating func reset() {
+        guard count > 0 else { return }
+        count = 0
+        for bucket in 0..<Self.bucketCount { buckets[bucket] = 0 }
+    }
+}
