@@ -149,14 +149,19 @@ class Replica:
         self.create()
 
     def tool(self, verb, *arguments):
-        done = subprocess.run(
-            [BINARIES / "haptera-replica", verb, "--dir", self.directory, *map(str, arguments)],
-            capture_output=True)
-        if done.returncode != 0:
-            raise AssertionError(
-                f"haptera-replica {verb}: exit {done.returncode}: {done.stderr.decode()}"
-                f"{done.stdout.decode()[-2000:]}")
-        return done.stdout
+        command = [
+            BINARIES / "haptera-replica", verb, "--dir", self.directory, *map(str, arguments)]
+        deadline = time.monotonic() + 30
+        while True:
+            done = subprocess.run(command, capture_output=True)
+            if done.returncode == 0:
+                return done.stdout
+            # The kernel takes a ring apart after its process has ended, and the locks with it.
+            if b"is in use" not in done.stderr or time.monotonic() > deadline:
+                raise AssertionError(
+                    f"haptera-replica {verb}: exit {done.returncode}: {done.stderr.decode()}"
+                    f"{done.stdout.decode()[-2000:]}")
+            time.sleep(0.02)
 
     def spawn(self):
         self.process = Process(
