@@ -6,6 +6,10 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package init() { rawValue = 0 }
     /// Clients: serve a new session beside what an old one left (a rule of the shell).
     package static let oldSessionNotFenced = MutationSet(rawValue: 1 << 48)
+    /// On disk: move the log's tail past pages that an earlier process may have left unsynced.
+    package static let tailMovedAfterOpen = MutationSet(rawValue: 1 << 49)
+    /// I: take another record of the same epoch on a replica for the engine's own.
+    package static let sameEpochIsSameRecord = MutationSet(rawValue: 1 << 50)
     /// D: acknowledge without a lost member before its removal is recorded.
     package static let ackBeforeCAS = MutationSet(rawValue: 1 << 0)
     /// D: acknowledge when the removal is recorded, before the members have installed it.
@@ -88,7 +92,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let equalRegionKeepsBirth = MutationSet(rawValue: 1 << 35)
 
     package static let named: [(name: String, mutation: MutationSet)] = [
-        ("oldSessionNotFenced", .oldSessionNotFenced),
+        ("oldSessionNotFenced", .oldSessionNotFenced), ("tailMovedAfterOpen", .tailMovedAfterOpen),
+        ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),

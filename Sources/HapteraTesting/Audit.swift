@@ -8,6 +8,8 @@ struct Promises {
     /// When each operation was acknowledged, counting acknowledgements; 0: not yet. By its number.
     private var order: [Int] = [0]
     private var acknowledgements = 0
+    /// Times something promised was lost legally.
+    private(set) var losses = 0
     /// `acknowledged` as it was when a flush under way began.
     private var snapshots: [Int: [Int]] = [:]
 
@@ -34,8 +36,19 @@ struct Promises {
     }
     /// Unflushed writes may be gone: only what was flushed is still promised.
     mutating func lost() {
+        losses += 1
         acknowledged = flushed
         for operation in snapshots.keys { snapshots[operation] = flushed }
+    }
+
+    /// Nothing is promised any more but what will be.
+    mutating func salvaged() {
+        losses += 1
+        for sector in acknowledged.indices {
+            acknowledged[sector] = 0
+            flushed[sector] = 0
+        }
+        snapshots = [:]
     }
 
     /// Bytes were kept that no entry vouches for: what was trimmed before a torn write may show.
@@ -57,6 +70,8 @@ struct Promises {
 extension World {
     /// Looks at the members' disks: invariants 7, 8 and 13.
     func audit() {
+        // What the store says is not true.
+        guard trueHistory == nil else { return }
         let members = hosts.filter { store.record.contains($0) }
         let current = members.map {
             ReplicaImage($0.disk, isDurable: false, sizeBytes: workload.sizeBytes)
@@ -131,7 +146,7 @@ extension World {
         }
     }
 
-    private func isAcceptable(_ value: ValueID, _ sector: Int, _ promised: Int) -> Bool {
+    func isAcceptable(_ value: ValueID, _ sector: Int, _ promised: Int) -> Bool {
         if value == Content.garbage { return faults.rot }
         if value != 0 {
             return value <= UInt64(operations.count)

@@ -5,18 +5,25 @@ import HapteraCore
 extension World {
     /// Simulated seconds within which a healed volume must be whole again (invariant 31).
     static let convergenceSeconds = 120
+    /// Simulated seconds within which the last requests are answered without the store (28).
+    static let storelessSeconds = 30
 
     func converge() {
         heal()
+        coverage.evaluated(31)
         if run(seconds: Self.convergenceSeconds, until: { isWhole }) { return }
         guard failure == nil else { return }
         if isLossPossible {
             // Only copies that lost power are left, and the clients might notice: the engine is
             // right to refuse until somebody decides. Here the clients give up.
-            note("the volume refuses; the clients are replaced")
-            for engine in engines { killEngine(engine) }
-            loseClients()
-            startEngine(generation: generation)
+            if random.permille(500) {
+                acceptLoss()
+            } else {
+                note("the volume refuses; the clients are replaced")
+                for engine in engines { killEngine(engine) }
+                loseClients()
+                startEngine(generation: generation)
+            }
             if run(seconds: Self.convergenceSeconds, until: { isWhole }) { return }
         }
         guard failure == nil else { return }
@@ -41,6 +48,7 @@ extension World {
                 timeline.schedule(after: milliseconds(1), .startReplica(host.index))
             }
         }
+        discardLosers()
         if currentEngine.map({ !engines[$0].isRunning }) ?? true {
             startEngine(generation: generation)
             attach(to: engines[engines.count - 1])
@@ -52,6 +60,11 @@ extension World {
         guard let current = currentEngine else { return false }
         let engine = engines[current]
         if !engine.isRunning {
+            // Until the store is right again nobody starts one.
+            if trueHistory != nil {
+                if engine.core.stopReason == .recordOlderThanReplica { reconstructStore() }
+                return false
+            }
             // The node starts an engine that stopped again.
             startEngine(generation: generation)
             attach(to: engines[engines.count - 1])
@@ -73,14 +86,28 @@ extension World {
     func finish() {
         guard let current = currentEngine else { return }
         let engine = engines[current]
+        note("the store is down")
+        store.setDown(true)
         for sector in hotSectors where sector % Content.sectorsPerBlock == 0 {
             let offset = UInt64(sector * Content.sectorSize)
             submit(newOperation((.read, [], offset, Geometry.blockSize), worker: 0), to: engine)
         }
         submit(newOperation((.flush, [], 0, 0), worker: 0), to: engine)
-        guard run(seconds: 30, until: { unanswered.isEmpty }) else {
-            return fail("invariant 31: the last reads are not answered: \(why)")
+        // 28: nothing that clients do needs the store, unless a member fails after all.
+        let epoch = engine.core.epoch
+        for left in (0...40).reversed() {
+            let isDone = run(seconds: Self.storelessSeconds) {
+                unanswered.isEmpty || engine.proposal.map { $0.epoch > epoch } ?? false
+            }
+            check(28, isDone, "requests wait for the store: \(why)")
+            guard isDone, unanswered.isEmpty, left > 0 else { break }
+            submit(newOperation(workload.draw(random), worker: 0), to: engine)
         }
+        store.setDown(false)
+        guard run(seconds: Self.convergenceSeconds, until: { unanswered.isEmpty && isWhole }) else {
+            return fail("invariant 31: the last requests are not answered: \(why)")
+        }
+        guard failure == nil else { return }
         step(engine, .detach)
         guard run(seconds: 60, until: { engine.core.phase == .stopped }) else {
             return fail("invariant 31: the volume does not detach: \(why)")

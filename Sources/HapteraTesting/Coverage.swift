@@ -19,6 +19,8 @@ package struct Coverage: Sendable {
         case storeUnavailable
         case reconnection
         case lossAllowed
+        case lossAccepted
+        case reconstruction
     }
     /// Those of `docs/replication.md` that need no snapshots.
     package static let numbers: [Int] = Array(1...24) + Array(27...33)

@@ -31,7 +31,9 @@ extension World {
     }
 
     private func inject(_ kind: FaultPlan.Kind) {
-        guard timeline.now >= calmUntil else { return }
+        // While the store is wrong nothing else happens: each engine that starts claims an epoch
+        // of the false history.
+        guard timeline.now >= calmUntil, trueHistory == nil else { return }
         coverage.injected(kind)
         let host = random.pick(hosts)
         let downtime = random.permille(500) ? random.between(1, 400) : random.between(400, 9000)
@@ -84,6 +86,9 @@ extension World {
         case .replaceReplica: injectReplacement(host, downtime)
         case .restoreReplica: injectRestore(host, downtime)
         case .cutClients: cutClients()
+        case .restoreStore: injectStoreRestore()
+        case .acceptLoss: acceptLoss()
+        case .salvage: injectSalvage()
         case .storePartition: injectStorePartition()
         case .engineCrash, .clientCrash, .takeover: injectEngineTrouble(kind)
         case .storeOutage:
@@ -320,6 +325,7 @@ extension World {
         switch relief {
         case .disk(let index): hosts[index].disk.trouble = DiskTrouble()
         case .store: store.setDown(false)
+        case .record: reconstructStore()
         case .clients(let index): reconnectClients(engines[index])
         case .replica(let index): resume(hosts[index])
         case .engine(let index): resume(engines[index])

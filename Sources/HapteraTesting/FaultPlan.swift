@@ -38,6 +38,12 @@ struct FaultPlan {
         /// A block's write goes nowhere, or to another block; the disk says it is done.
         case lostWrite
         case misdirectedWrite
+        /// The metadata store is put back as it was some changes ago.
+        case restoreStore
+        /// An administrator goes on from members that lost power.
+        case acceptLoss
+        /// An administrator goes on from a replica outside the set, when the set will not return.
+        case salvage
     }
     private(set) var kinds: [Kind] = []
     let pauseMillisecondsMax: Int
@@ -58,6 +64,7 @@ struct FaultPlan {
             let chance: Int
             switch kind {
             case .blackout: chance = 150
+            case .restoreStore, .salvage: chance = 70
             case .rot, .lostWrite, .misdirectedWrite: chance = 80
             case .badDisk, .fullDisk: chance = 200
             case .fullDisks: chance = 100
@@ -72,8 +79,11 @@ struct FaultPlan {
         if rots {
             // Rot needs a second good copy at all times: nothing else may take it away.
             kinds.removeAll {
-                [.cutPower, .blackout, .badDisk, .fullDisk, .fullDisks, .replaceReplica]
-                    .contains($0)
+                [
+                    .cutPower, .blackout, .badDisk, .fullDisk, .fullDisks, .replaceReplica,
+                    .salvage,
+                ]
+                .contains($0)
             }
         }
         if kinds.isEmpty { kinds = [.killReplica] }

@@ -6,6 +6,8 @@ struct History {
         case invoked(ClientOperation)
         case returned(ClientOperation)
         case lossAllowed
+        /// The volume goes on from an old copy.
+        case salvaged
     }
     private(set) var entries: [(step: Int, entry: Entry)] = []
 
@@ -47,8 +49,10 @@ struct History {
         _ perSector: inout [[(entry: Int, event: RegisterEvent)]]
     ) {
         switch entry {
-        case .lossAllowed:
-            let event = RegisterEvent(.lossAllowed, operation: -1)
+        case .lossAllowed, .salvaged:
+            var kind = RegisterEvent.Kind.lossAllowed
+            if case .salvaged = entry { kind = .salvaged }
+            let event = RegisterEvent(kind, operation: -1)
             for sector in perSector.indices where touched[sector] {
                 perSector[sector].append((index, event))
             }

@@ -29,7 +29,8 @@ extension World {
 
     /// A frame reaches a replica: remembers what it may change.
     func observeArrival(
-        _ host: SimulatedReplica, _ number: Int, _ header: FrameHeader, _ data: RawMemory
+        _ host: SimulatedReplica, _ number: Int, _ header: FrameHeader, _ data: RawMemory,
+        from engine: SimulatedEngine
     ) {
         if header.kind == .stable && header.flags & FrameFlags.settled != 0
             && header.epoch == host.installed
@@ -50,6 +51,9 @@ extension World {
             22, overlapping == nil,
             "\(host.name) is given \(describe(header)) while"
                 + " s\(overlapping?.sequence.rawValue ?? 0) on the same blocks is under way")
+        if header.flags & FrameFlags.resync != 0, engine.core.isResolution(header.tag) {
+            observeMove(host, header, data)
+        }
         var values: [ValueID] = []
         if header.kind == .write {
             for position in stride(from: 0, to: data.count, by: Content.sectorSize) {
@@ -62,6 +66,28 @@ extension World {
                 connection: number, tag: header.tag, epoch: header.epoch,
                 sequence: header.sequence, blocks: blocks, values: values,
                 isCopy: header.flags & FrameFlags.resync != 0))
+    }
+
+    /// 30: resolution moves a block only to who holds another one.
+    private func observeMove(_ host: SimulatedReplica, _ header: FrameHeader, _ data: RawMemory) {
+        guard !faults.rot,
+            let image = ReplicaImage(
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+        else { return }
+        let first = Int(header.offset) / Geometry.blockSize
+        for block in first..<first + Int(header.length) / Geometry.blockSize {
+            let entry = image.entries[block]
+            let differs: Bool
+            if header.kind == .write {
+                let content = data.slice((block - first) * Geometry.blockSize, Geometry.blockSize)
+                differs =
+                    image.isDoubtful(block)
+                    || entry != BlockEntry(state: .data, checksum: CRC32C.checksum(content))
+            } else {
+                differs = UInt64(entry.state.rawValue) != header.auxiliary
+            }
+            check(30, differs, "\(host.name) is sent block \(block), which it has")
+        }
     }
 
     /// A replica answers.

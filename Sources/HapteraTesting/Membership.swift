@@ -51,7 +51,7 @@ extension World {
         engine.proposedNonce = next.nonce
         engine.proposal = next
         // A superseded engine's proposal fails.
-        guard next.epoch == store.record.epoch.next else { return }
+        guard next.epoch == store.record.epoch.next, trueHistory == nil else { return }
         if next.change == .promotion { observePromotion(engine, next) }
         stageChanged(.recordChange)
         let rest = hosts.filter { next.contains($0) }
@@ -95,6 +95,11 @@ extension World {
         {
             engine.servesNewClients = record.clientGeneration != before.clientGeneration
         }
+        if let joining = record.joining {
+            check(
+                24, !before.out.contains { $0.member == joining && $0.isKept },
+                "the loser of a salvage is filled")
+        }
         if record.joining != nil && record.joining != before.joining {
             joinStartedAt = timeline.now
         }
@@ -126,6 +131,11 @@ extension World {
         case .onlyRebootedMembers: coverage.took(.refusal)
         case .doubtfulBytesKept: coverage.took(.doubtfulBytesKept)
         case .storeUnavailable: coverage.took(.storeUnavailable)
+        case .lossAccepted:
+            coverage.took(.lossAccepted)
+            // The clients were told.
+            engine.servesNewClients = true
+            isGenerationUnserved = true
         case .tookOver:
             if engine.core.unresolvedCount > 0 { stageChanged(.resolving) }
         default: break

@@ -11,6 +11,8 @@ package struct RegisterEvent {
         case flushReturned
         /// What was acknowledged and not flushed may be gone from here on.
         case lossAllowed
+        /// Anything it ever held may be back.
+        case salvaged
     }
     package var kind: Kind
     /// The operation it belongs to.
@@ -118,10 +120,11 @@ package struct RegisterChecker {
                     candidates: states.map(\.value) + unhappenedWrites()))
         case .flushReturned:
             raiseFloor(event.operation, counts: true)
-        case .lossAllowed:
+        case .lossAllowed, .salvaged:
             // A write torn on every copy of a block that was trimmed before leaves whatever bytes
             // lie there, also some from before the trim.
             var possible = candidates + states.map(\.value)
+            if case .salvaged = event.kind { possible += past + [0] }
             if possible.contains(0), hasUnseenWrites || possible.contains(where: { $0 != 0 }) {
                 possible += past
             }

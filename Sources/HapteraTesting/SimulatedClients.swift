@@ -15,6 +15,10 @@ extension World {
         operations.append(operation)
         history.append(.invoked(operation), step: timeline.step)
         promises.began(operation)
+        if operation.kind == .status {
+            operation.promised = operation.sectors.map { promises.acknowledged[$0] }
+            operation.losses = promises.losses
+        }
         return operation
     }
 
@@ -66,7 +70,10 @@ extension World {
         if operation.worker >= 0 && !unanswered.contains(where: { $0 === operation }) {
             unanswered.append(operation)
         }
-        guard !engine.isSessionDead || operation.worker < 0 else { return }
+        // On its way on a connection that is broken: it may arrive all the same, and be repeated.
+        guard !engine.isSessionDead || operation.worker < 0 else {
+            return engine.late.append(operation)
+        }
         engine.unsent.append(operation)
         submitUnsent(engine)
     }
@@ -100,10 +107,19 @@ extension World {
         guard engine.isRunning, engine.index == currentEngine else { return }
         note("the clients connect to \(engine.name) again")
         coverage.took(.reconnection)
-        let late = engine.unsent
+        if random.permille(500) {
+            // Arrived before the engine noticed.
+            engine.unsent += engine.late
+            engine.late = []
+            submitUnsent(engine)
+        }
         engine.unsent = []
         engine.session += 1
-        if !options.mutations.contains(.oldSessionNotFenced) {
+        if options.mutations.contains(.oldSessionNotFenced) {
+            timeline.schedule(
+                after: milliseconds(random.between(1, 300)), .lateBytes(engine: engine.index))
+        } else {
+            engine.late = []
             engine.leftovers = engine.attempts.count { $0.completions == 0 }
             step(engine, .cancel(session: engine.session - 1))
         }
@@ -111,8 +127,15 @@ extension World {
             operation.engine = engine.index
             engine.unsent.append(operation)
         }
-        if options.mutations.contains(.oldSessionNotFenced) { engine.unsent += late }
         submitUnsent(engine)
+    }
+
+    /// What was on its way on the old connection arrives after all.
+    func deliverLate(_ engine: SimulatedEngine) {
+        while let operation = engine.late.popLast(), engine.isRunning, engine.core.canSubmit {
+            guard let buffer = fillBuffer(operation, engine.pool) else { return }
+            handOver(operation, engine, buffer, session: 0)
+        }
     }
 
     /// Hands over what the engine has room for, in order.
@@ -125,16 +148,23 @@ extension World {
         while let operation = engine.unsent.first, engine.core.canSubmit, engine.isRunning {
             guard let buffer = fillBuffer(operation, engine.pool) else { return }
             engine.unsent.removeFirst()
-            trace("client -> \(engine.name) \(operation.text)")
-            operation.attempts += 1
-            engine.attempts.append(.init(operation: operation, session: engine.session))
-            var request = Operation(
-                kind: operation.kind, flags: operation.flags, offset: operation.offset,
-                length: operation.length, buffer: buffer,
-                userData: UInt64(engine.attempts.count - 1))
-            request.session = engine.session
-            step(engine, .submit(request))
+            handOver(operation, engine, buffer, session: engine.session)
         }
+    }
+
+    private func handOver(
+        _ operation: ClientOperation, _ engine: SimulatedEngine, _ buffer: BufferID,
+        session: UInt32
+    ) {
+        trace("client -> \(engine.name) \(operation.text)")
+        operation.attempts += 1
+        engine.attempts.append(.init(operation: operation, session: session))
+        var request = Operation(
+            kind: operation.kind, flags: operation.flags, offset: operation.offset,
+            length: operation.length, buffer: buffer,
+            userData: UInt64(engine.attempts.count - 1))
+        request.session = session
+        step(engine, .submit(request))
     }
 
     /// A buffer with the write's content (or room for what is read); nil if the pool is empty.
@@ -162,7 +192,7 @@ extension World {
     /// An engine answered.
     func completed(
         _ engine: SimulatedEngine, _ id: Int, _ result: OperationResult, buffer: BufferID,
-        isHole: Bool
+        tableLength: Int, isHole: Bool
     ) {
         let operation = engine.attempts[id].operation
         let isCurrent = engine.attempts[id].session == engine.session
@@ -192,6 +222,9 @@ extension World {
             history.append(.returned(operation), step: timeline.step)
             // A superseded engine may tell late of a write that others have been laid over since.
             if !isStale { promises.ended(operation) }
+            if operation.kind == .status, !isStale {
+                judgeStatus(operation, engine, buffer, length: tableLength)
+            }
             if operation.kind == .flush { audit() }
         }
     }
@@ -217,6 +250,27 @@ extension World {
             values.append(value)
         }
         operation.values = values
+    }
+
+    /// 27: what is said to read zero does: it did when the request was made, or was made to since.
+    private func judgeStatus(
+        _ operation: ClientOperation, _ engine: SimulatedEngine, _ buffer: BufferID, length: Int
+    ) {
+        let table = engine.pool.memory(buffer)
+        var sector = Int(operation.offset) / Content.sectorSize
+        for at in stride(from: 0, to: length, by: 16) {
+            let next = sector + Int(table.load(UInt64.self, at)) / Content.sectorSize
+            defer { sector = next }
+            guard table.load(UInt32.self, at + 8) != UInt32(BlockState.data.rawValue),
+                operation.losses == promises.losses
+            else { continue }
+            for (index, place) in operation.sectors.enumerated()
+            where place >= sector && place < next && operation.promised[index] != 0 {
+                check(
+                    27, isAcceptable(0, place, operation.promised[index]),
+                    "\(operation.text) says that sector \(place) reads zero")
+            }
+        }
     }
 
     /// The clients (a kernel's NBD device) move to the engine, all at once: what is unanswered

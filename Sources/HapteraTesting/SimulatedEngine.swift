@@ -40,6 +40,10 @@ final class SimulatedEngine {
     var leftovers = 0
     /// Requests the core or the pool had no room for yet, in order.
     var unsent: [ClientOperation] = []
+    /// On their way on a broken connection.
+    var late: [ClientOperation] = []
+    /// Its clock against the world's, nanoseconds.
+    let clockOffset: UInt64
 
     init(
         index: Int, volume: VolumeID, generation: UInt64, random: RandomSource,
@@ -47,6 +51,7 @@ final class SimulatedEngine {
     ) {
         self.index = index
         self.generation = generation
+        clockOffset = random.next() >> 24
         instance = InstanceID(rawValue: random.next() | 1)
         pool = BufferPool(limits: .init(small: 96, medium: 16, large: 12))
         var configuration = EngineConfiguration(
@@ -122,7 +127,7 @@ extension World {
     /// Feeds the core one event and performs what it asks for.
     func step(_ engine: SimulatedEngine, _ event: EngineEvent) {
         guard engine.isAlive else { return }
-        engine.core.step(event, now: timeline.instant)
+        engine.core.step(event, now: timeline.instant(offset: engine.clockOffset))
         while let action = engine.core.actions.popFirst() { perform(action, engine) }
         observeJoin(engine)
         submitUnsent(engine)
@@ -157,8 +162,10 @@ extension World {
                 after: milliseconds(random.between(10, 500)),
                 .connect(engine: engine.index, slot: slot))
             pendingDisconnects.append((engine, slot))
-        case .complete(let userData, let result, let buffer, _, let isHole):
-            completed(engine, Int(userData), result, buffer: buffer, isHole: isHole)
+        case .complete(let userData, let result, let buffer, let tableLength, let isHole):
+            completed(
+                engine, Int(userData), result, buffer: buffer, tableLength: Int(tableLength),
+                isHole: isHole)
         case .storeGet:
             store.get(engine: engine.index)
         case .storeCompareAndSwap(let expected):
@@ -175,6 +182,9 @@ extension World {
         case .stopped:
             note("\(engine.name) stopped: \(engine.core.stopReason?.rawValue ?? "")")
             closeAll(engine)
+            if engine.core.stopReason == .recordOlderThanReplica {
+                timeline.schedule(after: milliseconds(random.below(500)), .relief(.record))
+            }
         }
     }
 

@@ -8,6 +8,8 @@ final class SimulatedReplica {
     private(set) var incarnation: Incarnation
     let disk: SimulatedDisk
     private(set) var bootID: UInt64
+    /// The host's clock against the world's, nanoseconds: another one after every boot.
+    private(set) var clockOffset: UInt64 = 0
     /// Counts process starts; what belongs to an earlier one is dropped.
     private(set) var process = 0
     private(set) var core: ReplicaCore?
@@ -87,7 +89,10 @@ final class SimulatedReplica {
         restamped = [:]
         connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
     }
-    func rebooted(_ random: RandomSource) { bootID = random.next() | 1 }
+    func rebooted(_ random: RandomSource) {
+        bootID = random.next() | 1
+        clockOffset = random.next() >> 24
+    }
 
     func pause(until time: UInt64) { pausedUntil = time }
     func hold(_ event: ReplicaEvent) { held.append(event) }
@@ -216,7 +221,7 @@ extension World {
 
     func step(_ host: SimulatedReplica, _ event: ReplicaEvent) {
         guard let core = host.core else { return }
-        core.step(event, now: timeline.instant)
+        core.step(event, now: timeline.instant(offset: host.clockOffset))
         while let action = core.actions.popFirst() {
             perform(action, host)
             if host.core !== core { return }
@@ -302,7 +307,8 @@ extension World {
                 pool.memory(buffer).copy(from: frame.data)
             }
             trace("\(host.name) <- \(engines[connection.engine].name) \(describe(frame.header))")
-            observeArrival(host, number, frame.header, frame.data)
+            observeArrival(
+                host, number, frame.header, frame.data, from: engines[connection.engine])
             step(
                 host,
                 .frame(connection: number, frame.header, table: frame.table, buffer: buffer))

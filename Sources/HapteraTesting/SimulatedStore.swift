@@ -58,6 +58,12 @@ final class SimulatedStore {
     /// Who waits for the answer; nil: it has one.
     func asker(_ id: Int) -> Int? { requests[id].isAnswered ? nil : requests[id].engine }
 
+    /// Puts an old copy back: the last `count` changes never happened.
+    func forget(_ count: Int) { history.removeLast(min(count, history.count - 1)) }
+    /// What an administrator puts there instead.
+    func replaceHistory(_ records: [VolumeRecord]) { history = records }
+    func append(_ record: VolumeRecord) { history.append(record) }
+
     func get(engine: Int) { send(Request(engine: engine, swap: nil)) }
     func compareAndSwap(engine: Int, expected: Epoch, record: VolumeRecord) {
         send(Request(engine: engine, swap: (expected, record)))

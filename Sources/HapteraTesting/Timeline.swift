@@ -20,6 +20,8 @@ enum WorldEvent {
     case stageFault
     /// A client writes where nobody has.
     case freshWrite
+    /// What was sent on a broken connection arrives.
+    case lateBytes(engine: Int)
     /// A temporary trouble ends.
     case relief(Relief)
 }
@@ -28,6 +30,8 @@ enum WorldEvent {
 enum Relief {
     case disk(replica: Int)
     case store
+    /// The store is rebuilt from the replicas.
+    case record
     /// The clients connect again.
     case clients(engine: Int)
     /// A stopped process goes on.
@@ -44,7 +48,8 @@ final class Timeline {
     private(set) var step = 0
     private var queue = EventQueue<WorldEvent>()
 
-    var instant: Instant { Instant(rawValue: now) }
+    /// By a clock that started at another time.
+    func instant(offset: UInt64) -> Instant { Instant(rawValue: now + offset) }
 
     func schedule(after nanoseconds: UInt64, _ event: WorldEvent) {
         queue.schedule(at: now + nanoseconds, event)

@@ -21,6 +21,10 @@ final class ClientOperation {
     var startedAfter = Epoch.zero
     /// For a read: what each sector held.
     var values: [ValueID] = []
+    /// For a status: what each sector was promised to hold when it was asked for, and the losses
+    /// there had been.
+    var promised: [Int] = []
+    var losses = 0
 
     init(
         id: Int, kind: OperationKind, flags: OperationFlags, offset: UInt64, length: Int,
@@ -114,14 +118,14 @@ struct Workload {
         if random.permille(flushPermille) { return (.flush, [], 0, 0) }
         let kind: OperationKind
         if random.permille(readPermille) {
-            kind = .read
+            kind = random.permille(50) ? .status : .read
         } else if random.permille(trimPermille) {
             kind = random.permille(500) ? .trim : .writeZeroes
         } else {
             kind = .write
         }
         var (offset, length) = drawRange(random)
-        if random.permille(subBlockPermille) {
+        if kind != .status, random.permille(subBlockPermille) {
             let sectors = length / Content.sectorSize
             let first = random.below(sectors)
             let count = random.between(1, sectors - first)
@@ -129,7 +133,7 @@ struct Workload {
             length = count * Content.sectorSize
         }
         var flags: OperationFlags = []
-        if kind != .read && random.permille(fuaPermille) { flags.insert(.fua) }
+        if kind != .read && kind != .status && random.permille(fuaPermille) { flags.insert(.fua) }
         if kind == .writeZeroes && random.permille(300) { flags.insert(.noHole) }
         return (kind, flags, offset, length)
     }

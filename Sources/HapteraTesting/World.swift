@@ -56,6 +56,8 @@ package final class World {
     var joinStartedAt: UInt64 = 0
     /// By region: the epoch in which every member had applied its last acknowledged write.
     var lastWrites: [UInt64: Epoch] = [:]
+    /// The store was put back: what it held before.
+    var trueHistory: [VolumeRecord]?
     var isChaos = true
     /// No fault before this, nanoseconds.
     var calmUntil: UInt64 = 0
@@ -174,7 +176,8 @@ package final class World {
     }
 
     private func setUp() {
-        note("\(hosts.count) replicas, \(workload.sizeBytes) bytes, faults \(faults.kinds)")
+        let kinds = faults.kinds.map { "\($0)" }.joined(separator: " ")
+        note("\(hosts.count) replicas, \(workload.sizeBytes) bytes; faults: \(kinds)")
         for host in hosts {
             createReplica(host)
             startReplica(host)
@@ -243,6 +246,7 @@ package final class World {
         case .fault: nextFault()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
+        case .lateBytes(let index): deliverLate(engines[index])
         case .relief(let relief): relieve(relief)
         }
     }

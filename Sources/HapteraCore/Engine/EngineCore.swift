@@ -197,6 +197,11 @@ package final class EngineCore {
     package func isClientTag(_ tag: UInt64) -> Bool {
         slotIndex(ofTag: tag).map { slots[$0].use == .client } ?? false
     }
+    /// Whether it was sent to make members equal after a takeover.
+    package func isResolution(_ tag: UInt64) -> Bool {
+        guard let index = slotIndex(ofTag: tag), slots[index].use == .job else { return false }
+        return jobs[Int(slots[index].operation.userData)].kind == .resolve
+    }
     package var isCopying: Bool { joinStage == .copying }
     package var regionsToCopy: Int { neededCount }
     package func isToBeCopied(_ region: UInt64) -> Bool { isNeeded(region) }

@@ -165,6 +165,7 @@ extension EngineCore {
         replicas[slot].incarnation = reply.member.incarnation
         replicas[slot].instance = reply.instance
         replicas[slot].promise = reply.promise
+        replicas[slot].promisedNonce = reply.installed?.nonce ?? 0
         replicas[slot].size = reply.size
         if phase == .installing, members.contains(slot) { install(slot) }
     }
@@ -178,6 +179,13 @@ extension EngineCore {
             if mutations.contains(.recordOlderIgnored) { return failReplica(slot, .protocolError) }
             verifyPromise()
             return
+        }
+        // There is one record per epoch: whoever keeps another one has seen a store that was since
+        // restored from an old copy.
+        if replicas[slot].promise == record.epoch, replicas[slot].promisedNonce != record.nonce,
+            !mutations.contains(.sameEpochIsSameRecord)
+        {
+            return stop(.recordOlderThanReplica)
         }
         if members.contains(slot), !isRecorded(slot) { return }  // another making: not the member
         guard replicas[slot].size >= record.size else {
@@ -205,6 +213,7 @@ extension EngineCore {
         guard epoch == replicas[slot].sentEpoch else { return }  // an earlier record's
         replicas[slot].installedEpoch = epoch
         replicas[slot].promise = epoch
+        replicas[slot].promisedNonce = record?.nonce ?? 0
         replicas[slot].isRebooted = reply.isRebooted
         // Without a restart of its host no mark is lost.
         if !reply.isRebooted, reply.flushed < replicas[slot].answered {

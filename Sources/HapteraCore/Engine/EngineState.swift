@@ -121,6 +121,8 @@ struct ReplicaState: BitwiseCopyable {
     var promise = Epoch.zero
     /// It has promised or flushed less than it had: its directory is an older copy.
     var isRolledBack = false
+    /// Of the record it keeps with that promise; zero: none.
+    var promisedNonce: UInt64 = 0
     var size: UInt64 = 0
     /// It failed as a member or joiner and has not been removed, or come back, yet.
     var hasFailed = false

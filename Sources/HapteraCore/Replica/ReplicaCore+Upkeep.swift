@@ -16,7 +16,8 @@
 // 3. the table is synced                                  -> active from the second one
 //
 // Order of moving the tail:
-// 1. all regions whose records it passes have drained or been renewed (durable, as above)
+// 1. all regions whose records it passes have drained or been renewed (durable, as above, also
+//    those that an earlier process has drained)
 // 2. the header goes to the slot not in use               -> old tail or new, both good
 // 3. the log is synced                                    -> new tail; only now are slots reused
 //
@@ -258,6 +259,12 @@ extension ReplicaCore {
         let tail = oldest >= 0 ? cache.frames[Int(oldest)].firstIndex : log.nextIndex
         let gain = tail - log.durableTail
         guard gain >= log.capacity / 16 || (shutdown == .draining && gain > 0) else { return false }
+        // Pages that opening found may have been written by a process that was killed before their
+        // sync: the log's records may go only when the pages are durable.
+        if syncs[FileSync.table].durable == 0, !options.mutations.contains(.tailMovedAfterOpen) {
+            want(FileSync.table, syncs[FileSync.table].written)
+            return false
+        }
         log.storeHeader(tail: tail, flushed: flushedPoint, stable: knownStable)
         upkeep.tail = tail
         upkeep.ticket = log.storeCount

@@ -1,0 +1,138 @@
+import HapteraCore
+
+// What an administrator does when a volume cannot help itself: accept a loss, salvage, rebuild the
+// metadata store from the replicas.
+
+extension World {
+    /// Only members that lost power are reachable, and the engine refuses to guess.
+    func acceptLoss() {
+        guard let current = currentEngine, engines[current].isRunning,
+            engines[current].core.isRefusing
+        else { return }
+        note("the administrator accepts a loss")
+        step(engines[current], .acceptLoss)
+        deliverDisconnects()
+    }
+
+    private func survey(_ host: SimulatedReplica) -> ReplicaSurvey? {
+        guard
+            let image = ReplicaImage(
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+        else { return nil }
+        var survey = ReplicaSurvey(
+            member: .init(replica: host.id, incarnation: host.incarnation),
+            promise: image.promise, installed: image.installed)
+        survey.isRebooted = host.isMarkedRebooted
+        survey.activeRegions = UInt64(image.activeRegions.count)
+        return survey
+    }
+
+    // MARK: The store
+
+    /// The store's host is restored from a backup. The control plane starts again with it, so that
+    /// an engine takes the volume over from the old record. Every replica knows the true one: one
+    /// that did not would promise an epoch of the false history, and one epoch had two records.
+    func injectStoreRestore() {
+        guard !store.isDown, trueHistory == nil, store.history.count > 2,
+            hosts.allSatisfy({
+                store.record.contains($0) && $0.installed == store.record.epoch
+                    && $0.core != nil && $0.pausedUntil == 0
+            })
+        else { return }
+        let count = random.between(1, min(4, store.history.count - 2))
+        note("fault: the store is restored from an old copy, \(count) changes back")
+        for engine in engines { killEngine(engine) }
+        trueHistory = store.history
+        store.forget(count)
+        startEngine(generation: generation)
+        attach(to: engines[engines.count - 1])
+    }
+
+    /// 19, 29: an engine found a replica that knows more than the store. The record is found again
+    /// on the replicas.
+    func reconstructStore() {
+        guard let history = trueHistory else { return }
+        let surveys = hosts.compactMap(survey)
+        guard let found = Reconstruction(surveys: surveys, known: hosts.map(\.id)) else {
+            return fail("invariant 29: the replicas' records do not fit together")
+        }
+        guard found.verdict == .certain else { return note("the store cannot be reconstructed") }
+        let record = found.record(nonce: random.next())
+        check(
+            29,
+            record.epoch.rawValue <= UInt64(history.count)
+                && record == history[Int(record.epoch.rawValue) - 1],
+            "the record found on the replicas, e\(record.epoch.rawValue), never stood")
+        guard failure == nil else { return }
+        note("the store is reconstructed at e\(record.epoch.rawValue)")
+        coverage.took(.reconstruction)
+        trueHistory = nil
+        store.replaceHistory(Array(history.prefix(Int(record.epoch.rawValue))))
+        startEngine(generation: generation)
+        attach(to: engines[engines.count - 1])
+    }
+
+    // MARK: Salvage
+
+    /// The members will not come back in time; an absent replica is there. What it has is what the
+    /// volume goes on with, and the losers keep their bytes.
+    func injectSalvage() {
+        let record = store.record
+        guard trueHistory == nil, record.lineage.isEmpty, !store.isDown,
+            let survivor = hosts.first(where: { host in
+                !record.contains(host) && !host.isLossy && host.core != nil
+                    && record.out.contains {
+                        $0.member.replica == host.id && $0.member.incarnation == host.incarnation
+                    }
+            })
+        else { return }
+        let surveys = hosts.compactMap(survey)
+        let plan = SalvagePlan(record: record, surveys: surveys)
+        guard let choice = plan.choices.first(where: { $0.member.replica == survivor.id }),
+            var next = choice.record
+        else { return }
+        note("fault: the members are lost; salvage from \(survivor.name)")
+        for engine in engines { killEngine(engine) }
+        for host in hosts where record.contains(host) {
+            killReplica(host, restartAfter: random.between(5000, 9000))
+        }
+        loseClients()
+        observeSalvage(survivor, since: choice.lostSince)
+        next.nonce = random.next()
+        store.append(next)
+        observeRecord(next, before: record)
+        history.append(.salvaged, step: timeline.step)
+        promises.salvaged()
+        lastWrites = [:]
+        startEngine(generation: generation)
+    }
+
+    /// 24: nothing is lost but what the plan said: regions that no member has written since the
+    /// histories parted are whole.
+    private func observeSalvage(_ survivor: SimulatedReplica, since: Epoch?) {
+        guard let since,
+            let image = ReplicaImage(
+                survivor.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+        else { return }
+        let members = hosts.filter { store.record.contains($0) }
+        compare(survivor, image, promises.acknowledged, 24, "lacks, beyond what was announced,") {
+            let region = UInt64($0 / Geometry.blocksPerRegion)
+            return members.allSatisfy { ($0.lastWrite[region] ?? .zero) < since }
+        }
+    }
+
+    /// The troubles are over: copies that lost in a salvage are given up.
+    func discardLosers() {
+        for departure in store.record.out where departure.isKept {
+            guard let host = hosts.first(where: { $0.id == departure.member.replica }),
+                host.incarnation == departure.member.incarnation
+            else { continue }
+            note("the administrator gives up the copy of \(host.name)")
+            killReplica(host, restartAfter: 10)
+            host.disk.replace()
+            host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
+            cutPower(host)
+            createReplica(host)
+        }
+    }
+}
