@@ -126,7 +126,9 @@ if !dataPlaneOnly {
             swiftSettings: strict),
         .target(
             name: "HapteraCLI",
-            dependencies: grpc + ["HapteraAPI", "HapteraHost", arguments, grpcTransport],
+            dependencies: grpc + [
+                "HapteraAPI", "HapteraHost", "HapteraTesting", arguments, grpcTransport,
+            ],
             swiftSettings: strict),
         .executableTarget(
             name: "storagectl", dependencies: ["HapteraCLI", arguments], swiftSettings: strict),

@@ -59,6 +59,9 @@ extension VolumeCommand {
                 """, transform: Label.init(typed:))
         package var node: [Label] = []
 
+        @Flag(help: "For tests only: 'storagectl chaos run' may break it and write over it.")
+        package var scratch = false
+
         @OptionGroup package var settings: SettingsOptions
         @OptionGroup package var options: GlobalOptions
         package init() {}
@@ -77,6 +80,7 @@ extension VolumeCommand {
                 request.replicas = UInt32(replicas)
                 request.nodes = node.map(\.text)
                 request.settings = settings.message
+                request.scratch = scratch
                 let wanted = request
                 _ = try await session.change {
                     try await session.volumes.createVolume(wanted, options: session.callOptions)

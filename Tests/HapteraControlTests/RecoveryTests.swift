@@ -18,6 +18,7 @@ private final class Bench: Sendable {
     let copies = Mutex<[String: Copy]>([:])
     let engines = Mutex<[Haptera_V1_RunningEngine]>([])
     let ended = Mutex<[String]>([])
+    let faults = Mutex<[Haptera_V1_InjectFault]>([])
     private static let quiet = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }
 
     init(_ test: TestStore) async throws {
@@ -52,6 +53,7 @@ private final class Bench: Sendable {
                 if mine[id] == nil { replica.error = "its directory is gone" }
                 return replica
             }
+        case .fault(let fault): faults.withLock { $0.append(fault) }
         case .endEngine(let request): ended.withLock { $0.append(request.volumeID) }
         default: answer.error = "no"
         }
@@ -507,5 +509,34 @@ private final class Bench: Sendable {
         let found = try await bench.controller.reconstruct(request(act: true))
         #expect(found.volumes[0].objection == "it was deleted")
         #expect(try await bench.test.store.volumes().isEmpty)
+    }
+}
+
+@Suite struct FaultTests {
+    /// Only what was made for it is ever broken on purpose.
+    @Test func onlyScratchVolumesAreBroken() async throws {
+        let bench = try await Bench(TestStore())
+        _ = try await bench.test.store.createVolume(
+            VolumeSpecification(
+                name: "tmp", sizeBytes: 1 << 20, replicas: 1, nodes: ["a"], isScratch: true),
+            candidates: ["a"])
+        let volume = try await bench.test.makeVolume()
+        var request = Haptera_V1_InjectVolumeFaultRequest()
+        request.kind = "kill"
+        request.replicaID = volume.replicas[0].id
+        await #expect(throws: ControlError.self) {
+            try await bench.controller.injectFault(request, volume: "vol")
+        }
+        #expect(bench.faults.withLock { $0 }.isEmpty)
+        let scratch = try await bench.test.store.volume(named: "tmp")
+        request.replicaID = scratch.replicas[0].id
+        try await bench.controller.injectFault(request, volume: "tmp")
+        #expect(bench.faults.withLock { $0 }.map(\.replicaID) == [scratch.replicas[0].id])
+        // Bits flip only while there is another good copy.
+        request.kind = "flip"
+        await #expect(throws: ControlError.self) {
+            try await bench.controller.injectFault(request, volume: "tmp")
+        }
+        #expect(try await bench.kinds().contains("FaultInjected"))
     }
 }

@@ -100,6 +100,19 @@ package enum Haptera_V1_ClusterService: Sendable {
                 type: .serverStreaming
             )
         }
+        /// Namespace for "InjectVolumeFault" metadata.
+        package enum InjectVolumeFault: Sendable {
+            /// Request type for "InjectVolumeFault".
+            package typealias Input = Haptera_V1_InjectVolumeFaultRequest
+            /// Response type for "InjectVolumeFault".
+            package typealias Output = Haptera_V1_InjectVolumeFaultResponse
+            /// Descriptor for "InjectVolumeFault".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.ClusterService"),
+                method: "InjectVolumeFault",
+                type: .unary
+            )
+        }
         /// Namespace for "ReconstructStore" metadata.
         package enum ReconstructStore: Sendable {
             /// Request type for "ReconstructStore".
@@ -121,6 +134,7 @@ package enum Haptera_V1_ClusterService: Sendable {
             GetNode.descriptor,
             ListEvents.descriptor,
             WatchEvents.descriptor,
+            InjectVolumeFault.descriptor,
             ReconstructStore.descriptor
         ]
     }
@@ -235,6 +249,25 @@ extension Haptera_V1_ClusterService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ListEventsRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Event>
+
+        /// Handle the "InjectVolumeFault" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+        /// > break just now.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_InjectVolumeFaultRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_InjectVolumeFaultResponse` messages.
+        func injectVolumeFault(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_InjectVolumeFaultRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_InjectVolumeFaultResponse>
 
         /// Handle the "ReconstructStore" method.
         ///
@@ -351,6 +384,25 @@ extension Haptera_V1_ClusterService {
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Event>
 
+        /// Handle the "InjectVolumeFault" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+        /// > break just now.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_InjectVolumeFaultRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_InjectVolumeFaultResponse` message.
+        func injectVolumeFault(
+            request: GRPCCore.ServerRequest<Haptera_V1_InjectVolumeFaultRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_InjectVolumeFaultResponse>
+
         /// Handle the "ReconstructStore" method.
         ///
         /// > Source IDL Documentation:
@@ -465,6 +517,25 @@ extension Haptera_V1_ClusterService {
             context: GRPCCore.ServerContext
         ) async throws
 
+        /// Handle the "InjectVolumeFault" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+        /// > break just now.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_InjectVolumeFaultRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_InjectVolumeFaultResponse` to respond with.
+        func injectVolumeFault(
+            request: Haptera_V1_InjectVolumeFaultRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_InjectVolumeFaultResponse
+
         /// Handle the "ReconstructStore" method.
         ///
         /// > Source IDL Documentation:
@@ -556,6 +627,17 @@ extension Haptera_V1_ClusterService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: Haptera_V1_ClusterService.Method.InjectVolumeFault.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_InjectVolumeFaultRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_InjectVolumeFaultResponse>(),
+            handler: { request, context in
+                try await self.injectVolumeFault(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: Haptera_V1_ClusterService.Method.ReconstructStore.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReconstructStoreRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReconstructStoreResponse>(),
@@ -636,6 +718,17 @@ extension Haptera_V1_ClusterService.ServiceProtocol {
             context: context
         )
         return response
+    }
+
+    package func injectVolumeFault(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_InjectVolumeFaultRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_InjectVolumeFaultResponse> {
+        let response = try await self.injectVolumeFault(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
     }
 
     package func reconstructStore(
@@ -732,6 +825,19 @@ extension Haptera_V1_ClusterService.SimpleServiceProtocol {
                 )
                 return [:]
             }
+        )
+    }
+
+    package func injectVolumeFault(
+        request: GRPCCore.ServerRequest<Haptera_V1_InjectVolumeFaultRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_InjectVolumeFaultResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_InjectVolumeFaultResponse>(
+            message: try await self.injectVolumeFault(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
         )
     }
 
@@ -874,6 +980,30 @@ extension Haptera_V1_ClusterService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Event>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<Haptera_V1_Event>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "InjectVolumeFault" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+        /// > break just now.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_InjectVolumeFaultRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_InjectVolumeFaultRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_InjectVolumeFaultResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func injectVolumeFault<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_InjectVolumeFaultRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_InjectVolumeFaultRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_InjectVolumeFaultResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_InjectVolumeFaultResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "ReconstructStore" method.
@@ -1098,6 +1228,41 @@ extension Haptera_V1_ClusterService {
             )
         }
 
+        /// Call the "InjectVolumeFault" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+        /// > break just now.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_InjectVolumeFaultRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_InjectVolumeFaultRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_InjectVolumeFaultResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func injectVolumeFault<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_InjectVolumeFaultRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_InjectVolumeFaultRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_InjectVolumeFaultResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_InjectVolumeFaultResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_ClusterService.Method.InjectVolumeFault.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
         /// Call the "ReconstructStore" method.
         ///
         /// > Source IDL Documentation:
@@ -1284,6 +1449,36 @@ extension Haptera_V1_ClusterService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ListEventsRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Event>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "InjectVolumeFault" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+    /// > break just now.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_InjectVolumeFaultRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func injectVolumeFault<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_InjectVolumeFaultRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_InjectVolumeFaultResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.injectVolumeFault(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_InjectVolumeFaultRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_InjectVolumeFaultResponse>(),
             options: options,
             onResponse: handleResponse
         )
@@ -1492,6 +1687,40 @@ extension Haptera_V1_ClusterService.ClientProtocol {
             metadata: metadata
         )
         return try await self.watchEvents(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "InjectVolumeFault" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > A fault at a process or file of a scratch volume. FAILED_PRECONDITION if there is nothing to
+    /// > break just now.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func injectVolumeFault<Result>(
+        _ message: Haptera_V1_InjectVolumeFaultRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_InjectVolumeFaultResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_InjectVolumeFaultRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.injectVolumeFault(
             request: request,
             options: options,
             onResponse: handleResponse

@@ -315,6 +315,12 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._createdUnixMilliseconds = newValue}
   }
 
+  /// Made for tests: faults may be injected.
+  package var scratch: Bool {
+    get {_storage._scratch}
+    set {_uniqueStorage()._scratch = newValue}
+  }
+
   /// All of them are set.
   package var settings: Haptera_V1_VolumeSettings {
     get {_storage._settings ?? Haptera_V1_VolumeSettings()}
@@ -523,6 +529,9 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   package var hasSettings: Bool {self._settings != nil}
   /// Clears the value of `settings`. Subsequent reads from it will return its default value.
   package mutating func clearSettings() {self._settings = nil}
+
+  /// For tests: faults may be injected, and its data may be overwritten.
+  package var scratch: Bool = false
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1000,7 +1009,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{2}\u{12}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1014,6 +1023,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _replicas: [Haptera_V1_Replica] = []
     var _clientGeneration: UInt64 = 0
     var _createdUnixMilliseconds: Int64 = 0
+    var _scratch: Bool = false
     var _settings: Haptera_V1_VolumeSettings? = nil
     var _replicaCount: UInt32 = 0
     var _decisionInstance: UInt64 = 0
@@ -1038,6 +1048,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _replicas = source._replicas
       _clientGeneration = source._clientGeneration
       _createdUnixMilliseconds = source._createdUnixMilliseconds
+      _scratch = source._scratch
       _settings = source._settings
       _replicaCount = source._replicaCount
       _decisionInstance = source._decisionInstance
@@ -1073,6 +1084,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 20: try { try decoder.decodeSingularMessageField(value: &_storage._settings) }()
         case 21: try { try decoder.decodeSingularUInt32Field(value: &_storage._replicaCount) }()
         case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
+        case 40: try { try decoder.decodeSingularBoolField(value: &_storage._scratch) }()
         default: break
         }
       }
@@ -1127,6 +1139,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if _storage._decisionInstance != 0 {
         try visitor.visitSingularUInt64Field(value: _storage._decisionInstance, fieldNumber: 22)
       }
+      if _storage._scratch != false {
+        try visitor.visitSingularBoolField(value: _storage._scratch, fieldNumber: 40)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -1147,6 +1162,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._replicas != rhs_storage._replicas {return false}
         if _storage._clientGeneration != rhs_storage._clientGeneration {return false}
         if _storage._createdUnixMilliseconds != rhs_storage._createdUnixMilliseconds {return false}
+        if _storage._scratch != rhs_storage._scratch {return false}
         if _storage._settings != rhs_storage._settings {return false}
         if _storage._replicaCount != rhs_storage._replicaCount {return false}
         if _storage._decisionInstance != rhs_storage._decisionInstance {return false}
@@ -1400,7 +1416,7 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
 
 nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".CreateVolumeRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0\u{2}\u{14}scratch\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1413,6 +1429,7 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
       case 3: try { try decoder.decodeSingularUInt32Field(value: &self.replicas) }()
       case 4: try { try decoder.decodeRepeatedStringField(value: &self.nodes) }()
       case 20: try { try decoder.decodeSingularMessageField(value: &self._settings) }()
+      case 40: try { try decoder.decodeSingularBoolField(value: &self.scratch) }()
       default: break
       }
     }
@@ -1438,6 +1455,9 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     try { if let v = self._settings {
       try visitor.visitSingularMessageField(value: v, fieldNumber: 20)
     } }()
+    if self.scratch != false {
+      try visitor.visitSingularBoolField(value: self.scratch, fieldNumber: 40)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1447,6 +1467,7 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     if lhs.replicas != rhs.replicas {return false}
     if lhs.nodes != rhs.nodes {return false}
     if lhs._settings != rhs._settings {return false}
+    if lhs.scratch != rhs.scratch {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

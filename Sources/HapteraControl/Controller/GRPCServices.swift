@@ -39,7 +39,7 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
         try await controller.create(
             try VolumeSpecification(
                 name: request.name, sizeBytes: request.sizeBytes, replicas: request.replicas,
-                nodes: request.nodes, settings: request.settings))
+                nodes: request.nodes, settings: request.settings, isScratch: request.scratch))
     }
 
     func updateVolume(
@@ -165,6 +165,13 @@ extension ClusterService {
     ) async throws -> Haptera_V1_ReconstructStoreResponse {
         if !request.volume.isEmpty { _ = try checked(request.volume) }
         return try await controller.reconstruct(request)
+    }
+
+    func injectVolumeFault(
+        request: Haptera_V1_InjectVolumeFaultRequest, context: ServerContext
+    ) async throws -> Haptera_V1_InjectVolumeFaultResponse {
+        try await controller.injectFault(request, volume: try checked(request.volume))
+        return Haptera_V1_InjectVolumeFaultResponse()
     }
 }
 

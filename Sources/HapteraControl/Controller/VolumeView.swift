@@ -52,6 +52,7 @@ package struct VolumeView: Sendable {
         message.epoch = stored.record?.epoch.rawValue ?? 0
         message.clientGeneration = UInt64(volume.clientGeneration)
         message.createdUnixMilliseconds = volume.createdMilliseconds
+        message.scratch = volume.isScratch
         message.replicas = stored.replicas.map(replica)
         message.settings = volume.settings.message
         message.replicaCount = UInt32(volume.replicaCount)

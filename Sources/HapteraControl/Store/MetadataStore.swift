@@ -53,6 +53,10 @@ package final class MetadataStore: Sendable {
                         PRIMARY KEY (volumeID, node)) STRICT;
                     """)
         }
+        migrator.registerMigration("scratch") { db in
+            try db.execute(
+                sql: "ALTER TABLE volumes ADD COLUMN isScratch INTEGER NOT NULL DEFAULT 0")
+        }
         return migrator
     }
 

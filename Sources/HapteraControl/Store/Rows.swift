@@ -36,6 +36,8 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     package var hadRemoteClient: Bool
     /// Decimal number of the engine process that may go on from rebooted replicas; empty: none.
     package var acceptLossInstance: String
+    /// For tests: faults may be injected.
+    package var isScratch = false
 
     package init(id: VolumeID, name: String, sizeBytes: Int64, replicaCount: Int, created: Int64) {
         self.id = id.text

@@ -20,10 +20,12 @@ package struct VolumeSpecification: Equatable, Sendable {
     package var nodes: [String]
     /// What was said of the settings; the rest is as usual.
     package var settings: Haptera_V1_VolumeSettings
+    /// For tests: faults may be injected.
+    package var isScratch: Bool
 
     package init(
         name: String, sizeBytes: UInt64, replicas: UInt32, nodes: [String],
-        settings: Haptera_V1_VolumeSettings = .init()
+        settings: Haptera_V1_VolumeSettings = .init(), isScratch: Bool = false
     ) throws(ControlError) {
         guard Names.isValidLabel(name) else {
             throw ControlError(.invalid, "'\(name)' is no volume name: use \(Names.labelRule)")
@@ -40,6 +42,7 @@ package struct VolumeSpecification: Equatable, Sendable {
             throw ControlError(.invalid, "'\(node)' is no node name: use \(Names.labelRule)")
         }
         try VolumeSettings().changed(by: settings).check(replicas: count)
+        self.isScratch = isScratch
         self.name = name
         self.settings = settings
         self.sizeBytes = sizeBytes
@@ -101,6 +104,7 @@ extension MetadataStore {
                 id: .random(), name: wanted.name, sizeBytes: Int64(wanted.sizeBytes),
                 replicaCount: wanted.replicas, created: self.clock())
             row.settings = row.settings.changed(by: wanted.settings)
+            row.isScratch = wanted.isScratch
             try row.insert(db)
             for (ordinal, node) in nodes.enumerated() {
                 try ReplicaRow(of: row, ordinal: ordinal, node: node).insert(db)

@@ -1,0 +1,122 @@
+import Glibc
+import HapteraHost
+
+/// A blocking connection of one NBD client: one request at a time, simple replies. For checking,
+/// not for speed.
+final class NBDSocket {
+    enum Command: UInt16 {
+        case read = 0
+        case write = 1
+        case flush = 3
+    }
+
+    private let descriptor: Int32
+    private var cookie: UInt64 = 0
+
+    /// An answer that takes longer counts as a lost connection: the request may still happen.
+    static let answerSecondsMax = 120
+
+    /// Connects to an engine's Unix socket and opens the export.
+    init(path: String, export: String) throws {
+        descriptor = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+        guard descriptor >= 0 else { throw HostFiles.failure("make a socket for", path) }
+        do {
+            try connect(path)
+            try greet(export)
+        } catch {
+            close(descriptor)
+            throw error
+        }
+    }
+    deinit { close(descriptor) }
+
+    private func connect(_ path: String) throws {
+        var limit = timeval(tv_sec: Self.answerSecondsMax, tv_usec: 0)
+        // SAFETY: the option points to a local of the size given.
+        unsafe setsockopt(
+            descriptor, SOL_SOCKET, SO_RCVTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
+        var address = sockaddr_un()
+        address.sun_family = sa_family_t(AF_UNIX)
+        let bytes = Array(path.utf8)
+        guard bytes.count < UnixSocketPath.lengthMax else {
+            throw HostError("the socket path \(path) is too long")
+        }
+        // SAFETY: the path and its terminating zero fit `sun_path`, checked above; the address is
+        // passed with its own size.
+        unsafe withUnsafeMutableBytes(of: &address.sun_path) { unsafe $0.copyBytes(from: bytes) }
+        let size = socklen_t(MemoryLayout<sockaddr_un>.size)
+        let isConnected = unsafe withUnsafePointer(to: &address) { pointer in
+            unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                unsafe Glibc.connect(descriptor, $0, size) == 0
+            }
+        }
+        guard isConnected else { throw HostFiles.failure("reach", path) }
+    }
+
+    /// Fixed newstyle handshake, and NBD_OPT_EXPORT_NAME without zeroes.
+    private func greet(_ export: String) throws {
+        let greeting = try receive(18)
+        guard greeting.prefix(16).elementsEqual("NBDMAGICIHAVEOPT".utf8) else {
+            throw HostError("no NBD server answers")
+        }
+        let name = Array(export.utf8)
+        try send(
+            Self.bytes(UInt32(3)) + Array("IHAVEOPT".utf8) + Self.bytes(UInt32(1))
+                + Self.bytes(UInt32(name.count)) + name)
+        _ = try receive(10)
+    }
+
+    /// Sends one request and waits for its reply. Throws if the connection is lost or the server
+    /// reports an error.
+    func request(
+        _ command: Command, offset: UInt64 = 0, length: Int = 0, data: [UInt8] = []
+    ) throws -> [UInt8] {
+        cookie += 1
+        try send(
+            Self.bytes(UInt32(0x2560_9513)) + Self.bytes(UInt16(0)) + Self.bytes(command.rawValue)
+                + Self.bytes(cookie) + Self.bytes(offset)
+                + Self.bytes(UInt32(command == .write ? data.count : length)) + data)
+        let header = try receive(16)
+        guard Array(header[0..<4]) == Self.bytes(UInt32(0x6744_6698)),
+            Array(header[8..<16]) == Self.bytes(cookie)
+        else { throw HostError("the server's reply is out of step") }
+        let error = header[4..<8].reduce(UInt32(0)) { $0 << 8 | UInt32($1) }
+        guard error == 0 else { throw NBDRequestError(number: error) }
+        return command == .read ? try receive(length) : []
+    }
+
+    private static func bytes<Value: FixedWidthInteger>(_ value: Value) -> [UInt8] {
+        (0..<Value.bitWidth / 8).reversed().map { UInt8(truncatingIfNeeded: value >> ($0 * 8)) }
+    }
+
+    private func send(_ bytes: [UInt8]) throws {
+        var done = 0
+        while done < bytes.count {
+            // SAFETY: the pointer is valid during the call, for the slice's own length.
+            let count = unsafe bytes[done...].withUnsafeBytes {
+                unsafe Glibc.send(descriptor, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL))
+            }
+            guard count > 0 else { throw HostError("the connection was lost") }
+            done += count
+        }
+    }
+
+    private func receive(_ length: Int) throws -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: length)
+        var done = 0
+        while done < length {
+            // SAFETY: the slice is exclusively ours and as long as said.
+            let count = unsafe bytes[done...].withUnsafeMutableBytes {
+                unsafe recv(descriptor, $0.baseAddress, $0.count, 0)
+            }
+            guard count > 0 else { throw HostError("the connection was lost") }
+            done += count
+        }
+        return bytes
+    }
+}
+
+/// An error the server answered with: a client sees it, which no fault here may cause.
+struct NBDRequestError: Error {
+    var number: UInt32
+}

@@ -1,0 +1,44 @@
+import HapteraAPI
+import HapteraHost
+
+extension Controller {
+    /// Breaks something of a scratch volume, and of no other.
+    package func injectFault(
+        _ request: Haptera_V1_InjectVolumeFaultRequest, volume name: String
+    ) async throws {
+        let stored = try await store.volume(named: name)
+        guard stored.volume.isScratch else {
+            throw ControlError(
+                .invalid,
+                "volume '\(name)' is no scratch volume: nothing of it is broken on purpose")
+        }
+        guard let kind = Self.faultKinds[request.kind] else {
+            throw ControlError(.invalid, "'\(request.kind)' is no fault")
+        }
+        let replica = request.replicaID.isEmpty ? nil : try stored.replica(request.replicaID)
+        guard let node = replica?.node ?? stored.volume.attachedNode else {
+            throw ControlError(.precondition, "volume '\(name)' is not attached")
+        }
+        if kind == .flip {
+            // One good copy of every block stays.
+            guard replica != nil else { throw ControlError(.invalid, "bits flip in a replica") }
+            guard view(stored).robustness == .healthy, stored.replicas.count > 1 else {
+                throw ControlError(.precondition, "the other copies are not all in sync")
+            }
+        }
+        _ = try await tasks.ask(node) {
+            $0.fault.kind = kind
+            $0.fault.volumeID = stored.volume.id
+            $0.fault.replicaID = request.replicaID
+            $0.fault.random = request.random
+        }
+        let target = replica.map { "replica \($0.id)" } ?? "the engine"
+        try await store.addEvent(
+            "FaultInjected", "volume/\(name)", "\(request.kind) \(target) on node \(node)",
+            by: Caller.current)
+    }
+
+    private static let faultKinds: [String: Haptera_V1_InjectFault.Kind] = [
+        "kill": .kill, "pause": .pause, "resume": .resume, "flip": .flip,
+    ]
+}
