@@ -15,9 +15,10 @@ extension Session {
             } catch let error as RPCError where error.code == .unavailable {
                 let reason = Self.brief(error)
                 guard !isPastDeadline else {
+                    let seconds = options.timeout.seconds
                     throw CommandFailure(
                         .unavailable,
-                        "the controller at \(server) did not answer for \(options.timeout.seconds) s, "
+                        "the controller at \(server) did not answer for \(seconds) s, "
                             + "and nothing was changed unless it answers late; last error: \(reason)"
                     )
                 }

@@ -106,7 +106,7 @@ import Testing
 }
 
 /// When a client cannot have survived, and when it can.
-@Suite struct ClientGenerationTests {
+@Suite struct ClientSurvivalTests {
     private static func register(
         _ test: TestStore, boot: String, pid: Int32 = 1
     ) async throws {

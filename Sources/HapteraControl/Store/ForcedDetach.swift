@@ -3,8 +3,8 @@ import HapteraCore
 
 extension MetadataStore {
     /// Gives an attachment up without its engine's word. The record stays as it is, not clean: the
-    /// next engine takes the volume over as after a crash, fences the old one by its epoch and waits
-    /// for its leases. `isNodeReady`: then the engine can be asked, and is.
+    /// next engine takes the volume over as after a crash, fences the old one by its epoch and
+    /// waits for its leases. Refused if `isNodeReady`: then the engine can be asked.
     package func abandonAttachment(_ name: String, isNodeReady: Bool) async throws -> StoredVolume {
         try await changeVolume(name) { db, stored in
             var row = stored.volume
