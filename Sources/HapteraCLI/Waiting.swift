@@ -19,8 +19,8 @@ extension Session {
                     throw CommandFailure(
                         .unavailable,
                         "the controller at \(server) did not answer for \(seconds) s, "
-                            + "and nothing was changed unless it answers late; last error: \(reason)"
-                    )
+                            + "and nothing was changed unless it answers late; "
+                            + "last error: \(reason)")
                 }
                 let words = "waiting for the controller at \(server), last error: \(reason)"
                 if progress.isOn {
