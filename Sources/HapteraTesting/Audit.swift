@@ -72,7 +72,7 @@ extension World {
     func audit() {
         // What the store says is not true.
         guard trueHistory == nil else { return }
-        let members = hosts.filter { store.record.contains($0) }
+        let members = hosts.filter { store.record.contains($0) && !$0.isRolledBack }
         let current = members.map {
             ReplicaImage($0.disk, isDurable: false, sizeBytes: workload.sizeBytes)
         }

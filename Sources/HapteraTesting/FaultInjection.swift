@@ -129,7 +129,7 @@ extension World {
         let until =
             timeline.now + milliseconds(random.between(1, random.pick([100, 1000, 9000])))
         if kind == .pauseReplica {
-            guard host.core != nil, host.pausedUntil == 0 else { return }
+            guard host.core != nil, host.pausedUntil == 0, !isKeeper(host) else { return }
             note("fault: \(host.name) is stopped")
             host.pause(until: until)
             timeline.schedule(at: until, .relief(.replica(host.index)))
@@ -204,6 +204,7 @@ extension World {
             return host.takeBackup()
         }
         let record = store.record
+        if record.contains(host) { return restoreMember(host) }
         let departure = record.out.first { $0.member.replica == host.id }
         guard let departure, record.joining?.replica != host.id,
             hosts.allSatisfy({ !record.contains($0) || $0.installed >= departure.leftEpoch })

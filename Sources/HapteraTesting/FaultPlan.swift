@@ -77,7 +77,9 @@ struct FaultPlan {
         }
         let rots = kinds.contains { Self.rotting.contains($0) }
         if rots {
-            // Rot needs a second good copy at all times: nothing else may take it away.
+            // Rot needs a second good copy at all times: nothing else may take it away. (An engine
+            // that was stopped may find every replica silent.)
+            kinds.removeAll { $0 == .pauseEngine }
             kinds.removeAll {
                 [
                     .cutPower, .blackout, .badDisk, .fullDisk, .fullDisks, .replaceReplica,

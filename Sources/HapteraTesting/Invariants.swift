@@ -135,6 +135,10 @@ extension World {
         noteLoss()
         for region in reply.activeRegions { host.restamped[region] = header.epoch }
         trace("\(host.name) installed e\(header.epoch.rawValue)")
+        check(
+            3, header.epoch > host.installed || host.installedProcess == host.process,
+            "\(host.name) promised e\(header.epoch.rawValue) again after a restart")
+        host.installedProcess = host.process
         host.installed = max(host.installed, header.epoch)
         host.installedAt = timeline.now
         check(

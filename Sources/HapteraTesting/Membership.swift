@@ -80,6 +80,7 @@ extension World {
     /// A record has landed in the store.
     func observeRecord(_ record: VolumeRecord, before: VolumeRecord) {
         observeTurn(record, before)
+        for host in hosts where !record.contains(host) { host.isRolledBack = false }
         for host in hosts where record.contains(host) && !before.contains(host) {
             let isFork = record.lineage.count > before.lineage.count
             check(
@@ -100,9 +101,8 @@ extension World {
                 24, !before.out.contains { $0.member == joining && $0.isKept },
                 "the loser of a salvage is filled")
         }
-        if record.joining != nil && record.joining != before.joining {
-            joinStartedAt = timeline.now
-        }
+        // The same replica may begin anew after it dropped out without a change.
+        if record.change == .join { joinStartedAt = timeline.now }
         note("record e\(record.epoch.rawValue): \(names(record))\(record.isClean ? " clean" : "")")
         noteLoss()
     }

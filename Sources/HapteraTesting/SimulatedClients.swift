@@ -40,7 +40,14 @@ extension World {
             let waiting = operations.count {
                 $0.worker < 0 && $0.isOutstanding && ($0.kind == .read) == (draw.kind == .read)
             }
-            if waiting < most {
+            // Nor what others have asked for and may repeat: that would be two clients of one block.
+            let end = draw.offset + UInt64(draw.length)
+            let isDisputed =
+                draw.kind != .read
+                && unanswered.contains {
+                    $0.offset < end && draw.offset < $0.offset + UInt64($0.length)
+                }
+            if waiting < most, !isDisputed {
                 submit(newOperation(draw, worker: -1), to: stale)
                 return
             }

@@ -173,7 +173,15 @@ final class SimulatedDisk: ReplicaStorage {
         } else {
             needsSpace = false
         }
-        if trouble.isFull && needsSpace { return -28 }
+        if trouble.isFull && needsSpace {
+            // What there was space for, or what needed none, may have been written.
+            let half = bytes.count / 2 / 512 * 512
+            if half > 0 && random.permille(300) {
+                land(
+                    file, offset: operation.offset, bytes: [UInt8](bytes[..<half]), length: half)
+            }
+            return -28
+        }
         if random.permille(trouble.writeErrors) {
             // What a failed write leaves is anybody's guess: here a torn half.
             let half = bytes.count / 2 / 512 * 512

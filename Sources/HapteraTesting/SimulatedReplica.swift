@@ -21,6 +21,11 @@ final class SimulatedReplica {
     private var held: [ReplicaEvent] = []
     /// What it held some time ago.
     private(set) var backup: SimulatedDisk.Backup?
+    private(set) var backupFlushed = StablePoint.zero
+    /// A member put back as it was: until it has left, nothing is true of its copy.
+    var isRolledBack = false
+    /// The process that made the last promise seen.
+    var installedProcess = -1
     /// The host lost power since its copy was last equal to the others.
     var isLossy = false
     /// The replica says of itself that it may have lost something (`InstallReply.isRebooted`).
@@ -101,7 +106,10 @@ final class SimulatedReplica {
         pausedUntil = 0
         return held
     }
-    func takeBackup() { backup = disk.backup() }
+    func takeBackup() {
+        backup = disk.backup()
+        backupFlushed = core?.flushedPoint ?? .zero
+    }
 
     /// The directory is another one now: nothing seen of the one before is true of it.
     func replaced(incarnation: Incarnation? = nil) {

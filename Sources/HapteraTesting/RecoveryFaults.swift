@@ -1,0 +1,33 @@
+import HapteraCore
+
+extension World {
+    /// Everything runs, nothing is being changed, nobody has lost anything.
+    private var isCalm: Bool {
+        guard let current = currentEngine, timeline.now >= calmUntil else { return false }
+        return engines[current].isServing && engines[current].isSettled && !network.isBlocked
+            && !store.isDown && engines.allSatisfy { $0.pausedUntil == 0 }
+            && hosts.allSatisfy {
+                $0.core != nil && $0.pausedUntil == 0 && $0.disk.trouble.isNone
+                    && (!store.record.contains($0)
+                        || !$0.isLossy && $0.installed == store.record.epoch)
+            }
+    }
+
+    /// Trap 18, of a member: engine and replica are away for a moment, and the replica's directory
+    /// comes back as it was some time ago. Its peers know that it had flushed more.
+    func restoreMember(_ host: SimulatedReplica) {
+        guard isCalm, !faults.rot, let backup = host.backup, let current = currentEngine,
+            host.disk.operationsInFlight == 0
+        else { return }
+        let peers = hosts.filter { $0 !== host && store.record.contains($0) }
+        let known = peers.compactMap { $0.core?.knownStable }.max() ?? .zero
+        guard host.backupFlushed < known else { return }
+        note("fault: \(host.name), a member, is put back as it was")
+        killReplica(host, restartAfter: 1)
+        host.disk.restore(backup)
+        host.replaced()
+        host.isRolledBack = true
+        calmUntil = timeline.now + milliseconds(6000)
+        restartEngine(losesClients: false, after: current)
+    }
+}
