@@ -30,6 +30,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     private var stopDeadline: Instant?
     /// What could be logged very often is logged once a second.
     private var quietUntil = Instant.zero
+    private let hostBoot: BootID
     package private(set) var failure: String?
 
     /// Opens the copy (waiting for the lock of an earlier process) and begins to listen.
@@ -40,8 +41,10 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         storage = DirectoryStorage(directory: directory, mode: .serve)
         // Before anything is read: the lock of every file that I/O goes to.
         for file in [ReplicaFile.manifest, .log] { _ = try storage.descriptor(file) }
+        hostBoot = try HostBoot.read()
         var options = ReplicaOptions(
-            instance: InstanceID(rawValue: randomUInt64() | 1), bootID: try HostBoot.read())
+            instance: InstanceID(rawValue: randomUInt64() | 1),
+            bootID: try storage.bootAfterFailedSyncs(hostBoot))
         options.hash = BlockHash.hash
         core = try ReplicaCore(opening: storage, options: options, pool: reactor.pool)
         storage.releaseLogPages()
@@ -210,6 +213,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
                 "the manifest cannot be written: \(errorText(number))"
             }
         failure = text
+        if case .tableUnreadable = reason {} else { storage.noteFailedSync(hostBoot) }
         Log.error("replica failed", ("reason", text))
         reactor.stop()
     }

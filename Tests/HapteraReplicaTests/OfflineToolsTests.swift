@@ -14,7 +14,9 @@ final class TestDirectory {
         try #require(unsafe mkdir(path, 0o700) == 0)
     }
     deinit {
-        for name in ["layers/1.data", "layers/1.table", "activity.log", "manifest", "image"] {
+        for name in [
+            "layers/1.data", "layers/1.table", "activity.log", "manifest", "image", "failed-sync",
+        ] {
             // SAFETY: the strings outlive the calls.
             _ = unsafe unlink("\(path)/\(name)")
         }

@@ -36,6 +36,8 @@ package final class EngineCore {
 
     // Operations.
     static let internalSlots = 64
+    /// Requests one engine can have under way at a replica.
+    package static let outstandingMax = EngineLimits.operationsMax + internalSlots
     static let bucketCount = 1024
     let slots = FixedArray(
         repeating: OperationSlot(), count: EngineLimits.operationsMax + internalSlots)
@@ -127,6 +129,9 @@ package final class EngineCore {
     var flushDueAt: Instant?
     var isFlushInFlight = false
     var isLogPressed = false
+    /// Not before this is a flush sent because a log is filling.
+    var pressedFlushAfter = Instant.zero
+    static let pressedFlushMilliseconds: UInt64 = 20
 
     // Jobs.
     static let jobsMax = 4

@@ -67,6 +67,7 @@ extension EngineCore {
             unresolved.isEmpty || mutations.contains(.stableBeforeResolved)
         flushDueAt = nil
         isLogPressed = false
+        pressedFlushAfter = now.adding(milliseconds: Self.pressedFlushMilliseconds)
         var targets = liveMembers
         if let joiner, isLive(joiner), joinStage != .installing, joinStage != .none {
             targets.insert(SlotSet(joiner))

@@ -326,7 +326,9 @@ extension EngineCore {
 
     func advanceFlush() {
         guard phase == .serving, !isFlushInFlight else { return }
-        guard isLogPressed || (flushDueAt.map { now >= $0 } ?? false) else { return }
+        // A log that stays full must be given the time to drain what the last flush covered.
+        let isPressed = isLogPressed && now >= pressedFlushAfter
+        guard isPressed || (flushDueAt.map { now >= $0 } ?? false) else { return }
         guard !liveMembers.isEmpty else { return }
         isFlushInFlight = true
         sendFlush(allocateSlot(.flush, Operation(kind: .flush, userData: 0)))

@@ -31,13 +31,14 @@ package struct ReplicaIdentity: Equatable, Sendable {
     }
 }
 
-/// The durable heart of a replica: identity, promise, layer chain. Two slots of 64 KiB, written in
-/// turn; the valid one with the higher counter counts.
+/// The durable heart of a replica: identity, promise, layer chain. Two slots of 64 KiB; the valid one
+/// with the higher counter counts. A write goes to slot counter % 2, and when that is durable to the
+/// other: at rest both hold the same, and rot in one takes nothing back.
 ///
 ///     offset  size  slot
 ///          0     4  magic      "HPMF"
 ///          4     4  format     1
-///          8     8  counter    grows by one per write; counter % 2 is the slot
+///          8     8  counter    grows by one per change
 ///         16     4  length     bytes of the body
 ///         20     4  checksum   CRC32C of bytes 0..<20, then of the body
 ///         24        body       in this order, integers little-endian, texts and lists with a
@@ -65,7 +66,9 @@ package struct Manifest: Equatable, Sendable {
     package init(identity: ReplicaIdentity) { self.identity = identity }
 
     package var head: LayerID { layers[layers.count - 1] }
-    package var slotOffset: UInt64 { (counter % 2) * UInt64(Self.slotSize) }
+    package var slotOffset: UInt64 { UInt64(slot * Self.slotSize) }
+    /// Where it is written first; then the other slot gets the same.
+    package var slot: Int { Int(counter % 2) }
 
     /// Bytes to write at `slotOffset`, padded to whole 4 KiB.
     package func encoded() -> [UInt8] {
@@ -99,8 +102,8 @@ package struct Manifest: Equatable, Sendable {
         return slot.bytes + [UInt8](repeating: 0, count: padded - slot.bytes.count)
     }
 
-    /// Nil unless `memory` (one slot) holds a whole valid manifest that belongs in `slot`.
-    package init?(decoding memory: RawMemory, slot: Int) {
+    /// Nil unless `memory` (one slot) holds a whole valid manifest.
+    package init?(decoding memory: RawMemory) {
         guard memory.count >= Self.bodyOffset, memory.load(UInt32.self, 0) == Self.magic,
             memory.load(UInt32.self, 4) == Self.formatVersion
         else { return nil }
@@ -112,7 +115,7 @@ package struct Manifest: Equatable, Sendable {
         guard memory.load(UInt32.self, 20) == expected else { return nil }
         self.init(body: body.bytes())
         counter = memory.load(UInt64.self, 8)
-        guard counter % 2 == UInt64(slot), counter < 1 << 62 else { return nil }
+        guard counter < 1 << 62 else { return nil }
     }
 
     private init?(body: [UInt8]) {
@@ -150,7 +153,7 @@ package struct Manifest: Equatable, Sendable {
         var newest: Manifest?
         for slot in 0..<2 where memory.count >= (slot + 1) * slotSize {
             let bytes = memory.slice(slot * slotSize, slotSize)
-            guard let found = Manifest(decoding: bytes, slot: slot) else { continue }
+            guard let found = Manifest(decoding: bytes) else { continue }
             if found.counter >= newest?.counter ?? 0 { newest = found }
         }
         if let newest { return .manifest(newest) }

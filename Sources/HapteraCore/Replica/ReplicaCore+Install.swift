@@ -82,6 +82,7 @@ extension ReplicaCore {
             if syncs[FileSync.log].durable >= installTicket { completeInstall() }
             return
         }
+        guard !isMirrorDue else { return }
         installTicket = log.storeCount
         want(FileSync.log, installTicket)
         promiseBefore = promise
@@ -185,9 +186,7 @@ extension ReplicaCore {
         cache.frames[Int(frame)].lastWrite = max(cache.frames[Int(frame)].lastWrite, point.next)
     }
     func pumpSettle() {
-        guard isSettleWanted, manifestProposal == nil, currentInstall < 0, shutdown == .none else {
-            return
-        }
+        guard isSettleWanted, !isManifestBusy, currentInstall < 0, shutdown == .none else { return }
         var proposal = manifest
         proposal.settledBoot = options.bootID
         writeManifest(proposal, .settle)
@@ -195,24 +194,35 @@ extension ReplicaCore {
 
     // MARK: the manifest
 
-    /// 1. the slot not in use is written   -> torn: the other slot counts
-    /// 2. the file is synced               -> the new one counts
+    /// 1. the older slot is written                -> torn: the other slot counts
+    /// 2. the file is synced, what waits goes on    -> the new one counts
+    /// 3. the other slot gets the same, and a sync  -> rot in one slot takes nothing back
     func writeManifest(_ proposal: Manifest, _ purpose: ManifestPurpose) {
-        precondition(manifestProposal == nil)
+        precondition(!isManifestBusy)
         var next = proposal
         next.counter = manifest.counter + 1
-        let bytes = next.encoded()
-        // No buffer now: the next step tries again.
-        guard let buffer = pool.allocate(bytes.count) else { return }
-        pool.memory(buffer).copy(from: bytes)
+        guard writeManifest(next, slot: next.slot) else { return }
         manifestProposal = next
         manifestPurpose = purpose
+    }
+    var isManifestBusy: Bool { manifestProposal != nil || isMirrorDue }
+
+    /// False: no buffer now; the next step tries again.
+    private func writeManifest(_ next: Manifest, slot: Int) -> Bool {
+        let bytes = next.encoded()
+        guard let buffer = pool.allocate(bytes.count) else { return false }
+        pool.memory(buffer).copy(from: bytes)
         let token = startOperation(
             .manifestWrite, index: 0, buffer: buffer, length: bytes.count)
         actions.append(
             .write(
-                .manifest, offset: next.slotOffset, length: bytes.count, buffer: buffer,
-                bufferOffset: 0, token: token))
+                .manifest, offset: UInt64(slot * Manifest.slotSize), length: bytes.count,
+                buffer: buffer, bufferOffset: 0, token: token))
+        return true
+    }
+    func pumpMirror() {
+        guard isMirrorDue, !isMirroring else { return }
+        isMirroring = writeManifest(manifest, slot: 1 - manifest.slot)
     }
     func manifestWritten(_ operation: DiskOperation, _ result: Int) {
         release(operation.buffer)
@@ -224,15 +234,18 @@ extension ReplicaCore {
         actions.append(.sync(.manifest, token: token))
     }
     func manifestSynced(_ result: Int) {
-        guard result == 0, let made = manifestProposal else {
+        guard result == 0 else {
             return fail(.manifestWriteFailed(errno: Int32(-result)))
+        }
+        guard let made = manifestProposal else {
+            isMirrorDue = false
+            isMirroring = false
+            if manifestPurpose == .shutdown { shutdown = .done }
+            return
         }
         manifest = made
         manifestProposal = nil
-        switch manifestPurpose {
-        case .install: break  // `pumpInstall` goes on
-        case .settle: isSettleWanted = false
-        case .shutdown: shutdown = .done
-        }
+        isMirrorDue = true
+        if manifestPurpose == .settle { isSettleWanted = false }
     }
 }

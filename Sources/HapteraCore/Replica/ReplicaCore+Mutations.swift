@@ -169,6 +169,7 @@ extension ReplicaCore {
         }
         cache.frames[Int(frame)].hasSlots = true
         cache.frames[Int(frame)].version = 1
+        cache.frames[Int(frame)].slotsTicket = syncs[FileSync.table].written
         appendActivation(frame)
         if cache.frames[Int(frame)].state == .active { wake(frame) }
     }

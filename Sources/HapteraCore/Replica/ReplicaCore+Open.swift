@@ -127,7 +127,10 @@ extension ReplicaCore {
 ///    A record whose index is below its page's logIndex is in the page already. A region with an
 ///    activation that is not is active: its blocks may be doubtful, which reading finds out.
 /// 3. active regions get the promise as birth: they may have been written in any epoch up to it
-/// 4. the log is synced: activations that a killed process left unsynced are relied upon from here
+/// 4. log and table are synced: activations and pages that a killed process left unsynced are relied
+///    upon from here, and the log's tail may pass the records of such pages
+/// 5. of regions in the log, blocks that need no space and have some are noted: a crash came before
+///    they were punched
 /// Nothing else is written, so a crash while opening changes nothing.
 package struct OpenedReplica {
     package let manifest: Manifest
@@ -172,7 +175,10 @@ package struct OpenedReplica {
         try markAllocated(regions: regions)
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
-        if !isReadOnly { try storage.sync(.log) }
+        guard !isReadOnly else { return }
+        try storage.sync(.log)
+        try storage.sync(.table(head))
+        try findUnneeded()
     }
 
     private static func expect(_ storage: ReplicaStorage, _ file: ReplicaFile, size: UInt64)
@@ -276,6 +282,43 @@ package struct OpenedReplica {
             cache.frames[Int(frame)].lastWrite = last
             cache.frames[Int(frame)].dataTicket = 1
             frame = cache.nextActive(frame)
+        }
+    }
+}
+
+extension OpenedReplica {
+    /// Space that blocks without data hold, in regions the log still tells of.
+    private func findUnneeded() throws(StorageError) {
+        for list in [TableCache.List.clean, .active] {
+            var frame = cache.first(list)
+            while frame >= 0 {
+                let next = cache.next(frame)
+                try findUnneeded(frame)
+                if list == .clean, !cache.frames[Int(frame)].unneeded.isEmpty {
+                    cache.move(frame, to: .punch)
+                }
+                frame = next
+            }
+        }
+    }
+    private func findUnneeded(_ frame: Int32) throws(StorageError) {
+        let start = cache.frames[Int(frame)].region * UInt64(Geometry.regionSize)
+        let end = min(start + UInt64(Geometry.regionSize), manifest.identity.size)
+        let blockSize = UInt64(Geometry.blockSize)
+        var offset = start
+        while offset < end,
+            let range = try storage.nextAllocated(.data(head), from: offset),
+            range.lowerBound < end
+        {
+            let first = Int((max(range.lowerBound, start) - start) / blockSize)
+            let last = Int((min(range.upperBound, end) - start + blockSize - 1) / blockSize)
+            for block in first..<last {
+                let state = cache.entry(frame, block).state
+                if state == .absent || state == .zero {
+                    cache.frames[Int(frame)].unneeded[block] = true
+                }
+            }
+            offset = max(range.upperBound, offset + 1)
         }
     }
 }

@@ -112,6 +112,8 @@ extension ReplicaCore {
             found.waiters.isEmpty
         else { return false }
         if options.mutations.contains(.drainWithoutFlush) { return true }
+        // A new page beside a slot that a power cut takes would look like damage.
+        guard found.slotsTicket <= syncs[FileSync.table].durable else { return false }
         return found.lastWrite <= stablePoint
             && found.dataTicket <= syncs[FileSync.data].durable
     }
@@ -330,7 +332,7 @@ extension ReplicaCore {
 
     func pumpShutdown() {
         if shutdown == .finishing {
-            guard startedCount == 0, currentInstall < 0, manifestProposal == nil else { return }
+            guard startedCount == 0, currentInstall < 0, !isManifestBusy else { return }
             for file in 0..<3 { want(file, written(file)) }
             shutdown = .syncing
         }
@@ -349,7 +351,7 @@ extension ReplicaCore {
             }
             shutdown = .writingManifest
         }
-        if shutdown == .writingManifest, manifestProposal == nil {
+        if shutdown == .writingManifest, !isManifestBusy {
             var proposal = manifest
             proposal.isClean = true
             writeManifest(proposal, .shutdown)

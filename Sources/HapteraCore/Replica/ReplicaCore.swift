@@ -77,6 +77,9 @@ package final class ReplicaCore {
     var hasPromisedHere = false
     /// What a manifest write on its way to the disk makes true.
     var manifestProposal: Manifest?
+    /// The manifest is durable in one slot and has yet to be put into the other.
+    var isMirrorDue = false
+    var isMirroring = false
     var manifestPurpose = ManifestPurpose.install
     var isSettleWanted = false
     /// What was promised before the last Install.
@@ -166,6 +169,7 @@ package final class ReplicaCore {
         retryWaiting()
         pumpFlushes()
         pumpInstall()
+        pumpMirror()
         pumpSettle()
         pumpUpkeep()
         if shutdown != .none { pumpShutdown() }
