@@ -81,10 +81,12 @@ struct SimulatedLeases {
     /// Of client requests; 0: held for ever.
     let ioTimeoutMilliseconds: UInt64
 
-    init(random: RandomSource) {
-        (milliseconds, removalMilliseconds) = random.pick([
+    /// With rot about, a member that only pauses must not be removed: it may have the good copy.
+    init(random: RandomSource, sparesPausedMembers: Bool) {
+        let drawn: (UInt32, UInt64) = random.pick([
             (500, 3000), (500, 3000), (500, 500), (2500, 3000), (3000, 800),
         ])
+        (milliseconds, removalMilliseconds) = sparesPausedMembers ? (500, 3000) : drawn
         ioTimeoutMilliseconds = random.permille(200) ? random.pick([100, 700, 4000]) : 0
     }
 }

@@ -89,7 +89,7 @@ package final class World {
         ).sorted()
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
         faults = FaultPlan(random: random.fork())
-        leases = SimulatedLeases(random: random.fork())
+        leases = SimulatedLeases(random: random.fork(), sparesPausedMembers: faults.rot)
         keeper = random.below(replicas)
         network = SimulatedNetwork(timeline: timeline, random: random.fork())
         let hostsRandom = random.fork()
