@@ -2,7 +2,7 @@
 
 extension MutationSet {
     /// On disk: let the log's tail pass a page before the table is synced.
-    package static let tailMovedBeforePageSync = MutationSet(rawValue: 1 << 56)
+    package static let tailMovedBeforeTableSync = MutationSet(rawValue: 1 << 56)
     /// I: answer an Install when the manifest is written, not when it is synced.
     package static let manifestNotSynced = MutationSet(rawValue: 1 << 57)
     /// On disk: give a trimmed block's space back before its entry is durable.
@@ -14,7 +14,7 @@ extension MutationSet {
         ("dataBeforeActivate", .dataBeforeActivate), ("drainBeforeLogSync", .drainBeforeLogSync),
         ("flushWithoutLog", .flushWithoutLog), ("drainWithoutFlush", .drainWithoutFlush),
         ("flushWithoutSync", .flushWithoutSync), ("noRestamp", .noRestamp),
-        ("tailMovedBeforePageSync", .tailMovedBeforePageSync),
+        ("tailMovedBeforeTableSync", .tailMovedBeforeTableSync),
         ("manifestNotSynced", .manifestNotSynced), ("punchBeforeDrain", .punchBeforeDrain),
     ]
 }

@@ -102,7 +102,7 @@ struct CrashJudge {
             guard let digest = RegionDigest.decode(index: index, from: block.memory) else {
                 return nil
             }
-            // A block that is not doubtful holds one value in all its sectors, or its checksum lies.
+            // One that is not doubtful holds one value in all sectors, or its checksum lies.
             let isWhole = digest.entry.state != .data || digest.hashHigh == 8
             return CrashFound(
                 entry: digest.entry, isDoubtful: digest.isDoubtful,

@@ -31,9 +31,9 @@ package struct ReplicaIdentity: Equatable, Sendable {
     }
 }
 
-/// The durable heart of a replica: identity, promise, layer chain. Two slots of 64 KiB; the valid one
-/// with the higher counter counts. A write goes to slot counter % 2, and when that is durable to the
-/// other: at rest both hold the same, and rot in one takes nothing back.
+/// The durable heart of a replica: identity, promise, layer chain. Two slots of 64 KiB; the valid
+/// one with the higher counter counts. A write goes to slot counter % 2, and when that is durable
+/// to the other: at rest both hold the same, and rot in one takes nothing back.
 ///
 ///     offset  size  slot
 ///          0     4  magic      "HPMF"

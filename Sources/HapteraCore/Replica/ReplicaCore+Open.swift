@@ -127,8 +127,8 @@ extension ReplicaCore {
 ///    A record whose index is below its page's logIndex is in the page already. A region with an
 ///    activation that is not is active: its blocks may be doubtful, which reading finds out.
 /// 3. active regions get the promise as birth: they may have been written in any epoch up to it
-/// 4. log and table are synced: activations and pages that a killed process left unsynced are relied
-///    upon from here, and the log's tail may pass the records of such pages
+/// 4. log and table are synced: activations and pages that a killed process left unsynced are
+///    relied upon from here, and the log's tail may pass the records of such pages
 /// 5. of regions in the log, blocks that need no space and have some are noted: a crash came before
 ///    they were punched
 /// Nothing else is written, so a crash while opening changes nothing.

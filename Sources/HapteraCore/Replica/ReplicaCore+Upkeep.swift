@@ -88,7 +88,7 @@ extension ReplicaCore {
         case .writingPages:
             guard upkeep.outstanding == 0 else { return false }
             upkeep.ticket = syncs[FileSync.table].written
-            if options.mutations.contains(.tailMovedBeforePageSync) { upkeep.ticket = 0 }
+            if options.mutations.contains(.tailMovedBeforeTableSync) { upkeep.ticket = 0 }
             want(FileSync.table, upkeep.ticket)
             upkeep.phase = .syncingTable
         case .syncingTable:

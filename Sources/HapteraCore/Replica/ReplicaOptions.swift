@@ -5,8 +5,8 @@ package struct ReplicaOptions {
     /// Regions held in memory, active ones included; about 2.2 KiB each. At least
     /// `activeRegionsMax` + 64.
     package var tableCachePagesMax = 12_288
-    /// Regions in the activity log, at most `InstallReply.activeRegionsMax`. More than an engine can
-    /// have requests under way, so that no one stable point has to free them all.
+    /// Regions in the activity log, at most `InstallReply.activeRegionsMax`. More than an engine
+    /// can have requests under way, so that no one stable point has to free them all.
     package var activeRegionsMax = ReplicaOptions.activeRegionsDefault
     package static let activeRegionsDefault = 6144
     /// For writes that make members equal. No stable point comes before they are: were clients'
