@@ -34,7 +34,8 @@ import Testing
             begun += 1
         }
         #expect((7...9).contains(begun))
-        #expect(!throttle.mayBegin(now.adding(milliseconds: 500), running: 1))
+        let mayBeginLater = throttle.mayBegin(now.adding(milliseconds: 500), running: 1)
+        #expect(!mayBeginLater)
     }
 
     @Test func withoutClientsThereIsNoLimit() {
@@ -42,7 +43,8 @@ import Testing
         var now = Instant(rawValue: 1_000_000_000)
         throttle.advance(now, isCopying: true)
         for _ in 0..<20 {
-            #expect(throttle.mayBegin(now, running: 3))
+            let mayBegin = throttle.mayBegin(now, running: 3)
+            #expect(mayBegin)
             throttle.began(bytes: Geometry.regionSize)
         }
         for _ in 0..<40 { window(&throttle, &now, microseconds: 9000, copying: true) }
