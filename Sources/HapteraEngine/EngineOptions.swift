@@ -103,13 +103,21 @@ struct EngineOptions {
             try arguments.parse("ended-instance", "a number") {
                 UInt64($0).map { InstanceID(rawValue: $0) }
             } ?? .none
-        store = []
+        store = try Self.store(arguments)
+        replicas = try Self.replicas(arguments)
+    }
+
+    private static func store(_ arguments: Arguments) throws(UsageError) -> [SocketAddress] {
+        var store: [SocketAddress] = []
         for text in arguments.all("store") {
             store.append(
                 try Arguments.parsed("store", text, "HOST:PORT") { SocketAddress(tcp: $0) })
         }
         guard !store.isEmpty else { throw UsageError("--store is missing") }
-        replicas = []
+        return store
+    }
+    private static func replicas(_ arguments: Arguments) throws(UsageError) -> [ReplicaEndpoint] {
+        var replicas: [ReplicaEndpoint] = []
         for text in arguments.all("replica") {
             replicas.append(
                 try Arguments.parsed("replica", text, "HEX16=HOST:PORT") { ReplicaEndpoint($0) })
@@ -120,6 +128,7 @@ struct EngineOptions {
         guard Set(replicas.map(\.id.rawValue)).count == replicas.count else {
             throw UsageError("--replica names a replica twice")
         }
+        return replicas
     }
 }
 

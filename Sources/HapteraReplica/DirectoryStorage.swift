@@ -244,7 +244,8 @@ package final class DirectoryStorage: ReplicaStorage {
         } catch { throw Self.error(error.errno, "\(path(file)): \(error.message)") }
     }
 
-    /// Those who only look get a private mapping: nothing they do reaches the file. Without the lock
+    /// Those who only look get a private mapping: nothing they do reaches the file. Without the
+    /// lock
     /// they get a copy, which does not change under their eyes.
     package func mapLog(size: Int) throws(StorageError) -> RawMemory {
         let fd = try descriptor(.log)

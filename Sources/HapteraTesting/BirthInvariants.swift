@@ -1,6 +1,7 @@
 import HapteraCore
 
-// Invariant 17 for the whole in-sync set: a member's births tell the truth about writes it was never
+// Invariant 17 for the whole in-sync set: a member's births tell the truth about writes it was
+// never
 // sent, too.
 
 extension World {

@@ -40,7 +40,8 @@ extension World {
             let waiting = operations.count {
                 $0.worker < 0 && $0.isOutstanding && ($0.kind == .read) == (draw.kind == .read)
             }
-            // Nor what others have asked for and may repeat: that would be two clients of one block.
+            // Nor what others have asked for and may repeat: that would be two clients of one
+            // block.
             let end = draw.offset + UInt64(draw.length)
             let isDisputed =
                 draw.kind != .read

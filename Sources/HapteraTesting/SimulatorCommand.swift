@@ -16,7 +16,7 @@ package enum SimulatorCommand {
           --seeds FROM-TO  run all of them, both ends included
           --steps M        events of each run's troubled part (default \
         \(SimulationOptions().steps))
-          --replicas K     copies of the volume, 1 to \(Geometry.replicasMax) (default: drawn, 1 to 3)
+          --replicas K     copies, 1 to \(Geometry.replicasMax) (default: drawn, 1 to 3)
           --mutation NAME  switch one rule off; the run should then fail
           --until-failure  stop at the first failing seed
           --trace          print every event

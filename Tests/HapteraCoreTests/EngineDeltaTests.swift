@@ -61,13 +61,14 @@ import Testing
         }
     }
 
-    /// A region found equal, but written later at the member, is written once at the joiner: else it
+    /// A region found equal, but written later at the member, is written once at the joiner: else
+    /// it
     /// would later be thought unchanged since before, and be kept from another returning replica.
     @Test func equalRegionGetsTheBirthItsBytesDeserve() {
         for mutation in [[], .equalRegionKeepsBirth] as [MutationSet] {
             let h = departed(mutation)
-            h.fakes[0].births = [0: 100, 1: 100]
-            h.fakes[1].births = [0: 99, 1: 100]
+            h.fakes[0].births = [0: 100, 1: 100, 2: 1]
+            h.fakes[1].births = [0: 99, 1: 100, 2: 1]
             returns(h)
             #expect(h.fakes[1].seen.filter { $0 == .digest }.count == 2)
             #expect(h.fakes[1].seen.filter { $0 == .write }.count == (mutation.isEmpty ? 1 : 0))

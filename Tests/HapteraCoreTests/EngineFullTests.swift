@@ -29,11 +29,11 @@ import Testing
         h.core.set(removalDeadlineMilliseconds: nil, ioTimeoutMilliseconds: 2000)
         h.start()
         for fake in h.fakes { fake.errors = full }
+        // What the attempt leaves on one of them.
+        h.fakes[2].blocks[0] = (BlockEntry(state: .zeroAllocated), [])
         let write = h.write(0, block(1))
         h.pass(milliseconds: 1500)
         #expect(h.results[write] == nil)
-        // What the attempts have left on one of them.
-        h.fakes[2].blocks[0] = (BlockEntry(state: .zeroAllocated), [])
         h.pass(milliseconds: 700)
         #expect(h.results[write] == .noSpace && h.stored.inSync.count == 3)
         #expect(h.fakes[2].entry(0) == h.fakes[0].entry(0))

@@ -80,7 +80,8 @@ extension EngineCore {
         replicas[slot].joinAfter = now.adding(milliseconds: replicas[slot].fullBackoff)
     }
 
-    /// Sends a client's write again to the one replica that refused it, which let an Install of this
+    /// Sends a client's write again to the one replica that refused it, which let an Install of
+    /// this
     /// engine pass before it while it waited for room in the activity log. True if it did.
     func sendAgain(_ slot: ReplicaSlot, _ refused: FrameHeader) -> Bool {
         guard refused.kind == .write || refused.kind == .setState,

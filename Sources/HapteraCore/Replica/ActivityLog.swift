@@ -151,7 +151,8 @@ package final class ActivityLog {
     package private(set) var durableTail: UInt64
     /// Highest flushed point found in header and records.
     package private(set) var flushed: StablePoint
-    /// Highest stable point found in header and records, or stored since. As `ReplicaCore.knownStable`.
+    /// Highest stable point found in header and records, or stored since. As
+    /// `ReplicaCore.knownStable`.
     package private(set) var stable: StablePoint
     /// Records promised to writes whose data is on its way to the disk.
     package private(set) var reserved: UInt64 = 0
@@ -194,7 +195,8 @@ package final class ActivityLog {
         stable = header.stable
     }
 
-    /// Hands every record about a region that may still matter to `body`, in index order. A gap is a record that
+    /// Hands every record about a region that may still matter to `body`, in index order. A gap is
+    /// a record that
     /// was never made durable.
     package func replay(_ body: (LogRecord) throws(StorageError) -> Void) throws(StorageError) {
         for index in durableTail..<durableTail + capacity {

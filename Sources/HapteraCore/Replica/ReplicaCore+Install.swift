@@ -82,7 +82,7 @@ extension ReplicaCore {
             if syncs[FileSync.log].durable >= installTicket { completeInstall() }
             return
         }
-        guard !isMirrorDue else { return }
+        guard !isSecondSlotDue else { return }
         installTicket = log.storeCount
         want(FileSync.log, installTicket)
         promiseBefore = promise
@@ -205,7 +205,7 @@ extension ReplicaCore {
         manifestProposal = next
         manifestPurpose = purpose
     }
-    var isManifestBusy: Bool { manifestProposal != nil || isMirrorDue }
+    var isManifestBusy: Bool { manifestProposal != nil || isSecondSlotDue }
 
     /// False: no buffer now; the next step tries again.
     private func writeManifest(_ next: Manifest, slot: Int) -> Bool {
@@ -220,8 +220,8 @@ extension ReplicaCore {
                 buffer: buffer, bufferOffset: 0, token: token))
         return true
     }
-    func pumpMirror() {
-        guard isMirrorDue, !isMirroring else { return }
+    func pumpSecondSlot() {
+        guard isSecondSlotDue, !isMirroring else { return }
         isMirroring = writeManifest(manifest, slot: 1 - manifest.slot)
     }
     func manifestWritten(_ operation: DiskOperation, _ result: Int) {
@@ -238,14 +238,14 @@ extension ReplicaCore {
             return fail(.manifestWriteFailed(errno: Int32(-result)))
         }
         guard let made = manifestProposal else {
-            isMirrorDue = false
+            isSecondSlotDue = false
             isMirroring = false
             if manifestPurpose == .shutdown { shutdown = .done }
             return
         }
         manifest = made
         manifestProposal = nil
-        isMirrorDue = true
+        isSecondSlotDue = true
         if manifestPurpose == .settle { isSettleWanted = false }
     }
 }

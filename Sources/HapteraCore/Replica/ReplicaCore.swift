@@ -78,7 +78,7 @@ package final class ReplicaCore {
     /// What a manifest write on its way to the disk makes true.
     var manifestProposal: Manifest?
     /// The manifest is durable in one slot and has yet to be put into the other.
-    var isMirrorDue = false
+    var isSecondSlotDue = false
     var isMirroring = false
     var manifestPurpose = ManifestPurpose.install
     var isSettleWanted = false
@@ -169,7 +169,7 @@ package final class ReplicaCore {
         retryWaiting()
         pumpFlushes()
         pumpInstall()
-        pumpMirror()
+        pumpSecondSlot()
         pumpSettle()
         pumpUpkeep()
         if shutdown != .none { pumpShutdown() }

@@ -50,7 +50,8 @@ package final class ReplicaReader {
         opened.regionMap[Int(region / 64)] >> (region % 64) & 1 != 0
     }
 
-    /// Counts regions by the epoch of their last write; regions never written are left out, and those
+    /// Counts regions by the epoch of their last write; regions never written are left out, and
+    /// those
     /// of the activity log count as written in the promised epoch.
     package func births() throws(StorageError) -> [Epoch: UInt64] {
         var births: [Epoch: UInt64] = [:]
