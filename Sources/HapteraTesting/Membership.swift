@@ -88,8 +88,11 @@ extension World {
                 record.change == .reinstatement || isFork
                     || record.change == .promotion && before.joining?.replica == host.id,
                 "\(host.name) is a member again without promotion, reinstatement or fork")
-            // Filled since it joined, unless its power failed meanwhile.
-            if host.powerCutAt < joinStartedAt { host.isLossy = false }
+            // Filled since it joined, unless its power failed meanwhile. Who is reinstated was not:
+            // the join that began last is another replica's.
+            if record.change == .promotion && host.powerCutAt < joinStartedAt {
+                host.isLossy = false
+            }
         }
         if record.engine != before.engine,
             let engine = engines.first(where: { $0.instance == record.engine })
