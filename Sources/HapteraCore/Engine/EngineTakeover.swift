@@ -328,7 +328,8 @@ extension EngineCore {
     // MARK: - Flush and detach
 
     func advanceFlush() {
-        guard phase == .serving, !isFlushInFlight else { return }
+        // After the release no reply is acted upon: a flush would be on its way for ever.
+        guard phase == .serving, !isFlushInFlight, !hasReleased else { return }
         // A log that stays full must be given the time to drain what the last flush covered.
         let isPressed = isLogPressed && now >= pressedFlushAfter
         guard isPressed || (flushDueAt.map { now >= $0 } ?? false) else { return }
