@@ -61,10 +61,13 @@ struct CopyThrottle {
     mutating func mayBegin(_ now: Instant, running: Int) -> Bool {
         guard rate < Self.ceiling else { return true }
         guard running < max(1, Int(rate / Self.beginning)) else { return false }
+        // Time too short to be worth a byte counts later: however often this is asked, it adds up.
         let elapsed = min(now.nanoseconds(since: creditAt), 1_000_000_000)
-        creditAt = now
-        credit += Int64(rate * (elapsed / 1000) / 1_000_000)
-        credit = min(credit, Int64(Geometry.regionSize))
+        if elapsed >= 1_000_000 {
+            creditAt = now
+            credit += Int64(rate * (elapsed / 1000) / 1_000_000)
+            credit = min(credit, Int64(Geometry.regionSize))
+        }
         return credit > 0
     }
     mutating func began(bytes: Int) {
