@@ -9,9 +9,8 @@ package struct BufferID: RawRepresentable, Hashable, BitwiseCopyable, Sendable {
 /// handed out last-in first-out so that warm memory is reused.
 ///
 /// Memory is reserved at start (address space only) and becomes resident when first used, so an
-/// idle
-/// process stays small. `allocate` returns nil when a class has run out: the caller stops receiving
-/// (back-pressure) and tries again after a release. Single-threaded.
+/// idle process stays small. `allocate` returns nil when a class has run out: the caller stops
+/// receiving (back-pressure) and tries again after a release. Single-threaded.
 package final class BufferPool {
     package struct Limits: Sendable {
         /// Buffers of 4 KiB, 128 KiB and 1 MiB.

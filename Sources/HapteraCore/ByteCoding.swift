@@ -18,8 +18,7 @@ package struct ByteWriter {
 }
 
 /// Reads what `ByteWriter` wrote. After any failure `isValid` is false and every value is zero, so
-/// a
-/// decoder reads straight through and checks once at the end.
+/// a decoder reads straight through and checks once at the end.
 package struct ByteReader {
     private let bytes: [UInt8]
     private var position = 0

@@ -27,10 +27,9 @@ package struct OperationFlags: OptionSet, BitwiseCopyable, Sendable {
 /// requests at region boundaries.
 ///
 /// Buffer contract, read and write: `buffer` has room for the range rounded out to whole blocks,
-/// and
-/// the byte at `offset` is at position `offset % 4096` in it. The core keeps the reference it is
-/// given until `EngineAction.complete`, which hands it back to the frontend: the frontend releases
-/// it once it has used the data. Status: a 4 KiB buffer that receives the extents of
+/// and the byte at `offset` is at position `offset % 4096` in it. The core keeps the reference it
+/// is given until `EngineAction.complete`, which hands it back to the frontend: the frontend
+/// releases it once it has used the data. Status: a 4 KiB buffer that receives the extents of
 /// `FrameKind.status`, the first `tableLength` bytes; `EngineAction.complete` says how many.
 package struct Operation: BitwiseCopyable, Sendable {
     package var kind: OperationKind

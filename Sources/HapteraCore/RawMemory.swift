@@ -95,8 +95,7 @@
 }
 
 /// Zero-filled memory of a fixed size, freed with its owner. 4 KiB aligned, so that O_DIRECT may
-/// use
-/// it; large blocks cost physical memory only where they are touched.
+/// use it; large blocks cost physical memory only where they are touched.
 @safe package final class MemoryBlock: @unchecked Sendable {
     package let memory: RawMemory
 

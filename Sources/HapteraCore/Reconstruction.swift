@@ -2,9 +2,8 @@
 ///
 /// Nothing is acknowledged in an epoch before every member of its in-sync set has installed its
 /// record. So if all members of the newest record found, and its joiner, were looked at, nothing
-/// was
-/// ever acknowledged in a later epoch: a later in-sync set consists of these alone, and one of them
-/// would have installed it.
+/// was ever acknowledged in a later epoch: a later in-sync set consists of these alone, and one of
+/// them would have installed it.
 package struct Reconstruction: Equatable, Sendable {
     package enum Verdict: Equatable, Sendable {
         /// The record is the volume's.

@@ -32,9 +32,8 @@ package enum ReplicaEvent {
 
 package enum ReplicaAction: BitwiseCopyable {
     /// Reads or writes `length` bytes at `offset` of the file, from or to `bufferOffset` of
-    /// `buffer`
-    /// (4 KiB aligned throughout); `ReplicaEvent.disk` with `token` follows. The core holds the
-    /// buffer's reference until then. Short transfers are reported as they are.
+    /// `buffer` (4 KiB aligned throughout); `ReplicaEvent.disk` with `token` follows. The core
+    /// holds the buffer's reference until then. Short transfers are reported as they are.
     case read(
         ReplicaFile, offset: UInt64, length: Int, buffer: BufferID, bufferOffset: Int, token: UInt64
     )
@@ -42,14 +41,12 @@ package enum ReplicaAction: BitwiseCopyable {
         ReplicaFile, offset: UInt64, length: Int, buffer: BufferID, bufferOffset: Int, token: UInt64
     )
     /// fdatasync: what was written (for the log: stored in its mapping) before this action is
-    /// durable
-    /// when it ends with 0.
+    /// durable when it ends with 0.
     case sync(ReplicaFile, token: UInt64)
     /// Give the range's space back (fallocate PUNCH_HOLE | KEEP_SIZE).
     case punch(ReplicaFile, offset: UInt64, length: UInt64, token: UInt64)
     /// Send a reply. The table is in `tableBuffer` at 0 (header.tableLength bytes; `.none` if 0),
-    /// the
-    /// data in `buffer` at `bufferOffset` (header.dataLength bytes). The shell takes over both
+    /// the data in `buffer` at `bufferOffset` (header.dataLength bytes). The shell takes over both
     /// references and releases them when sent or when the connection is gone.
     case reply(
         connection: Int, FrameHeader, tableBuffer: BufferID, buffer: BufferID, bufferOffset: Int)

@@ -245,8 +245,7 @@ package final class DirectoryStorage: ReplicaStorage {
     }
 
     /// Those who only look get a private mapping: nothing they do reaches the file. Without the
-    /// lock
-    /// they get a copy, which does not change under their eyes.
+    /// lock they get a copy, which does not change under their eyes.
     package func mapLog(size: Int) throws(StorageError) -> RawMemory {
         let fd = try descriptor(.log)
         if mode == .peek {

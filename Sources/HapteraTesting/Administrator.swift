@@ -5,10 +5,13 @@ import HapteraCore
 
 extension World {
     /// Only members that lost power are reachable, and the engine refuses to guess.
+    var isRefusing: Bool {
+        guard let current = currentEngine, engines[current].isRunning else { return false }
+        return engines[current].core.isRefusing
+    }
+
     func acceptLoss() {
-        guard let current = currentEngine, engines[current].isRunning,
-            engines[current].core.isRefusing
-        else { return }
+        guard let current = currentEngine, isRefusing else { return }
         note("the administrator accepts a loss")
         step(engines[current], .acceptLoss)
         deliverDisconnects()

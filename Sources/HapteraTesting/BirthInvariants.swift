@@ -1,8 +1,7 @@
 import HapteraCore
 
 // Invariant 17 for the whole in-sync set: a member's births tell the truth about writes it was
-// never
-// sent, too.
+// never sent, too.
 
 extension World {
     /// A write was acknowledged: remembers for each region it touches an epoch in which every

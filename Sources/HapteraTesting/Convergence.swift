@@ -17,7 +17,13 @@ extension World {
             // Only copies that lost power are left, and the clients might notice: the engine is
             // right to refuse until somebody decides. Here the clients give up.
             if random.permille(500) {
-                acceptLoss()
+                // What one acceptance started may end in another refusal: a member that comes
+                // late can be one more that lost power.
+                for _ in 0..<3 {
+                    acceptLoss()
+                    if run(seconds: Self.convergenceSeconds, until: { isWhole }) { return }
+                    guard failure == nil, isRefusing else { break }
+                }
             } else {
                 note("the volume refuses; the clients are replaced")
                 for engine in engines { killEngine(engine) }

@@ -100,8 +100,9 @@ extension World {
             check(
                 3, header.epoch >= host.promised,
                 "\(host.name) promised e\(host.promised.rawValue), now e\(header.epoch.rawValue)")
-            // While the store holds an old copy the true history counts: every replica promised its
-            // last epoch, and no fault comes, so that the one claim made of the old record is refused.
+            // While the store holds an old copy the true history counts: every replica promised
+            // its last epoch, and no fault comes, so the one claim made of the old record is
+            // refused.
             check(
                 3, header.epoch <= trueHistory?.last?.epoch ?? store.record.epoch,
                 "\(host.name) promises an epoch the store never had")

@@ -62,8 +62,8 @@ import Testing
     }
 
     /// A region found equal, but written later at the member, is written once at the joiner: else
-    /// it
-    /// would later be thought unchanged since before, and be kept from another returning replica.
+    /// it would later be thought unchanged since before, and be kept from another returning
+    /// replica.
     @Test func equalRegionGetsTheBirthItsBytesDeserve() {
         for mutation in [[], .equalRegionKeepsBirth] as [MutationSet] {
             let h = departed(mutation)

@@ -72,7 +72,8 @@ import Testing
         // The write, then the Install of the record without the third.
         let waiting = h.fakes[1].unheard
         #expect(waiting.map(\.header.kind) == [.write, .install])
-        h.refuse(h.fakes[1], waiting[0].header, .staleEpoch)
+        // A replica's refusal names the epoch it is about to promise.
+        h.refuse(h.fakes[1], waiting[0].header, .staleEpoch, epoch: waiting[1].header.epoch)
         #expect(h.fakes[1].unheard.map(\.header.kind) == [.write, .install, .write])
         h.hear(h.fakes[1], from: 1)
         #expect(h.results[write] == .ok && h.stored.inSync.count == 2)

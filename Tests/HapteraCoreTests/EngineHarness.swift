@@ -215,8 +215,10 @@ final class EngineHarness {
         for frame in frames { deliver(slot(fake), frame.header, frame.table, frame.data) }
         run(.tick)
     }
-    func refuse(_ fake: FakeReplica, _ header: FrameHeader, _ status: FrameStatus) {
-        receive(slot(fake), header.reply(status, epoch: fake.promise), [], [])
+    func refuse(
+        _ fake: FakeReplica, _ header: FrameHeader, _ status: FrameStatus, epoch: Epoch? = nil
+    ) {
+        receive(slot(fake), header.reply(status, epoch: epoch ?? fake.promise), [], [])
         run(.tick)
     }
 

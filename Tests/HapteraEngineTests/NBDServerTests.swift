@@ -169,9 +169,8 @@ import Testing
     }
 
     /// A write that is repeated on a new connection after its own died, and then overtaken by a
-    /// newer
-    /// one of the same client, must not come back: neither from the old connection's unread bytes
-    /// nor from what the device still has of it.
+    /// newer one of the same client, must not come back: neither from the old connection's unread
+    /// bytes nor from what the device still has of it.
     @Test func aNewSessionBeginsAfterDeadOnesAreFencedAndDrained() throws {
         let h = try NBDServerHarness()
         let old = h.join()

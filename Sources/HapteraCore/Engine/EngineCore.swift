@@ -250,8 +250,7 @@ package final class EngineCore {
     }
 
     /// Where the data of a reply must be received: in the buffer of the operation that asked for
-    /// it.
-    /// Nil: nowhere in particular; the core will not look at it.
+    /// it. Nil: nowhere in particular; the core will not look at it.
     package func readTarget(_ header: FrameHeader, from slot: ReplicaSlot)
         -> (buffer: BufferID, offset: Int)?
     {
@@ -288,8 +287,7 @@ package final class EngineCore {
     }
 
     /// Lets everything that became possible happen: one place, after every event, so that no
-    /// event's
-    /// handler must remember who waits for what.
+    /// event's handler must remember who waits for what.
     private func reconcile() {
         guard phase != .stopped else { return }
         if isStarved, edges.count >= 2 {

@@ -81,12 +81,12 @@ extension EngineCore {
     }
 
     /// Sends a client's write again to the one replica that refused it, which let an Install of
-    /// this
-    /// engine pass before it while it waited for room in the activity log. True if it did.
+    /// this engine pass before it while it waited for room in the activity log. True if it did: once
+    /// the client has its answer, the data is the client's again.
     func sendAgain(_ slot: ReplicaSlot, _ refused: FrameHeader) -> Bool {
         guard refused.kind == .write || refused.kind == .setState,
             let index = slotIndex(ofTag: refused.tag), slots[index].use == .client,
-            slots[index].phase == .inFlight
+            slots[index].phase == .inFlight, !slots[index].isAcknowledged
         else { return false }
         var header = FrameHeader(kind: refused.kind)
         header.tag = refused.tag

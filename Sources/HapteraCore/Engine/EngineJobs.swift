@@ -99,8 +99,7 @@ extension EngineCore {
     }
 
     /// Resolution prefers a member whose host has not restarted: a rebooted one may have lost
-    /// writes
-    /// that were acknowledged.
+    /// writes that were acknowledged.
     private func chooseSource(_ job: Int) -> ReplicaSlot? {
         var candidates = liveMembers.subtracting(jobs[job].unfit)
         if candidates.isEmpty { candidates = liveMembers }

@@ -63,8 +63,13 @@ extension EngineCore {
             verifyPromise()
             return
         }
-        // Refused for the Install behind it, which is this engine's own: it goes behind that.
-        if header.epoch < replicas[slot].sentEpoch, sendAgain(slot, header) { return }
+        // Refused for the Install behind it, which is this engine's own: it goes behind that. (The
+        // refusal names the epoch of that Install, whose own reply is still to come.)
+        if header.epoch <= replicas[slot].sentEpoch,
+            replicas[slot].installedEpoch < replicas[slot].sentEpoch, sendAgain(slot, header)
+        {
+            return
+        }
         failReplica(slot, .disconnected)
         if phase == .installing, members.contains(slot) { mustClaimAgain = true }
     }
@@ -105,8 +110,7 @@ extension EngineCore {
     // MARK: - Reads
 
     /// R: verifies what was read against its checksums; blocks that are not data are made zero
-    /// here,
-    /// whatever was received. False if anything does not match.
+    /// here, whatever was received. False if anything does not match.
     func verify(_ memory: RawMemory, _ table: RawMemory, blocks: Int, hasData: Bool) -> Bool? {
         guard table.count == blocks * BlockEntry.size else { return nil }
         var isIntact = true

@@ -179,8 +179,7 @@ extension EngineCore {
     // MARK: - Reinstatement
 
     /// Takes a replica F back that was removed (at epoch L) in vain. The proof, each part of which
-    /// is
-    /// asked below:
+    /// is asked below:
     /// - A member P of the present in-sync set had not promised L or anything later before this
     ///   takeover. Who comes back into the set promises its joining first, so P has been in the set
     ///   in every epoch since L.
@@ -233,8 +232,7 @@ extension EngineCore {
     }
 
     /// Writes failed on every member and may be applied differently: the region is made equal
-    /// before
-    /// anyone touches it again.
+    /// before anyone touches it again.
     func addUnresolved(_ region: UInt64) {
         guard unresolved.insert(region).inserted else { return }
         unresolvedQueue.append(region)

@@ -51,8 +51,7 @@ package final class ReplicaReader {
     }
 
     /// Counts regions by the epoch of their last write; regions never written are left out, and
-    /// those
-    /// of the activity log count as written in the promised epoch.
+    /// those of the activity log count as written in the promised epoch.
     package func births() throws(StorageError) -> [Epoch: UInt64] {
         var births: [Epoch: UInt64] = [:]
         for region in activeRegions {
