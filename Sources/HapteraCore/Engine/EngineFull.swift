@@ -81,8 +81,8 @@ extension EngineCore {
     }
 
     /// Sends a client's write again to the one replica that refused it, which let an Install of
-    /// this engine pass before it while it waited for room in the activity log. True if it did: once
-    /// the client has its answer, the data is the client's again.
+    /// this engine pass before it while it waited for room in the activity log. False once the
+    /// client has its answer: the data is the client's again.
     func sendAgain(_ slot: ReplicaSlot, _ refused: FrameHeader) -> Bool {
         guard refused.kind == .write || refused.kind == .setState,
             let index = slotIndex(ofTag: refused.tag), slots[index].use == .client,
