@@ -11,6 +11,10 @@ final class EngineShell: BlockDevice, CompletionHandler {
     private var links: [ReplicaLink?] = Array(repeating: nil, count: Geometry.replicaSlotsMax)
     private let store: StoreClient
     private var isPerforming = false
+    private var tickHandler = HandlerID.none
+    /// While reads are on the way, time is told more often.
+    private var isHedgeTimerArmed = false
+    private static let hedgeMilliseconds = 10
     private(set) var isServing = false
     private(set) var isStoreAvailable = true
     var counters = EngineCounters()
@@ -52,14 +56,18 @@ final class EngineShell: BlockDevice, CompletionHandler {
             }
             run(.store(outcome))
         }
+        tickHandler = reactor.register(self)
         reactor.timer(
-            everyMilliseconds: Self.tickMilliseconds, handler: reactor.register(self), token: 0)
+            everyMilliseconds: Self.tickMilliseconds, handler: tickHandler, token: 0)
         configure(options.replicas)
         run(.start)
     }
     private static let tickMilliseconds = 50
 
-    func completed(token: UInt64, result: Int) { run(.tick) }
+    func completed(token: UInt64, result: Int) {
+        if token == 1 { isHedgeTimerArmed = false }
+        run(.tick)
+    }
 
     /// The complete set of replicas and where they are now.
     func configure(_ replicas: [ReplicaEndpoint]) {
@@ -95,6 +103,11 @@ final class EngineShell: BlockDevice, CompletionHandler {
     func completeReady() -> Bool {
         let before = counters.completed
         perform()
+        if !isHedgeTimerArmed, core.mayHedge {
+            isHedgeTimerArmed = true
+            reactor.timer(
+                afterMilliseconds: Self.hedgeMilliseconds, handler: tickHandler, token: 1)
+        }
         return counters.completed != before
     }
     func detach() { run(.detach) }

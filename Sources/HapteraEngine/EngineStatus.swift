@@ -113,6 +113,7 @@ extension EngineShell {
             ("haptera_engine_rebuilt_bytes_total", String(core.bytesRebuilt)),
             ("haptera_engine_compared_regions_total", String(core.regionsCompared)),
             ("haptera_engine_repaired_blocks_total", String(core.blocksRepaired)),
+            ("haptera_engine_hedged_reads_total", String(core.hedgedReads)),
             ("haptera_engine_in_sync_replicas", String(core.memberSlots.count)),
             ("haptera_engine_epoch", String(core.record?.epoch.rawValue ?? 0)),
         ]

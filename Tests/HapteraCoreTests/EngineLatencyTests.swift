@@ -60,4 +60,43 @@ import Testing
         #expect(h.fakes[0].seen.count { $0 == .read } - before < 15)
         #expect(h.pool.inUse == h.core.ownBuffers)
     }
+
+    @Test func aReadThatIsLateIsAskedOfAnotherMember() {
+        let h = EngineHarness()
+        h.start()
+        h.write(0, one)
+        for _ in 0..<64 { h.read(0, 4096) }
+        h.fakes[0].delayMilliseconds = 1000
+        var ids: [UInt64] = []
+        for _ in 0..<3 { ids.append(h.read(0, 4096)) }
+        h.pass(milliseconds: 200)
+        #expect(ids.allSatisfy { h.reads[$0] == one })
+        #expect(h.core.hedgedReads == 1)
+        // The buffer that the late reply may be arriving in is not given to anybody else; a write is
+        // not held up by it, and in the end nothing stays behind.
+        #expect(h.pool.inUse == h.core.ownBuffers + 1)
+        #expect(h.results[h.submit(.trim, 0, 4096)] == .ok)
+        h.pass(milliseconds: 1500)
+        #expect(h.pool.inUse == h.core.ownBuffers)
+        #expect(h.stored.inSync.count == 3)
+    }
+
+    @Test func hedgesAreDroppedWithTheMembersAsked() {
+        let h = EngineHarness()
+        h.start()
+        for _ in 0..<64 { h.read(0, 4096) }
+        for fake in h.fakes { fake.delayMilliseconds = 1000 }
+        let id = h.read(0, 4096)
+        h.pass(milliseconds: 200)
+        #expect(h.core.hedgedReads == 1)
+        for fake in h.fakes { h.kill(fake) }
+        #expect(h.results[id] == nil)
+        for fake in h.fakes {
+            fake.delayMilliseconds = 0
+            h.connect(fake)
+        }
+        h.pass(milliseconds: 2000)
+        #expect(h.results[id] == .ok)
+        #expect(h.pool.inUse == h.core.ownBuffers)
+    }
 }

@@ -93,6 +93,10 @@ package final class EngineCore {
     var leaseUntil = Instant.zero
     /// When the last lease of an engine before this one has run out.
     var serveAfter = Instant.zero
+    /// Hedged reads.
+    var hedgeCredit = 0
+    var hedgesInFlight = 0
+    package internal(set) var hedgedReads: UInt64 = 0
     var latencyWindowAt = Instant.zero
     /// Something is ready and waits for a lease.
     var hasHeld = false
@@ -269,6 +273,11 @@ package final class EngineCore {
             let length = Int(op.endBlock - op.firstBlock) * Geometry.blockSize
             guard Int(header.dataLength) == length, Int(op.source) == slot else { return nil }
             return (op.operation.buffer, 0)
+        case .hedge:
+            guard Int(header.dataLength) == op.operation.length, Int(op.source) == slot else {
+                return nil
+            }
+            return (op.operation.buffer, 0)
         case .job:
             let job = Int(op.operation.userData)
             if jobs[job].stage == .draining { return nil }
@@ -307,6 +316,7 @@ package final class EngineCore {
         guard phase != .stopped else { return }
         phase = .stopped
         stopReason = reason
+        dropHedges(of: nil)
         for index in 0..<slotsUsed where slots[index].use == .client {
             completeClient(index, .shuttingDown)
             release(index)

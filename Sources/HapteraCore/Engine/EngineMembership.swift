@@ -121,6 +121,7 @@ extension EngineCore {
 
     /// Reads that a lost replica will not answer are asked of another.
     private func retryReads(from slot: ReplicaSlot) {
+        dropHedges(of: slot)
         for index in 0..<slotsUsed {
             let op = slots[index]
             guard op.use == .client, op.phase != .waiting, !op.isReady, Int(op.source) == slot
@@ -482,6 +483,7 @@ extension EngineCore {
         }
         renewLeases()
         watchLatencies()
+        hedgeReads()
         expireOld()
         if isStarved { startAll() }
         retryFull()

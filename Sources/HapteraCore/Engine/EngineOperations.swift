@@ -35,6 +35,14 @@ extension EngineCore {
         freeCount += 1
         if isLocked { startWaiting(bucket) }
     }
+    /// Gives the range free; the slot stays.
+    func unlock(_ index: Int) {
+        guard slots[index].endBlock > slots[index].firstBlock else { return }
+        let bucket = bucketIndex(slots[index].firstBlock)
+        unlink(index, bucket)
+        slots[index].endBlock = slots[index].firstBlock
+        startWaiting(bucket)
+    }
 
     func tag(_ index: Int) -> UInt64 {
         UInt64(UInt32(index)) | UInt64(slots[index].generation) << 32

@@ -25,7 +25,12 @@ extension EngineCore {
         case .write, .setState, .flush, .read, .status, .digest, .adopt:
             guard let index = slotIndex(ofTag: header.tag) else { return }
             if header.status == .ok { renewLease(slot, sentAt: slots[index].sentAt) }
-            if slots[index].use == .client { countAnswer(index, slot) }
+            if slots[index].use == .client || slots[index].use == .hedge {
+                countAnswer(index, slot)
+            }
+            if slots[index].use == .hedge {
+                return receivedHedge(index, slot, header, table)
+            }
             if slots[index].use == .job {
                 receivedForJob(Int(slots[index].operation.userData), slot, header, table, data)
             } else {
@@ -156,6 +161,7 @@ extension EngineCore {
     }
 
     func finishRead(_ index: Int) {
+        earnHedge()
         completeClient(index, .ok, isHole: slots[index].isHole)
         let wasRetried = !slots[index].tried.isEmpty
         let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)

@@ -171,6 +171,8 @@ enum SlotUse: UInt8, BitwiseCopyable {
     case flush
     /// A job's exclusive hold on a region.
     case job
+    /// A second try of a read, of another member: holds no range of its own.
+    case hedge
 }
 
 enum OperationPhase: UInt8, BitwiseCopyable {
@@ -210,6 +212,10 @@ struct OperationSlot: BitwiseCopyable {
     /// No member had: since when, and when it is tried again; zero: not so.
     var fullSince = Instant.zero
     var retryAt = Instant.zero
+    /// The slot of the read's hedge; -1: none, -2: it has had one.
+    var hedge: Int32 = -1
+    /// Of a hedge: the generation of the read it stands in for.
+    var hedgedGeneration: UInt32 = 0
     /// Members already asked for a read.
     var tried = SlotSet()
     var source: Int8 = -1

@@ -301,6 +301,7 @@ extension EngineCore {
         for index in 0..<slotsUsed {
             switch slots[index].use {
             case .free, .job: break
+            case .hedge: dropHedge(index)
             case .flush:
                 isFlushInFlight = false
                 release(index)

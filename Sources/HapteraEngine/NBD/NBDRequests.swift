@@ -273,6 +273,8 @@ final class NBDRequests {
         let at = Int(index)
         slots.requests[at].piecesLeft -= 1
         slots.pieces[Int(piece)].stage = .done
+        // A hedged read comes back in another buffer; the piece's own is released by the device.
+        if buffer != .none { slots.pieces[Int(piece)].buffer = buffer }
         slots.pieces[Int(piece)].isHole = isHole
         if slots.pieces[Int(piece)].isFenced { fencedOperations -= 1 }
         if slots.requests[at].error == .none { slots.requests[at].error = result.nbdError }
