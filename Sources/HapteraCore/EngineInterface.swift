@@ -28,7 +28,7 @@ package struct OperationFlags: OptionSet, BitwiseCopyable, Sendable {
 ///
 /// Buffer contract, read and write: `buffer` has room for the range rounded out to whole blocks,
 /// and the byte at `offset` is at position `offset % 4096` in it. The core keeps the reference it
-/// is given until `EngineAction.complete`, which hands it back to the frontend, or another buffer of
+/// is given until `EngineAction.complete`, which hands it back to the frontend, or another one of
 /// the same size in its place (a hedged read): the frontend releases that once it has used the
 /// data. Status: a 4 KiB buffer that receives the extents of
 /// `FrameKind.status`, the first `tableLength` bytes; `EngineAction.complete` says how many.

@@ -75,6 +75,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let removeLast = MutationSet(rawValue: 1 << 43)
     /// I: take a replica whose promise is above the record for a failed one.
     package static let recordOlderIgnored = MutationSet(rawValue: 1 << 44)
+    /// T: claim before anybody was asked what was promised.
+    package static let claimUnheard = MutationSet(rawValue: 1 << 29)
     /// I: promise the same epoch again after a restart.
     package static let equalEpochInstallAfterRestart = MutationSet(rawValue: 1 << 45)
     /// T: think the client of an earlier engine gone.
@@ -117,7 +119,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("removeLast", .removeLast), ("recordOlderIgnored", .recordOlderIgnored),
         ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
         ("clientGenerationIgnored", .clientGenerationIgnored),
-        ("erroredWriteNotResolved", .erroredWriteNotResolved),
+        ("erroredWriteNotResolved", .erroredWriteNotResolved), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
     ]
 }

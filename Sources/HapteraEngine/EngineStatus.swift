@@ -34,7 +34,7 @@ extension EngineShell {
     var stateWord: String {
         switch core.phase {
         case .installing where core.isRefusing: "stalled"
-        case .idle, .fetching, .claiming, .installing: "starting"
+        case .idle, .fetching, .hearing, .claiming, .installing: "starting"
         case .serving: "serving"
         case .stalled: "stalled"
         case .stopped: "stopped"
@@ -53,7 +53,7 @@ extension EngineShell {
                 + "never flushed may be missing; waits for a better one, or for accept-loss"
         case .stalled: return "waits for a replica of the in-sync set to return"
         case .idle, .fetching, .claiming: return "waits for the metadata store"
-        case .installing: return "waits for the replicas of the in-sync set"
+        case .hearing, .installing: return "waits for the replicas of the in-sync set"
         }
     }
 

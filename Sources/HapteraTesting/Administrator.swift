@@ -33,13 +33,13 @@ extension World {
     // MARK: The store
 
     /// The store's host is restored from a backup. The control plane starts again with it, so that
-    /// an engine takes the volume over from the old record. Every replica knows the true one: one
-    /// that did not would promise an epoch of the false history, and one epoch had two records.
+    /// an engine takes the volume over from the old record. The members of the true one are there
+    /// to tell: were they not, nobody could know.
     func injectStoreRestore() {
-        guard !store.isDown, trueHistory == nil, store.history.count > 2,
+        guard !store.isDown, trueHistory == nil, store.history.count > 2, network.isUnblocked,
             hosts.allSatisfy({
-                store.record.contains($0) && $0.installed == store.record.epoch
-                    && $0.core != nil && $0.pausedUntil == 0
+                !store.record.contains($0)
+                    || $0.installed == store.record.epoch && $0.core != nil && $0.pausedUntil == 0
             })
         else { return }
         let count = random.between(1, min(4, store.history.count - 2))
@@ -70,6 +70,7 @@ extension World {
         note("the store is reconstructed at e\(record.epoch.rawValue)")
         coverage.took(.reconstruction)
         trueHistory = nil
+        for engine in engines { killEngine(engine) }
         store.replaceHistory(Array(history.prefix(Int(record.epoch.rawValue))))
         startEngine(generation: generation)
         attach(to: engines[engines.count - 1])

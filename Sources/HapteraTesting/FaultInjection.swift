@@ -31,8 +31,7 @@ extension World {
     }
 
     private func inject(_ kind: FaultPlan.Kind) {
-        // While the store is wrong nothing else happens: each engine that starts claims an epoch
-        // of the false history.
+        // While the store is wrong nothing else happens: who could tell must be there.
         guard timeline.now >= calmUntil, trueHistory == nil else { return }
         coverage.injected(kind)
         let host = random.pick(hosts)

@@ -186,6 +186,8 @@ extension World {
             closeAll(engine)
             if engine.core.stopReason == .recordOlderThanReplica {
                 timeline.schedule(after: milliseconds(random.below(500)), .relief(.record))
+                // Meanwhile the node starts it again, and again: it must not get through.
+                if trueHistory != nil, random.permille(700) { startEngine(generation: generation) }
             }
         }
     }

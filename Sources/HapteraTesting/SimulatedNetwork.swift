@@ -88,6 +88,7 @@ final class SimulatedNetwork {
         blocks.append(Block(engine: engine, replica: replica, toReplica: toReplica, until: until))
     }
     func unblockAll() { blocks = [] }
+    var isUnblocked: Bool { blocks.isEmpty }
     var isBlocked: Bool { blocks.contains { $0.until > timeline.now } }
     func blockedUntil(engine: Int, replica: Int, toReplica: Bool) -> UInt64 {
         var until: UInt64 = 0

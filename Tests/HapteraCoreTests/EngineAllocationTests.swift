@@ -47,13 +47,15 @@ import Testing
         core.step(.configure(members.map(\.replica)), now: .zero)
         core.step(.start, now: .zero)
         core.step(.store(.record(record)), now: .zero)
-        core.step(.store(.record(core.proposedRecord)), now: .zero)
         for (slot, member) in members.enumerated() {
             core.step(.connected(slot), now: .zero)
             let hello = HelloReply(
                 member: member, instance: InstanceID(rawValue: 2), promise: .zero, size: 4 << 20,
                 installed: nil)
             answer(core, slot, .hello, .zero, hello.encoded())
+        }
+        core.step(.store(.record(core.proposedRecord)), now: .zero)
+        for slot in members.indices {
             let install = InstallReply(
                 instance: InstanceID(rawValue: 2), isRebooted: false, flushed: .zero,
                 leaseRemainingMilliseconds: 0, activeRegions: [])

@@ -282,6 +282,49 @@ import Testing
         #expect(h.core.stopReason == .recordOlderThanReplica)
     }
 
+    /// A restored store agrees with every claim: engines that claim and stop, one after the other,
+    /// would pass the promises in the end.
+    @Test(arguments: [2, 3]) func nothingIsClaimedBeforeTheReplicasWereHeard(members: Int) {
+        let h = EngineHarness(members: members)
+        h.fakes[2].promise = Epoch(9)
+        h.fakes[2].isUp = false
+        let before = h.stored
+        h.start()
+        h.pass(milliseconds: 200)
+        #expect(h.core.phase == .hearing && h.stored == before)
+        h.connect(h.fakes[2])
+        #expect(h.core.stopReason == .recordOlderThanReplica && h.stored == before)
+    }
+
+    @Test func whoDoesNotAnswerCostsNoMoreThanItsTime() {
+        let absent = EngineHarness(members: 2)
+        absent.fakes[2].isUp = false
+        absent.start()
+        absent.pass(milliseconds: 300)
+        #expect(absent.core.phase == .serving)
+        let lost = EngineHarness()
+        lost.fakes[2].isUp = false
+        lost.start()
+        lost.pass(milliseconds: 2900)
+        #expect(lost.core.phase == .hearing)
+        lost.pass(milliseconds: 200)
+        #expect(lost.core.phase == .serving && lost.stored.inSync.count == 2)
+    }
+
+    @Test func whoLeftLongAgoIsForgotten() {
+        let h = EngineHarness()
+        h.stored.out = (1...40).map {
+            VolumeRecord.Departure(
+                member: .init(
+                    replica: ReplicaID(rawValue: 1000 + $0), incarnation: .init(rawValue: 1)),
+                leftEpoch: Epoch(1), stablePoint: .zero)
+        }
+        h.stored.out[0].isKept = true
+        h.start()
+        #expect(h.core.phase == .serving && h.stored.out.count == 16)
+        #expect(h.stored.out[0].isKept && h.stored.out.last?.member.replica.rawValue == 1040)
+    }
+
     @Test func failedFlushRemovesTheReplica() {
         let h = EngineHarness()
         h.start()

@@ -6,6 +6,7 @@ final class FakeReplica {
     let size: UInt64
     var blocks: [UInt64: (entry: BlockEntry, data: [UInt8])] = [:]
     var promise = Epoch.zero
+    var installed: VolumeRecord?
     var isUp = true
     var isRebooted = false
     var active: [UInt64] = []
@@ -246,7 +247,7 @@ final class EngineHarness {
         case .hello:
             replyTable = HelloReply(
                 member: fake.member, instance: InstanceID(rawValue: 7), promise: fake.promise,
-                size: fake.size, installed: nil
+                size: fake.size, installed: fake.installed
             ).encoded()
         case .install:
             guard let request = InstallRequest(decoding: table) else { return }

@@ -72,8 +72,8 @@ import Testing
         h.pass(milliseconds: 200)
         #expect(ids.allSatisfy { h.reads[$0] == one })
         #expect(h.core.hedgedReads == 1)
-        // The buffer that the late reply may be arriving in is not given to anybody else; a write is
-        // not held up by it, and in the end nothing stays behind.
+        // The buffer that the late reply may be arriving in is not given to anybody else; a write
+        // is not held up by it, and in the end nothing stays behind.
         #expect(h.pool.inUse == h.core.ownBuffers + 1)
         #expect(h.results[h.submit(.trim, 0, 4096)] == .ok)
         h.pass(milliseconds: 1500)

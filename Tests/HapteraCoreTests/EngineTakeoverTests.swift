@@ -138,7 +138,11 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         let h = removedInVain()
         switch number {
         // Both members promised the epoch without it: writes may have been acknowledged.
-        case 0: for fake in h.fakes.prefix(2) { fake.promise = Epoch(3) }
+        case 0:
+            for fake in h.fakes.prefix(2) {
+                fake.promise = Epoch(3)
+                fake.installed = h.stored
+            }
         case 1: h.stored.out[0].isKept = true
         case 2: h.stored.out[0].reason = .ioError
         default: h.stored.out[0].partedEpoch = Epoch(2)

@@ -71,6 +71,8 @@ package final class EngineCore {
     var storeRetryAt: Instant?
     var nonceState: UInt64
     var deadline = Instant.zero
+    /// Since when the engine listened before its claim; nil once it has served.
+    var hearingBegan: Instant?
     var isDetaching = false
     /// A flush that covers everything has been sent for the detach.
     var isDetachFlushed = false

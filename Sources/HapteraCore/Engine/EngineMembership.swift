@@ -1,4 +1,4 @@
-// Connections, the volume record and its changes: rules D and I.
+// Connections and promises: rule I.
 
 extension EngineCore {
     // MARK: - Replica slots
@@ -168,26 +168,39 @@ extension EngineCore {
         replicas[slot].promise = reply.promise
         replicas[slot].promisedNonce = reply.installed?.nonce ?? 0
         replicas[slot].size = reply.size
+        if phase == .hearing { _ = isAsRecorded(slot) }
         if phase == .installing, members.contains(slot) { install(slot) }
+    }
+
+    /// Whether what the replica promised agrees with the record. If not, this engine is not the
+    /// volume's any more, or the store was restored from an old copy: it finds out which, and
+    /// stops.
+    func isAsRecorded(_ slot: ReplicaSlot) -> Bool {
+        guard let record else { return false }
+        guard replicas[slot].promise <= record.epoch else {
+            if mutations.contains(.recordOlderIgnored) {
+                failReplica(slot, .protocolError)
+            } else {
+                verifyPromise()
+            }
+            return false
+        }
+        // There is one record per epoch: whoever keeps another one has seen a store that was since
+        // restored from an old copy.
+        if replicas[slot].promise == record.epoch, replicas[slot].promisedNonce != record.nonce,
+            members.contains(slot), !mutations.contains(.sameEpochIsSameRecord)
+        {
+            stop(.recordOlderThanReplica)
+            return false
+        }
+        return true
     }
 
     // MARK: - Install
 
     /// Asks a member or joiner for its promise to the record that stands.
     func install(_ slot: ReplicaSlot) {
-        guard let record, replicas[slot].link == .greeted else { return }
-        guard replicas[slot].promise <= record.epoch else {
-            if mutations.contains(.recordOlderIgnored) { return failReplica(slot, .protocolError) }
-            verifyPromise()
-            return
-        }
-        // There is one record per epoch: whoever keeps another one has seen a store that was since
-        // restored from an old copy.
-        if replicas[slot].promise == record.epoch, replicas[slot].promisedNonce != record.nonce,
-            !mutations.contains(.sameEpochIsSameRecord)
-        {
-            return stop(.recordOlderThanReplica)
-        }
+        guard let record, replicas[slot].link == .greeted, isAsRecorded(slot) else { return }
         if members.contains(slot), !isRecorded(slot) { return }  // another making: not the member
         guard replicas[slot].size >= record.size else {
             stop(.sizeMismatch)
@@ -281,184 +294,6 @@ extension EngineCore {
             }
         }
         startAll()
-    }
-
-    // MARK: - The record
-
-    func fetch() {
-        phase = .fetching
-        isStoreBusy = true
-        actions.append(.storeGet)
-    }
-    /// A replica has promised an epoch this engine does not know: somebody else has taken over, or
-    /// the store was restored from an old copy. The store decides which.
-    func verifyPromise() {
-        isVerifyingPromise = true
-        guard !isStoreBusy, pendingChange == nil else { return }
-        isStoreBusy = true
-        actions.append(.storeGet)
-    }
-
-    /// Proposes the next record: one epoch further, with a nonce of its own.
-    func propose(_ purpose: ChangePurpose, _ change: (inout VolumeRecord) -> Void) {
-        guard let record else { return }
-        precondition(pendingChange == nil && !isStoreBusy)
-        proposedRecord = record
-        proposedRecord.epoch = record.epoch.next
-        proposedRecord.nonce = nextNonce()
-        proposedRecord.change = purpose.recorded
-        change(&proposedRecord)
-        precondition(!proposedRecord.inSync.isEmpty || mutations.contains(.removeLast))
-        pendingChange = purpose
-        isStoreBusy = true
-        actions.append(.storeCompareAndSwap(expected: record.epoch))
-    }
-
-    func storeAnswered(_ outcome: StoreOutcome) {
-        guard isStoreBusy else { return }
-        isStoreBusy = false
-        switch outcome {
-        case .unavailable:
-            note(.storeUnavailable)
-            if mutations.contains(.inDoubtCASAssumedLost), pendingChange != nil {
-                if pendingChange == .remove { dropRemovedUnrecorded() }
-                pendingChange = nil
-                return
-            }
-            storeRetryAt = now.adding(milliseconds: 200)
-        case .notFound:
-            stop(.volumeNotFound)
-        case .record(let current), .conflict(let current):
-            if pendingChange == nil { fetched(current) } else { swapped(current) }
-        }
-    }
-
-    /// The answer to a get.
-    private func fetched(_ current: VolumeRecord) {
-        if isVerifyingPromise, let record {
-            stop(current.epoch > record.epoch ? .fenced : .recordOlderThanReplica)
-            return
-        }
-        guard phase == .fetching else { return }
-        record = current
-        recordBefore = current
-        adoptMembers()
-        claim()
-    }
-
-    /// The answer to a compare-and-swap. In doubt, the same proposal is sent again until an epoch
-    /// above the old one is read: seeing the old one proves nothing, the first copy may still land.
-    private func swapped(_ current: VolumeRecord) {
-        guard let record else { return }
-        if current.epoch == proposedRecord.epoch && current.nonce == proposedRecord.nonce {
-            committed()
-        } else if current.epoch <= record.epoch {
-            storeRetryAt = now.adding(milliseconds: 50)
-        } else {
-            stop(.fenced)
-        }
-    }
-
-    private func committed() {
-        guard let purpose = pendingChange else { return }
-        let previous = members
-        record = proposedRecord
-        pendingChange = nil
-        adoptMembers()
-        switch purpose {
-        case .takeover:
-            beginInstalling()
-        case .remove:
-            noteRemoved(previous.subtracting(members))
-            if phase == .installing {
-                deadline = now.adding(milliseconds: configuration.removalDeadlineMilliseconds)
-            }
-            installAll()
-            if mutations.contains(.ackBeforeInstall) { updateRequired() }
-        case .join:
-            if let joiner { note(.replicaJoining(joiner, proposedRecord.epoch)) }
-            installAll()
-        case .promote:
-            // First its promise, then its first read as a member.
-            installAll()
-            promoted()
-        case .reinstate:
-            noteReinstated(members.subtracting(previous))
-            deadline = now.adding(milliseconds: configuration.removalDeadlineMilliseconds)
-            installAll()
-        case .detach:
-            installAll()
-        }
-        if isVerifyingPromise { verifyPromise() }
-    }
-
-    private func noteRemoved(_ gone: SlotSet) {
-        var rest = gone
-        while let slot = rest.popFirst() {
-            note(.replicaRemoved(slot, proposedRecord.epoch, replicas[slot].failure))
-            replicas[slot].hasFailed = false
-            replicas[slot].joinAfter = max(
-                replicas[slot].joinAfter, now.adding(milliseconds: 200))
-        }
-    }
-
-    private func adoptMembers() {
-        guard let record else { return }
-        members = []
-        for member in record.inSync {
-            // Slots are few, the set of members smaller: a record that names more is damaged.
-            guard let slot = assignSlot(member.replica) else { continue }
-            members.insert(SlotSet(slot))
-        }
-    }
-
-    /// D: takes failed members out of the in-sync set, never the last one.
-    func removeFailedMembers() {
-        guard phase == .serving, pendingChange == nil else { return }
-        var failed: SlotSet = []
-        var rest = members
-        while let slot = rest.popFirst() {
-            if replicas[slot].hasFailed { failed.insert(SlotSet(slot)) }
-        }
-        guard !failed.isEmpty else { return }
-        // Nor, before they are equal, the last one whose host has not restarted.
-        guard failed != members || mutations.contains(.removeLast),
-            !isResolving || mayRemoveOthers(members.subtracting(failed))
-        else {
-            stall()
-            return
-        }
-        guard !isStoreBusy else { return }
-        proposeRemoval(failed)
-    }
-
-    func proposeRemoval(_ gone: SlotSet) {
-        propose(.remove) { next in
-            for slot in 0..<replicas.count where gone.contains(slot) {
-                let id = replicas[slot].id
-                guard let index = next.inSync.firstIndex(where: { $0.replica == id }) else {
-                    continue
-                }
-                let member = next.inSync.remove(at: index)
-                next.out.removeAll { $0.member.replica == id }
-                next.out.append(
-                    VolumeRecord.Departure(
-                        member: member, leftEpoch: next.epoch, stablePoint: flushedBound(slot),
-                        reason: replicas[slot].failure))
-            }
-        }
-    }
-    /// Only under a mutation: behaves as if the removal had failed, and goes on without the member.
-    private func dropRemovedUnrecorded() {
-        var rest = members
-        while let slot = rest.popFirst() {
-            if replicas[slot].hasFailed {
-                required.remove(SlotSet(slot))
-                replicas[slot].hasFailed = false
-                members.remove(SlotSet(slot))
-            }
-        }
-        recheckAll()
     }
 
     // MARK: - Time

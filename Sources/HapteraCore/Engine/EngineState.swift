@@ -88,6 +88,8 @@ package enum EnginePhase: UInt8, BitwiseCopyable, Sendable {
     case idle
     /// Reading the record.
     case fetching
+    /// Waiting for what the replicas have promised.
+    case hearing
     /// Its compare-and-swap as the volume's engine is on the way.
     case claiming
     /// Waiting for every member's promise.

@@ -1,6 +1,34 @@
 // Rule T: a new engine assumes the volume, or this one again after every member was gone.
 
 extension EngineCore {
+    /// How long replicas that are not in the set are listened to.
+    private static let hearingMilliseconds: UInt64 = 250
+
+    /// First the engine listens. A store restored from an old copy agrees with every claim, and
+    /// claims made again and again would pass the epochs that the replicas promised. So nothing is
+    /// claimed before all members were heard, or the time is over after which they are removed.
+    func hear() {
+        phase = .hearing
+        hearingBegan = now
+        for slot in 0..<replicas.count where replicas[slot].link == .greeted {
+            guard phase == .hearing, isAsRecorded(slot) else { return }
+        }
+        advanceTakeover()
+    }
+    private func hasHeardEnough() -> Bool {
+        guard let began = hearingBegan else { return true }
+        var heard: SlotSet = []
+        var all = members
+        for slot in 0..<replicas.count {
+            if replicas[slot].isConfigured { all.insert(SlotSet(slot)) }
+            if replicas[slot].link == .greeted { heard.insert(SlotSet(slot)) }
+        }
+        guard !heard.intersection(members).isEmpty else { return false }
+        let isLate = now >= began.adding(milliseconds: Self.hearingMilliseconds)
+        return (isLate ? members : all).isSubset(of: heard)
+            || now >= began.adding(milliseconds: configuration.removalDeadlineMilliseconds)
+    }
+
     /// T1: the record names this engine.
     func claim() {
         guard pendingChange == nil, !isStoreBusy else { return }
@@ -31,6 +59,9 @@ extension EngineCore {
 
     func advanceTakeover() {
         switch phase {
+        case .hearing:
+            guard pendingChange == nil, !isStoreBusy, !isVerifyingPromise else { return }
+            if mutations.contains(.claimUnheard) || hasHeardEnough() { claim() }
         case .stalled:
             guard pendingChange == nil, !isStoreBusy else { return }
             var rest = members
@@ -48,11 +79,23 @@ extension EngineCore {
             if reinstate(promised) { return }
             if promised == members {
                 finishInstalling()
-            } else if now >= deadline {
+            } else if now >= deadline || isHeardOut(promised) {
                 removeUnreachable(promised)
             }
         default: break
         }
+    }
+
+    /// Who is missing had its time before the claim.
+    private func isHeardOut(_ promised: SlotSet) -> Bool {
+        guard let began = hearingBegan,
+            now >= began.adding(milliseconds: configuration.removalDeadlineMilliseconds)
+        else { return false }
+        var rest = members.subtracting(promised)
+        while let slot = rest.popFirst() {
+            if replicas[slot].link != .down { return false }
+        }
+        return true
     }
 
     private func removeUnreachable(_ promised: SlotSet) {
@@ -141,6 +184,7 @@ extension EngineCore {
         blocksResolved = 0
         required = members
         phase = .serving
+        hearingBegan = nil
         hasServed = true
         isRefusing = false
         isLossAccepted = false
@@ -341,7 +385,7 @@ extension EngineCore {
     func advanceDetach() {
         guard isDetaching else { return }
         switch phase {
-        case .idle, .fetching, .claiming, .installing, .stalled:
+        case .idle, .fetching, .hearing, .claiming, .installing, .stalled:
             if pendingChange == nil { stop(.detached) }
         case .stopped: break
         case .serving:
