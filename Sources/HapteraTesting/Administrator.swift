@@ -118,10 +118,14 @@ extension World {
             let image = ReplicaImage(
                 survivor.disk, isDurable: false, sizeBytes: workload.sizeBytes)
         else { return }
-        let members = hosts.filter { store.record.contains($0) }
+        // As `inspect` counts them: what was written before and acknowledged since was active, and
+        // is re-stamped.
+        let members = hosts.filter { store.record.contains($0) }.compactMap {
+            ReplicaImage($0.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+        }
         compare(survivor, image, promises.acknowledged, 24, "lacks, beyond what was announced,") {
             let region = UInt64($0 / Geometry.blocksPerRegion)
-            return members.allSatisfy { ($0.lastWrite[region] ?? .zero) < since }
+            return members.allSatisfy { $0.birth(region) < since }
         }
     }
 

@@ -76,7 +76,7 @@ extension World {
             attach(to: engines[engines.count - 1])
             return false
         }
-        return engine.isServing && store.record.engine == engine.instance
+        return engine.isServing && engine.isSettled && store.record.engine == engine.instance
             && hosts.allSatisfy { store.record.contains($0) } && unanswered.isEmpty
             && engine.core.unresolvedCount == 0
     }

@@ -205,7 +205,10 @@ extension World {
         let record = store.record
         if record.contains(host) { return restoreMember(host) }
         let departure = record.out.first { $0.member.replica == host.id }
-        guard let departure, record.joining?.replica != host.id,
+        let mayBecomeMember = engines.contains {
+            $0.proposal.map { $0.epoch > record.epoch && $0.contains(host) } ?? false
+        }
+        guard let departure, record.joining?.replica != host.id, !mayBecomeMember,
             hosts.allSatisfy({ !record.contains($0) || $0.installed >= departure.leftEpoch })
         else { return }
         note("fault: the backup of \(host.name) is put back")

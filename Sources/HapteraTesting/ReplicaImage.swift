@@ -91,7 +91,9 @@ struct ReplicaImage {
     }
 
     /// What its table page says; an active region counts as written in the promised epoch.
-    func birth(_ region: UInt64) -> Epoch { births[Int(region)] }
+    func birth(_ region: UInt64) -> Epoch {
+        activeRegions.contains(region) ? max(promise, births[Int(region)]) : births[Int(region)]
+    }
 
     func isDoubtful(_ block: Int) -> Bool {
         entries[block].state == .data
