@@ -77,6 +77,12 @@ package enum FlushReply {
     package static let isUnmarked: UInt64 = 2
 }
 
+/// Bits of `auxiliary` in the reply to what changes a copy.
+package enum MutationReply {
+    /// It waited for room in the activity log: flushes sent after it may have passed it.
+    package static let wasParked: UInt64 = 1
+}
+
 package enum FrameFlags {
     package static let reply: UInt16 = 1 << 0
     /// Durable before the reply (force unit access).

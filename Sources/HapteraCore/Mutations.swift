@@ -10,6 +10,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let tailMovedAfterOpen = MutationSet(rawValue: 1 << 49)
     /// I: take another record of the same epoch on a replica for the engine's own.
     package static let sameEpochIsSameRecord = MutationSet(rawValue: 1 << 50)
+    /// F: let a stable point cover what a flush passed by at a replica with a full log.
+    package static let passedWritesNotLeftOut = MutationSet(rawValue: 1 << 51)
     /// D: acknowledge without a lost member before its removal is recorded.
     package static let ackBeforeCAS = MutationSet(rawValue: 1 << 0)
     /// D: acknowledge when the removal is recorded, before the members have installed it.
@@ -90,12 +92,17 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let deltaIgnoresJoinerBirth = MutationSet(rawValue: 1 << 33)
     /// J: take an older copy of a replica for one that was merely away.
     package static let rolledBackJoinerByDelta = MutationSet(rawValue: 1 << 34)
+    /// J: keep it from the record that a joiner was rolled back.
+    package static let rollBackNotRecorded = MutationSet(rawValue: 1 << 36)
+    /// J: wait for a joiner's answers to what it was sent before it left.
+    package static let joinerKeepsRequests = MutationSet(rawValue: 1 << 37)
     /// J: leave the birth of a region found equal as it is on the joiner.
     package static let equalRegionKeepsBirth = MutationSet(rawValue: 1 << 35)
 
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced), ("tailMovedAfterOpen", .tailMovedAfterOpen),
         ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
+        ("passedWritesNotLeftOut", .passedWritesNotLeftOut),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),
@@ -121,5 +128,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("clientGenerationIgnored", .clientGenerationIgnored),
         ("erroredWriteNotResolved", .erroredWriteNotResolved), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
+        ("rollBackNotRecorded", .rollBackNotRecorded),
+        ("joinerKeepsRequests", .joinerKeepsRequests),
     ]
 }

@@ -36,6 +36,12 @@ package struct VolumeRecord: Equatable, Sendable {
             self.isKept = isKept
         }
     }
+    /// The replica that is out holds less than it once had: it is compared in full.
+    mutating func markRolledBack(_ member: Member) {
+        for index in out.indices where out[index].member == member {
+            out[index].reason = .rolledBack
+        }
+    }
     /// Why a replica left the in-sync set. Raw values are on disk and on the wire.
     package enum DepartureReason: UInt8, BitwiseCopyable, Sendable, CaseIterable {
         case unknown = 0

@@ -2,7 +2,7 @@ import Testing
 
 @testable import HapteraCore
 
-/// Which regions a returning replica is given. The last three rules are judged here, with and
+/// Which regions a returning replica is given. Rules are judged here, with and
 /// without them: random seeds seldom come to where they matter.
 @Suite struct EngineDeltaTests {
     private func block(_ value: UInt8) -> [UInt8] { [UInt8](repeating: value, count: 4096) }
@@ -58,6 +58,40 @@ import Testing
             put(9, h.fakes[1], 0)
             returns(h)
             #expect(areEqual(h, 0) == mutation.isEmpty)
+        }
+    }
+
+    /// The joiner's first flush takes the evidence away: another engine must find it in the record.
+    @Test func rollBackOfAJoinerIsRecordedBeforeItIsFlushed() {
+        for mutation in [[], .rollBackNotRecorded] as [MutationSet] {
+            let h = departed(mutation, flushed: 50)
+            h.fakes[1].flushed = StablePoint(epoch: Epoch(1), sequence: SequenceNumber(10))
+            h.fakes[1].mute = [FrameKind.regionMap.rawValue]
+            h.connect(h.fakes[1])
+            h.pass(milliseconds: 1000)
+            #expect(h.stored.joining == h.fakes[1].member)
+            #expect((h.stored.out.first?.reason == .rolledBack) == mutation.isEmpty)
+        }
+    }
+
+    /// A write that a replica was sent before it left does not wait for it when it comes back.
+    @Test func joinerDoesNotOweWhatItWasSentBefore() {
+        for mutation in [[], .joinerKeepsRequests] as [MutationSet] {
+            let h = EngineHarness(replicas: 2) { $0.removalDeadlineMilliseconds = 60_000 }
+            h.core.mutations = mutation
+            h.start()
+            for fake in h.fakes { fake.mute = [FrameKind.write.rawValue] }
+            let write = h.write(0, block(1))
+            h.kill(h.fakes[1])
+            h.pass(milliseconds: 500)
+            h.connect(h.fakes[1])
+            h.pass(milliseconds: 1000)
+            #expect(h.stored.joining == h.fakes[1].member)
+            for fake in h.fakes { fake.mute = [] }
+            h.answerMuted(h.fakes[0])
+            #expect(h.results[write] == .ok)
+            h.pass(milliseconds: 2000)
+            #expect((h.stored.inSync.count == 2) == mutation.isEmpty)
         }
     }
 

@@ -79,4 +79,47 @@ import Testing
         #expect(h.results[write] == .ok && h.stored.inSync.count == 2)
         #expect(h.fakes[1].blocks[0]?.data == block(1))
     }
+
+    /// A write that waits for room needs a stable point, and the repair of its region needs the
+    /// write: the point does not wait for the repair.
+    @Test func aDamagedRegionDoesNotHoldUpTheStablePoint() {
+        let h = EngineHarness(replicas: 2) { $0.removalDeadlineMilliseconds = 60_000 }
+        h.start()
+        h.write(0, block(1))
+        for fake in h.fakes { fake.mute = [FrameKind.write.rawValue] }
+        let parked = h.write(4096, block(2))
+        h.fakes[0].errors = [FrameKind.read.rawValue: .checksumMismatch]
+        h.fakes[1].errors = [:]
+        for _ in 0..<4 { h.read(0, 4096) }
+        #expect(h.core.unresolvedCount == 1 && h.results[parked] == nil)
+        let before = h.core.stablePoint
+        h.pass(milliseconds: 6000)
+        #expect(h.core.stablePoint > before)
+        h.fakes[0].errors = [:]
+        for fake in h.fakes { fake.mute = [] }
+        for fake in h.fakes { h.answerMuted(fake) }
+        #expect(h.results[parked] == .ok && h.core.unresolvedCount == 0)
+    }
+
+    /// What a flush passed by at a member stays out of the stable point it leads to.
+    @Test func aWriteThatAFlushPassedByIsLeftOutOfTheStablePoint() {
+        for mutation in [[], .passedWritesNotLeftOut] as [MutationSet] {
+            let h = EngineHarness(replicas: 2) { $0.removalDeadlineMilliseconds = 60_000 }
+            h.core.mutations = mutation
+            h.start()
+            for fake in h.fakes {
+                fake.mute = [FrameKind.write.rawValue, FrameKind.flush.rawValue]
+            }
+            let write = h.write(1 << 20, block(1))
+            let flush = h.submit(.flush)
+            for fake in h.fakes { fake.seen = [] }
+            // The second parks the write, and comes to it before it answers the flush.
+            for index in h.fakes[1].muted.indices where h.fakes[1].muted[index].kind == .write {
+                h.fakes[1].muted[index].auxiliary = MutationReply.wasParked
+            }
+            for fake in h.fakes { h.answerMuted(fake) }
+            #expect(h.results[write] == .ok && h.results[flush] == .ok)
+            #expect(h.fakes[0].leftOut == (mutation.isEmpty ? [1] : []))
+        }
+    }
 }

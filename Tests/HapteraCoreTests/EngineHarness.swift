@@ -22,6 +22,10 @@ final class FakeReplica {
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
     var errors: [UInt16: FrameStatus] = [:]
+    /// Regions that a stable point leaves out.
+    var leftOut: [UInt64] = []
+    /// Their answers, kept back.
+    var muted: [FrameHeader] = []
     /// What it is sent waits in `unheard`.
     var isDeaf = false
     var unheard: [(header: FrameHeader, table: [UInt8], data: [UInt8])] = []
@@ -197,7 +201,8 @@ final class EngineHarness {
         } else {
             answer(fake, header, table, data, &reply, &replyTable, &replyData)
         }
-        if header.kind == .stable || fake.mute.contains(header.kind.rawValue) { return }
+        if header.kind == .stable { return }
+        if fake.mute.contains(header.kind.rawValue) { return fake.muted.append(reply) }
         reply.tableLength = UInt32(replyTable.count)
         reply.dataLength = UInt32(replyData.count)
         if fake.delayMilliseconds > 0, header.kind == .write || header.kind == .read {
@@ -214,6 +219,13 @@ final class EngineHarness {
         fake.unheard = []
         fake.isDeaf = false
         for frame in frames { deliver(slot(fake), frame.header, frame.table, frame.data) }
+        run(.tick)
+    }
+    /// Lets it say what it kept back.
+    func answerMuted(_ fake: FakeReplica) {
+        let replies = fake.muted
+        fake.muted = []
+        for reply in replies { receive(slot(fake), reply, [], []) }
         run(.tick)
     }
     func refuse(
@@ -274,7 +286,8 @@ final class EngineHarness {
             }
         case .flush:
             fake.flushed = StablePoint(epoch: header.epoch, sequence: header.sequence)
-        case .stable where header.length == 0:
+        case .stable where header.length > 0: fake.leftOut.append(header.offset >> 20)
+        case .stable:
             fake.stable = StablePoint(
                 epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag))
         case .read: answerRead(fake, first, count, &replyTable, &replyData)

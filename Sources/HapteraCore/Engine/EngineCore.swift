@@ -111,6 +111,8 @@ package final class EngineCore {
     /// Those of `unresolved` that are there to be repaired only.
     var damagedRegions: Set<UInt64> = []
     package internal(set) var blocksRepaired: UInt64 = 0
+    /// Those of `unresolved` in which a write ended with an error.
+    var erroredRegions: Set<UInt64> = []
     /// Regions that requests wait for: resolved first.
     let urgentRegions = ValueQueue<UInt64>(capacity: urgentRegionsMax)
     static let urgentRegionsMax = 4096
@@ -134,6 +136,8 @@ package final class EngineCore {
     var highestStable = SequenceNumber.zero
     var flushDueAt: Instant?
     var isFlushInFlight = false
+    /// What flushes under way do not cover at some replica: flush and region.
+    var passed: [(flush: SequenceNumber, region: UInt64)] = []
     var isLogPressed = false
     /// Not before this is a flush sent because a log is filling.
     var pressedFlushAfter = Instant.zero

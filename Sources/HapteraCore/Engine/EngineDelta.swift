@@ -45,19 +45,34 @@ extension EngineCore {
     /// B, from which epoch on the joiner's history may differ; zero: everything is compared.
     private func deltaBase(_ joiner: ReplicaSlot) -> Epoch {
         let member = member(joiner)
-        guard let departure = record?.out.first(where: { $0.member == member }),
-            let reply = installReplies[joiner]
-        else { return .zero }
+        guard let departure = record?.out.first(where: { $0.member == member }) else {
+            return .zero
+        }
         if mutations.contains(.rolledBackJoinerByDelta) { return departure.partedEpoch }
-        // Less than it is known to have flushed or promised: an older copy of its directory, which
-        // misses more than its departure explains.
-        guard departure.reason != .rolledBack, reply.flushed >= departure.stablePoint,
-            !replicas[joiner].isRolledBack
-        else {
+        guard departure.reason != .rolledBack, !isOlderCopy(joiner, departure) else {
             note(.joinerRolledBack(joiner))
             return .zero
         }
         return departure.partedEpoch
+    }
+
+    /// Less than it is known to have flushed or promised: an older copy of its directory, which
+    /// misses more than its departure explains.
+    private func isOlderCopy(_ slot: ReplicaSlot, _ departure: VolumeRecord.Departure) -> Bool {
+        replicas[slot].isRolledBack
+            || installReplies[slot].map { $0.flushed < departure.stablePoint } ?? false
+    }
+    /// Has the record say so before the first flush of the joiner takes the evidence away: another
+    /// engine may have to go on with it. True if the record is being changed.
+    func recordRollBack(_ joiner: ReplicaSlot) -> Bool {
+        let member = member(joiner)
+        guard let departure = record?.out.first(where: { $0.member == member }),
+            departure.reason != .rolledBack, isOlderCopy(joiner, departure),
+            !mutations.contains(.rollBackNotRecorded),
+            !mutations.contains(.rolledBackJoinerByDelta)
+        else { return false }
+        if !isStoreBusy { propose(.join) { $0.markRolledBack(member) } }
+        return true
     }
 
     private var mapLength: UInt64 {

@@ -81,13 +81,25 @@ extension EngineCore {
     }
 
     /// Sends a client's write again to the one replica that refused it, which let an Install of
-    /// this engine pass before it while it waited for room in the activity log. False once the
-    /// client has its answer: the data is the client's again.
+    /// this engine pass before it while it waited for room in the activity log. False if that is
+    /// not possible.
     func sendAgain(_ slot: ReplicaSlot, _ refused: FrameHeader) -> Bool {
         guard refused.kind == .write || refused.kind == .setState,
             let index = slotIndex(ofTag: refused.tag), slots[index].use == .client,
-            slots[index].phase == .inFlight, !slots[index].isAcknowledged
+            slots[index].phase == .inFlight
         else { return false }
+        if slots[index].isExpired {
+            // The client has its error, and its data back: this replica goes without.
+            guard slot != joiner || joinStage == .promoting else { return false }
+            markUnequal(index)
+            dropJoiner(retryMilliseconds: 1000)
+            guard slotIndex(ofTag: refused.tag) != nil else { return true }
+            slots[index].replied.insert(SlotSet(slot))
+            settleWrite(index)
+            return true
+        }
+        guard !slots[index].isAcknowledged else { return false }
+        writePassed(refused, at: slot)
         var header = FrameHeader(kind: refused.kind)
         header.tag = refused.tag
         header.sequence = slots[index].sequence

@@ -9,7 +9,7 @@ extension EngineCore {
             guard let joiner, let record, isSettled,
                 replicas[joiner].installedEpoch == record.epoch
             else { return }
-            beginMapping()
+            if !recordRollBack(joiner) { beginMapping() }
         case .mapping: advanceMapping()
         case .promoting: break
         case .copying:
@@ -47,9 +47,23 @@ extension EngineCore {
             neededCursor = 0
             // J: writes on the way now may or may not be in what the joiner is compared with.
             if !mutations.contains(.inFlightRegionsNotCopied) { markRegionsInFlight() }
+            if !mutations.contains(.joinerKeepsRequests) { forgetRequests(of: slot) }
             joinProgress = JoinProgress(isNew: isNewReplica(member), at: now)
-            propose(.join) { $0.joining = member }
+            propose(.join) { next in
+                next.joining = member
+                if replicas[slot].isRolledBack { next.markRolledBack(member) }
+            }
             return
+        }
+    }
+
+    /// What it was sent, or answered, before its present connection: no reply to that will come,
+    /// and none that came speaks for the joiner.
+    private func forgetRequests(of slot: ReplicaSlot) {
+        for index in 0..<slotsUsed where slots[index].use != .free {
+            slots[index].sent.remove(SlotSet(slot))
+            slots[index].replied.remove(SlotSet(slot))
+            slots[index].full.remove(SlotSet(slot))
         }
     }
 

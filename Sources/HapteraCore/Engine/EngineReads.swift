@@ -64,7 +64,7 @@ extension EngineCore {
         slots[index].replied = SlotSet()
         slots[index].isPartial = false
         slots[index].mayStabilise =
-            unresolved.isEmpty || mutations.contains(.stableBeforeResolved)
+            isTakeoverResolved || mutations.contains(.stableBeforeResolved)
         flushDueAt = nil
         isLogPressed = false
         pressedFlushAfter = now.adding(milliseconds: Self.pressedFlushMilliseconds)
@@ -106,7 +106,7 @@ extension EngineCore {
         if slots[index].mayStabilise {
             let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
             if point > stablePoint {
-                if slots[index].isPartial { leaveOut(point, to: slots[index].replied) }
+                leaveOut(point, to: slots[index].replied)
                 announce(point, to: slots[index].replied)
             }
         }
@@ -118,21 +118,54 @@ extension EngineCore {
         release(index)
     }
 
-    /// Some member let the flush pass by writes that wait for room in its activity log: the regions
-    /// of what is still on the way stay active everywhere.
+    /// Regions that stay active everywhere though the point is stable: not every member holds
+    /// durably what was written to them before it.
     private func leaveOut(_ point: StablePoint, to replied: SlotSet) {
+        guard !passed.isEmpty || !erroredRegions.isEmpty else { return }
+        var regions = erroredRegions
+        for (flush, region) in passed where flush == point.sequence { regions.insert(region) }
+        passed.removeAll { $0.flush <= point.sequence }
+        if mutations.contains(.passedWritesNotLeftOut) { return }
         var header = FrameHeader(kind: .stable)
         header.auxiliary = point.epoch.rawValue
         header.sequence = point.sequence
         header.length = UInt32(Geometry.regionSize)
-        for index in 0..<slotsUsed where slots[index].isChanging {
-            guard slots[index].sequence < point.sequence else { continue }
-            let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
+        for region in regions.sorted() {
             header.offset = region * UInt64(Geometry.regionSize)
             var rest = replied
             while let slot = rest.popFirst() {
                 if isLive(slot) { send(slot, header, expectsReply: false) }
             }
+        }
+    }
+
+    /// The replica let the flush pass by writes that wait for room in its activity log: perhaps all
+    /// that it has not answered.
+    func flushPassed(_ index: Int, at slot: ReplicaSlot) {
+        slots[index].isPartial = true
+        for other in 0..<slotsUsed where slots[other].isChanging {
+            let isLater = slots[other].sequence > slots[index].sequence
+            guard !isLater, !slots[other].replied.contains(slot) else { continue }
+            pass(index, slots[other].firstBlock)
+        }
+    }
+    /// The replica comes to the write of this header only now: flushes that it has not answered
+    /// may have passed it.
+    func writePassed(_ header: FrameHeader, at slot: ReplicaSlot) {
+        for index in 0..<slotsUsed
+        where (slots[index].use == .flush || slots[index].use == .client && slots[index].isFlush)
+            && slots[index].sent.contains(slot) && !slots[index].replied.contains(slot)
+            && slots[index].sequence > header.sequence
+        {
+            slots[index].isPartial = true
+            pass(index, header.offset / UInt64(Geometry.blockSize))
+        }
+    }
+    private func pass(_ flush: Int, _ block: UInt64) {
+        let region = block / UInt64(Geometry.blocksPerRegion)
+        let sequence = slots[flush].sequence
+        if !passed.contains(where: { $0.flush == sequence && $0.region == region }) {
+            passed.append((sequence, region))
         }
     }
 

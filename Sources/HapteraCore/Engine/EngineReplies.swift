@@ -25,6 +25,9 @@ extension EngineCore {
         case .write, .setState, .flush, .read, .status, .digest, .adopt:
             guard let index = slotIndex(ofTag: header.tag) else { return }
             if header.status == .ok { renewLease(slot, sentAt: slots[index].sentAt) }
+            if header.kind != .flush, header.auxiliary & MutationReply.wasParked != 0 {
+                writePassed(header, at: slot)
+            }
             if slots[index].use == .client || slots[index].use == .hedge {
                 countAnswer(index, slot)
             }
@@ -100,7 +103,7 @@ extension EngineCore {
                 return failReplica(slot, .failing(header.status))
             }
             slots[index].replied.insert(SlotSet(slot))
-            if header.auxiliary & FlushReply.isPartial != 0 { slots[index].isPartial = true }
+            if header.auxiliary & FlushReply.isPartial != 0 { flushPassed(index, at: slot) }
             settleFlush(index)
         case .read where slots[index].phase == .readingEdges:
             receivedEdge(index, slot, header, table, data)

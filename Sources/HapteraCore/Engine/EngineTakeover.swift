@@ -278,9 +278,21 @@ extension EngineCore {
     /// Writes failed on every member and may be applied differently: the region is made equal
     /// before anyone touches it again.
     func addUnresolved(_ region: UInt64) {
+        if damagedRegions.remove(region) != nil {
+            erroredRegions.insert(region)
+            for job in 0..<Self.jobsMax where jobs[job].kind == .repair {
+                if jobs[job].region == region { jobs[job].kind = .resolve }
+            }
+        }
         guard unresolved.insert(region).inserted else { return }
+        erroredRegions.insert(region)
         unresolvedQueue.append(region)
         isResolving = true
+    }
+    /// What a takeover found active is equal. What came later does not keep a point from being
+    /// stable: its region is left out, and a write that waits for room may be what it waits for.
+    var isTakeoverResolved: Bool {
+        unresolved.count == damagedRegions.count + erroredRegions.count
     }
 
     /// A read had to go to another member: the damaged copy is rewritten under the region's lock.
@@ -305,6 +317,7 @@ extension EngineCore {
 
     func regionResolved(_ region: UInt64, blocks: UInt64) {
         unresolved.remove(region)
+        erroredRegions.remove(region)
         regionsResolved += 1
         blocksResolved += blocks
         guard unresolved.isEmpty else { return }
@@ -341,6 +354,7 @@ extension EngineCore {
         abandonJobs()
         unresolved = []
         damagedRegions = []
+        erroredRegions = []
         isResolving = false
         for index in 0..<slotsUsed {
             switch slots[index].use {

@@ -259,6 +259,7 @@ extension ReplicaCore {
         startedCount -= 1
         parkCount += 1
         requests[Int(slot)].phase = .parked
+        requests[Int(slot)].wasParked = true
         push(slot, &parked)
     }
     private func unpark(_ slot: Int32) {
@@ -285,6 +286,7 @@ extension ReplicaCore {
         var header = requests[Int(slot)].header.reply(
             status, epoch: max(promise, admittedEpoch))
         if isUnderPressure { header.flags |= FrameFlags.logPressure }
+        if requests[Int(slot)].wasParked { header.auxiliary |= MutationReply.wasParked }
         return header
     }
     /// Sends a reply, if there is still somebody to send it to. Takes over both buffers.

@@ -254,6 +254,8 @@ struct Request: BitwiseCopyable {
     var olderMutation: Int32 = -1
     var newerMutation: Int32 = -1
     var isMutation = false
+    /// Mutation: flushes may have passed it.
+    var wasParked = false
     var status = FrameStatus.ok
     /// Flush: `parkCount` when it was admitted, and whether requests were parked then.
     var parkCount: UInt64 = 0
