@@ -134,6 +134,25 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(h.fakes[0].entry(300) == h.fakes[2].entry(300))
     }
 
+    /// The witness answers before the one that shows it to be an old copy (simulator seed 20034).
+    @Test func aMemberThatWasRolledBackProvesNothing() {
+        let h = removedInVain()
+        h.stored.epoch = Epoch(5)
+        h.fakes[1].promise = Epoch(5)
+        h.fakes[1].installed = h.stored
+        (h.fakes[1].flushed, h.fakes[1].stable) = (point(5, 9), point(5, 8))
+        for fake in h.fakes.prefix(2) { fake.isUp = false }
+        h.start()
+        h.connect(h.fakes[1])
+        h.fakes[1].isDeaf = true
+        h.connect(h.fakes[0])
+        #expect(h.core.phase == .installing)
+        h.hear(h.fakes[1], from: 0)
+        #expect(!h.notes.contains { if case .replicaReinstated = $0 { true } else { false } })
+        #expect(h.notes.contains { if case .replicaRolledBack = $0 { true } else { false } })
+        #expect(h.core.phase == .serving)
+    }
+
     @Test(arguments: 0..<4) func withoutAProofItIsFilledLikeAnyOther(case number: Int) {
         let h = removedInVain()
         switch number {

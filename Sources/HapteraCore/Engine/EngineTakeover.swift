@@ -76,10 +76,12 @@ extension EngineCore {
             if mustClaimAgain { return claim() }
             let promised = promisedMembers
             guard !promised.isEmpty else { return }
+            guard promised == members || now >= deadline || isHeardOut(promised) else { return }
+            // Not before everyone was heard: whether a witness was rolled back is told from others.
             if reinstate(promised) { return }
             if promised == members {
                 finishInstalling()
-            } else if now >= deadline || isHeardOut(promised) {
+            } else {
                 removeUnreachable(promised)
             }
         default: break
