@@ -362,6 +362,42 @@ import Testing
         #expect(engine.replicas.map(\.state) == ["inSync"])
     }
 
+    /// A store that was lost does not know where replicas are: that is no reason to drop them.
+    @Test func anEngineKeepsAReplicaWhoseAddressIsUnknown() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        bench.want(.attach, addresses: [replica.address, replica.address], attachment: 1)
+        _ = try await bench.untilEngine(.serving)
+        func inSync(_ report: Haptera_V1_NodeReport) -> Int {
+            report.engines[0].replicas.count { $0.state == "inSync" }
+        }
+        for isAgentNew in [false, true] {
+            if isAgentNew { try await bench.restartAgent() }
+            bench.want(.attach, addresses: [replica.address, ""], attachment: 1)
+            for _ in 0..<5 { try await bench.step() }
+            #expect(inSync(await bench.report) == 2)
+        }
+        // One it never had is told when its address is known.
+        bench.want(.attach, addresses: [replica.address, replica.address, ""], attachment: 1)
+        for _ in 0..<5 { try await bench.step() }
+        #expect(inSync(await bench.report) == 2)
+        bench.want(.attach, addresses: [replica.address], attachment: 1)
+        _ = try await bench.until("one has left") { inSync($0) == 1 }
+    }
+
+    /// Only replicas of scratch volumes take faults.
+    @Test func onlyScratchReplicasAreStartedForFaults() async throws {
+        for isScratch in [false, true] {
+            let bench = try Bench()
+            bench.want(.create)
+            bench.desired.replicas[0].scratch = isScratch
+            _ = try await bench.untilReplica(.running)
+            let file = try #require(Bench.files(bench.directory.path).first)
+            #expect(file.arguments.contains("--allow-faults") == isScratch)
+        }
+    }
+
     @Test func detachesInOrderAndStaysDetached() async throws {
         let bench = try Bench()
         bench.want(.create)

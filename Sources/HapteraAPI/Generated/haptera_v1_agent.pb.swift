@@ -109,6 +109,9 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
 
   package var phase: Haptera_V1_DesiredReplica.Phase = .unspecified
 
+  /// Its process takes faults.
+  package var scratch: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum Phase: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -175,7 +178,7 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
 
   package var phase: Haptera_V1_DesiredEngine.Phase = .unspecified
 
-  /// The complete set; a replica whose address is not known yet is left out.
+  /// The complete set; the address is empty while it is not known.
   package var replicas: [Haptera_V1_ReplicaEndpoint] = []
 
   /// For the engine's command line, and for one that runs where it can change them.
@@ -650,8 +653,11 @@ package nonisolated struct Haptera_V1_InjectFault: Sendable {
   /// Empty: the volume's engine.
   package var replicaID: String = String()
 
-  /// Chooses the bit.
+  /// Chooses the bit, or the direction.
   package var random: UInt64 = 0
+
+  /// What lasts undoes itself after so long.
+  package var milliseconds: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -660,10 +666,15 @@ package nonisolated struct Haptera_V1_InjectFault: Sendable {
     case unspecified // = 0
     case kill // = 1
     case pause // = 2
-    case resume // = 3
 
     /// Flips one bit of a block that holds data in a replica's files.
-    case flip // = 4
+    case flip // = 3
+
+    /// A replica's connections carry nothing: in, out or either way.
+    case partition // = 4
+
+    /// A replica's writes of data find no space.
+    case full // = 5
     case UNRECOGNIZED(Int)
 
     package init() {
@@ -675,8 +686,9 @@ package nonisolated struct Haptera_V1_InjectFault: Sendable {
       case 0: self = .unspecified
       case 1: self = .kill
       case 2: self = .pause
-      case 3: self = .resume
-      case 4: self = .flip
+      case 3: self = .flip
+      case 4: self = .partition
+      case 5: self = .full
       default: self = .UNRECOGNIZED(rawValue)
       }
     }
@@ -686,8 +698,9 @@ package nonisolated struct Haptera_V1_InjectFault: Sendable {
       case .unspecified: return 0
       case .kill: return 1
       case .pause: return 2
-      case .resume: return 3
-      case .flip: return 4
+      case .flip: return 3
+      case .partition: return 4
+      case .full: return 5
       case .UNRECOGNIZED(let i): return i
       }
     }
@@ -697,8 +710,9 @@ package nonisolated struct Haptera_V1_InjectFault: Sendable {
       .unspecified,
       .kill,
       .pause,
-      .resume,
       .flip,
+      .partition,
+      .full,
     ]
 
   }
@@ -946,7 +960,7 @@ nonisolated extension Haptera_V1_DesiredState: SwiftProtobuf.Message, SwiftProto
 
 nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DesiredReplica"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}replica_id\0\u{1}incarnation\0\u{3}size_bytes\0\u{1}phase\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}replica_id\0\u{1}incarnation\0\u{3}size_bytes\0\u{1}phase\0\u{1}scratch\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -960,6 +974,7 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
       case 4: try { try decoder.decodeSingularStringField(value: &self.incarnation) }()
       case 5: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
       case 6: try { try decoder.decodeSingularEnumField(value: &self.phase) }()
+      case 7: try { try decoder.decodeSingularBoolField(value: &self.scratch) }()
       default: break
       }
     }
@@ -984,6 +999,9 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
     if self.phase != .unspecified {
       try visitor.visitSingularEnumField(value: self.phase, fieldNumber: 6)
     }
+    if self.scratch != false {
+      try visitor.visitSingularBoolField(value: self.scratch, fieldNumber: 7)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -994,6 +1012,7 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
     if lhs.incarnation != rhs.incarnation {return false}
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.phase != rhs.phase {return false}
+    if lhs.scratch != rhs.scratch {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1705,7 +1724,7 @@ nonisolated extension Haptera_V1_EndEngine: SwiftProtobuf.Message, SwiftProtobuf
 
 nonisolated extension Haptera_V1_InjectFault: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".InjectFault"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}kind\0\u{3}volume_id\0\u{3}replica_id\0\u{1}random\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}kind\0\u{3}volume_id\0\u{3}replica_id\0\u{1}random\0\u{1}milliseconds\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1717,6 +1736,7 @@ nonisolated extension Haptera_V1_InjectFault: SwiftProtobuf.Message, SwiftProtob
       case 2: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
       case 3: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
       case 4: try { try decoder.decodeSingularUInt64Field(value: &self.random) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.milliseconds) }()
       default: break
       }
     }
@@ -1735,6 +1755,9 @@ nonisolated extension Haptera_V1_InjectFault: SwiftProtobuf.Message, SwiftProtob
     if self.random != 0 {
       try visitor.visitSingularUInt64Field(value: self.random, fieldNumber: 4)
     }
+    if self.milliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.milliseconds, fieldNumber: 5)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1743,13 +1766,14 @@ nonisolated extension Haptera_V1_InjectFault: SwiftProtobuf.Message, SwiftProtob
     if lhs.volumeID != rhs.volumeID {return false}
     if lhs.replicaID != rhs.replicaID {return false}
     if lhs.random != rhs.random {return false}
+    if lhs.milliseconds != rhs.milliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
 }
 
 nonisolated extension Haptera_V1_InjectFault.Kind: SwiftProtobuf._ProtoNameProviding {
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0KIND_UNSPECIFIED\0\u{1}KIND_KILL\0\u{1}KIND_PAUSE\0\u{1}KIND_RESUME\0\u{1}KIND_FLIP\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0KIND_UNSPECIFIED\0\u{1}KIND_KILL\0\u{1}KIND_PAUSE\0\u{1}KIND_FLIP\0\u{1}KIND_PARTITION\0\u{1}KIND_FULL\0")
 }
 
 nonisolated extension Haptera_V1_AgentAnswer: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {

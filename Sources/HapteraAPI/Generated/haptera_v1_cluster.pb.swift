@@ -299,10 +299,13 @@ package nonisolated struct Haptera_V1_InjectVolumeFaultRequest: Sendable {
   /// Empty: the engine.
   package var replicaID: String = String()
 
-  /// kill, pause, resume or flip.
+  /// kill, pause, flip, partition or full; the last three for replicas only.
   package var kind: String = String()
 
   package var random: UInt64 = 0
+
+  /// What lasts undoes itself after so long; 1 to 60000.
+  package var milliseconds: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -927,7 +930,7 @@ nonisolated extension Haptera_V1_ReconstructedVolume: SwiftProtobuf.Message, Swi
 
 nonisolated extension Haptera_V1_InjectVolumeFaultRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".InjectVolumeFaultRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{3}replica_id\0\u{1}kind\0\u{1}random\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{3}replica_id\0\u{1}kind\0\u{1}random\0\u{1}milliseconds\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -939,6 +942,7 @@ nonisolated extension Haptera_V1_InjectVolumeFaultRequest: SwiftProtobuf.Message
       case 2: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
       case 3: try { try decoder.decodeSingularStringField(value: &self.kind) }()
       case 4: try { try decoder.decodeSingularUInt64Field(value: &self.random) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.milliseconds) }()
       default: break
       }
     }
@@ -957,6 +961,9 @@ nonisolated extension Haptera_V1_InjectVolumeFaultRequest: SwiftProtobuf.Message
     if self.random != 0 {
       try visitor.visitSingularUInt64Field(value: self.random, fieldNumber: 4)
     }
+    if self.milliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.milliseconds, fieldNumber: 5)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -965,6 +972,7 @@ nonisolated extension Haptera_V1_InjectVolumeFaultRequest: SwiftProtobuf.Message
     if lhs.replicaID != rhs.replicaID {return false}
     if lhs.kind != rhs.kind {return false}
     if lhs.random != rhs.random {return false}
+    if lhs.milliseconds != rhs.milliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

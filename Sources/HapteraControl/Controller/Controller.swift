@@ -133,6 +133,7 @@ package actor Controller {
         wanted.replicaID = replica.id
         wanted.incarnation = replica.incarnation
         wanted.sizeBytes = UInt64(volume.sizeBytes)
+        wanted.scratch = volume.isScratch
         wanted.phase =
             switch replica.phase {
             case .create: .create
@@ -166,7 +167,7 @@ package actor Controller {
         wanted.renewMilliseconds = UInt64(volume.settings.renew)
         wanted.removalDeadlineMilliseconds = UInt64(volume.removalDeadlineMilliseconds)
         wanted.acceptLossInstance = UInt64(volume.acceptLossInstance) ?? 0
-        wanted.replicas = stored.replicas.filter { !$0.address.isEmpty && $0.phase == .run }.map {
+        wanted.replicas = stored.replicas.filter { $0.phase == .run }.map {
             var endpoint = Haptera_V1_ReplicaEndpoint()
             endpoint.replicaID = $0.id
             endpoint.address = $0.address

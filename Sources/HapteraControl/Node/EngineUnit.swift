@@ -133,7 +133,8 @@ package actor EngineUnit {
             supervision.files.nbdSocket, "--control", supervision.files.control,
             "--client-generation", "\(wanted.clientGeneration)",
         ]
-        for replica in wanted.replicas {
+        let replicas = wanted.replicas.filter { !$0.address.isEmpty }
+        for replica in replicas {
             arguments += ["--replica", "\(replica.replicaID)=\(replica.address)"]
         }
         arguments += limitArguments
@@ -143,18 +144,33 @@ package actor EngineUnit {
         }
         settings.limits = wantedLimits
         try supervision.files.save(settings)
-        let replicas = wanted.replicas
         supervision.start(context.host, context.engineProgram, arguments, now: now)
         if supervision.isRunning { told = replicas }
     }
 
     private func tellReplicas() async throws {
-        let replicas = wanted.replicas
-        guard told != replicas, !supervision.status.isEmpty else { return }
+        guard !supervision.status.isEmpty, let replicas = tellable, told != replicas else { return }
         let list = replicas.map { "\($0.replicaID)=\($0.address)" }.joined(separator: ",")
         _ = try await context.host.request(
             supervision.files.control, "replicas list=\(list)", timeoutSeconds: 5)
         told = replicas
+    }
+
+    /// What the engine may be told. A replica it has and is not told of would leave the volume, so
+    /// one whose address was forgotten (with the metadata store) keeps the one told before; nil if
+    /// that is not known here either: then the engine knows best.
+    private var tellable: [Haptera_V1_ReplicaEndpoint]? {
+        var replicas: [Haptera_V1_ReplicaEndpoint] = []
+        for replica in wanted.replicas {
+            if !replica.address.isEmpty {
+                replicas.append(replica)
+            } else if let before = told?.first(where: { $0.replicaID == replica.replicaID }) {
+                replicas.append(before)
+            } else if supervision.status["replica.\(replica.replicaID)"] != nil {
+                return nil
+            }
+        }
+        return replicas
     }
 
     /// The limits that can change while it runs; the others wait for the next attach.
