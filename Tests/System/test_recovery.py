@@ -1,112 +1,17 @@
 """What administrators decide when replicas or the metadata store are lost, with the whole control
-plane: controller, node agents, storagectl. Skipped where only the data plane was built."""
+plane: controller, node agents, storagectl."""
 
-import contextlib
-import json
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
-import tempfile
 
-from harness.cluster import BINARIES, MIB, wait_for
-from harness.context import SkipTest
+from harness.cluster import MIB, wait_for
+from harness.plane import Plane
 
 SIZE = 64 * MIB
 BLOCK = 4096
-
-
-class Plane:
-    """A cluster of three nodes on this host."""
-
-    def __init__(self, context):
-        if not (BINARIES / "storagectl").exists():
-            raise SkipTest("storagectl is not built")
-        self.directory = pathlib.Path(tempfile.mkdtemp(
-            prefix="hr-", dir=os.environ.get("HAPTERA_TEST_DIR", "/var/tmp")))
-        self.environment = {
-            **os.environ, "HAPTERA_IO": context.backend, "HAPTERA_BIN_DIR": str(BINARIES),
-            "XDG_CONFIG_HOME": str(self.directory / "config")}
-        self.environment.pop("HAPTERA_SERVER", None)
-        self.random = random.Random(context.seed)
-
-    def __enter__(self):
-        self.up()
-        return self
-
-    def __exit__(self, *failure):
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def up(self):
-        self.run("cluster", "up", "--dir", str(self.directory / "c"), "--nodes", "3")
-
-    def run(self, *words, fails=False):
-        done = subprocess.run(
-            [BINARIES / "storagectl", *words, "-o", "json"], env=self.environment,
-            capture_output=True, text=True, timeout=120)
-        if fails:
-            assert done.returncode != 0, (words, done.stdout)
-            return done.stderr
-        assert done.returncode == 0, (words, done.stderr, done.stdout)
-        return json.loads(done.stdout)
-
-    def volume(self):
-        return self.run("volume", "show", "vol")
-
-    def replicas(self):
-        return {replica["node"]: replica for replica in self.volume()["replicas"]}
-
-    def until(self, what, condition):
-        return wait_for(lambda: condition(self.volume()), what)
-
-    def pids(self):
-        """Processes that have the cluster's directory in their arguments."""
-        found = []
-        for entry in pathlib.Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(entry.name)
-                if f"{self.directory}/c".encode() in (entry / "cmdline").read_bytes():
-                    found.append(pid)
-        return found
-
-    def daemon(self, name):
-        return json.loads((self.directory / "c" / f"{name}.pid").read_text())["identity"]["pid"]
-
-    def kill(self, pid):
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not alive(pid), f"process {pid} to end")
-
-    def image(self, size=SIZE):
-        path = self.directory / "image"
-        path.write_bytes(self.random.randbytes(size))
-        return path
-
-    def write(self, path, offset=0):
-        """Written and flushed."""
-        length = path.stat().st_size
-        subprocess.run(
-            ["qemu-io", "-f", "raw", "-c", f"write -s {path} {offset} {length}", "-c", "flush",
-             self.volume()["engine"]["uri"]],
-            check=True, capture_output=True, timeout=120)
-
-    def read(self):
-        path = self.directory / "copy"
-        path.unlink(missing_ok=True)
-        subprocess.run(
-            ["nbdcopy", self.volume()["engine"]["uri"], path], check=True, timeout=120)
-        return path.read_bytes()
-
-
-def alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def lose_store(plane):
@@ -122,7 +27,7 @@ def test_store_lost(context):
     with Plane(context) as plane:
         plane.run("volume", "create", "vol", "--size", str(SIZE))
         plane.run("volume", "attach", "vol")
-        path = plane.image()
+        path = plane.image(SIZE)
         plane.write(path)
         expected = path.read_bytes()
         before = plane.volume()
@@ -135,7 +40,7 @@ def test_store_lost(context):
         plane.run("store", "reconstruct", "--from-nodes", "--yes")
         after = plane.until("the engine to be known", lambda v: v["robustness"] == "healthy" and v)
         assert after["engine"]["pid"] == before["engine"]["pid"], "the engine was disturbed"
-        assert after["epoch"] == before["epoch"]
+        assert after["epoch"] == before["epoch"], plane.run("volume", "why", "vol")
         assert plane.read() == expected
 
         plane.run("volume", "detach", "vol")
@@ -154,7 +59,7 @@ def test_store_restored_from_an_old_backup(context):
         shutil.copytree(store, plane.directory / "backup")
         plane.up()
         plane.run("volume", "attach", "vol")
-        path = plane.image()
+        path = plane.image(SIZE)
         plane.write(path)
         plane.run("volume", "detach", "vol")
         plane.kill(plane.daemon("controller"))
@@ -173,7 +78,7 @@ def test_salvage(context):
     with Plane(context) as plane:
         plane.run("volume", "create", "vol", "--size", str(SIZE))
         plane.run("volume", "attach", "vol", "--node", "node-3")
-        path = plane.image()
+        path = plane.image(SIZE)
         plane.write(path)
         expected = path.read_bytes()
         survivor = plane.replicas()["node-3"]

@@ -19,6 +19,8 @@ from .store import RecordStore
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 BINARIES = pathlib.Path(os.environ.get("HAPTERA_BIN", ROOT / ".build-release/release"))
+# Of the control plane, whose speed does not matter.
+CONTROL_BINARIES = pathlib.Path(os.environ.get("HAPTERA_CONTROL_BIN", ROOT / ".build/debug"))
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 
 
