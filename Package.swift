@@ -144,7 +144,7 @@ if !dataPlaneOnly {
         .testTarget(
             name: "HapteraCLITests",
             dependencies: ["HapteraCLI", "HapteraAPI", "HapteraHost", arguments] + grpc,
-            swiftSettings: strict),
+            exclude: ["Fakes"], swiftSettings: strict),
     ]
 }
 

@@ -49,6 +49,12 @@ package struct Timeout: ExpressibleByArgument, Equatable, Sendable {
         guard let count = Int(digits), count > 0, count <= 86_400 else { return nil }
         seconds = count * (multiplier ?? 1)
     }
+    package init(typed: String) throws {
+        guard let time = Self(argument: typed) else {
+            throw ValidationError("'\(typed)' is no time: use 30s, 5m, 2h, or seconds, 1 or more")
+        }
+        self = time
+    }
     package var defaultValueDescription: String { "\(seconds)s" }
 }
 

@@ -7,7 +7,7 @@ package enum ReplicaCommand {
     package static let usage = """
         usage: haptera-replica create --dir DIR --volume-id HEX32 --volume NAME --replica-id HEX16
                                       --incarnation HEX16 --size BYTES
-               haptera-replica serve --dir DIR --listen HOST:PORT --control PATH
+               haptera-replica serve --dir DIR --listen HOST:PORT --control PATH [--allow-faults]
                haptera-replica inspect --dir DIR [--json]
                haptera-replica verify --dir DIR [--json]
                haptera-replica export --dir DIR --output FILE|-
@@ -76,7 +76,8 @@ package enum ReplicaCommand {
             stop?()
         }
         let server = try ReplicaServer(
-            reactor: reactor, directory: directory, listen: address, control: control)
+            reactor: reactor, directory: directory, listen: address, control: control,
+            allowsFaults: arguments.allowsFaults)
         stop = { server.shutdown("signal") }
         if isSignalled { stop?() }
         reactor.run()
@@ -131,7 +132,7 @@ package struct ReplicaArguments {
         "create": [
             "--dir", "--volume-id", "--volume", "--replica-id", "--incarnation", "--size",
         ],
-        "serve": ["--dir", "--listen", "--control"],
+        "serve": ["--dir", "--listen", "--control", "--allow-faults"],
         "inspect": ["--dir", "--json"],
         "verify": ["--dir", "--json"],
         "export": ["--dir", "--output"],
@@ -149,7 +150,7 @@ package struct ReplicaArguments {
                 throw UsageError("\(verb) knows no option '\(word)'")
             }
             guard options[word] == nil else { throw UsageError("\(word) is given twice") }
-            if word == "--json" {
+            if word == "--json" || word == "--allow-faults" {
                 options[word] = ""
                 continue
             }
@@ -161,6 +162,7 @@ package struct ReplicaArguments {
     }
 
     package var isJSON: Bool { options["--json"] != nil }
+    package var allowsFaults: Bool { options["--allow-faults"] != nil }
     package func required(_ name: String) throws(UsageError) -> String {
         guard let value = options[name] else { throw UsageError("\(verb) needs \(name)") }
         return value

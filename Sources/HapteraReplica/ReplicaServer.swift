@@ -31,13 +31,17 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     /// What could be logged very often is logged once a second.
     private var quietUntil = Instant.zero
     private let hostBoot: BootID
+    /// Nil: none may be caused.
+    private var faults: ReplicaFaults?
     package private(set) var failure: String?
 
     /// Opens the copy (waiting for the lock of an earlier process) and begins to listen.
     package init(
-        reactor: Reactor, directory: String, listen: SocketAddress, control path: String
+        reactor: Reactor, directory: String, listen: SocketAddress, control path: String,
+        allowsFaults: Bool = false
     ) throws {
         self.reactor = reactor
+        faults = allowsFaults ? ReplicaFaults() : nil
         storage = DirectoryStorage(directory: directory, mode: .serve)
         // Before anything is read: the lock of every file that I/O goes to.
         for file in [ReplicaFile.manifest, .log] { _ = try storage.descriptor(file) }
@@ -79,6 +83,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         let connection = FrameConnection(reactor: reactor, fd: fd, delegate: self)
         connection.context = free
         connections[free] = connection
+        if isDeaf { connection.pauseReceiving() }
         step(.connected(connection: free))
     }
 
@@ -93,12 +98,12 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         precondition(offset == 0)
         step(.frame(connection: connection.context, header, table: table, buffer: buffer))
         let isBacklogged = connection.queuedSendBytes > Connection.sendQueueHigh
-        if !core.canAccept || isBacklogged { connection.pauseReceiving() }
+        if !core.canAccept || isBacklogged || isDeaf { connection.pauseReceiving() }
         if !core.canAccept { isCoreFull = true }
     }
 
     package func frameConnectionCanSend(_ connection: FrameConnection) {
-        connection.resumeReceiving()
+        if !isDeaf { connection.resumeReceiving() }
     }
 
     package func frameConnectionClosed(_ connection: FrameConnection, reason: CloseReason) {
@@ -115,20 +120,25 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             Log.warn("stopping without draining: it takes too long")
             reactor.stop()
         }
+        if token == Token.tick { endFaults() }
         step(token == Token.tick ? .tick : .disk(token: token, result: result))
     }
 
     package func turnEnded() {
         // A send that ended may have given back the buffer somebody waits for.
         if core.isShortOfResources { step(.tick) }
-        if isCoreFull, core.canAccept {
+        if isCoreFull, core.canAccept, !isDeaf {
             isCoreFull = false
-            for case .some(let connection) in connections
-            where connection.queuedSendBytes <= Connection.sendQueueHigh {
-                connection.resumeReceiving()
-            }
+            resumeReceiving()
         }
         if core.isShutDown { finishStopping() }
+    }
+
+    private func resumeReceiving() {
+        for case .some(let connection) in connections
+        where connection.queuedSendBytes <= Connection.sendQueueHigh {
+            connection.resumeReceiving()
+        }
     }
 
     private func step(_ event: ReplicaEvent) {
@@ -178,9 +188,23 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         _ offset: Int
     ) {
         counters.count(header)
+        if faults?.isMute == true, let connection = connections[connection] {
+            faults?.held.append(
+                .init(
+                    connection: connection, header: header, table: tableBuffer, buffer: buffer,
+                    offset: offset))
+            return
+        }
+        send(connections[connection], header, tableBuffer, buffer, offset)
+    }
+
+    private func send(
+        _ connection: FrameConnection?, _ header: FrameHeader, _ tableBuffer: BufferID,
+        _ buffer: BufferID, _ offset: Int
+    ) {
         let pool = reactor.pool
         let table = tableBuffer == .none ? nil : pool.memory(tableBuffer)
-        connections[connection]?.send(header, table: table, buffer: buffer, offset: offset)
+        connection?.send(header, table: table, buffer: buffer, offset: offset)
         if tableBuffer != .none { pool.release(tableBuffer) }
         if buffer != .none { pool.release(buffer) }
     }
@@ -228,6 +252,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         case "shutdown":
             shutdownRequests.append(request)
             shutdown("control socket")
+        case "fault" where faults != nil: causeFault(request)
         default:
             request.fail("unknown verb '\(request.verb)': ping, status, metrics, shutdown")
         }
@@ -245,6 +270,44 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             ("address", listener?.address.text ?? ""),
             ("directory", storage.directory), ("io", reactor.backendName),
         ]
+    }
+
+    // MARK: faults
+
+    private var isDeaf: Bool { faults?.isDeaf ?? false }
+
+    private func causeFault(_ request: ControlRequest) {
+        do throws(IOError) {
+            let (fault, milliseconds) = try ReplicaFaults.parse(request.arguments)
+            let end = reactor.now.adding(milliseconds: milliseconds)
+            switch fault {
+            case .link(let isDeaf, let isMute):
+                guard faults?.isCut == false else { throw IOError("it is cut off already") }
+                faults?.cut(isDeaf: isDeaf, isMute: isMute, until: end)
+                if isDeaf { for connection in connections { connection?.pauseReceiving() } }
+            case .files(let rules):
+                reactor.completionFault = rules
+                faults?.harmFiles(until: end)
+            }
+            let words = request.arguments.sorted { $0.key < $1.key }
+            let text = words.map { "\($0.key)=\($0.value)" }.joined(separator: " ")
+            Log.warn("a fault was asked for", ("fault", text))
+            request.reply()
+        } catch {
+            request.fail("\(error)")
+        }
+    }
+
+    private func endFaults() {
+        guard let ended = faults?.ended(now: reactor.now) else { return }
+        if ended.files { reactor.completionFault = nil }
+        guard ended.link else { return }
+        let held = faults?.held ?? []
+        faults?.held = []
+        for reply in held {
+            send(reply.connection, reply.header, reply.table, reply.buffer, reply.offset)
+        }
+        if core.canAccept { resumeReceiving() } else { isCoreFull = true }
     }
 
     // MARK: stopping

@@ -155,6 +155,22 @@ import Testing
         request.replicaID = scratch.replicas[0].id
         try await bench.controller.injectFault(request, volume: "tmp")
         #expect(bench.faults.withLock { $0 }.map(\.replicaID) == [scratch.replicas[0].id])
+        // What lasts has an end, and what only replicas suffer needs one.
+        request.kind = "partition"
+        for (replica, milliseconds) in [
+            (request.replicaID, 0), (request.replicaID, 60_001), ("", 9),
+        ] {
+            var wrong = request
+            wrong.replicaID = replica
+            wrong.milliseconds = UInt64(milliseconds)
+            await #expect(throws: ControlError.self) {
+                try await bench.controller.injectFault(wrong, volume: "tmp")
+            }
+        }
+        request.milliseconds = 60_000
+        try await bench.controller.injectFault(request, volume: "tmp")
+        #expect(bench.faults.withLock { $0 }.last?.kind == .partition)
+        #expect(bench.faults.withLock { $0 }.last?.milliseconds == 60_000)
         // Bits flip only while there is another good copy.
         request.kind = "flip"
         await #expect(throws: ControlError.self) {

@@ -25,5 +25,9 @@ def test_gap_engine_killed(context):
     return in_time(gaps.engine_killed, context)
 
 
+def test_gap_engine_restarted(context):
+    return in_time(gaps.engine_restarted, context)
+
+
 def test_gap_store_away(context):
     return in_time(gaps.store_away, context, 5)

@@ -12,53 +12,30 @@ package struct ChaosCommand: AsyncParsableCommand {
     package init() {}
 }
 
-/// Faults a node agent can cause without the rights of root.
-package enum ChaosFault: String, CaseIterable, Sendable {
-    case kill
-    case pause
-    case flip
-}
-
-package struct ChaosFaults: Equatable, Sendable {
-    package var faults: [ChaosFault]
-    package static let all = ChaosFaults(ChaosFault.allCases)
-
-    private init(_ faults: [ChaosFault]) { self.faults = faults }
-
-    package init(typed: String) throws {
-        faults = try typed.split(separator: ",").map { word in
-            if let fault = ChaosFault(rawValue: String(word)) { return fault }
-            guard word == "partition" || word == "full" else {
-                throw ValidationError("'\(word)' is no fault: use kill, pause, flip")
-            }
-            throw ValidationError("'\(word)' needs root's tools on the nodes, so it is left out")
-        }
-        guard !faults.isEmpty else { throw ValidationError("--faults is empty") }
-    }
-}
-
 extension ChaosCommand {
     package struct Run: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Clients write and read while processes are killed and bits flip.",
+            abstract: "Clients write and read a scratch volume that is broken meanwhile.",
             discussion: """
                 The volume is made with 'volume create --scratch', is attached on this host, and \
                 loses what it holds. Clients write blocks that say what they are; at the end the \
                 history of each block is judged: no acknowledged write lost, no read that goes \
                 back, no foreign byte, no error. Ends with status 1 if anything cannot be \
-                explained.
+                explained. The same seed gives the same faults in the same order.
                 """)
 
         @Option(help: "The scratch volume.", transform: Label.init(typed:))
         package var volume: Label
 
-        @Option(name: .customLong("for"), help: "How long, up to 1h.")
+        @Option(
+            name: .customLong("for"), help: "How long, up to 1h.", transform: Timeout.init(typed:))
         package var time = Timeout(seconds: 60)
 
-        @Option(help: "Any of kill, pause, flip.", transform: ChaosFaults.init(typed:))
+        @Option(
+            help: "Any of kill, pause, partition, flip, full.", transform: ChaosFaults.init(typed:))
         package var faults = ChaosFaults.all
 
-        @Option(help: "Where the choices start from; random without it.")
+        @Option(help: "What all choices come from; random without it.")
         package var seed: UInt64?
 
         @Option(help: "Clients, 1 to 32.")
@@ -71,7 +48,9 @@ extension ChaosCommand {
             guard (1...32).contains(workers) else {
                 throw ValidationError("--workers is 1 to 32, not \(workers)")
             }
-            guard time.seconds <= 3600 else { throw ValidationError("--for is at most 1h") }
+            guard (1...3600).contains(time.seconds) else {
+                throw ValidationError("--for is 1s to 1h")
+            }
         }
 
         package func run() async throws {
@@ -80,14 +59,15 @@ extension ChaosCommand {
             try await Session.run(options) { session in
                 let seed = seed ?? UInt64.random(in: 0 ... .max)
                 let chaos = Chaos(
-                    session: session, name: volume.text, faults: faults.faults,
-                    random: RandomSource(seed: seed))
-                let outcome = try await chaos.run(
-                    for: .seconds(time.seconds), workers: workers, seed: seed)
+                    session: session, name: volume.text, faults: faults.faults, seed: seed)
+                let outcome = try await chaos.run(for: .seconds(time.seconds), workers: workers)
                 session.say(outcome.value) { _ in outcome.text }
                 guard outcome.violations.isEmpty else {
                     throw CommandFailure(
-                        .failed, "\(outcome.violations.count) violations; seed \(seed)")
+                        .failed,
+                        "\(outcome.violations.count) violations on volume '\(volume.text)', seed "
+                            + "\(seed): keep the volume, and report them with its "
+                            + "'storagectl events' and the logs of its nodes")
                 }
             }
         }
@@ -95,34 +75,58 @@ extension ChaosCommand {
 }
 
 struct ChaosOutcome: Sendable {
+    struct Count: Equatable, Sendable {
+        var fault: ChaosFault
+        /// `engine`, or a replica with its node.
+        var target: String
+        var caused = 0
+        /// There was nothing to break just then.
+        var skipped = 0
+    }
     var seed: UInt64
+    var seconds: Int
     var operations: Int
     var acknowledged: Int
-    var faults: [String: Int]
+    var longestPauseMilliseconds: UInt64
+    var faults: [Count]
     var violations: [String]
 
     var value: OutputValue {
         .object([
             ("seed", .text("\(seed)")),
+            ("seconds", .number(UInt64(seconds))),
             ("operations", .number(UInt64(operations))),
             ("acknowledged", .number(UInt64(acknowledged))),
+            ("longestPauseMilliseconds", .number(longestPauseMilliseconds)),
             (
                 "faults",
-                .object(faults.sorted { $0.key < $1.key }.map { ($0, .number(UInt64($1))) })
+                .list(
+                    faults.map {
+                        .object([
+                            ("fault", .text($0.fault.rawValue)), ("target", .text($0.target)),
+                            ("caused", .number(UInt64($0.caused))),
+                            ("skipped", .number(UInt64($0.skipped))),
+                        ])
+                    })
             ),
             ("violations", .list(violations.map { .text($0) })),
         ])
     }
     var text: String {
-        let causes = faults.sorted { $0.key < $1.key }.map { "\($1) x \($0)" }
-        return
-            ([
-                "\(acknowledged) of \(operations) requests answered; "
-                    + (causes.isEmpty ? "no fault" : causes.joined(separator: ", "))
-                    + "; seed \(seed)"
-            ]
-            + (violations.isEmpty ? ["every block's history can be explained"] : violations))
-            .joined(separator: "\n")
+        let table = TextTable(
+            ["FAULT", "TARGET", "CAUSED", "SKIPPED"],
+            faults.map { [$0.fault.rawValue, $0.target, "\($0.caused)", "\($0.skipped)"] })
+        let verdict =
+            violations.isEmpty
+            ? "no violation: the history of every block can be explained"
+            : (["VIOLATIONS"] + violations).joined(separator: "\n")
+        return """
+            \(table.text)
+
+            \(acknowledged) of \(operations) requests answered in \(seconds) s, longest pause \
+            \(longestPauseMilliseconds) ms, seed \(seed)
+            \(verdict)
+            """
     }
 }
 
@@ -131,90 +135,82 @@ struct Chaos {
     let session: Session
     let name: String
     let faults: [ChaosFault]
-    let random: RandomSource
+    let seed: UInt64
 
-    func run(for time: Duration, workers: Int, seed: UInt64) async throws -> ChaosOutcome {
+    func run(for time: Duration, workers: Int) async throws -> ChaosOutcome {
         let volume = try await healthy()
-        guard volume.scratch else {
-            throw CommandFailure(
-                .conflict,
-                "'\(name)' is no scratch volume; make one: storagectl volume create "
-                    + "NAME --size SIZE --scratch")
-        }
         guard let socket = volume.engine.unixUri.split(separator: "=").last.map(String.init),
             FileManager.default.fileExists(atPath: socket)
         else {
             throw CommandFailure(
                 .conflict,
-                "'\(name)' is not attached on this host; run this on node "
-                    + "\(volume.engine.node)")
+                "volume '\(name)' is attached on node \(volume.engine.node), not on this host: "
+                    + "run this there")
         }
         let workload = ChaosWorkload(path: socket, export: name, sizeBytes: volume.sizeBytes)
         try workload.fill()
         workload.start(workers: workers, seed: seed)
-        var caused: [String: Int] = [:]
+        let caused: [ChaosOutcome.Count]
         do {
             caused = try await cause(volume, until: ContinuousClock.now + time, workload)
+            _ = try await healthy()
         } catch {
             workload.stop()
             throw error
         }
         workload.stop()
-        _ = try await healthy()
         try workload.readAll()
         let counts = workload.history.counts
         return ChaosOutcome(
-            seed: seed, operations: counts.operations, acknowledged: counts.acknowledged,
-            faults: caused, violations: workload.history.judge())
+            seed: seed, seconds: Int(time.components.seconds), operations: counts.operations,
+            acknowledged: counts.acknowledged,
+            longestPauseMilliseconds: workload.history.longestPauseMilliseconds, faults: caused,
+            violations: workload.history.judge())
     }
 
-    /// What a fault did is known to the controller by then, at the latest.
-    private static let newsMilliseconds = 2500
-
-    /// Bits flip in one replica only, and then nothing else is broken before all are in sync: one
-    /// good copy of everything stays.
     private func cause(
         _ volume: Haptera_V1_Volume, until end: ContinuousClock.Instant, _ workload: ChaosWorkload
-    ) async throws -> [String: Int] {
-        var caused: [String: Int] = [:]
+    ) async throws -> [ChaosOutcome.Count] {
+        var counts: [ChaosOutcome.Count] = []
         let progress = Progress(session.options)
         defer { progress.clear() }
-        let rotten = random.pick(volume.replicas).id
-        let targets = volume.replicas.map(\.id) + [""]
+        let plan = FaultPlan(seed: seed, faults: faults, replicas: volume.replicas.count)
         while ContinuousClock.now < end {
-            let fault = random.pick(faults)
-            let target = fault == .flip ? rotten : random.pick(targets)
-            if faults.contains(.flip) || random.permille(500) { _ = try await healthy() }
-            if try await inject(fault.rawValue, target) {
-                let noun = target.isEmpty ? "engine" : "replica"
-                caused["\(fault.rawValue) \(noun)", default: 0] += 1
-            }
-            let pause = random.between(faults.contains(.flip) ? Self.newsMilliseconds : 200, 4000)
-            try await Task.sleep(for: .milliseconds(pause))
-            if fault == .pause {
-                _ = try await inject("resume", target)
-                if faults.contains(.flip) {
-                    try await Task.sleep(for: .milliseconds(Self.newsMilliseconds))
-                }
-            }
+            let step = plan.next()
+            if step.waitsForHealth { _ = try await healthy() }
+            let isCaused = try await inject(step, volume.replicas)
+            let target =
+                step.replica.map { volume.replicas[$0] }.map { "\($0.id) on \($0.node)" }
+                ?? "engine"
+            let index =
+                counts.firstIndex { $0.fault == step.fault && $0.target == target } ?? counts.count
+            if index == counts.count { counts.append(.init(fault: step.fault, target: target)) }
+            if isCaused { counts[index].caused += 1 } else { counts[index].skipped += 1 }
             progress.show(
-                "\(caused.values.reduce(0, +)) faults, "
-                    + "\(workload.history.counts.acknowledged) requests answered")
+                "\(counts.reduce(0) { $0 + $1.caused }) faults, last: \(step.fault.rawValue) "
+                    + "\(target); \(workload.history.counts.acknowledged) requests answered")
+            let lasting = isCaused ? Int(step.milliseconds) : 0
+            try await Task.sleep(for: .milliseconds(lasting + step.pauseMilliseconds))
         }
-        return caused
+        return counts.sorted { ($0.fault.rawValue, $0.target) < ($1.fault.rawValue, $1.target) }
     }
 
-    /// False if there was nothing to break just now.
-    private func inject(_ kind: String, _ replica: String) async throws -> Bool {
+    /// False if there was nothing to break just now, or nobody to do it.
+    private func inject(_ step: FaultPlan.Step, _ replicas: [Haptera_V1_Replica]) async throws
+        -> Bool
+    {
         var request = Haptera_V1_InjectVolumeFaultRequest()
         request.volume = name
-        request.replicaID = replica
-        request.kind = kind
-        request.random = random.next()
+        request.replicaID = step.replica.map { replicas[$0].id } ?? ""
+        request.kind = step.fault.rawValue
+        request.random = step.random
+        request.milliseconds = step.milliseconds
         do {
             _ = try await session.cluster.injectVolumeFault(request, options: session.callOptions)
             return true
-        } catch let error as RPCError where error.code == .failedPrecondition {
+        } catch let error as RPCError
+            where [.failedPrecondition, .unavailable, .deadlineExceeded].contains(error.code)
+        {
             return false
         }
     }
@@ -222,8 +218,19 @@ struct Chaos {
     private func healthy() async throws -> Haptera_V1_Volume {
         let name = name
         let volume = try await session.follow(name, "waiting for") { volume in
-            guard let volume, volume.hasEngine else {
-                throw CommandFailure(.conflict, "volume '\(name)' is not attached")
+            guard let volume else {
+                throw CommandFailure(.notFound, "there is no volume '\(name)'")
+            }
+            guard volume.scratch else {
+                throw CommandFailure(
+                    .conflict,
+                    "volume '\(name)' is no scratch volume, so nothing of it is broken on purpose; "
+                        + "make one: storagectl volume create NAME --size SIZE --scratch")
+            }
+            guard volume.hasEngine else {
+                throw CommandFailure(
+                    .conflict,
+                    "volume '\(name)' is not attached: storagectl volume attach \(name)")
             }
             return volume.state == .attached && volume.robustness == .healthy
                 && volume.engine.pid > 0

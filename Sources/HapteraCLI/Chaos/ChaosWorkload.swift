@@ -31,6 +31,7 @@ final class ChaosHistory: Sendable {
         var operations = 0
         var acknowledged = 0
         var violations: [String] = []
+        var longestPause = Duration.zero
     }
     private let state = Mutex(State())
     /// Values of earlier runs, should they come back, are not taken for this one's.
@@ -84,6 +85,14 @@ final class ChaosHistory: Sendable {
         state.withLock { ($0.operations, $0.acknowledged) }
     }
 
+    /// A client had no answer for so long.
+    func paused(_ time: Duration) {
+        state.withLock { $0.longestPause = max($0.longestPause, time) }
+    }
+    var longestPauseMilliseconds: UInt64 {
+        UInt64(state.withLock { $0.longestPause } / .milliseconds(1))
+    }
+
     /// What no order of the operations explains.
     func judge() -> [String] {
         let (events, violations) = state.withLock { ($0.events, $0.violations) }
@@ -101,27 +110,36 @@ final class ChaosHistory: Sendable {
 /// Clients that write, read and flush until told to stop. Each reconnects when its connection is
 /// lost; what it had asked for then may happen or not.
 final class ChaosWorkload: Sendable {
-    static let blocks: UInt64 = 512
+    static let blocksDefault: UInt64 = 512
     /// Between two requests of a client: bounds the history of a long run.
-    private static let pauseMicroseconds: UInt32 = 1000
+    static let pauseMicroseconds: UInt32 = 1000
     let history = ChaosHistory()
     private let path: String
     private let export: String
+    private let blocks: UInt64
     private let stride: UInt64
     private let isStopping = Atomic(false)
     private let group = DispatchGroup()
 
-    init(path: String, export: String, sizeBytes: UInt64) {
+    /// Uses so many blocks, evenly spread.
+    init(
+        path: String, export: String, sizeBytes: UInt64,
+        blocks: UInt64 = ChaosWorkload.blocksDefault
+    ) {
         self.path = path
+        self.blocks = blocks
         self.export = export
-        stride = max(sizeBytes / UInt64(SelfDescribingBlock.size) / Self.blocks, 1)
+        stride = max(sizeBytes / UInt64(SelfDescribingBlock.size) / blocks, 1)
     }
 
-    func start(workers: Int, seed: UInt64) {
+    func start(
+        workers: Int, seed: UInt64, pauseMicroseconds: UInt32 = ChaosWorkload.pauseMicroseconds
+    ) {
         for number in 0..<workers {
             group.enter()
             let thread = Thread { [self] in
-                work(RandomSource(seed: RandomSource.mix(seed &+ UInt64(number))))
+                work(
+                    RandomSource(seed: RandomSource.mix(seed &+ UInt64(number))), pauseMicroseconds)
                 group.leave()
             }
             thread.start()
@@ -133,22 +151,26 @@ final class ChaosWorkload: Sendable {
         group.wait()
     }
 
-    private func work(_ random: RandomSource) {
+    private func work(_ random: RandomSource, _ pauseMicroseconds: UInt32) {
         var socket: NBDSocket?
+        var answered = ContinuousClock.now
         while !isStopping.load(ordering: .relaxed) {
             guard let connection = socket ?? (try? NBDSocket(path: path, export: export)) else {
                 usleep(50_000)
                 continue
             }
             socket = connection
-            usleep(Self.pauseMicroseconds)
-            let block = UInt64(random.below(Int(Self.blocks)))
+            usleep(pauseMicroseconds)
+            let block = UInt64(random.below(Int(blocks)))
             do {
                 switch random.below(20) {
                 case 0: _ = try connection.request(.flush)
                 case 1...8: try read(connection, block)
                 default: try write(connection, block)
                 }
+                let now = ContinuousClock.now
+                history.paused(now - answered)
+                answered = now
             } catch let error as NBDRequestError {
                 history.failed(block, error)
             } catch {
@@ -178,12 +200,12 @@ final class ChaosWorkload: Sendable {
     /// Gives every block a value of this run.
     func fill() throws {
         let connection = try NBDSocket(path: path, export: export)
-        for block in 0..<Self.blocks { try write(connection, block) }
+        for block in 0..<blocks { try write(connection, block) }
     }
 
     /// Reads every block once more.
     func readAll() throws {
         let connection = try NBDSocket(path: path, export: export)
-        for block in 0..<Self.blocks { try read(connection, block) }
+        for block in 0..<blocks { try read(connection, block) }
     }
 }

@@ -101,20 +101,35 @@ extension NodeAgent {
     }
 
     private func inject(_ fault: Haptera_V1_InjectFault) async throws {
+        let replica = fault.replicaID
+        guard replica.isEmpty || ReplicaID(replica) != nil else { throw HostError("no replica id") }
         if fault.kind == .flip {
-            guard ReplicaID(fault.replicaID) != nil else { throw HostError("no replica id") }
-            return try DataFault.flip("\(replicasDirectory)/\(fault.replicaID)", fault.random)
+            return try DataFault.flip("\(replicasDirectory)/\(replica)", fault.random)
         }
         let process =
-            fault.replicaID.isEmpty
-            ? await engineProcess(fault.volumeID) : await replicaProcess(fault.replicaID)
+            replica.isEmpty ? await engineProcess(fault.volumeID) : await replicaProcess(replica)
         guard let process else { throw HostError("its process does not run") }
         switch fault.kind {
         case .kill: process.signal(SIGKILL)
-        case .pause: process.signal(SIGSTOP)
-        case .resume: process.signal(SIGCONT)
+        case .pause:
+            process.signal(SIGSTOP)
+            Task {
+                try? await Task.sleep(for: .milliseconds(fault.milliseconds))
+                process.signal(SIGCONT)
+            }
+        case .partition:
+            let way = ["in", "out", "both"][Int(fault.random % 3)]
+            try await cause("link=\(way)", fault)
+        case .full: try await cause("files=write:data:ENOSPC", fault)
         case .flip, .unspecified, .UNRECOGNIZED: throw HostError("no such fault")
         }
+    }
+
+    /// Replicas of scratch volumes take such requests, no other does.
+    private func cause(_ words: String, _ fault: Haptera_V1_InjectFault) async throws {
+        let control = UnitFiles(run: context.run, prefix: "r", id: fault.replicaID).control
+        _ = try await context.host.request(
+            control, "fault \(words) milliseconds=\(fault.milliseconds)", timeoutSeconds: 5)
     }
 }
 

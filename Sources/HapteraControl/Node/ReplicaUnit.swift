@@ -132,7 +132,7 @@ package actor ReplicaUnit {
             [
                 "serve", "--dir", directory, "--listen", address, "--control",
                 supervision.files.control,
-            ], now: now)
+            ] + (wanted.scratch ? ["--allow-faults"] : []), now: now)
     }
 
     private func remove(now: Int64) async {

@@ -1,10 +1,12 @@
 """How long a client waits when something dies: each measurement on a volume of its own."""
 
 import contextlib
+import os
 import signal
 import time
 
 from harness.cluster import MIB, wait_for
+from harness.plane import Plane
 from harness.workload import BLOCK, History, SyncProbe, Workload, check_all
 
 from .checker import Checker
@@ -109,3 +111,23 @@ def engine_killed(context):
         cluster.wait_healthy()
         cluster.check_copies()
         return Gap(gap, 1.0, remark)
+
+
+def engine_restarted(context):
+    """The same, started again by its node agent, which first has to notice."""
+    with Plane(context, "volume") as plane:
+        plane.run("volume", "create", "volume", "--size", str(BLOCKS * BLOCK))
+        plane.run("volume", "attach", "volume")
+        engine = plane.until(
+            "all replicas", lambda v: v["robustness"] == "healthy" and v["engine"])
+        path = engine["unixURI"].partition("socket=")[2]
+        checker = Checker()
+        client = Worker(checker, 0, path, BLOCKS * BLOCK // CELL, context.seed, depth=DEPTH).start()
+        wait_for(lambda: client.completed > 3000, "the load")
+        client.longest_gap, answered = 0.0, client.completed
+        os.kill(engine["pid"], signal.SIGKILL)
+        wait_for(lambda: client.completed > answered + 500, "answers from the next engine")
+        gap = client.longest_gap
+        client.stop()
+        plane.until("the next engine", lambda v: v["engine"]["pid"] not in (None, engine["pid"]))
+        return Gap(gap, 1.0, f"{client.retries} requests repeated")
