@@ -30,6 +30,19 @@ import Testing
         #expect(again.reply(second)?.data == data)
     }
 
+    /// What a clogged link delivers late must not disturb the connection made since (seed 30061).
+    @Test func anInstallOfAnEarlierConnectionComesTooLate() throws {
+        let bench = try ReplicaBench()
+        bench.hello(on: 0, engine: 1)
+        #expect(try bench.attach(on: 1) != nil)
+        let late = bench.install(on: 0, epoch: 1, engine: 1)
+        let write = bench.write(ReplicaBench.pattern(1), at: 0, on: 1)
+        try bench.run()
+        #expect(bench.status(late) == .notInstalled && bench.status(write) == .ok)
+        bench.step(.disconnected(connection: 1))
+        #expect(try bench.attach(on: 0) != nil)
+    }
+
     @Test func aPayloadThatDoesNotMatchChangesNothing() throws {
         let bench = try ReplicaBench()
         _ = try bench.attach()

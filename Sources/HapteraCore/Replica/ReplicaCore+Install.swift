@@ -38,7 +38,7 @@ extension ReplicaCore {
         let connection = Int(requests[Int(slot)].connection)
         guard let request = decodedInstalls[slot] else { return refuse(slot, .invalid) }
         guard connections[connection].hasSaidHello, request.record.volume == identity.volume,
-            connections[connection].engine == request.engine
+            connections[connection].engine == request.engine, !isSuperseded(connection)
         else { return refuse(slot, .notInstalled) }
         guard shutdown == .none else { return refuse(slot, .unavailable) }
         let epoch = request.record.epoch
@@ -67,6 +67,16 @@ extension ReplicaCore {
             connections[other].installedEpoch = .zero
         }
         refuseParked(.staleEpoch)
+    }
+
+    /// Its engine has made another connection since: what still arrives here, late, must not take
+    /// that one's place.
+    private func isSuperseded(_ connection: Int) -> Bool {
+        (0..<connections.count).contains { other in
+            connections[other].isConnected && connections[other].hasSaidHello
+                && connections[other].engine == connections[connection].engine
+                && connections[other].number > connections[connection].number
+        }
     }
 
     private var acceptsAgain: Bool {

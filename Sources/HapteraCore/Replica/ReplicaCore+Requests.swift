@@ -6,6 +6,8 @@ extension ReplicaCore {
         connections[connection] = ConnectionState()
         connections[connection].generation = generation
         connections[connection].isConnected = true
+        connectionsMade += 1
+        connections[connection].number = connectionsMade
     }
 
     /// What was admitted is finished, unanswered; what was held is dropped.

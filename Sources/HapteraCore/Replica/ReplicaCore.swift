@@ -84,6 +84,7 @@ package final class ReplicaCore {
     var isSettleWanted = false
     /// What was promised before the last Install.
     var promiseBefore = Epoch.zero
+    var connectionsMade: UInt64 = 0
     /// What a sync of the log must cover before an Install is answered: its flushed mark.
     var installTicket: UInt64 = 0
     /// The host restarted since the copies were last known equal; fixed at open.
@@ -274,6 +275,8 @@ struct Request: BitwiseCopyable {
 struct ConnectionState: BitwiseCopyable {
     var generation: UInt32 = 0
     var isConnected = false
+    /// Connections are numbered in the order they were made.
+    var number: UInt64 = 0
     var engine = InstanceID.none
     var hasSaidHello = false
     /// The epoch it may act in; zero: none.
