@@ -110,7 +110,9 @@ extension Presentation {
     }
 
     static func text(_ plan: Haptera_V1_SalvageVolumeResponse, name: String) -> String {
-        var text = plan.choices.isEmpty ? "no replica is out" : table(plan.choices).text
+        var text =
+            plan.choices.isEmpty
+            ? "volume \(name): no replica is out" : table(plan.choices).text
         if !plan.objection.isEmpty {
             text += "\n\nnot now: \(plan.objection)"
         } else if !plan.choices.isEmpty {

@@ -121,7 +121,7 @@ package struct Session: Sendable {
         case .unavailable:
             return CommandFailure(
                 .unavailable,
-                "the controller at \(server) cannot be reached: \(error.message); "
+                "the controller at \(server) cannot be reached: \(brief(error)); "
                     + "see 'storagectl cluster up' or check --server")
         case .deadlineExceeded:
             return CommandFailure(

@@ -15,25 +15,30 @@ package struct DurationArgument: Equatable, Sendable {
 
 /// How a volume behaves when something is slow or gone.
 package struct SettingsOptions: ParsableArguments {
-    @Option(help: "Writes wait while fewer replicas are in sync; default 1.")
+    @Option(
+        parsing: .unconditional, help: "Writes wait while fewer replicas are in sync; default 1.")
     package var minInSync: UInt32?
 
     @Option(
+        parsing: .unconditional,
         help: "A request not answered for this long gets an error; default 0: it waits.",
         transform: DurationArgument.init(typed:))
     package var ioTimeout: DurationArgument?
 
     @Option(
+        parsing: .unconditional,
         help: "How long a replica's answer lets the engine serve; default 500ms.",
         transform: DurationArgument.init(typed:))
     package var lease: DurationArgument?
 
     @Option(
+        parsing: .unconditional,
         help: "A replica that owes an answer this long leaves the in-sync set; default 3s.",
         transform: DurationArgument.init(typed:))
     package var removalDeadline: DurationArgument?
 
     @Option(
+        parsing: .unconditional,
         help: "A replica away for longer is replaced on another node; default 30m, 0: never.",
         transform: DurationArgument.init(typed:))
     package var staleReplicaTimeout: DurationArgument?

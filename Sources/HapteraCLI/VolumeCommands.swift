@@ -45,10 +45,12 @@ extension VolumeCommand {
         @Argument(help: "The volume's name: \(Names.labelRule).", transform: Label.init(typed:))
         package var name: Label
 
-        @Option(help: "As in 10GiB: \(VolumeSize.rule).", transform: SizeArgument.init(typed:))
+        @Option(
+            parsing: .unconditional, help: "As in 10GiB: \(VolumeSize.rule).",
+            transform: SizeArgument.init(typed:))
         package var size: SizeArgument
 
-        @Option(help: "Copies, 1 to 5.")
+        @Option(parsing: .unconditional, help: "Copies, 1 to 5.")
         package var replicas = 3
 
         @Option(

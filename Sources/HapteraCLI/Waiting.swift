@@ -48,9 +48,10 @@ extension Session {
     }
 
     /// Follows a volume until `isDone` says so, and returns what it was given then (nil: the volume
-    /// is gone). A controller that restarts meanwhile is asked again. `isDone` may throw.
+    /// is gone). A controller that restarts meanwhile is asked again. `isDone` may throw. `advice`:
+    /// what to do when the time is up.
     func follow(
-        _ name: String, _ action: String,
+        _ name: String, _ action: String, advice: String? = nil,
         until isDone: @escaping @Sendable (Haptera_V1_Volume?) throws -> Bool
     ) async throws -> Haptera_V1_Volume? {
         let progress = Progress(options)
@@ -83,8 +84,10 @@ extension Session {
         throw CommandFailure(
             .unavailable,
             "not done after \(options.timeout.seconds) s: \(action) \(name): "
-                + "\(words); it goes on in the background: see 'storagectl volume show \(name)', "
-                + "or allow more with --timeout")
+                + "\(words); "
+                + (advice
+                    ?? "it goes on in the background: see 'storagectl volume show \(name)', "
+                    + "or allow more with --timeout"))
     }
 
     private static func requireTransient(_ error: RPCError) throws {

@@ -25,6 +25,20 @@ import Testing
         #expect(command.options.quiet)
     }
 
+    /// A value that begins with a hyphen is a wrong value, not a missing one.
+    @Test(arguments: [
+        ("volume create v --size -2GiB", "'-2GiB' is no volume size"),
+        ("volume update v --lease -5s", "'-5s' is no length of time"),
+        ("chaos run --volume v --for -5s", "'-5s' is no time"),
+        ("chaos run --volume v --for 2h", "--for is 1s to 1h"),
+    ])
+    func negativeValuesAreNamed(_ line: String, _ words: String) {
+        let error = #expect(throws: (any Error).self) {
+            _ = try Storagectl.parseAsRoot(line.split(separator: " ").map(String.init))
+        }
+        #expect(error.map { Storagectl.message(for: $0) }?.contains(words) == true)
+    }
+
     @Test func globalsMayComeFirst() throws {
         let command = try parse(
             VolumeCommand.Show.self, "-o json --server h:1 --context=c -q volume show vol")

@@ -56,6 +56,17 @@ import Testing
         #expect(try await bench.controller.reconstruct(request(act: true)).volumes[0].current)
     }
 
+    /// A volume that was made and never attached is on no replica; the store knows it.
+    @Test func aVolumeNeverAttachedIsCurrent() async throws {
+        let bench = try await Bench(TestStore())
+        let volume = try await bench.test.makeVolume()
+        for row in volume.replicas { bench.place(row, nil, promise: 0, running: false) }
+        let found = try await bench.controller.reconstruct(request(act: true))
+        #expect(found.volumes.map(\.current) == [true])
+        #expect(found.volumes[0].objection.isEmpty)
+        #expect(try await bench.test.store.volume(named: "vol").record == volume.record)
+    }
+
     @Test func anEngineThatOutlivedTheStoreStays() async throws {
         let (bench, before, _) = try await lost()
         var engine = Haptera_V1_RunningEngine()

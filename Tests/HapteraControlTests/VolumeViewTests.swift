@@ -124,6 +124,19 @@ import Testing
         #expect(world.message.robustness == .healthy)
     }
 
+    /// A detach that nobody performs says so, and what there is to do.
+    @Test func aDetachWaitsForASilentNode() throws {
+        var world = try World(attached: true)
+        world.stored.volume.isDetaching = true
+        #expect(world.message.reason.isEmpty)
+        let node = try #require(world.stored.volume.attachedNode)
+        world.nodes[node]?.isReady = false
+        #expect(world.message.state == .detaching)
+        #expect(world.message.robustness == .degraded)
+        #expect(world.message.reason.contains("node \(node), which runs the engine"))
+        #expect(world.message.reason.contains("--force"))
+    }
+
     /// The engine sees a replica that its node agent says nothing of.
     @Test func aSilentNodeIsNoDeadReplica() throws {
         var world = try World(attached: true)

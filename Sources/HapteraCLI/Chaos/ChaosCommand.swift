@@ -28,17 +28,18 @@ extension ChaosCommand {
         package var volume: Label
 
         @Option(
-            name: .customLong("for"), help: "How long, up to 1h.", transform: Timeout.init(typed:))
+            name: .customLong("for"), parsing: .unconditional, help: "How long, up to 1h.",
+            transform: Timeout.init(typed:))
         package var time = Timeout(seconds: 60)
 
         @Option(
             help: "Any of kill, pause, partition, flip, full.", transform: ChaosFaults.init(typed:))
         package var faults = ChaosFaults.all
 
-        @Option(help: "What all choices come from; random without it.")
+        @Option(parsing: .unconditional, help: "What all choices come from; random without it.")
         package var seed: UInt64?
 
-        @Option(help: "Clients, 1 to 32.")
+        @Option(parsing: .unconditional, help: "Clients, 1 to 32.")
         package var workers = 4
 
         @OptionGroup package var options: GlobalOptions
@@ -217,7 +218,10 @@ struct Chaos {
 
     private func healthy() async throws -> Haptera_V1_Volume {
         let name = name
-        let volume = try await session.follow(name, "waiting for") { volume in
+        let volume = try await session.follow(
+            name, "waiting until all replicas are in sync in",
+            advice: "nothing more is broken; see 'storagectl volume why \(name)'"
+        ) { volume in
             guard let volume else {
                 throw CommandFailure(.notFound, "there is no volume '\(name)'")
             }

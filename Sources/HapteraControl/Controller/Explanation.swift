@@ -81,6 +81,10 @@ package struct Explanation {
         return list
     }
 
+    static let unknownPlace =
+        "no node is known to hold it: it was replaced or deleted, or its node was away when the "
+        + "store was rebuilt"
+
     private func away(_ member: VolumeRecord.Member) -> Haptera_V1_ReplicaAway {
         var replica = Haptera_V1_ReplicaAway()
         replica.replicaID = member.replica.text
@@ -92,7 +96,7 @@ package struct Explanation {
             replica.flushedEpoch = found.flushedEpoch ?? 0
         case .found: replica.problem = "its directory holds another making of it"
         case .failed(let reason): replica.problem = reason
-        case nil: replica.problem = "the store does not know where it is"
+        case nil: replica.problem = Self.unknownPlace
         }
         return replica
     }

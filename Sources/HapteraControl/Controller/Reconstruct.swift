@@ -49,7 +49,10 @@ struct ReconstructionCandidate {
 
     /// The store is as new as the replicas, and knows all of them.
     var isCurrent: Bool {
-        guard let plan, let stored, let record = stored.record else { return false }
+        guard let stored, let record = stored.record else { return false }
+        // Made and never attached: replicas have no record then.
+        if plan == nil, found.allSatisfy({ $0.inspection.promise == 0 }) { return true }
+        guard let plan else { return false }
         let known = Set(stored.replicas.compactMap(\.member))
         let named = record.inSync + record.out.map(\.member)
         return record.epoch >= plan.newest.epoch

@@ -106,7 +106,7 @@ extension Explanation {
         switch inspections[member.replica.text] {
         case .failed(let reason): reason
         case .found: "its directory holds another making of it"
-        case nil: "the store does not know where it is"
+        case nil: Explanation.unknownPlace
         }
     }
 }

@@ -184,7 +184,8 @@ package struct VolumeView: Sendable {
         if let reason = engine?.reason, let decision = Self.decision(reason) {
             return (.faulted, decision)
         }
-        if state == .attached, let trouble = engineTrouble { return trouble }
+        let isStuck = state == .detaching && !isNodeReady
+        if state == .attached || isStuck, let trouble = engineTrouble { return trouble }
         let inSync = replicas.count { $0.state == .inSync && !$0.leaving }
         if inSync >= stored.volume.replicaCount { return (.healthy, "") }
         if inSync == 0, !isEngineUp {
@@ -198,11 +199,19 @@ package struct VolumeView: Sendable {
         return (.degraded, (missing + [problem].compactMap { $0 }).joined(separator: "; "))
     }
 
+    private var isNodeReady: Bool {
+        stored.volume.attachedNode.flatMap { nodes[$0]?.isReady } ?? false
+    }
+
     private var engineTrouble: (Haptera_V1_Robustness, reason: String)? {
         let node = stored.volume.attachedNode ?? ""
-        guard nodes[node]?.isReady == true, let engine else {
+        guard isNodeReady, let engine else {
             // The engine does not depend on its node agent: most likely it serves.
-            return (.degraded, "node \(node), which runs the engine, is not heard of")
+            return (
+                .degraded,
+                "node \(node), which runs the engine, is not heard of: bring it back, or, if it "
+                    + "is gone, 'storagectl volume detach \(stored.volume.name) --force'"
+            )
         }
         switch engine.state {
         case .serving: return nil
