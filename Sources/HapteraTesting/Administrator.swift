@@ -59,19 +59,24 @@ extension World {
         guard let found = Reconstruction(surveys: surveys, known: hosts.map(\.id)) else {
             return fail("invariant 29: the replicas' records do not fit together")
         }
-        guard found.verdict == .certain else { return note("the store cannot be reconstructed") }
-        let record = found.record(nonce: random.next())
-        check(
-            29,
-            record.epoch.rawValue <= UInt64(history.count)
-                && record == history[Int(record.epoch.rawValue) - 1],
-            "the record found on the replicas, e\(record.epoch.rawValue), never stood")
-        guard failure == nil else { return }
-        note("the store is reconstructed at e\(record.epoch.rawValue)")
-        coverage.took(.reconstruction)
+        var stands = history.count
+        if found.verdict == .certain {
+            let record = found.record(nonce: random.next())
+            check(
+                29,
+                record.epoch.rawValue <= UInt64(history.count)
+                    && record == history[Int(record.epoch.rawValue) - 1],
+                "the record found on the replicas, e\(record.epoch.rawValue), never stood")
+            guard failure == nil else { return }
+            note("the store is reconstructed at e\(record.epoch.rawValue)")
+            coverage.took(.reconstruction)
+            stands = Int(record.epoch.rawValue)
+        } else {
+            note("the store cannot be reconstructed; a newer backup is found")
+        }
         trueHistory = nil
         for engine in engines { killEngine(engine) }
-        store.replaceHistory(Array(history.prefix(Int(record.epoch.rawValue))))
+        store.replaceHistory(Array(history.prefix(stands)))
         startEngine(generation: generation)
         attach(to: engines[engines.count - 1])
     }

@@ -193,9 +193,9 @@ extension World {
         noteLoss()
     }
 
-    /// A backup is made, or put back. A copy put back in place of a member's is not to be told from
-    /// the member if no flush came between: only a replica that every member knows to have left is
-    /// treated so.
+    /// A backup is made, or put back. A copy that no flush came after, marked as everybody knows,
+    /// is not to be told from one that lost power; and only a replica that every member knows to
+    /// have left is treated so.
     private func injectRestore(_ host: SimulatedReplica, _ downtime: Int) {
         guard let backup = host.backup, random.permille(700) else {
             guard host.core != nil, host.disk.operationsInFlight == 0 else { return }
@@ -209,6 +209,7 @@ extension World {
             $0.proposal.map { $0.epoch > record.epoch && $0.contains(host) } ?? false
         }
         guard let departure, record.joining?.replica != host.id, !mayBecomeMember,
+            host.backupFlushed < departure.stablePoint || departure.reason == .rolledBack,
             hosts.allSatisfy({ !record.contains($0) || $0.installed >= departure.leftEpoch })
         else { return }
         note("fault: the backup of \(host.name) is put back")

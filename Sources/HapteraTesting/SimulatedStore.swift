@@ -14,6 +14,8 @@ final class SimulatedStore {
     private let timeline: Timeline
     private let random: RandomSource
     private var requests: [Request] = []
+    /// The first request made to the host that is there now.
+    private var heardFrom = 0
     /// Every record that ever stood, by epoch, from the first.
     private(set) var history: [VolumeRecord]
     private(set) var isDown = false
@@ -58,10 +60,14 @@ final class SimulatedStore {
     /// Who waits for the answer; nil: it has one.
     func asker(_ id: Int) -> Int? { requests[id].isAnswered ? nil : requests[id].engine }
 
-    /// Puts an old copy back: the last `count` changes never happened.
-    func forget(_ count: Int) { history.removeLast(min(count, history.count - 1)) }
+    /// Puts an old copy back: the last `count` changes never happened, and what was on its way to
+    /// the host before is gone with its connections.
+    func forget(_ count: Int) { replaceHistory(Array(history.dropLast(count))) }
     /// What an administrator puts there instead.
-    func replaceHistory(_ records: [VolumeRecord]) { history = records }
+    func replaceHistory(_ records: [VolumeRecord]) {
+        history = records
+        heardFrom = requests.count
+    }
     func append(_ record: VolumeRecord) { history.append(record) }
 
     func get(engine: Int) { send(Request(engine: engine, swap: nil)) }
@@ -88,7 +94,7 @@ final class SimulatedStore {
 
     /// A request reaches the store. Returns a violation of invariants 1 and 2, if there is one.
     func arrived(_ id: Int) -> String? {
-        guard !isDown else { return nil }
+        guard !isDown, id >= heardFrom else { return nil }
         var violation: String?
         if let swap = requests[id].swap {
             if swap.expected == record.epoch {

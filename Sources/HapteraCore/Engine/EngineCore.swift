@@ -68,6 +68,7 @@ package final class EngineCore {
     var mayJoin = true
     var pendingChange: ChangePurpose?
     var isStoreBusy = false
+    var isRechecking = false
     var storeRetryAt: Instant?
     var nonceState: UInt64
     var deadline = Instant.zero

@@ -311,6 +311,7 @@ extension EngineCore {
             let content = memory.slice(block * Geometry.blockSize, Geometry.blockSize)
             table.store(CRC32C.checksum(content), block * 4)
         }
+        if run.action == .adopt { spareThoseThatHave(job, table) }
         var header = FrameHeader(kind: .write)
         header.flags = FrameFlags.resync
         header.tag = tag(index)
@@ -322,6 +323,21 @@ extension EngineCore {
         header.dataLength = header.length
         header.tableChecksum = CRC32C.checksum(table.slice(0, run.count * 4))
         sendRun(job, &header, buffer: jobBuffers[job])
+    }
+
+    /// What was kept may be what a rebooted member has intact: it need not be sent that.
+    private func spareThoseThatHave(_ job: Int, _ checksums: RawMemory) {
+        let run = jobs[job].run
+        var rest = run.targets
+        while let slot = rest.popFirst() {
+            let hasAll = (0..<run.count).allSatisfy { block in
+                let kept = BlockEntry(
+                    state: .data, checksum: checksums.load(UInt32.self, block * 4))
+                let its = RegionDigest.decode(index: run.first + block, from: digest(job, slot))
+                return its.map { !$0.isDoubtful && $0.entry == kept } ?? false
+            }
+            if hasAll { jobs[job].run.targets.remove(SlotSet(slot)) }
+        }
     }
 
     private func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {

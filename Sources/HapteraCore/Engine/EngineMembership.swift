@@ -282,6 +282,8 @@ extension EngineCore {
 
     /// Looks at everything on the way again, after the set of needed replies changed.
     func recheckAll() {
+        // Nothing begins before everything is settled: one outcome may close another's region.
+        isRechecking = true
         for index in 0..<slotsUsed where slots[index].phase != .waiting {
             switch slots[index].use {
             case .client where slots[index].isReady: answerReady(index)
@@ -293,6 +295,7 @@ extension EngineCore {
             default: break
             }
         }
+        isRechecking = false
         startAll()
     }
 

@@ -82,6 +82,7 @@ extension EngineCore {
         }
     }
     private func startWaiting(_ bucket: Int) {
+        guard !isRechecking else { return }  // all will be
         var cursor = bucketHeads[bucket]
         while cursor >= 0 {
             let index = Int(cursor)
