@@ -331,25 +331,6 @@ import Testing
         #expect(!resumed.needsDecision)
     }
 
-    @Test func rebuildsAreReported() {
-        let status = [
-            "rebuild.replica": "00000000000000a1", "rebuild.kind": "resync",
-            "rebuild.phase": "copying", "rebuild.regionsDone": "3", "rebuild.regionsTotal": "9",
-            "rebuild.bytesCopied": "4096", "rebuild.bytesPerSecond": "2048",
-            "rebuild.elapsedMilliseconds": "2000", "resolve.regionsDone": "64",
-            "resolve.regionsTotal": "64",
-        ]
-        let reports = EngineUnit.rebuilds(status)
-        #expect(reports.map(\.kind) == ["resync"])
-        #expect(reports[0].regionsTotal == 9)
-        #expect(reports[0].bytesPerSecond == 2048)
-        #expect(reports[0].elapsedMilliseconds == 2000)
-        #expect(
-            EngineUnit.rebuilds(["resolve.regionsDone": "1", "resolve.regionsTotal": "2"])
-                .map(\.kind) == ["resolve"])
-        #expect(EngineUnit.rebuilds([:]).isEmpty)
-    }
-
     @Test func anEngineIsToldOfNewAddresses() async throws {
         let bench = try Bench()
         bench.want(.create)
@@ -481,6 +462,28 @@ import Testing
         // Without a process there is nothing to do, and nothing to fail.
         task.endEngine.volumeID = "00000000000000010000000000000009"
         #expect(await bench.agent.perform(task).error.isEmpty)
+    }
+
+    @Test func aPausedProcessGoesOn() async throws {
+        let bench = try Bench()
+        bench.want(.create)
+        let replica = try await bench.untilReplica(.running)
+        func state() throws -> String {
+            let stat = try String(contentsOfFile: "/proc/\(replica.pid)/stat", encoding: .utf8)
+            return String(stat.split(separator: ")").last?.split(separator: " ").first ?? "")
+        }
+        var task = Haptera_V1_AgentTask()
+        task.fault.kind = .pause
+        task.fault.replicaID = replica.replicaID
+        task.fault.milliseconds = 3000
+        #expect(await bench.agent.perform(task).error.isEmpty)
+        for isPaused in [true, false] {
+            let deadline = ContinuousClock.now + .seconds(30)
+            while try (state() == "T") != isPaused {
+                try #require(ContinuousClock.now < deadline)
+                await Task.yield()
+            }
+        }
     }
 
     /// Nothing is stopped or removed because it is not named.

@@ -1,3 +1,4 @@
+import HapteraAPI
 import Testing
 
 @testable import HapteraControl
@@ -46,5 +47,26 @@ import Testing
         let end = 100_000 + RestartBackoff.stableAfter
         #expect(!backoff.mayStart(now: end + 1999))
         #expect(backoff.mayStart(now: end + 2000))
+    }
+}
+
+@Suite struct EngineReportTests {
+    @Test func rebuildsAreReported() {
+        let status = [
+            "rebuild.replica": "00000000000000a1", "rebuild.kind": "resync",
+            "rebuild.phase": "copying", "rebuild.regionsDone": "3", "rebuild.regionsTotal": "9",
+            "rebuild.bytesCopied": "4096", "rebuild.bytesPerSecond": "2048",
+            "rebuild.elapsedMilliseconds": "2000", "resolve.regionsDone": "64",
+            "resolve.regionsTotal": "64",
+        ]
+        let reports = EngineUnit.rebuilds(status)
+        #expect(reports.map(\.kind) == ["resync"])
+        #expect(reports[0].regionsTotal == 9)
+        #expect(reports[0].bytesPerSecond == 2048)
+        #expect(reports[0].elapsedMilliseconds == 2000)
+        #expect(
+            EngineUnit.rebuilds(["resolve.regionsDone": "1", "resolve.regionsTotal": "2"])
+                .map(\.kind) == ["resolve"])
+        #expect(EngineUnit.rebuilds([:]).isEmpty)
     }
 }

@@ -113,10 +113,10 @@ extension NodeAgent {
         case .kill: process.signal(SIGKILL)
         case .pause:
             process.signal(SIGSTOP)
-            Task {
-                try? await Task.sleep(for: .milliseconds(fault.milliseconds))
-                process.signal(SIGCONT)
-            }
+            // A process of its own: the pause ends though we may be killed meanwhile.
+            let words = "sleep \(Double(fault.milliseconds) / 1000); kill -CONT \(process.pid)"
+            let (host, log) = (context.host, "\(context.run)/faults.log")
+            Task { _ = try? await host.run("/bin/sh", ["-c", words], log: log) }
         case .partition:
             let way = ["in", "out", "both"][Int(fault.random % 3)]
             try await cause("link=\(way)", fault)
