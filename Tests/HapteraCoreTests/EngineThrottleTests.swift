@@ -25,7 +25,7 @@ import Testing
         #expect(throttle.rate > first)
         for _ in 0..<40 { window(&throttle, &now, microseconds: 9000, copying: true) }
         #expect(throttle.rate == CopyThrottle.floor)
-        // The floor in regions: eight a second, one at a time.
+        // The floor in regions: 32 a second, one at a time.
         var begun = 0
         for _ in 0..<100 {
             now = now.adding(milliseconds: 10)
@@ -33,7 +33,7 @@ import Testing
             throttle.began(bytes: Geometry.regionSize)
             begun += 1
         }
-        #expect((7...9).contains(begun))
+        #expect((31...33).contains(begun))
         let mayBeginLater = throttle.mayBegin(now.adding(milliseconds: 500), running: 1)
         #expect(!mayBeginLater)
     }

@@ -5,11 +5,14 @@
 /// raise it; it never falls below a floor, so that every copy ends, and without clients there is
 /// no limit. Pure: it is told the time.
 struct CopyThrottle {
-    /// Bytes of regions per second.
-    static let floor: UInt64 = 8 << 20
+    /// Bytes of regions per second. Redundancy comes back in a day and a half for 4 TiB, whatever
+    /// clients do.
+    static let floor: UInt64 = 32 << 20
     /// From here on there is no limit.
     static let ceiling: UInt64 = 1 << 30
-    private static let beginning: UInt64 = 32 << 20
+    private static let beginning: UInt64 = 64 << 20
+    /// For each of these another region may be under way.
+    private static let ratePerRegion: UInt64 = 32 << 20
     /// Nanoseconds.
     private static let windowMin: UInt64 = 500_000_000
     private static let windowMax: UInt64 = 2_000_000_000
@@ -60,7 +63,7 @@ struct CopyThrottle {
     /// Whether another region may be begun, `running` being under way.
     mutating func mayBegin(_ now: Instant, running: Int) -> Bool {
         guard rate < Self.ceiling else { return true }
-        guard running < max(1, Int(rate / Self.beginning)) else { return false }
+        guard running < max(1, Int(rate / Self.ratePerRegion)) else { return false }
         // Time too short to be worth a byte counts later: however often this is asked, it adds up.
         let elapsed = min(now.nanoseconds(since: creditAt), 1_000_000_000)
         if elapsed >= 1_000_000 {
