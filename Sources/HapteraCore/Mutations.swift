@@ -62,6 +62,10 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let noLeaseCheck = MutationSet(rawValue: 1 << 24)
     /// L: a new engine does not wait for the leases of the one before.
     package static let noLeaseWait = MutationSet(rawValue: 1 << 25)
+    /// L: count a lease to its very end, by a clock of another rate.
+    package static let noLeaseMargin = MutationSet(rawValue: 1 << 27)
+    /// W: round a trim outwards, to all blocks it touches.
+    package static let trimRoundedOutwards = MutationSet(rawValue: 1 << 52)
     /// W: the range of a write whose client was told of a time-out is given free at once.
     package static let timedOutWriteUnlocked = MutationSet(rawValue: 1 << 28)
     /// L: a replica that starts reports no lease of its time before.
@@ -99,10 +103,13 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     /// J: leave the birth of a region found equal as it is on the joiner.
     package static let equalRegionKeepsBirth = MutationSet(rawValue: 1 << 35)
 
+    // Not listed: rules that unit tests judge, since seeds seldom come to where they matter:
+    // tailMovedAfterOpen (ReplicaHardeningTests), passedWritesNotLeftOut, erroredWriteNotResolved
+    // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests) and
+    // noLeaseMargin (EngineLeaseTests).
     package static let named: [(name: String, mutation: MutationSet)] = [
-        ("oldSessionNotFenced", .oldSessionNotFenced), ("tailMovedAfterOpen", .tailMovedAfterOpen),
+        ("oldSessionNotFenced", .oldSessionNotFenced),
         ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
-        ("passedWritesNotLeftOut", .passedWritesNotLeftOut),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),
@@ -120,15 +127,13 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("drainBeforeLogSync", .drainBeforeLogSync),
         ("noLeaseCheck", .noLeaseCheck), ("noLeaseWait", .noLeaseWait),
         ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
+        ("trimRoundedOutwards", .trimRoundedOutwards),
         ("timedOutWriteUnlocked", .timedOutWriteUnlocked),
         ("acceptRolledBackMember", .acceptRolledBackMember),
         ("reinstateUnproven", .reinstateUnproven), ("joinKept", .joinKept),
         ("removeLast", .removeLast), ("recordOlderIgnored", .recordOlderIgnored),
         ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
-        ("clientGenerationIgnored", .clientGenerationIgnored),
-        ("erroredWriteNotResolved", .erroredWriteNotResolved), ("claimUnheard", .claimUnheard),
+        ("clientGenerationIgnored", .clientGenerationIgnored), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
-        ("rollBackNotRecorded", .rollBackNotRecorded),
-        ("joinerKeepsRequests", .joinerKeepsRequests),
     ]
 }

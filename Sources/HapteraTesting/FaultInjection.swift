@@ -280,6 +280,12 @@ extension World {
                             engine: engines.count, replica: kept.index, toReplica: toReplica,
                             until: timeline.now + milliseconds(random.between(1000, 9000)))
                     }
+                    // The others do not know what leases they gave.
+                    for host in hosts where host !== kept && host.core != nil && !isKeeper(host) {
+                        if random.permille(200) {
+                            killReplica(host, restartAfter: random.between(1, 50))
+                        }
+                    }
                 }
             }
             startEngine(generation: generation)

@@ -59,7 +59,7 @@ struct FaultPlan {
     var rot: Bool { kinds.contains { Self.rotting.contains($0) } }
     private static let rotting: [Kind] = [.rot, .lostWrite, .misdirectedWrite]
 
-    init(random: RandomSource) {
+    init(random: RandomSource, mutations: MutationSet = MutationSet()) {
         for kind in Kind.allCases {
             let chance: Int
             switch kind {
@@ -74,6 +74,11 @@ struct FaultPlan {
             default: chance = 400
             }
             if random.permille(chance) { kinds.append(kind) }
+        }
+        let needed = Self.needed(by: mutations)
+        if !needed.isEmpty {
+            kinds.removeAll { Self.rotting.contains($0) || needed.contains($0) }
+            kinds += needed
         }
         let rots = kinds.contains { Self.rotting.contains($0) }
         if rots {
@@ -94,4 +99,30 @@ struct FaultPlan {
         corruptsFrames = !rots && random.permille(200)
         stageFaultPermille = random.pick([0, 50, 300])
     }
+
+    /// Rules that matter only while leases outlast the time in which members are removed.
+    static let leaseRules: MutationSet = [
+        .noLeaseCheck, .noLeaseWait, .restartedReplicaForgetsLease, .noLeaseMargin,
+    ]
+    /// Faults without which nobody misses the rule: every seed that judges it has them, besides
+    /// those it draws.
+    private static func needed(by mutations: MutationSet) -> [Kind] {
+        if !mutations.isDisjoint(with: leaseRules) { return [.takeover] }
+        return needs.first { mutations.contains($0.mutation) }?.kinds ?? []
+    }
+    private static let needs: [(mutation: MutationSet, kinds: [Kind])] = [
+        (.erroredWriteNotResolved, [.fullDisks]),
+        (.flushWhileResolving, [.cutPower, .engineCrash]),
+        (.rebootedSource, [.cutPower, .engineCrash]),
+        (.clientGenerationIgnored, [.cutPower, .engineCrash]),
+        (.stableBeforeResolved, [.engineCrash]),
+        (.acceptRolledBackMember, [.restoreReplica]),
+        (.rollBackNotRecorded, [.restoreReplica, .killReplica, .engineCrash]),
+        (.joinKept, [.salvage, .cutConnection]),
+        (.recordOlderIgnored, [.restoreStore]),
+        (.sameEpochIsSameRecord, [.restoreStore]),
+        (.inFlightRegionsNotCopied, [.cutConnection]),
+        (.joinerKeepsRequests, [.cutConnection, .slowDisk]),
+        (.noJoinerLock, [.cutConnection, .slowDisk]),
+    ]
 }

@@ -42,8 +42,7 @@ final class SimulatedEngine {
     var unsent: [ClientOperation] = []
     /// On their way on a broken connection.
     var late: [ClientOperation] = []
-    /// Its clock against the world's, nanoseconds.
-    let clockOffset: UInt64
+    let clock: SimulatedClock
 
     init(
         index: Int, volume: VolumeID, generation: UInt64, random: RandomSource,
@@ -51,7 +50,7 @@ final class SimulatedEngine {
     ) {
         self.index = index
         self.generation = generation
-        clockOffset = random.next() >> 24
+        clock = SimulatedClock(random: random)
         instance = InstanceID(rawValue: random.next() | 1)
         pool = BufferPool(limits: .init(small: 96, medium: 16, large: 12))
         var configuration = EngineConfiguration(
@@ -82,12 +81,15 @@ struct SimulatedLeases {
     let ioTimeoutMilliseconds: UInt64
 
     /// With rot about, a member that only pauses must not be removed: it may have the good copy.
-    init(random: RandomSource, sparesPausedMembers: Bool) {
+    init(random: RandomSource, sparesPausedMembers: Bool, mutations: MutationSet) {
         let drawn: (UInt32, UInt64) = random.pick([
             (500, 3000), (500, 3000), (500, 500), (2500, 3000), (3000, 800),
         ])
-        (milliseconds, removalMilliseconds) = sparesPausedMembers ? (500, 3000) : drawn
-        ioTimeoutMilliseconds = random.permille(200) ? random.pick([100, 700, 4000]) : 0
+        let isJudged = !mutations.isDisjoint(with: FaultPlan.leaseRules)
+        (milliseconds, removalMilliseconds) =
+            isJudged ? (3000, 800) : sparesPausedMembers ? (500, 3000) : drawn
+        let timesOut = random.permille(mutations.contains(.erroredWriteNotResolved) ? 1000 : 200)
+        ioTimeoutMilliseconds = timesOut ? random.pick([100, 700, 4000]) : 0
     }
 }
 
@@ -129,7 +131,7 @@ extension World {
     /// Feeds the core one event and performs what it asks for.
     func step(_ engine: SimulatedEngine, _ event: EngineEvent) {
         guard engine.isAlive else { return }
-        engine.core.step(event, now: timeline.instant(offset: engine.clockOffset))
+        engine.core.step(event, now: timeline.instant(engine.clock))
         while let action = engine.core.actions.popFirst() { perform(action, engine) }
         observeJoin(engine)
         submitUnsent(engine)

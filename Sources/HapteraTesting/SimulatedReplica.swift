@@ -8,8 +8,8 @@ final class SimulatedReplica {
     private(set) var incarnation: Incarnation
     let disk: SimulatedDisk
     private(set) var bootID: UInt64
-    /// The host's clock against the world's, nanoseconds: another one after every boot.
-    private(set) var clockOffset: UInt64 = 0
+    /// Another one after every boot.
+    private(set) var clock: SimulatedClock
     /// Counts process starts; what belongs to an earlier one is dropped.
     private(set) var process = 0
     private(set) var core: ReplicaCore?
@@ -67,6 +67,7 @@ final class SimulatedReplica {
         incarnation = Incarnation(rawValue: random.next() | 1)
         disk = SimulatedDisk(random: random.fork())
         bootID = random.next() | 1
+        clock = SimulatedClock(random: random)
         connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
         order = Array(repeating: .zero, count: blockCount)
     }
@@ -96,7 +97,7 @@ final class SimulatedReplica {
     }
     func rebooted(_ random: RandomSource) {
         bootID = random.next() | 1
-        clockOffset = random.next() >> 24
+        clock = SimulatedClock(random: random)
     }
 
     func pause(until time: UInt64) { pausedUntil = time }
@@ -229,7 +230,7 @@ extension World {
 
     func step(_ host: SimulatedReplica, _ event: ReplicaEvent) {
         guard let core = host.core else { return }
-        core.step(event, now: timeline.instant(offset: host.clockOffset))
+        core.step(event, now: timeline.instant(host.clock))
         while let action = core.actions.popFirst() {
             perform(action, host)
             if host.core !== core { return }

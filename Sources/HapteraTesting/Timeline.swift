@@ -41,6 +41,21 @@ enum Relief {
     case flap(replica: Int, left: Int)
 }
 
+/// A host's clock: it started at another time than the world's, and is fast or slow.
+struct SimulatedClock {
+    /// Parts per million. Leases stand 7800 either way.
+    static let driftMax = 5000
+    let drift: Int64
+    /// Nanoseconds.
+    let offset: UInt64
+
+    init(random: RandomSource) {
+        let anything = random.below(2 * Self.driftMax + 1) - Self.driftMax
+        drift = Int64(random.pick([-Self.driftMax, anything, Self.driftMax]))
+        offset = random.next() >> 24
+    }
+}
+
 /// Simulated time and what is to happen in it.
 final class Timeline {
     /// Nanoseconds. Starts above zero, as a monotonic clock does.
@@ -48,8 +63,10 @@ final class Timeline {
     private(set) var step = 0
     private var queue = EventQueue<WorldEvent>()
 
-    /// By a clock that started at another time.
-    func instant(offset: UInt64) -> Instant { Instant(rawValue: now + offset) }
+    func instant(_ clock: SimulatedClock) -> Instant {
+        let drifted = Int64(now) + Int64(now) * clock.drift / 1_000_000
+        return Instant(rawValue: UInt64(drifted) + clock.offset)
+    }
 
     func schedule(after nanoseconds: UInt64, _ event: WorldEvent) {
         queue.schedule(at: now + nanoseconds, event)

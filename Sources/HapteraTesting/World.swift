@@ -88,8 +88,9 @@ package final class World {
             }
         ).sorted()
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
-        faults = FaultPlan(random: random.fork())
-        leases = SimulatedLeases(random: random.fork(), sparesPausedMembers: faults.rot)
+        faults = FaultPlan(random: random.fork(), mutations: options.mutations)
+        leases = SimulatedLeases(
+            random: random.fork(), sparesPausedMembers: faults.rot, mutations: options.mutations)
         keeper = random.below(replicas)
         network = SimulatedNetwork(timeline: timeline, random: random.fork())
         let hostsRandom = random.fork()

@@ -16,7 +16,7 @@ package final class EngineCore {
             epoch = record?.epoch ?? .zero
             size = record?.size ?? 0
             minInSync = Int(record?.minInSync ?? 1)
-            leaseNanoseconds = UInt64(record?.leaseMilliseconds ?? 0) * 1_000_000
+            leaseNanoseconds = countedLease(record?.leaseMilliseconds ?? 0)
         }
     }
     /// Of the record, for the data path: copying the record itself costs reference counts.
@@ -24,6 +24,7 @@ package final class EngineCore {
     /// Bytes; zero until the record is known.
     package private(set) var size: UInt64 = 0
     private(set) var minInSync = 1
+    /// What of a lease this engine relies on.
     private(set) var leaseNanoseconds: UInt64 = 0
     /// What `storeCompareAndSwap` asks for.
     package internal(set) var proposedRecord: VolumeRecord

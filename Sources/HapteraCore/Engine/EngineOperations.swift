@@ -130,8 +130,10 @@ extension EngineCore {
         case .trim:
             // Advisory: rounded inwards, so that no byte outside the range changes.
             let size = UInt64(Geometry.blockSize)
-            let start = (operation.offset + size - 1) / size * size
-            let end = (operation.offset + UInt64(operation.length)) / size * size
+            let isOutwards = mutations.contains(.trimRoundedOutwards)
+            let (down, up) = isOutwards ? (size - 1, 0) : (0, size - 1)
+            let start = (operation.offset + up) / size * size
+            let end = (operation.offset + UInt64(operation.length) + down) / size * size
             guard start < end else {
                 completeOperation(operation, .ok)
                 return
