@@ -191,4 +191,28 @@ package enum StopReason: String, Sendable {
         "a replica has promised a later epoch than the metadata store knows: was the store restored?"
     case volumeNotFound = "the metadata store knows no such volume"
     case sizeMismatch = "a replica's size is not the volume's"
+
+    /// Those that no restart of the engine cures.
+    private static let lasting: [StopReason] = [
+        .recordOlderThanReplica, .volumeNotFound, .sizeMismatch,
+    ]
+
+    /// An engine's last words: the reason, and which record it judged.
+    package func text(judging record: VolumeRecord?) -> String {
+        rawValue + (record.map { " (record \(Self.name($0)))" } ?? "")
+    }
+
+    /// The lasting reason in an engine's last words; nil if there is none, or if the record that
+    /// stands now is not the one that was judged: whoever repaired it waits for another engine.
+    package static func standing(in text: String, against record: VolumeRecord?) -> StopReason? {
+        guard let reason = lasting.first(where: { text.contains($0.rawValue) }) else { return nil }
+        if reason == .volumeNotFound { return record == nil ? reason : nil }
+        guard let record, text.contains("(record ") else { return reason }
+        return text.contains("(record \(name(record)))") ? reason : nil
+    }
+
+    /// There is one record per epoch, unless a store was restored: the nonce tells those apart.
+    private static func name(_ record: VolumeRecord) -> String {
+        "\(record.epoch.rawValue)/\(String(record.nonce, radix: 16))"
+    }
 }

@@ -92,7 +92,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         if reason == .detached {
             Log.info("volume detached", ("volume", shell.name))
         } else {
-            Log.error("engine stops", ("volume", shell.name), ("reason", reason.rawValue))
+            Log.error("engine stops", ("volume", shell.name), ("reason", shell.core.stopText))
             exitStatus = 1
         }
         end(nil)

@@ -47,7 +47,7 @@ extension EngineShell {
         case .serving where core.isFullEverywhere:
             return "every replica's disk is full; writes wait for space"
         case .serving: return isStoreAvailable ? "" : "the metadata store does not answer"
-        case .stopped: return core.stopReason?.rawValue ?? ""
+        case .stopped: return core.stopText
         case .installing where core.isRefusing:
             return "only replicas whose hosts restarted are there: acknowledged writes that were "
                 + "never flushed may be missing; waits for a better one, or for accept-loss"

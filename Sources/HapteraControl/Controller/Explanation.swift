@@ -119,7 +119,7 @@ package struct Explanation {
     }
 
     private var isOlderThanReplicas: Bool {
-        engineReason.contains(StopReason.recordOlderThanReplica.rawValue)
+        StopReason.standing(in: engineReason, against: stored.record) == .recordOlderThanReplica
     }
 
     /// A member of the in-sync set that can be reached.

@@ -181,8 +181,10 @@ package struct VolumeView: Sendable {
                 "\(engine.reason); see 'storagectl volume accept-loss \(stored.volume.name)'"
             )
         }
-        if let reason = engine?.reason, let decision = Self.decision(reason) {
-            return (.faulted, decision)
+        if let words = engine?.reason,
+            let reason = StopReason.standing(in: words, against: stored.record)
+        {
+            return (.faulted, reason.rawValue)
         }
         let isStuck = state == .detaching && !isNodeReady
         if state == .attached || isStuck, let trouble = engineTrouble { return trouble }
@@ -222,12 +224,6 @@ package struct VolumeView: Sendable {
             let reason = engine.reason.isEmpty ? "" : ": \(engine.reason)"
             return (.stalled, "the engine is being started again\(reason)")
         }
-    }
-
-    /// Reasons for which an engine stops that no restart cures.
-    private static func decision(_ reason: String) -> String? {
-        [StopReason.recordOlderThanReplica, .volumeNotFound, .sizeMismatch].map(\.rawValue)
-            .first(where: reason.contains)
     }
 }
 

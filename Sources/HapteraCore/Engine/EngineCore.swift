@@ -341,6 +341,9 @@ package final class EngineCore {
         if let ioTimeoutMilliseconds { configuration.ioTimeoutMilliseconds = ioTimeoutMilliseconds }
     }
 
+    /// Why it stopped, and which record it judged; empty while it has not.
+    package var stopText: String { stopReason?.text(judging: record) ?? "" }
+
     func note(_ note: EngineNote) { actions.append(.note(note)) }
 
     private func refuse(_ operation: Operation) {
