@@ -72,6 +72,28 @@ import Testing
         #expect(try await bench.ready() == ["n"])
     }
 
+    /// A volume that was asked for while the controller started again was refused, for want of
+    /// nodes that were about to report.
+    @Test func nodesAreWaitedForWhileTheControllerIsYoung() async throws {
+        let bench = try Bench()
+        try await bench.register("n")
+        let wanted = try VolumeSpecification(
+            name: "vol", sizeBytes: 1 << 30, replicas: 1, nodes: [])
+        func refusal() async throws -> ControlError.Code? {
+            do {
+                _ = try await bench.controller.create(wanted)
+                return nil
+            } catch let error as ControlError {
+                return error.code
+            }
+        }
+        #expect(try await refusal() == .unavailable)
+        bench.test.clock.advance(Controller.nodeSilenceMaxMilliseconds + 1)
+        #expect(try await refusal() == .precondition)
+        try await bench.report("n")
+        #expect(try await refusal() == nil)
+    }
+
     @Test func aStrangerMayNotReportOrAsk() async throws {
         let bench = try Bench()
         try await bench.register("n")

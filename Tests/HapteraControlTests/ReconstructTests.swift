@@ -80,6 +80,21 @@ import Testing
         #expect(volume.servedGeneration == 5)
     }
 
+    /// A store restored from an old backup counts attachments from the backup on. A node agent that
+    /// remembers the end of a later one of the same number never started its engine.
+    @Test func anEngineOfTheRestoredStoreBeginsAnew() async throws {
+        let (bench, before, _) = try await lost()
+        var engine = Haptera_V1_RunningEngine()
+        engine.volumeID = before.volume.id
+        engine.clientGeneration = 2
+        bench.engines.withLock { $0 = [engine] }
+        _ = try await bench.controller.reconstruct(request(act: true))
+        let volume = try await bench.test.store.volume(named: "vol").volume
+        #expect(volume.attachedNode == "a")
+        #expect(volume.clientGeneration == 1005)
+        #expect(volume.servedGeneration == 0)
+    }
+
     @Test func aMissingReplicaIsADoubt() async throws {
         let (bench, before, record) = try await lost(without: 1)
         let refused = try await bench.controller.reconstruct(request(act: true))

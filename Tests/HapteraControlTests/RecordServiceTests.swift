@@ -80,6 +80,17 @@ import Testing
         }
     }
 
+    /// The time that answering the requests before takes is not the peer's: a connection with much
+    /// under way was closed while a frame lay half read.
+    @Test func waitingForAnswersIsNoDelayOfThePeer() async throws {
+        try await withService(partialFrameLimit: .milliseconds(500)) { _, record, service in
+            let client = try await Client(port: service.port)
+            let requests = (0..<10_000).map { Self.get(record.volume, tag: UInt64($0)) }
+            let replies = try await client.converse(requests, replies: requests.count)
+            #expect(replies.count == requests.count)
+        }
+    }
+
     @Test func aFrameMayArriveByteByByte() async throws {
         try await withService { _, record, service in
             let client = try await Client(port: service.port)

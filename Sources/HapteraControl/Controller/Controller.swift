@@ -21,11 +21,13 @@ package actor Controller {
     var awayTimes = AwayTimes()
     var problems: [String: String] = [:]
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
+    private let startedMilliseconds: Int64
 
     package init(store: MetadataStore, recordService: String, logger: Logger) {
         self.store = store
         self.recordService = recordService
         self.logger = logger
+        startedMilliseconds = store.clock()
     }
 
     // MARK: Nodes
@@ -238,10 +240,29 @@ package actor Controller {
     }
 
     package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
-        try changed(await store.createVolume(wanted, candidates: readyNodes))
+        try await knowingNodes {
+            try changed(await store.createVolume(wanted, candidates: readyNodes))
+        }
     }
     package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
-        try changed(await store.attachVolume(name, node: node, ready: Set(readyNodes)))
+        try await knowingNodes {
+            try changed(await store.attachVolume(name, node: node, ready: Set(readyNodes)))
+        }
+    }
+    /// A controller that has just started takes nodes for missing that have yet to report to it:
+    /// then what they are needed for is not refused; whoever asks shall ask again.
+    private func knowingNodes<Result>(_ act: () async throws -> Result) async throws -> Result {
+        do {
+            return try await act()
+        } catch let error as ControlError where error.code == .precondition {
+            let age = store.clock() - startedMilliseconds
+            guard age <= Self.nodeSilenceMaxMilliseconds,
+                try await store.nodes().contains(where: { observed[$0.name] == nil })
+            else { throw error }
+            throw ControlError(
+                .unavailable,
+                "\(error.message) (the controller has just started; some nodes have yet to report)")
+        }
     }
     package func detach(
         _ name: String, isForced: Bool = false

@@ -107,38 +107,56 @@ private final class ConnectionCount: Sendable {
 }
 
 /// Cuts what arrives into frames, and closes a connection on which a frame was begun and not
-/// completed in time. An engine's connection is otherwise silent while its volume is healthy.
-private final class RecordFrameHandler: ChannelInboundHandler {
+/// completed in time. Only time in which we were ready to read counts: while earlier requests are
+/// being answered nothing is read, and that is not the peer's doing. An engine's connection is
+/// otherwise silent while its volume is healthy.
+private final class RecordFrameHandler: ChannelDuplexHandler {
     typealias InboundIn = ByteBuffer
     typealias InboundOut = RecordFrame
+    typealias OutboundIn = ByteBuffer
+    typealias OutboundOut = ByteBuffer
 
     private let processor = NIOSingleStepByteToMessageProcessor(
         RecordFrameDecoder(), maximumBufferSize: FrameHeader.size + FrameHeader.tableLengthMax)
     private let timeLimit: TimeAmount
+    /// What is left of the limit for the frame that has begun.
+    private var timeLeft: TimeAmount
+    private var readingSince: NIODeadline?
     private var timeout: Scheduled<Void>?
 
-    init(timeLimit: TimeAmount) { self.timeLimit = timeLimit }
+    init(timeLimit: TimeAmount) {
+        self.timeLimit = timeLimit
+        timeLeft = timeLimit
+    }
+
+    func read(context: ChannelHandlerContext) {
+        if readingSince == nil {
+            readingSince = .now()
+            if processor.unprocessedBytes > 0 {
+                let channel = context.channel
+                timeout = context.eventLoop.scheduleTask(in: timeLeft) {
+                    channel.close(promise: nil)
+                }
+            }
+        }
+        context.read()
+    }
 
     func channelRead(context: ChannelHandlerContext, data: NIOAny) {
-        var isProgress = false
+        timeout?.cancel()
+        timeout = nil
+        let wasPartial = processor.unprocessedBytes > 0
+        if wasPartial, let readingSince { timeLeft = timeLeft - (.now() - readingSince) }
+        readingSince = nil
         do {
             try processor.process(buffer: unwrapInboundIn(data)) { frame in
-                isProgress = true
+                timeLeft = timeLimit
                 context.fireChannelRead(wrapInboundOut(frame))
             }
         } catch {
             context.fireErrorCaught(error)
             context.close(promise: nil)
-            return
         }
-        let isPartial = processor.unprocessedBytes > 0
-        if isProgress || !isPartial {
-            timeout?.cancel()
-            timeout = nil
-        }
-        guard isPartial, timeout == nil else { return }
-        let channel = context.channel
-        timeout = context.eventLoop.scheduleTask(in: timeLimit) { channel.close(promise: nil) }
     }
 
     func channelInactive(context: ChannelHandlerContext) {

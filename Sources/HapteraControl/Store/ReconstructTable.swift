@@ -34,10 +34,17 @@ extension MetadataStore {
                 row.clientGeneration = Int64(clamping: engine.generation)
                 row.servedGeneration = min(row.clientGeneration, generation)
             } else if row.clientGeneration <= generation {
-                row.clientGeneration = generation + Self.generationsSkipped
+                row.clientGeneration = generation
                 // Whoever was attached before is not any more.
                 row.attachedNode = nil
                 row.isDetaching = false
+            }
+            // An engine of an earlier number than the record's was started by the restored store,
+            // and can do nothing with its record: the attachment begins anew.
+            if row.clientGeneration < generation || row.attachedNode == nil {
+                row.clientGeneration = max(
+                    row.clientGeneration, generation + Self.generationsSkipped)
+                row.servedGeneration = 0
             }
             try row.upsert(db)
             try self.putReplicas(db, record, found)
