@@ -101,8 +101,130 @@ import Testing
         #expect(bench.reply(read)?.data == ReplicaBench.pattern(6))
     }
 
+    /// A power cut leaves a region active whose slots in the table it has taken; then the region
+    /// drains, and a second cut tears its first page.
+    @Test func aRegionWithoutSlotsDrainsAfterAPowerCut() throws {
+        for seed in 1...30 as ClosedRange<UInt64> {
+            let bench = try ReplicaBench(seed: seed)
+            _ = try bench.attach()
+            bench.write(ReplicaBench.pattern(1), at: 0, sequence: 1)
+            // Slots and the activation's sync.
+            for _ in 0..<2 { try bench.performOne() }
+            var random = TestRandom(seed: seed)
+            bench.disk.cutPower(&random, keepPercent: 0)
+            try bench.reopen()
+            let reply = try bench.attach(epoch: 2)
+            #expect(reply?.activeRegions == [0])
+            bench.write(ReplicaBench.pattern(2), at: 100 * 4096, epoch: 2, sequence: 1)
+            bench.send(.flush, epoch: 2, sequence: 2)
+            try bench.run()
+            bench.send(.stable, epoch: 2, sequence: 2, auxiliary: 2)
+            bench.now = bench.now.adding(milliseconds: 20_000)
+            bench.step(.tick)
+            while let next = bench.pending.first {
+                try bench.performOne()
+                if case .write(.table, _, _, _, _, _) = next { break }
+            }
+            bench.disk.cutPower(&random, keepPercent: 50)
+            try bench.reopen()
+            #expect(try bench.attach(epoch: 3) != nil)
+        }
+    }
+
+    /// A log that fills before the first flush renews regions whose slots no sync has covered.
+    @Test func aRegionIsRenewedOnlyWhenItsSlotsAreDurable() throws {
+        for seed in 1...30 as ClosedRange<UInt64> {
+            let bench = try ReplicaBench(seed: seed)
+            _ = try bench.attach()
+            var pages = 0
+            for round in 0..<8 as Range<UInt64> where pages == 0 {
+                bench.write(
+                    ReplicaBench.pattern(round, blocks: 100),
+                    at: round * UInt64(Geometry.regionSize), sequence: round + 1)
+                while pages == 0, let next = bench.pending.first {
+                    try bench.performOne()
+                    if case .write(.table, _, TablePage.size, _, _, _) = next { pages += 1 }
+                }
+            }
+            #expect(pages == 1)
+            var random = TestRandom(seed: seed)
+            bench.disk.cutPower(&random, keepPercent: 50)
+            try bench.reopen()
+            #expect(try bench.attach(epoch: 2) != nil)
+        }
+    }
+
+    /// A page that a power cut has torn belongs to an active region, though the log may tell of
+    /// more other regions than there is memory for before it comes to the activation.
+    @Test func aTornPageIsJudgedWhenTheWholeLogIsRead() throws {
+        let others = InstallReply.activeRegionsMax + 100
+        let storage = try LogStorage(regions: others + 1, records: 16_384)
+        let log = try ActivityLog(opening: storage.log.memory)
+        // Region 0: drained, activated again, and cut while its next page was written.
+        log.append(.activate(layer: layer, region: 0))
+        log.append(.drained(layer: layer, region: 0))
+        for region in 1...UInt64(others) { log.append(.drained(layer: layer, region: region)) }
+        log.append(.activate(layer: layer, region: 0))
+        var page = TablePage(
+            layer: layer, region: 0, version: 2, birth: Epoch(1), logIndex: 1)
+        page.encode(entries: nil, to: storage.table.memory.slice(0, TablePage.size))
+        storage.table.memory[TablePage.size + 100] = 1
+        let options = ReplicaOptions(
+            instance: InstanceID(rawValue: 1), tableCachePagesMax: 128, activeRegionsMax: 16)
+        let opened = try OpenedReplica(storage: storage, options: options, isReadOnly: true)
+        #expect(opened.cache.activeCount == 1)
+
+        // Without the activation it is damage, as ever.
+        page.logIndex = log.nextIndex
+        page.encode(entries: nil, to: storage.table.memory.slice(0, TablePage.size))
+        #expect(throws: StorageError.self) {
+            try OpenedReplica(storage: storage, options: options, isReadOnly: true)
+        }
+    }
+
     /// One stable point may have to free everything an engine has under way.
     @Test func theActivityLogHoldsAllRegionsOfAnEngine() {
         #expect(ReplicaOptions.activeRegionsDefault > EngineCore.outstandingMax)
     }
+}
+
+/// The files of a large copy, as far as opening looks at them.
+private final class LogStorage: ReplicaStorage {
+    let log: MemoryBlock
+    let table: MemoryBlock
+    private let manifest = MemoryBlock(count: Int(Manifest.fileSize))
+    private let identity: ReplicaIdentity
+
+    init(regions: Int, records: UInt64) throws {
+        identity = ReplicaBench.identity(regions: regions)
+        log = MemoryBlock(count: Int(ActivityLog.fileSize(capacity: records)))
+        table = MemoryBlock(count: regions * TablePage.pairSize)
+        ActivityLog.format(log.memory, capacity: records)
+        manifest.memory.copy(from: Manifest(identity: identity).encoded())
+    }
+    func read(_ file: ReplicaFile, offset: UInt64, into memory: RawMemory) throws(StorageError)
+        -> Int
+    {
+        let source = file == .manifest ? manifest.memory : table.memory
+        memory.copy(from: source.slice(Int(offset), memory.count))
+        return memory.count
+    }
+    func size(_ file: ReplicaFile) throws(StorageError) -> UInt64 {
+        switch file {
+        case .manifest: Manifest.fileSize
+        case .log: UInt64(log.memory.count)
+        case .data: identity.size
+        case .table: UInt64(table.memory.count)
+        }
+    }
+    func nextAllocated(_ file: ReplicaFile, from offset: UInt64) throws(StorageError) -> Range<
+        UInt64
+    >? {
+        offset < UInt64(table.memory.count) ? offset..<UInt64(table.memory.count) : nil
+    }
+    func mapLog(size: Int) throws(StorageError) -> RawMemory { log.memory }
+    func write(_ file: ReplicaFile, offset: UInt64, from memory: RawMemory) throws(StorageError) {}
+    func sync(_ file: ReplicaFile) throws(StorageError) {}
+    func create(_ file: ReplicaFile, size: UInt64) throws(StorageError) {}
+    func syncDirectories() throws(StorageError) {}
 }

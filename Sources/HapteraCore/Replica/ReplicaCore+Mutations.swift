@@ -134,13 +134,7 @@ extension ReplicaCore {
             return false
         }
         let region = cache.frames[Int(frame)].region
-        for version in 0..<2 {
-            let page = TablePage(
-                layer: head, region: region, version: UInt64(version), birth: .zero, logIndex: 0)
-            page.encode(
-                entries: nil,
-                to: pool.memory(buffer).slice(version * TablePage.size, TablePage.size))
-        }
+        TablePage.encodeEmptyPair(layer: head, region: region, to: pool.memory(buffer))
         cache.move(frame, to: .none)
         cache.frames[Int(frame)].state = .activating
         slotsInitCount += 1

@@ -127,11 +127,12 @@ extension ReplicaCore {
 ///    A record whose index is below its page's logIndex is in the page already. A region with an
 ///    activation that is not is active: its blocks may be doubtful, which reading finds out.
 /// 3. active regions get the promise as birth: they may have been written in any epoch up to it
-/// 4. log and table are synced: activations and pages that a killed process left unsynced are
+/// 4. active regions whose slots a power cut took get empty ones again     -> an empty page or none
+/// 5. log and table are synced: activations and pages that a killed process left unsynced are
 ///    relied upon from here, and the log's tail may pass the records of such pages
-/// 5. of regions in the log, blocks that need no space and have some are noted: a crash came before
+/// 6. of regions in the log, blocks that need no space and have some are noted: a crash came before
 ///    they were punched
-/// Nothing else is written, so a crash while opening changes nothing.
+/// Nothing else is written, so a crash while opening changes nothing that is read.
 package struct OpenedReplica {
     package let manifest: Manifest
     package let log: ActivityLog
@@ -176,6 +177,7 @@ package struct OpenedReplica {
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
         guard !isReadOnly else { return }
+        try makeSlots()
         try storage.sync(.log)
         try storage.sync(.table(head))
         try findUnneeded()
@@ -187,6 +189,29 @@ package struct OpenedReplica {
         let found = try storage.size(file)
         guard found == size else {
             throw StorageError(.damaged, "\(file): has \(found) bytes instead of \(size)")
+        }
+    }
+
+    /// A first page torn onto a hole would look like damage: an empty one is whole or nothing.
+    private func makeSlots() throws(StorageError) {
+        var frame = cache.oldestActive
+        while frame >= 0 {
+            let region = cache.frames[Int(frame)].region
+            if !cache.frames[Int(frame)].hasSlots {
+                TablePage.encodeEmptyPair(layer: head, region: region, to: pair.memory)
+                do throws(StorageError) {
+                    try storage.write(
+                        .table(head), offset: TablePage.pairOffset(region: region),
+                        from: pair.memory)
+                } catch {
+                    // Draining makes them, if there is space by then.
+                    guard error.code == .noSpace else { throw error }
+                    return
+                }
+                cache.frames[Int(frame)].hasSlots = true
+                cache.frames[Int(frame)].version = 1
+            }
+            frame = cache.nextActive(frame)
         }
     }
 
@@ -242,8 +267,6 @@ package struct OpenedReplica {
     /// The region's frame, its page read if need be.
     private func load(_ region: UInt64) throws(StorageError) -> Int32 {
         if let frame = cache.find(region) { return frame }
-        let evicted = cache.first(.unused) < 0 ? cache.first(.clean) : -1
-        if evicted >= 0 { try checkWhole(evicted) }
         guard let frame = cache.allocate(region) else {
             throw StorageError(.damaged, "activity.log: more active regions than there may be")
         }
@@ -255,24 +278,19 @@ package struct OpenedReplica {
         guard cache.fill(frame, fromPair: pair.memory, layer: head) else {
             throw StorageError(.damaged, "table page of region \(region): both slots are damaged")
         }
-        cache.move(frame, to: .clean)
+        // A torn one is not evicted: whether the region is active is known at the end of the log.
+        if !cache.frames[Int(frame)].isTorn { cache.move(frame, to: .clean) }
         return frame
     }
 
-    private func checkWhole(_ frame: Int32) throws(StorageError) {
-        guard cache.frames[Int(frame)].isTorn else { return }
-        throw StorageError(
-            .damaged,
-            "table page of region \(cache.frames[Int(frame)].region): one slot is damaged")
-    }
-
     private func finish() throws(StorageError) {
-        var frame = cache.first(.clean)
-        while frame >= 0 {
-            try checkWhole(frame)
-            frame = cache.next(frame)
+        for frame in 0..<cache.frames.count
+        where cache.frames[frame].state == .clean && cache.frames[frame].isTorn {
+            throw StorageError(
+                .damaged,
+                "table page of region \(cache.frames[frame].region): one slot is damaged")
         }
-        frame = cache.oldestActive
+        var frame = cache.oldestActive
         // Whatever the earlier engine wrote is stable only by a point of a later epoch.
         let last = StablePoint(
             epoch: manifest.promise, sequence: SequenceNumber(UInt64.max))

@@ -11,7 +11,8 @@
 // 5. the drained record is stored; writes are let in                        -> same
 //
 // Order of renewing a region that cannot drain, so that the tail can pass it:
-// 1. a second activation is stored and the log synced     -> active from the first one
+// 1. its first slots are durable; a second activation is stored and the log synced
+//                                                         -> active from the first one
 // 2. its page, naming that activation, is written         -> same
 // 3. the table is synced                                  -> active from the second one
 //
@@ -112,10 +113,14 @@ extension ReplicaCore {
             found.waiters.isEmpty
         else { return false }
         if options.mutations.contains(.drainWithoutFlush) { return true }
-        // A new page beside a slot that a power cut takes would look like damage.
-        guard found.slotsTicket <= syncs[FileSync.table].durable else { return false }
+        guard areSlotsDurable(frame) else { return false }
         return found.lastWrite <= stablePoint
             && found.dataTicket <= syncs[FileSync.data].durable
+    }
+
+    /// A new page beside a slot that a power cut takes would look like damage.
+    private func areSlotsDurable(_ frame: Int32) -> Bool {
+        cache.frames[Int(frame)].slotsTicket <= syncs[FileSync.table].durable
     }
 
     private func collect(isTick: Bool) {
@@ -140,6 +145,8 @@ extension ReplicaCore {
             let next = cache.nextActive(frame)
             if canDrain(frame) {
                 startDraining(frame)
+            } else if !areSlotsDurable(frame) {
+                want(FileSync.table, cache.frames[Int(frame)].slotsTicket)
             } else if cache.frames[Int(frame)].state == .active, log.hasRoomForUpkeep {
                 cache.frames[Int(frame)].isRenewing = true
                 cache.frames[Int(frame)].pendingIndex = log.append(

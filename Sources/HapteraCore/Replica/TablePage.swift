@@ -64,6 +64,15 @@ package struct TablePage: Equatable, BitwiseCopyable, Sendable {
         page.store(Self.checksum(page), 48)
     }
 
+    /// The first two pages of a region: all absent.
+    package static func encodeEmptyPair(layer: LayerID, region: UInt64, to memory: RawMemory) {
+        for version in 0..<2 {
+            let page = TablePage(
+                layer: layer, region: region, version: UInt64(version), birth: .zero, logIndex: 0)
+            page.encode(entries: nil, to: memory.slice(version * size, size))
+        }
+    }
+
     /// Nil unless this is a whole, valid page of this layer and region in the slot it was found in.
     package init?(decoding memory: RawMemory, layer: LayerID, region: UInt64, slot: Int) {
         let page = memory.slice(0, Self.size)
