@@ -24,6 +24,10 @@ package final class DirectoryStorage: ReplicaStorage {
     private var descriptors: [ReplicaFile: Int32] = [:]
     private var mapping: RawMemory?
     private var logCopy: MemoryBlock?
+    /// What is durable is unknown from then on.
+    private(set) var hasFailedSync = false
+    /// For tests: the error number a file's next syncs end with.
+    var syncFault: ((ReplicaFile) -> Int32?)?
 
     package init(directory: String, mode: Mode) {
         self.directory = directory
@@ -166,7 +170,13 @@ package final class DirectoryStorage: ReplicaStorage {
     }
 
     package func sync(_ file: ReplicaFile) throws(StorageError) {
-        guard fdatasync(try descriptor(file)) == 0 else { throw failure("sync", file) }
+        let fd = try descriptor(file)
+        let fault = syncFault?(file)
+        guard fault == nil, fdatasync(fd) == 0 else {
+            errno = fault ?? errno
+            hasFailedSync = true
+            throw failure("sync", file)
+        }
     }
 
     package func size(_ file: ReplicaFile) throws(StorageError) -> UInt64 {

@@ -27,6 +27,19 @@ extension DirectoryStorage {
         _ = fsync(fd)
     }
 
+    /// Opens the copy. A sync that fails meanwhile is marked as well: the next process would find
+    /// the log in the page cache and its second sync would succeed.
+    package func open(options: ReplicaOptions, pool: BufferPool, boot: BootID)
+        throws(StorageError) -> ReplicaCore
+    {
+        do throws(StorageError) {
+            return try ReplicaCore(opening: self, options: options, pool: pool)
+        } catch {
+            if hasFailedSync { noteFailedSync(boot) }
+            throw error
+        }
+    }
+
     /// The boot to go by: `boot`, or the one made up when a sync failed during it. The caller holds
     /// the lock and has not mapped the log. A mark of an earlier boot is removed.
     package func bootAfterFailedSyncs(_ boot: BootID) throws(StorageError) -> BootID {

@@ -50,7 +50,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             instance: InstanceID(rawValue: randomUInt64() | 1),
             bootID: try storage.bootAfterFailedSyncs(hostBoot))
         options.hash = BlockHash.hash
-        core = try ReplicaCore(opening: storage, options: options, pool: reactor.pool)
+        core = try storage.open(options: options, pool: reactor.pool, boot: hostBoot)
         storage.releaseLogPages()
         let head = core.headLayer
         log = reactor.register(file: try storage.descriptor(.log), label: "log")

@@ -33,6 +33,19 @@ import Testing
         #expect(try storage.bootAfterFailedSyncs(boot) == boot)
     }
 
+    /// The second sync says nothing of the pages that the first one could not write.
+    @Test(arguments: [ReplicaFile.log, .table(LayerID(rawValue: 1))])
+    func aSyncThatFailsWhileOpeningCounts(file: ReplicaFile) throws {
+        let directory = try TestDirectory()
+        let storage = try make(directory.path)
+        storage.syncFault = { $0 == file ? EIO : nil }
+        let options = ReplicaOptions(instance: InstanceID(rawValue: 1), bootID: boot)
+        #expect(throws: StorageError.self) {
+            try storage.open(options: options, pool: BufferPool(), boot: boot)
+        }
+        #expect(try storage.bootAfterFailedSyncs(boot) != boot)
+    }
+
     @Test func aMarkThatCannotBeReadCounts() throws {
         let directory = try TestDirectory()
         let storage = try make(directory.path)
