@@ -182,6 +182,22 @@ import Testing
         }
     }
 
+    /// An Install's reply speaks of a mark that a power cut does not take, also when the promise is
+    /// not new: the engine tells other copies of it, and they would take this one for an old one.
+    @Test func anInstallMadeAgainMakesTheMarkDurable() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(1), at: 0, sequence: 1)
+        bench.send(.flush, sequence: 2)
+        try bench.run()
+        let reply = try #require(try bench.attach(on: 1))
+        #expect(reply.flushed == StablePoint(epoch: Epoch(1), sequence: SequenceNumber(2)))
+        var random = TestRandom(seed: 1)
+        bench.disk.cutPower(&random, keepPercent: 0)
+        try bench.reopen()
+        #expect(bench.core.flushedPoint >= reply.flushed)
+    }
+
     /// One stable point may have to free everything an engine has under way.
     @Test func theActivityLogHoldsAllRegionsOfAnEngine() {
         #expect(ReplicaOptions.activeRegionsDefault > EngineCore.outstandingMax)

@@ -61,6 +61,7 @@ extension ReplicaCore {
         requests[Int(slot)].phase = .held
         guard currentInstall < 0 else { return waitingInstalls.append(slot) }
         currentInstall = slot
+        installTicket = nil
         admittedEpoch = epoch
         passLease(to: request)
         for other in 0..<connections.count where other != connection {
@@ -88,13 +89,14 @@ extension ReplicaCore {
         guard currentInstall >= 0, manifestProposal == nil else { return }
         guard startedCount == 0 || options.mutations.contains(.installWithoutDrain) else { return }
         guard let request = decodedInstalls[currentInstall] else { return }
+        let ticket = installTicket ?? log.storeCount
+        installTicket = ticket
+        want(FileSync.log, ticket)
         if request.record.epoch == promise {
-            if syncs[FileSync.log].durable >= installTicket { completeInstall() }
+            if syncs[FileSync.log].durable >= ticket { completeInstall() }
             return
         }
         guard !isSecondSlotDue else { return }
-        installTicket = log.storeCount
-        want(FileSync.log, installTicket)
         promiseBefore = promise
         if !options.mutations.contains(.noRestamp) { restamp(request.record.epoch) }
         var proposal = manifest

@@ -98,10 +98,10 @@ extension ReplicaCore {
         let request = requests[Int(slot)]
         let point = StablePoint(epoch: request.header.epoch, sequence: request.header.sequence)
         let isMarked = log.hasRoom(1)
-        if point > flushedPoint {
+        if isMarked, point > flushedPoint {
             flushedPoint = point
             // Durable with the next sync: the mark may lag, it never leads.
-            if isMarked { log.append(.flushed(point)) }
+            log.append(.flushed(point))
         }
         var header = replyHeader(slot, .ok)
         // Writes sent before the flush may be missing here: the engine leaves their regions out.

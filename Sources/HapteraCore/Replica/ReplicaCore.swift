@@ -85,8 +85,9 @@ package final class ReplicaCore {
     /// What was promised before the last Install.
     var promiseBefore = Epoch.zero
     var connectionsMade: UInt64 = 0
-    /// What a sync of the log must cover before an Install is answered: its flushed mark.
-    var installTicket: UInt64 = 0
+    /// What a sync of the log must cover before an Install is answered: its flushed mark. Nil until
+    /// nothing is under way that could store another.
+    var installTicket: UInt64?
     /// The host restarted since the copies were last known equal; fixed at open.
     package let isRebooted: Bool
 
