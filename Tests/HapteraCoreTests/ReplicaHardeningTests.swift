@@ -182,6 +182,35 @@ import Testing
         }
     }
 
+    /// What the disk cannot read is as good as damaged: it is repaired from another copy by writing
+    /// it anew, and costs nobody's membership.
+    @Test func whatCannotBeReadCountsAsDamaged() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(1, blocks: 3), at: 4096, sequence: 1)
+        try bench.run()
+        // Block 2 is on a bad sector.
+        bench.fault = { action in
+            guard case .read(.data, let offset, let length, _, _, _) = action else { return nil }
+            return offset <= 8192 && offset + UInt64(length) > 8192 ? -5 : nil
+        }
+        let read = bench.send(.read, offset: 4096, length: 3 * 4096)
+        let digest = bench.send(.digest, offset: 0)
+        try bench.run()
+        #expect(bench.status(read) == .checksumMismatch)
+        #expect(bench.reply(read)?.table.count == 3 * BlockEntry.size)
+        #expect(bench.reply(read)?.data == [])
+        #expect(bench.status(digest) == .ok)
+        let block = MemoryBlock(count: RegionDigest.size)
+        block.memory.copy(from: bench.reply(digest)?.table ?? [])
+        for index in 0..<5 {
+            let found = try #require(RegionDigest.decode(index: index, from: block.memory))
+            #expect(found.isDoubtful == (index == 2))
+            #expect((found.hashLow != 0) == (index == 1 || index == 3))
+        }
+        #expect(bench.pool.inUse == 0)
+    }
+
     /// An Install's reply speaks of a mark that a power cut does not take, also when the promise is
     /// not new: the engine tells other copies of it, and they would take this one for an old one.
     @Test func anInstallMadeAgainMakesTheMarkDurable() throws {

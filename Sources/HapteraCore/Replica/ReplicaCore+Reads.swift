@@ -55,13 +55,15 @@ extension ReplicaCore {
         return table
     }
 
-    private func startDataRead(_ slot: Int32, length: Int) {
+    /// `position`: from the request's offset on, and in its buffer.
+    private func startDataRead(_ slot: Int32, at position: Int = 0, length: Int) {
         requests[Int(slot)].operationsLeft = 1
         let token = startOperation(.dataRead, index: slot, length: length)
         actions.append(
             .read(
-                .data(head), offset: requests[Int(slot)].header.offset, length: length,
-                buffer: requests[Int(slot)].buffer, bufferOffset: 0, token: token))
+                .data(head), offset: requests[Int(slot)].header.offset + UInt64(position),
+                length: length, buffer: requests[Int(slot)].buffer, bufferOffset: position,
+                token: token))
     }
 
     func dataRead(_ slot: Int32, _ result: Int) {
@@ -70,7 +72,7 @@ extension ReplicaCore {
         let kind = requests[index].header.kind
         if kind == .adopt { return adoptRead(slot, result) }
         requests[index].operationsLeft = 0
-        if kind == .digest { return answerDigest(slot, requests[index].frame) }
+        if kind == .digest { return digestRead(slot, result) }
         // The page could not be read.
         guard requests[index].status == .ok else { return finish(slot, requests[index].status) }
         // Not pinned: the page is still on its way.
@@ -101,8 +103,11 @@ extension ReplicaCore {
             return finish(slot, .ok, table: takeTable(slot), tableLength: tableLength)
         }
         let header = requests[index].header
+        // What the disk cannot read is no better than what it reads wrongly: damaged.
         guard requests[index].dataResult == Int(header.length) else {
-            return finish(slot, .ioError)
+            actions.append(.note(.checksumMismatch(offset: header.offset)))
+            return finish(
+                slot, .checksumMismatch, table: takeTable(slot), tableLength: tableLength)
         }
         let data = pool.memory(requests[index].buffer)
         for block in blocks {
@@ -145,6 +150,26 @@ extension ReplicaCore {
         startDataRead(slot, length: length)
     }
 
+    /// A region that cannot be read at once is read block by block: one bad sector must not cost
+    /// the copy its other blocks, nor the replica its membership.
+    private func digestRead(_ slot: Int32, _ result: Int) {
+        let index = Int(slot)
+        let frame = requests[index].frame
+        let start = requests[index].header.offset
+        let count = Int(min(UInt64(Geometry.regionSize), size - start)) / Geometry.blockSize
+        if requests[index].position > 0 {
+            let isRead = result == Geometry.blockSize
+            requests[index].unreadable[Int(requests[index].position) - 1] = !isRead
+        } else if result == count * Geometry.blockSize {
+            return answerDigest(slot, frame)
+        }
+        var block = Int(requests[index].position)
+        while block < count, cache.entry(frame, block).state != .data { block += 1 }
+        guard block < count, isConnected(slot) else { return answerDigest(slot, frame) }
+        requests[index].position = UInt64(block) + 1
+        startDataRead(slot, at: block * Geometry.blockSize, length: Geometry.blockSize)
+    }
+
     private func answerDigest(_ slot: Int32, _ frame: Int32) {
         let index = Int(slot)
         let table = pool.memory(requests[index].table)
@@ -154,12 +179,11 @@ extension ReplicaCore {
             var digest = RegionDigest.Block(
                 entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0)
             if entry.state == .data {
-                let end = (block + 1) * Geometry.blockSize
-                guard requests[index].dataResult >= end else { return finish(slot, .ioError) }
+                let isRead = !requests[index].unreadable[block]
                 let bytes = pool.memory(requests[index].buffer).slice(
                     block * Geometry.blockSize, Geometry.blockSize)
-                digest.isDoubtful = CRC32C.checksum(bytes) != entry.checksum
-                (digest.hashLow, digest.hashHigh) = options.hash(bytes)
+                digest.isDoubtful = !isRead || CRC32C.checksum(bytes) != entry.checksum
+                if isRead { (digest.hashLow, digest.hashHigh) = options.hash(bytes) }
             }
             RegionDigest.encode(digest, index: block, to: table)
         }

@@ -246,8 +246,10 @@ struct Request: BitwiseCopyable {
     /// The frame it keeps in memory.
     var frame: Int32 = -1
     var dataResult = 0
-    /// Status: how far it has come.
+    /// Status, births, and a digest read block by block: how far it has come.
     var position: UInt64 = 0
+    /// Digest: blocks the disk cannot read.
+    var unreadable = BlockSet()
     var extents: Int32 = 0
     var loads: Int32 = 0
     var operationsLeft: Int32 = 0
