@@ -24,8 +24,11 @@ extension EngineCore {
         _ job: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ entries: RawMemory
     ) {
         guard header.status == .ok else {
-            if header.status == .checksumMismatch { return tryAnotherSource(job) }
-            return failReplica(slot, .ioError)
+            // As for a client's read: a block that cannot be read is no member lost.
+            if header.status == .checksumMismatch || header.status == .ioError {
+                return tryAnotherSource(job)
+            }
+            return failReplica(slot, .failing(header.status))
         }
         let count = jobs[job].run.count
         let hasData = header.dataLength > 0
@@ -186,7 +189,8 @@ extension EngineCore {
         guard header.status == .ok else {
             // New digests say which block it is, and so that another member must give it.
             if header.status == .checksumMismatch { return restart(job) }
-            return failReplica(slot, .ioError)
+            if header.status == .ioError { return tryAnotherSource(job) }
+            return failReplica(slot, .failing(header.status))
         }
         guard let blocks = copiedBlocks(job, header) else { return protocolError(slot) }
         let memory = pool.memory(jobBuffers[job]).slice(

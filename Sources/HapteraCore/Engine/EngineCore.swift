@@ -278,8 +278,12 @@ package final class EngineCore {
             if block == op.endBlock - 1, op.tailEdge != .none { return (op.tailEdge, 0) }
             return nil
         case .client where op.isRead && op.phase == .inFlight:
-            let length = Int(op.endBlock - op.firstBlock) * Geometry.blockSize
-            guard Int(header.dataLength) == length, Int(op.source) == slot else { return nil }
+            // Of the operation and not of the range it holds: a hedge may have given that free.
+            let blocks = Geometry.blocks(
+                offset: op.operation.offset, length: op.operation.length)
+            guard Int(header.dataLength) == blocks.count * Geometry.blockSize,
+                Int(op.source) == slot
+            else { return nil }
             return (op.operation.buffer, 0)
         case .hedge:
             guard Int(header.dataLength) == op.operation.length, Int(op.source) == slot else {

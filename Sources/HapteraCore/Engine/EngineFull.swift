@@ -51,6 +51,7 @@ extension EngineCore {
         slots[index].sent = []
         slots[index].replied = []
         slots[index].full = []
+        if dropOrphan(index) { return }
         let pause = limit == 0 ? Self.fullRetry : min(Self.fullRetry, limit - held)
         slots[index].retryAt = now.adding(milliseconds: pause)
         if !isFullEverywhere { note(.fullEverywhere) }
@@ -99,6 +100,7 @@ extension EngineCore {
             return true
         }
         guard !slots[index].isAcknowledged else { return false }
+        slots[index].wasPassed = true
         writePassed(refused, at: slot)
         var header = FrameHeader(kind: refused.kind)
         header.tag = refused.tag

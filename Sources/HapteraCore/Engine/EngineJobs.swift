@@ -156,6 +156,8 @@ extension EngineCore {
             guard header.status == .ok else {
                 if header.status == .checksumMismatch {
                     restart(job)
+                } else if header.status == .ioError, isLost(job) {
+                    nextRun(job)
                 } else {
                     failReplica(slot, .failing(header.status))
                 }
@@ -338,6 +340,22 @@ extension EngineCore {
             }
             if hasAll { jobs[job].run.targets.remove(SlotSet(slot)) }
         }
+    }
+
+    /// Bytes to be kept that cannot be read, of blocks that no member has intact: they stay
+    /// doubtful everywhere, which no read returns, until they are written. (An intact one may be
+    /// older.)
+    private func isLost(_ job: Int) -> Bool {
+        let run = jobs[job].run
+        guard run.action == .adopt else { return false }
+        var rest = jobs[job].participants
+        while let slot = rest.popFirst() {
+            for block in run.first..<run.first + run.count {
+                let its = RegionDigest.decode(index: block, from: digest(job, slot))
+                guard its?.isDoubtful == true else { return false }
+            }
+        }
+        return true
     }
 
     private func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {

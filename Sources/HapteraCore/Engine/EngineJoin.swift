@@ -102,6 +102,7 @@ extension EngineCore {
 
     func regionCopied(_ region: UInt64) {
         guard joinStage == .copying, isNeeded(region) else { return }
+        creditWithheld(region)
         needed[Int(region / 64)] &= ~(1 << (region % 64))
         neededCount -= 1
         regionsCopied += 1

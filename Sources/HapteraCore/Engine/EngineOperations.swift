@@ -101,6 +101,16 @@ extension EngineCore {
             }
             cursor = slots[other].next
         }
+        // A copy that did not wait for what came before it is behind: see `isCopyBlocked`.
+        while cursor >= 0 {
+            let other = Int(cursor)
+            if slots[other].use == .job, slots[other].phase == .inFlight,
+                slots[other].overlaps(slots[index])
+            {
+                return true
+            }
+            cursor = slots[other].next
+        }
         return false
     }
     /// Whether a resolve job may take its region: nothing in it may be on the way. What merely
@@ -116,8 +126,40 @@ extension EngineCore {
         }
         return false
     }
-    /// Whether a copy job, queued like any operation, has reached the front.
-    func isCopyBlocked(_ index: Int) -> Bool { isBlocked(index) }
+    /// Whether a copy job must wait: it is queued like any operation. But while members are missing
+    /// (`minInSync`), writes are withheld that only the end of this copy lets go: it goes past
+    /// those that are done on every member, and past what waits for them.
+    func isCopyBlocked(_ index: Int) -> Bool {
+        guard members.count < minInSync else { return isBlocked(index) }
+        var cursor = bucketHeads[bucketIndex(slots[index].firstBlock)]
+        while cursor >= 0 {
+            let other = Int(cursor)
+            if other != index, slots[other].phase != .waiting,
+                slots[other].overlaps(slots[index]), !isWithheld(other)
+            {
+                return true
+            }
+            cursor = slots[other].next
+        }
+        return false
+    }
+    /// A write that every replica it was sent to has done, and that only lacks members.
+    private func isWithheld(_ index: Int) -> Bool {
+        guard slots[index].use == .client, slots[index].phase == .inFlight, !slots[index].isRead,
+            !slots[index].isAcknowledged, slots[index].endBlock > slots[index].firstBlock,
+            members.count < minInSync, isEverywhere(slots[index].replied)
+        else { return false }
+        guard let joiner else { return true }
+        return !slots[index].sent.contains(joiner) || slots[index].replied.contains(joiner)
+    }
+    /// The joiner got what is withheld in the region with the copy.
+    func creditWithheld(_ region: UInt64) {
+        guard let joiner, members.count < minInSync else { return }
+        for index in 0..<slotsUsed
+        where slots[index].firstBlock / UInt64(Geometry.blocksPerRegion) == region {
+            if isWithheld(index) { slots[index].replied.insert(SlotSet(joiner)) }
+        }
+    }
 
     // MARK: - Submission
 

@@ -102,7 +102,13 @@ extension EngineCore {
             if isLive(slot) { missing.insert(SlotSet(slot)) }
         }
         if !missing.isEmpty { sendFlush(index, to: missing) }
-        guard mayAcknowledge(slots[index].replied) else { return }
+        // A flush of the engine's own answers nobody: the stable point moves though members are
+        // missing, or logs would fill, the joiner's first, and none could come back.
+        let mayEnd =
+            slots[index].use == .client
+            ? mayAcknowledge(slots[index].replied)
+            : isEverywhere(slots[index].replied) && mayAnswer()
+        guard mayEnd else { return }
         if slots[index].mayStabilise {
             let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
             if point > stablePoint {

@@ -26,6 +26,7 @@ extension EngineCore {
             guard let index = slotIndex(ofTag: header.tag) else { return }
             if header.status == .ok { renewLease(slot, sentAt: slots[index].sentAt) }
             if header.kind != .flush, header.auxiliary & MutationReply.wasParked != 0 {
+                slots[index].wasPassed = true
                 writePassed(header, at: slot)
             }
             if slots[index].use == .client || slots[index].use == .hedge {
@@ -142,7 +143,8 @@ extension EngineCore {
         _ data: RawMemory
     ) {
         let blocks = Int(slots[index].endBlock - slots[index].firstBlock)
-        if replicas[slot].reads > 0 { replicas[slot].reads -= 1 }
+        // Of one that a hedge has answered it is counted.
+        if replicas[slot].reads > 0, blocks > 0 { replicas[slot].reads -= 1 }
         guard !slots[index].isExpired else { return release(index) }
         guard header.status == .ok else {
             readFailed(index, slot, header)
@@ -182,8 +184,8 @@ extension EngineCore {
             note(.checksumMismatch(slot, offset: header.offset))
             slots[index].tried.insert(SlotSet(slot))
             retryRead(index)
-        default:
-            protocolError(slot)
+        case .unavailable: failReplica(slot, .disconnected)
+        default: protocolError(slot)
         }
     }
 

@@ -236,6 +236,8 @@ struct OperationSlot: BitwiseCopyable {
     var isAcknowledged = false
     /// The write's buffer is the core's own (unaligned zeroes), not the frontend's.
     var ownsBuffer = false
+    /// Flushes may have passed this write by at some replica.
+    var wasPassed = false
     /// Flush: everything was resolved when it was sent, so it may become the stable point.
     var mayStabilise = false
     /// Flush: some replica's reply does not cover all that was sent before.

@@ -171,7 +171,7 @@ extension EngineCore {
             guard !required.isEmpty, required.isSubset(of: slots[index].replied) else { return }
         } else if !slots[index].isAcknowledged {
             guard mayAcknowledge(slots[index].replied) else { return }
-            highestAcknowledged = max(highestAcknowledged, slots[index].sequence)
+            noteAcknowledged(index)
             completeClient(index, .ok)
             slots[index].isAcknowledged = true
             if slots[index].fullSince != .zero { foundSpace() }
@@ -184,7 +184,24 @@ extension EngineCore {
         release(index)
     }
 
+    /// A stable point of a higher number covers the write, unless the flush it came of may have
+    /// passed the write by: then only one sent from here on does.
+    private func noteAcknowledged(_ index: Int) {
+        guard slots[index].wasPassed, !mutations.contains(.passedWritesNotLeftOut) else {
+            highestAcknowledged = max(highestAcknowledged, slots[index].sequence)
+            return
+        }
+        highestAcknowledged = max(highestAcknowledged, sequence)
+        if flushDueAt == nil {
+            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
+        }
+    }
+
     func mayAcknowledge(_ replied: SlotSet) -> Bool {
+        isEverywhere(replied) && members.count >= minInSync && mayAnswer()
+    }
+    /// Every replica that counts has replied.
+    func isEverywhere(_ replied: SlotSet) -> Bool {
         var needed = required
         if mutations.contains(.ackBeforeCAS) {
             var rest = required
@@ -193,6 +210,5 @@ extension EngineCore {
             }
         }
         return !needed.isEmpty && needed.isSubset(of: replied)
-            && members.count >= minInSync && mayAnswer()
     }
 }

@@ -1,0 +1,176 @@
+import Testing
+
+@testable import HapteraCore
+
+/// What neither the simulator nor the other suites arrange: missing members, stuck requests, blocks
+/// that cannot be read.
+@Suite struct EngineEndgameTests {
+    private func block(_ byte: UInt8) -> [UInt8] { [UInt8](repeating: byte, count: 4096) }
+    private func write(
+        _ h: EngineHarness, _ offset: UInt64, _ byte: UInt8, session: UInt32
+    ) -> UInt64 {
+        guard let buffer = h.pool.allocate(4096) else { preconditionFailure("pool") }
+        h.pool.memory(buffer).copy(from: block(byte))
+        return h.submit(.write, offset, 4096, buffer, session: session)
+    }
+
+    @Test func writesHeldForWantOfMembersDoNotKeepOneFromReturning() {
+        let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }
+        h.start()
+        h.write(1 << 20, block(1))
+        h.fakes[1].mute = [FrameKind.write.rawValue]
+        let first = h.write(0, block(2))
+        h.kill(h.fakes[1])
+        #expect(h.stored.inSync.count == 1)
+        h.fakes[1].mute = []
+        let second = h.write(0, block(3))
+        let third = h.write(1 << 20, block(4))
+        let read = h.read(0, 4096)
+        for _ in 0..<60 {
+            if h.core.replicas[h.slot(h.fakes[1])].link == .down { h.connect(h.fakes[1]) }
+            h.pass(milliseconds: 1000)
+        }
+        #expect(h.stored.inSync.count == 2)
+        #expect(h.results[first] == .ok && h.results[second] == .ok && h.results[third] == .ok)
+        let isRead = h.reads[read] == block(3)
+        #expect(isRead)
+        let isThere = h.fakes[1].blocks[0]?.data == block(3)
+        #expect(isThere)
+    }
+
+    @Test func theStablePointMovesWhileMembersAreMissing() {
+        let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }
+        h.start()
+        h.write(0, block(1))
+        h.kill(h.fakes[1])
+        let before = h.core.stablePoint
+        h.pass(milliseconds: 12_000)
+        #expect(h.core.stablePoint > before)
+    }
+
+    @Test func aWriteOfTheDeadDoesNotWaitForSpace() {
+        let h = EngineHarness()
+        h.start()
+        for fake in h.fakes {
+            fake.errors = [FrameKind.write.rawValue: .noSpace]
+            fake.mute = [FrameKind.write.rawValue]
+        }
+        let dead = write(h, 0, 1, session: 7)
+        h.run(.cancel(session: 7))
+        #expect(h.results[dead] == nil)
+        for fake in h.fakes { fake.mute = [] }
+        for fake in h.fakes { h.answerMuted(fake) }
+        h.pass(milliseconds: 5000)
+        #expect(h.results[dead] == .cancelled)
+    }
+
+    @Test func whatAFlushPassedIsNotStable() {
+        let h = EngineHarness(replicas: 2) { $0.removalDeadlineMilliseconds = 60_000 }
+        h.start()
+        for fake in h.fakes {
+            fake.mute = [FrameKind.write.rawValue, FrameKind.flush.rawValue]
+        }
+        let write = h.write(1 << 20, block(1))
+        let flush = h.submit(.flush)
+        for index in h.fakes[1].muted.indices where h.fakes[1].muted[index].kind == .write {
+            h.fakes[1].muted[index].auxiliary = MutationReply.wasParked
+        }
+        for fake in h.fakes { fake.mute = [] }
+        for fake in h.fakes { h.answerMuted(fake) }
+        #expect(h.results[write] == .ok && h.results[flush] == .ok)
+        for fake in h.fakes { h.kill(fake) }
+        for fake in h.fakes {
+            fake.isRebooted = true
+            fake.blocks = [:]
+            fake.active = [1]
+            h.connect(fake)
+        }
+        h.pass(milliseconds: 5000)
+        #expect(h.core.isRefusing)
+    }
+
+    @Test func aLateReplyStillHasItsPlace() {
+        let h = EngineHarness()
+        h.start()
+        h.write(0, block(1))
+        for _ in 0..<64 { h.read(0, 4096) }
+        h.fakes[0].delayMilliseconds = 1000
+        for _ in 0..<3 { h.read(0, 4096) }
+        h.pass(milliseconds: 200)
+        #expect(h.core.hedgedReads == 1)
+        var found = 0
+        for index in 0..<h.core.slotsUsed where h.core.slots[index].use == .client {
+            var header = FrameHeader(kind: .read)
+            header.tag = h.core.tag(index)
+            header.length = 4096
+            var reply = header.reply(.ok, epoch: h.core.epoch)
+            reply.dataLength = 4096
+            found += 1
+            #expect(h.core.readTarget(reply, from: Int(h.core.slots[index].source)) != nil)
+        }
+        #expect(found == 1)
+    }
+
+    @Test func aReplicaThatStopsInOrderBreaksNoProtocol() {
+        let h = EngineHarness()
+        h.start()
+        for fake in h.fakes.prefix(2) { fake.errors = [FrameKind.read.rawValue: .unavailable] }
+        let read = h.read(0, 4096)
+        #expect(h.results[read] == .ok)
+        #expect(h.stored.out.allSatisfy { $0.reason == .disconnected })
+    }
+
+    /// The only member has a block that cannot be read.
+    @Test func anUnreadableBlockIsNoLostVolume() {
+        let h = EngineHarness(replicas: 1)
+        h.stored.isClean = false
+        h.fakes[0].blocks[3] = (BlockEntry(state: .data, checksum: 77), block(9))
+        h.fakes[0].active = [0]
+        h.fakes[0].errors = [FrameKind.adopt.rawValue: .ioError]
+        h.start()
+        for _ in 0..<20 {
+            if h.core.replicas[h.slot(h.fakes[0])].link == .down { h.connect(h.fakes[0]) }
+            h.pass(milliseconds: 1000)
+        }
+        #expect(h.core.phase == .serving && h.core.unresolvedCount == 0)
+        #expect(h.results[h.write(0, block(1))] == .ok)
+    }
+
+    /// Nor may bytes that an older intact copy is there for be passed over.
+    @Test func anIntactOlderCopyIsNotLetThrough() {
+        let h = EngineHarness(replicas: 2)
+        h.stored.isClean = false
+        h.stored.clientGeneration = 1
+        h.fakes[0].blocks[3] = (BlockEntry(state: .data, checksum: 77), block(9))
+        let older = block(8)
+        h.fakes[1].blocks[3] = (BlockEntry(state: .data, checksum: checksum(of: older)), older)
+        h.fakes[1].isRebooted = true
+        h.fakes[0].active = [0]
+        h.fakes[0].errors = [FrameKind.adopt.rawValue: .ioError]
+        h.start()
+        let read = h.read(3 * 4096, 4096)
+        for _ in 0..<20 {
+            for fake in h.fakes where h.core.replicas[h.slot(fake)].link == .down {
+                h.connect(fake)
+            }
+            h.pass(milliseconds: 1000)
+        }
+        #expect(h.results[read] == nil)
+    }
+
+    @Test func anUnreadableBlockDoesNotStallAVolumeThatIsFilled() {
+        let h = EngineHarness(replicas: 2, members: 1)
+        let data = block(9)
+        h.fakes[0].blocks[3] = (BlockEntry(state: .data, checksum: checksum(of: data)), data)
+        h.fakes[0].errors = [FrameKind.read.rawValue: .ioError]
+        h.start()
+        for _ in 0..<20 {
+            for fake in h.fakes where h.core.replicas[h.slot(fake)].link == .down {
+                h.connect(fake)
+            }
+            h.pass(milliseconds: 1000)
+        }
+        let stalls = h.notes.count { if case .stalled = $0 { true } else { false } }
+        #expect(stalls == 0)
+    }
+}
