@@ -60,6 +60,7 @@ final class SimulatedEngine {
         configuration.leaseMilliseconds = leases.milliseconds
         configuration.renewMilliseconds = UInt64(leases.milliseconds) / 3
         configuration.ioTimeoutMilliseconds = leases.ioTimeoutMilliseconds
+        configuration.minInSync = leases.minInSync
         core = EngineCore(configuration: configuration, pool: pool)
         core.mutations = mutations
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
@@ -79,9 +80,13 @@ struct SimulatedLeases {
     let removalMilliseconds: UInt64
     /// Of client requests; 0: held for ever.
     let ioTimeoutMilliseconds: UInt64
+    /// Members without whom nothing is acknowledged.
+    let minInSync: UInt8
 
     /// With rot about, a member that only pauses must not be removed: it may have the good copy.
-    init(random: RandomSource, sparesPausedMembers: Bool, mutations: MutationSet) {
+    init(
+        random: RandomSource, replicas: Int, sparesPausedMembers: Bool, mutations: MutationSet
+    ) {
         let drawn: (UInt32, UInt64) = random.pick([
             (500, 3000), (500, 3000), (500, 500), (2500, 3000), (3000, 800),
         ])
@@ -90,6 +95,7 @@ struct SimulatedLeases {
             isJudged ? (3000, 800) : sparesPausedMembers ? (500, 3000) : drawn
         let timesOut = random.permille(mutations.contains(.erroredWriteNotResolved) ? 1000 : 200)
         ioTimeoutMilliseconds = timesOut ? random.pick([100, 700, 4000]) : 0
+        minInSync = random.permille(250) ? UInt8(min(2, replicas)) : 1
     }
 }
 

@@ -90,7 +90,8 @@ package final class World {
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
         faults = FaultPlan(random: random.fork(), mutations: options.mutations)
         leases = SimulatedLeases(
-            random: random.fork(), sparesPausedMembers: faults.rot, mutations: options.mutations)
+            random: random.fork(), replicas: replicas, sparesPausedMembers: faults.rot,
+            mutations: options.mutations)
         keeper = random.below(replicas)
         network = SimulatedNetwork(timeline: timeline, random: random.fork())
         let hostsRandom = random.fork()
