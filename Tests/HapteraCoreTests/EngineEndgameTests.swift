@@ -173,4 +173,17 @@ import Testing
         let stalls = h.notes.count { if case .stalled = $0 { true } else { false } }
         #expect(stalls == 0)
     }
+
+    @Test func aRequestThatIsStuckAmongAnswersFailsItsReplica() {
+        let h = EngineHarness()
+        h.start()
+        h.fakes[1].mute = [FrameKind.write.rawValue]
+        let stuck = h.write(0, block(1))
+        h.fakes[1].mute = []
+        for _ in 0..<600 {
+            h.write(1 << 20, block(2))
+            h.pass(milliseconds: 100)
+        }
+        #expect(h.results[stuck] == .ok)
+    }
 }

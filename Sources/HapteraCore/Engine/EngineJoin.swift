@@ -136,6 +136,7 @@ extension EngineCore {
         sequence = SequenceNumber(sequence.rawValue + 1)
         slots[index].phase = .inFlight
         slots[index].sequence = sequence
+        slots[index].sentAt = now
         slots[index].sent = SlotSet(joiner)
         header.tag = tag(index)
         header.sequence = sequence

@@ -319,11 +319,40 @@ extension EngineCore {
                 failReplica(slot, .silent)
             }
         }
+        failStuck()
         renewLeases()
         watchLatencies()
         hedgeReads()
         expireOld()
         if isStarved { startAll() }
         retryFull()
+    }
+
+    /// A request that others have done, and one replica owes for so many removal deadlines, is
+    /// stuck there, though it answers other requests: its answers to those must not cover for it.
+    /// Not while what takes room in activity logs waits for a takeover's end.
+    private static let stuckDeadlines: UInt64 = 4
+    private func failStuck() {
+        guard phase == .serving, !isResolving else { return }
+        let limit = Self.stuckDeadlines * configuration.removalDeadlineMilliseconds * 1_000_000
+        for index in 0..<slotsUsed
+        where slots[index].phase == .inFlight
+            && (slots[index].use == .client || slots[index].use == .flush)
+        {
+            guard now.nanoseconds(since: slots[index].sentAt) >= limit, !slots[index].isReady else {
+                continue
+            }
+            if slots[index].isRead {
+                let source = Int(slots[index].source)
+                if isLive(source), liveMembers.count > 1 { failReplica(source, .silent) }
+                continue
+            }
+            let answered = slots[index].replied.union(slots[index].full)
+            guard !answered.isEmpty else { continue }
+            var late = slots[index].sent.subtracting(answered)
+            while let slot = late.popFirst() {
+                if isLive(slot) { failReplica(slot, .silent) }
+            }
+        }
     }
 }
