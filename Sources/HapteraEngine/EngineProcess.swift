@@ -15,6 +15,9 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private var exitStatus: Int32 = 0
     private var uri = ""
     private var unixURI = ""
+    private var id = HandlerID.none
+    private var listenUntil: Instant?
+    private enum Token { static let leave: UInt64 = 0, listen: UInt64 = 1 }
     /// A detach that cannot finish (replicas away, a client that keeps writing) is cut short.
     private static let detachMilliseconds = 10_000
 
@@ -33,6 +36,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     }
 
     private func start() throws(IOError) {
+        id = reactor.register(self)
         signals = try SignalWatcher(reactor: reactor) { [unowned self] _ in leave() }
         if let path = options.controlPath {
             control = try ControlServer(reactor: reactor, path: path, handler: self)
@@ -49,10 +53,11 @@ final class EngineProcess: ControlHandler, CompletionHandler {
 
     /// Clients are let in when the volume is served for the first time; later they wait.
     private func listen() {
-        let server = NBDServer(reactor: reactor, device: shell)
+        let server = server ?? NBDServer(reactor: reactor, device: shell)
         self.server = server
+        listenUntil = listenUntil ?? Clock.monotonic().adding(milliseconds: Listener.takenMilliseconds)
         do throws(IOError) {
-            if let address = options.nbd {
+            if let address = options.nbd, uri.isEmpty {
                 let bound = try server.listen(on: address)
                 uri = "nbd://\(bound.text)/\(options.volumeName)"
             }
@@ -61,6 +66,11 @@ final class EngineProcess: ControlHandler, CompletionHandler {
                 unixURI = "nbd+unix:///\(options.volumeName)?socket=\(path)"
             }
             Log.info("volume served", ("volume", options.volumeName), ("uri", uri))
+        } catch where error.errno == EADDRINUSE && Clock.monotonic() < (listenUntil ?? .zero) {
+            // The loop goes on meanwhile: leases must be renewed.
+            reactor.timer(
+                afterMilliseconds: Listener.takenRetryMilliseconds,
+                handler: id, token: Token.listen)
         } catch {
             Log.error("cannot serve the volume", ("reason", error.message))
             exitStatus = 1
@@ -75,7 +85,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         guard !isLeaving else { return }
         isLeaving = true
         reactor.timer(
-            afterMilliseconds: Self.detachMilliseconds, handler: reactor.register(self), token: 0)
+            afterMilliseconds: Self.detachMilliseconds, handler: id, token: Token.leave)
         guard let server else {
             shell.detach()
             return
@@ -84,6 +94,10 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     }
 
     func completed(token: UInt64, result: Int) {
+        if token == Token.listen {
+            if !isLeaving { listen() }
+            return
+        }
         Log.warn("detach did not finish in time; leaving as it is", ("volume", shell.name))
         end("the engine left without marking the volume clean")
     }

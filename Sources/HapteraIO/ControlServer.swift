@@ -59,7 +59,8 @@ package final class ControlServer {
 
     /// The socket is accessible to its owner only.
     package init(reactor: Reactor, path: String, handler: any ControlHandler) throws(IOError) {
-        listener = try Listener(reactor: reactor, address: .unix(path: path)) { [weak handler] fd in
+        listener = try Listener.waiting(reactor: reactor, address: .unix(path: path)) {
+            [weak handler] fd in
             guard let handler else {
                 Glibc.close(fd)
                 return

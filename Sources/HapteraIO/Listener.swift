@@ -13,6 +13,26 @@ package final class Listener: CompletionHandler {
     private static let retryMilliseconds = 100
     private enum Token { static let ready: UInt64 = 0, retry: UInt64 = 1 }
 
+    /// How long an address may be taken by a process that was killed: the kernel takes its ring
+    /// apart, and closes the sockets polled there, a little after the process is gone.
+    package static let takenMilliseconds: UInt64 = 3000
+    package static let takenRetryMilliseconds = 20
+
+    /// Waits for the address if it is taken; for use before the loop runs.
+    package static func waiting(
+        reactor: Reactor, address: SocketAddress, onAccept: @escaping (Int32) -> Void
+    ) throws(IOError) -> Listener {
+        let end = Clock.monotonic().adding(milliseconds: takenMilliseconds)
+        while true {
+            do throws(IOError) {
+                return try Listener(reactor: reactor, address: address, onAccept: onAccept)
+            } catch {
+                guard error.errno == EADDRINUSE, Clock.monotonic() < end else { throw error }
+            }
+            usleep(UInt32(takenRetryMilliseconds * 1000))
+        }
+    }
+
     /// Port 0 takes a free one: see `address`. A Unix socket's file that nobody listens on any more
     /// is replaced. `onAccept` gets each connected socket and owns it.
     package init(reactor: Reactor, address: SocketAddress, onAccept: @escaping (Int32) -> Void)
@@ -72,7 +92,9 @@ package final class Listener: CompletionHandler {
         // SAFETY: the string outlives the call.
         let probe = unsafe haptera_socket_unix(path, 0)
         if probe >= 0 { Glibc.close(probe) }
-        if probe >= 0 || probe == -EAGAIN { throw IOError("somebody else listens on \(path)") }
+        if probe >= 0 || probe == -EAGAIN {
+            throw IOError(errno: EADDRINUSE, "somebody else listens on \(path)")
+        }
         if probe == -ECONNREFUSED { _ = unsafe unlink(path) }
     }
 }

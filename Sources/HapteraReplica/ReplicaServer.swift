@@ -58,7 +58,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         table = reactor.register(file: try storage.descriptor(.table(head)), label: "table")
         manifest = reactor.register(file: try storage.descriptor(.manifest), label: "manifest")
         id = reactor.register(self)
-        listener = try Listener(reactor: reactor, address: listen) { [unowned self] fd in
+        listener = try Listener.waiting(reactor: reactor, address: listen) { [unowned self] fd in
             self.accepted(fd)
         }
         control = try ControlServer(reactor: reactor, path: path, handler: self)

@@ -262,7 +262,18 @@ extension World {
         operation.value == 0
             || hosts.allSatisfy {
                 !record.contains($0) || $0.applied.contains(operation.value)
+                    || holds($0, operation)
             }
+    }
+    /// Who became a member while the write lacked members got it with the copy of its region, or
+    /// had it from before it left. The write still has its range to itself.
+    private func holds(_ host: SimulatedReplica, _ operation: ClientOperation) -> Bool {
+        guard
+            let image = ReplicaImage(host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+        else { return false }
+        return operation.sectors.allSatisfy { sector in
+            image.value(sector: sector, scratch: sectorBlock.memory) == operation.value
+        }
     }
 
     /// 10: a value still on its way is not returned by the engine that has it.

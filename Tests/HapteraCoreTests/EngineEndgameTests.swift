@@ -38,6 +38,25 @@ import Testing
         #expect(isThere)
     }
 
+    /// A write that every member there is had done kept its range after its time-out, and so kept
+    /// the member it lacked from being filled (simulator seed 77).
+    @Test func writesTimedOutForWantOfMembersLetGo() {
+        let h = EngineHarness(replicas: 2) {
+            $0.minInSync = 2
+            $0.ioTimeoutMilliseconds = 500
+        }
+        h.start()
+        h.kill(h.fakes[1])
+        let late = write(h, 0, 1, session: 1)
+        h.pass(milliseconds: 1000)
+        #expect(h.results[late] == .ioError)
+        for _ in 0..<20 {
+            if h.core.replicas[h.slot(h.fakes[1])].link == .down { h.connect(h.fakes[1]) }
+            h.pass(milliseconds: 1000)
+        }
+        #expect(h.stored.inSync.count == 2)
+    }
+
     @Test func theStablePointMovesWhileMembersAreMissing() {
         let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }
         h.start()

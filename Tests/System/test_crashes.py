@@ -1,6 +1,10 @@
 """Processes killed, stopped and replaced under load."""
 
+import contextlib
+import os
+import pathlib
 import signal
+import socket
 
 from harness.cluster import MIB, wait_for
 from harness.workload import BLOCK, History, SyncProbe, Workload, check_all
@@ -72,6 +76,49 @@ def test_engine_killed_under_load(context):
             check_all(history, cluster.engine.unix)
         cluster.wait_healthy()
         cluster.check_copies()
+
+
+def test_addresses_of_the_dead_are_waited_for(context):
+    """A killed process's ring closes its sockets a little after the process is gone: the next one
+    found its address in use and gave up (once in test_gap_engine_killed)."""
+    with context.cluster(replicas=1) as cluster:
+        cluster.up()
+        before, replica = cluster.engine, cluster.replicas[0]
+        before.process.kill()
+        replica.process.kill()
+        with listening(replica.port):
+            replica.spawn()
+            wait_for(lambda: has_open(replica.process.pid, ".data"), "its files to be open")
+        wait_for(replica.answers, "the replica to answer")
+        with listening(before.port):
+            engine = cluster.start_engine(before=before)
+            assert not engine.status().get("unixURI")
+        wait_for(lambda: engine.status().get("unixURI"), "the engine to listen")
+        load = Workload(History(LOADED), engine.unix, context.seed).start()
+        load.wait_completed(100)
+        assert load.stop() is None
+
+
+def has_open(pid, suffix):
+    return any(
+        os.readlink(entry).endswith(suffix)
+        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink())
+
+
+def listening(port):
+    """Holds the port, as one who is gone and whose socket is not."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    wait_for(lambda: is_bound(holder, port), "the port to be free")
+    holder.listen(1)
+    return holder
+
+
+def is_bound(holder, port):
+    with contextlib.suppress(OSError):
+        holder.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def test_engine_is_fenced(context):

@@ -305,7 +305,9 @@ extension EngineCore {
         completeClient(index, slots[index].fullSince == .zero ? .ioError : .noSpace)
         slots[index].isAcknowledged = true
         slots[index].isExpired = true
-        if isOver { release(index) }
+        if isOver { return release(index) }
+        // Every member may have it, and no more come that it waited for (`minInSync`).
+        if slots[index].isChanging { settleWrite(index) }
     }
 
     // MARK: - Sending

@@ -36,10 +36,17 @@ def wait_for(condition, what, timeout=60.0):
         time.sleep(0.01)
 
 
+PORTS_GIVEN = set()
+
+
 def free_port():
-    # Below the ephemeral range, so that no outgoing connection takes it between two starts.
+    # Below the ephemeral range, so that no outgoing connection takes it between two starts; each
+    # once, since it is used only later.
     while True:
         port = random.randrange(20000, 32000)
+        if port in PORTS_GIVEN:
+            continue
+        PORTS_GIVEN.add(port)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
