@@ -55,7 +55,9 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private func listen() {
         let server = server ?? NBDServer(reactor: reactor, device: shell)
         self.server = server
-        listenUntil = listenUntil ?? Clock.monotonic().adding(milliseconds: Listener.takenMilliseconds)
+        let now = Clock.monotonic()
+        let limit = listenUntil ?? now.adding(milliseconds: Listener.takenMilliseconds)
+        listenUntil = limit
         do throws(IOError) {
             if let address = options.nbd, uri.isEmpty {
                 let bound = try server.listen(on: address)
@@ -66,12 +68,14 @@ final class EngineProcess: ControlHandler, CompletionHandler {
                 unixURI = "nbd+unix:///\(options.volumeName)?socket=\(path)"
             }
             Log.info("volume served", ("volume", options.volumeName), ("uri", uri))
-        } catch where error.errno == EADDRINUSE && Clock.monotonic() < (listenUntil ?? .zero) {
-            // The loop goes on meanwhile: leases must be renewed.
-            reactor.timer(
-                afterMilliseconds: Listener.takenRetryMilliseconds,
-                handler: id, token: Token.listen)
         } catch {
+            if error.errno == EADDRINUSE, now < limit {
+                // The loop goes on meanwhile: leases must be renewed.
+                reactor.timer(
+                    afterMilliseconds: Listener.takenRetryMilliseconds, handler: id,
+                    token: Token.listen)
+                return
+            }
             Log.error("cannot serve the volume", ("reason", error.message))
             exitStatus = 1
             reactor.stop()

@@ -146,7 +146,7 @@ package final class EngineCore {
     static let pressedFlushMilliseconds: UInt64 = 20
 
     // Jobs.
-    static let jobsMax = 4
+    static let jobsMax = 16
     let jobs = FixedArray(repeating: Job(), count: jobsMax)
     let jobBuffers: [BufferID]
     let digests = MemoryBlock(count: jobsMax * Geometry.replicaSlotsMax * RegionDigest.size)
