@@ -70,6 +70,9 @@ package final class Connection: CompletionHandler {
     private var receiveOperation = OperationID.none
     private enum ReceiveKind { case staging, direct, both }
     private var receiveKind = ReceiveKind.staging
+    private var receiveSize = 0
+    /// The last receive brought all it had room for: the kernel may hold more.
+    package private(set) var isReceiveFilled = false
     private var payload: RawMemory?
     private var payloadFilled = 0
     package private(set) var isPaused = false
@@ -148,6 +151,9 @@ package final class Connection: CompletionHandler {
         reactor.waitForPool(self)
     }
 
+    /// Whether bytes of the peer may wait here or in the kernel.
+    package var hasUnread: Bool { stagingEnd > stagingStart || isReceiveFilled }
+
     func resumeNow() {
         if !isClosing && !isPaused { process() }
     }
@@ -158,6 +164,7 @@ package final class Connection: CompletionHandler {
             return close(.failed(errno: Int32(-result)))
         }
         if result == 0 { hasEnded = true }
+        isReceiveFilled = result == receiveSize
         if isFinishing {
             stagingStart = 0
             stagingEnd = 0
@@ -240,12 +247,14 @@ package final class Connection: CompletionHandler {
             let rest = payload.slice(payloadFilled, payload.count - payloadFilled)
             if rest.count >= Self.directMin {
                 receiveKind = .direct
+                receiveSize = rest.count
                 operation.kind = HAPTERA_RECEIVE.rawValue
                 operation.mode = 1
                 operation.address = unsafe UInt(bitPattern: rest.base)
                 operation.length = UInt64(rest.count)
             } else {
                 receiveKind = .both
+                receiveSize = rest.count + room.count
                 receiveVector.removeAll()
                 receiveVector.append(rest)
                 receiveVector.append(room)
@@ -254,6 +263,7 @@ package final class Connection: CompletionHandler {
             }
         } else {
             receiveKind = .staging
+            receiveSize = room.count
             operation.kind = HAPTERA_RECEIVE.rawValue
             operation.address = unsafe UInt(bitPattern: room.base)
             operation.length = UInt64(room.count)

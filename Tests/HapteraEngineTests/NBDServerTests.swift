@@ -200,6 +200,61 @@ import Testing
         #expect(h.device.pool.inUse == 0)
     }
 
+    /// A peer that only closed its side is answered, whoever else is connected.
+    @Test func aHalfClosedClientIsAnsweredBesideOthers() throws {
+        let h = try NBDServerHarness()
+        let idle = h.join()
+        h.send(idle, NBDBytes.request(.read, length: 512))
+        h.runUntilHeld(1)
+        h.device.complete()
+        let end = h.join(structured: false)
+        let write = NBDBytes.request(.write, length: 512) + [UInt8](repeating: 1, count: 512)
+        h.send(end, write + write + write)
+        shutdown(end, Int32(SHUT_WR))
+        h.runUntilHeld(3)
+        h.device.completeAll()
+        for _ in 0..<3 { #expect(h.receive(end, 16) == NBDBytes.simple()) }
+        h.run("stays") { h.isClosed(end) }
+        #expect(h.device.pool.inUse == 0)
+    }
+
+    /// A write that was still arriving when others went on, and whose peer then hung up, may have
+    /// been repeated and overtaken by them: on connections that had long begun, too.
+    @Test(arguments: [false, true])
+    func aWriteThatArrivesLateFromADeadPeerIsDropped(isOvertaken: Bool) throws {
+        let h = try NBDServerHarness()
+        let old = h.join(structured: false)
+        let new = h.join(structured: false)
+        for end in [old, new] {
+            h.send(end, NBDBytes.request(.flush))
+            h.runUntilHeld(1)
+            h.device.complete()
+            #expect(h.receive(end, 16) == NBDBytes.simple())
+        }
+        h.send(old, NBDBytes.request(.write, length: 4096))
+        h.send(old, [UInt8](repeating: 1, count: 4000))
+        h.settle()
+        if isOvertaken {
+            h.send(new, NBDBytes.request(.write, length: 4096))
+            h.send(new, [UInt8](repeating: 2, count: 4096))
+            h.runUntilHeld(1)
+            h.device.complete()
+            #expect(h.receive(new, 16) == NBDBytes.simple())
+        }
+        h.send(old, [UInt8](repeating: 1, count: 96))
+        shutdown(old, Int32(SHUT_WR))
+        h.settle()
+        if isOvertaken {
+            #expect(h.device.held.isEmpty)
+        } else {
+            #expect(h.device.held.count == 1)
+            h.device.completeAll()
+            #expect(h.receive(old, 16) == NBDBytes.simple())
+        }
+        h.run("stays") { h.isClosed(old) }
+        #expect(h.device.pool.inUse == 0)
+    }
+
     @Test func connectionsThatLiveAreNotFenced() throws {
         let h = try NBDServerHarness()
         let first = h.join()

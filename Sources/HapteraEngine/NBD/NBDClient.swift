@@ -34,6 +34,12 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// Its peer hung up before what it asked was taken: all of it may since have been asked again
     /// on another connection, so it changes nothing any more.
     private var isFenced = false
+    /// Some of what its peer sent may have been waiting here or in the kernel for a while.
+    private var isBehind = false
+    /// Changes of its own, and of others before anything of its was left waiting.
+    private var ownChanges: UInt64 = 0
+    private var othersSeen: UInt64
+    private var checkedAt: Instant?
     /// It has asked for something after the negotiation.
     private var hasBegun = false
     /// Its first request waits for what sessions that have ended left at the device.
@@ -56,6 +62,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         session = NBDSession(export: server.export)
         acceptedAt = reactor.now
         sentAt = reactor.now
+        othersSeen = server.changes
         let connection = Connection(reactor: reactor, fd: fd, delegate: self)
         self.connection = connection
         requests.attach(self, client: index)
@@ -68,6 +75,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     // MARK: Receiving
 
     func connection(_ connection: Connection, received memory: RawMemory) -> Int {
+        if isBehind { fenceIfOvertaken() } else { othersSeen = server.changes - ownChanges }
         var position = 0
         while !isLeaving && receiving < 0 && held == nil {
             guard mayTakeMore(connection) else {
@@ -82,6 +90,9 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         }
         // What a client says after it has left is thrown away.
         if isLeaving && receiving < 0 { position = memory.count }
+        isBehind =
+            receiving >= 0 || connection.isPaused || position < memory.count
+            || connection.isReceiveFilled
         let isOwing =
             receiving >= 0 || session.isInsideMessage || held == nil && position < memory.count
         if !isOwing {
@@ -146,17 +157,21 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     }
     /// The peer is gone: nothing it said and we have not heard yet counts, nor what has not begun.
     func fenceIfHungUp() {
-        guard let connection, !connection.isClosing, hasHungUp() else { return }
+        guard let connection, !connection.isClosing, pollHangUp() != 0 else { return }
         isFenced = true
         isLeaving = true
         held = nil
         requests.detach(client: index)
         connection.close()
     }
-    /// The peer of a session that only begins is gone, and others are there.
-    func fenceSelfIfHungUp() {
-        if hasHungUp() { isFenced = true }
+    /// What is taken only now, after others changed something, may have been repeated by them and
+    /// overtaken. A peer that merely closed its side is answered as long as they did not.
+    private func fenceIfOvertaken() {
+        guard !isFenced, isBehind, hasBeenOvertaken, checkedAt != reactor.now else { return }
+        checkedAt = reactor.now
+        if pollHangUp() != 0 { isFenced = true }
     }
+    private var hasBeenOvertaken: Bool { server.changes - ownChanges != othersSeen }
 
     private func refuse(_ request: NBDRequest) {
         let reply = NBDReply(format: format, cookie: request.cookie, offset: request.offset)
@@ -178,7 +193,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         outstanding += 1
         reserved += requests.slots.requests[Int(slot)].reserved
         guard request.payload > 0 else {
-            requests.launch(slot)
+            launch(slot)
             return true
         }
         receiving = slot
@@ -203,6 +218,19 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         let slot = receiving
         receiving = -1
         owingSince = nil
+        fenceIfOvertaken()
+        isBehind = connection.isPaused || connection.hasUnread
+        guard isFenced else { return launch(slot) }
+        outstanding -= 1
+        reserved -= requests.slots.requests[Int(slot)].reserved
+        requests.cancel(slot)
+        if isLeaving { finishIfIdle() } else { leave() }
+    }
+    private func launch(_ slot: Int32) {
+        if requests.slots.requests[Int(slot)].command.isModification {
+            ownChanges += 1
+            server.changes += 1
+        }
         requests.launch(slot)
     }
 
@@ -214,7 +242,11 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         guard let connection, !connection.isClosing, connection.isPaused, !isLeaving else {
             return true
         }
-        if !isFenced && hasHungUp() { isFenced = true }
+        if !isFenced {
+            let events = pollHangUp()
+            let isUnread = events & Int16(POLLHUP | POLLERR) != 0
+            if isUnread || events != 0 && hasBeenOvertaken { isFenced = true }
+        }
         if awaitsFence {
             guard requests.fencedOperations == 0 else { return true }
             awaitsFence = false
@@ -238,10 +270,9 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         return true
     }
 
-    /// Whether the peer's side of the connection is closed, read or not. Asked only when going on
-    /// after a pause.
-    private func hasHungUp() -> Bool { pollHangUp() != 0 }
-    /// POLLRDHUP, POLLHUP, POLLERR of the socket.
+    /// POLLRDHUP, POLLHUP, POLLERR of the socket: whether the peer's side of it is closed, read or
+    /// not, and whether nobody is left to answer. Asked only after a pause, of clients that are
+    /// behind, and of all when a session begins.
     private func pollHangUp() -> Int16 {
         // POLLRDHUP is not imported from its header, which wants _GNU_SOURCE.
         var entry = pollfd(fd: fd, events: Int16(0x2000), revents: 0)

@@ -27,6 +27,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     private var clients: [NBDClient?]
     /// Clients whose request waits for buffers, first come first served.
     private var waiting: [NBDClient] = []
+    /// Changes given to the device so far, by all clients.
+    var changes: UInt64 = 0
     /// Clients wait for the operations of sessions that have ended.
     var hasFenceWaiters = false
     private var waitingSince: Instant?
@@ -104,7 +106,6 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         for other in clients {
             if let other, other !== client { other.fenceIfHungUp() }
         }
-        client.fenceSelfIfHungUp()
     }
     func remove(_ client: NBDClient) {
         clients[Int(client.index)] = nil
