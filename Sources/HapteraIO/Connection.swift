@@ -93,6 +93,8 @@ package final class Connection: CompletionHandler {
     private var isDirty = false
     private var isFinishing = false
     private var finishTimer = TimerID.none
+    /// Bytes that were queued when the timer was set.
+    private var finishQueued = 0
     private var closeReason: CloseReason?
     /// No delegate call but `connectionClosed` comes any more, and sends are ignored.
     package var isClosing: Bool { closeReason != nil }
@@ -125,6 +127,7 @@ package final class Connection: CompletionHandler {
             sent(result)
         default:
             finishTimer = .none
+            if queuedSendBytes < finishQueued { return armFinishTimer() }
             close(.failed(errno: ETIMEDOUT))
         }
     }
@@ -382,16 +385,20 @@ package final class Connection: CompletionHandler {
 
     // MARK: Ending
 
-    /// Sends what is queued, tells the peer that nothing more comes, waits (at most 10 s) until it
-    /// has read it, and closes. What the peer still sends is dropped.
+    /// Sends what is queued, tells the peer that nothing more comes, waits (at most 10 s without
+    /// progress) until it has read it, and closes. What the peer still sends is dropped.
     package func finish() {
         guard !isClosing, !isFinishing else { return }
         isFinishing = true
-        finishTimer = reactor.timer(
-            afterMilliseconds: Self.finishMilliseconds, handler: id, token: Token.limit)
+        armFinishTimer()
         isPaused = false
         reactor.markResumable(self)
         markDirty()
+    }
+    private func armFinishTimer() {
+        finishQueued = queuedSendBytes
+        finishTimer = reactor.timer(
+            afterMilliseconds: Self.finishMilliseconds, handler: id, token: Token.limit)
     }
     private func finishIfSent() {
         guard isFinishing, sending == nil, collecting == nil, full.isEmpty else { return }

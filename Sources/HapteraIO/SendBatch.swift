@@ -4,6 +4,9 @@ import HapteraCore
 /// reference.
 final class SendBatch {
     static let areaSize = 128 << 10
+    /// Bytes of one send, unless a single piece is longer. The buffers of a batch come back when
+    /// all of it was sent, and only then is it known that the peer reads.
+    static let bytesMax = (1 << 20) + areaSize
     let vector = IOVector()
     private let area = MemoryBlock(count: areaSize)
     private var used = 0
@@ -21,7 +24,9 @@ final class SendBatch {
 
     /// Takes over one reference to `buffer`. False if there is no room.
     func append(_ buffer: BufferID, _ memory: RawMemory) -> Bool {
-        guard !vector.isFull, retainedCount < retained.count else { return false }
+        guard !vector.isFull, retainedCount < retained.count,
+            vector.length == 0 || vector.length + memory.count <= Self.bytesMax
+        else { return false }
         vector.append(memory)
         retained[retainedCount] = buffer
         retainedCount += 1

@@ -326,6 +326,34 @@ import Testing
         harness.run("buffers leak") { harness.device.pool.inUse == 0 }
     }
 
+    @Test func whatNeedsNoBuffersDoesNotWaitForThem() throws {
+        let h = try NBDServerHarness(pool: .init(small: 64, medium: 16, large: 40))
+        let (first, second, third) = (h.join(), h.join(), h.join(structured: false))
+        h.send(first, NBDBytes.request(.read, length: 32 * mib))
+        h.runUntilHeld(32)
+        h.send(second, NBDBytes.request(.read, length: 32 * mib))
+        h.settle()
+        h.send(third, NBDBytes.request(.flush))
+        h.runUntilHeld(33)
+        h.device.complete(32)
+        #expect(h.receive(third, 16) == NBDBytes.simple())
+    }
+
+    /// A slow reader gives buffers back as it reads, not when it has read everything.
+    @Test func buffersComeBackAsRepliesAreRead() throws {
+        let h = try NBDServerHarness()
+        let end = h.join()
+        for _ in 0..<8 { h.send(end, NBDBytes.request(.read, length: mib)) }
+        h.runUntilHeld(8)
+        h.device.completeAll()
+        h.settle()
+        #expect(h.device.pool.inUse >= 7)
+        _ = h.receive(end, 4 * mib)
+        h.run("\(h.device.pool.inUse) in use") { h.device.pool.inUse <= 5 }
+        h.disconnect(end)
+        h.run("buffers leak") { h.device.pool.inUse == 0 }
+    }
+
     /// Those that hold buffers without moving are hung up on when others wait for them.
     @Test func stalledPayloadsYieldUnderPressure() throws {
         var limits = NBDServer.Limits()
@@ -394,6 +422,24 @@ import Testing
         harness.disconnect(busy)
         harness.disconnect(idle)
         harness.run("never stopped") { isStopped }
+    }
+
+    @Test func stoppingDoesNotWaitForTheDeaf() throws {
+        var limits = NBDServer.Limits()
+        limits.stopMilliseconds = 100
+        let h = try NBDServerHarness(limits: limits)
+        let deaf = h.join()
+        for _ in 0..<4 { h.send(deaf, NBDBytes.request(.read, length: mib)) }
+        h.runUntilHeld(4)
+        h.device.completeAll()
+        let waiting = h.join()
+        h.send(waiting, NBDBytes.request(.flush))
+        h.runUntilHeld(1)
+        var isStopped = false
+        h.server.stop { isStopped = true }
+        h.run("never stopped") { isStopped }
+        h.device.completeAll()
+        #expect(h.device.pool.inUse == 0)
     }
 
     @Test func aVolumeMayGrow() throws {

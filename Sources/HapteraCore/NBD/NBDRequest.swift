@@ -76,6 +76,11 @@ extension NBDRequest {
         error = type == nil ? .invalid : check(agreement, export)
     }
 
+    /// Reads, writes and status requests hold buffers; the others need only be answered.
+    package var needsBuffers: Bool {
+        command == .read || command == .write || command == .blockStatus
+    }
+
     private func check(_ agreement: NBDAgreement, _ export: NBDExport) -> NBDError {
         if command == .disconnect { return .none }
         if export.isStopping { return .shutdown }

@@ -13,6 +13,8 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     static let outstandingMax = 128
     /// Buffers its requests and its unread replies may hold, bytes; one request may exceed it.
     static let reservedMax = 48 << 20
+    /// Reading less than this within the limit is no progress while others wait for buffers.
+    private static let progressMin = 1 << 20
 
     private unowned let server: NBDServer
     private let reactor: Reactor
@@ -187,7 +189,8 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
 
     /// False if the request must wait.
     private func start(_ request: NBDRequest, _ connection: Connection) -> Bool {
-        guard !isOverOwnBounds(request, connection), !server.isAnybodyWaiting(before: self),
+        guard !isOverOwnBounds(request, connection),
+            !request.needsBuffers || !server.isAnybodyWaiting(before: self),
             let slot = requests.begin(request, client: index, format: format)
         else { return false }
         outstanding += 1
@@ -332,8 +335,9 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         server.remove(self)
     }
 
-    /// Ends clients that stopped moving. `limit`: nanoseconds without progress.
-    func checkProgress(negotiationLimit: UInt64, limit: UInt64) {
+    /// Ends clients that stopped moving. `limit`: nanoseconds without progress. `isPressed`: others
+    /// wait for buffers.
+    func checkProgress(negotiationLimit: UInt64, limit: UInt64, isPressed: Bool) {
         guard let connection, !connection.isClosing else { return }
         let now = reactor.now
         if session.isNegotiating && now.nanoseconds(since: acceptedAt) > negotiationLimit {
@@ -344,7 +348,8 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
             end("no progress inside a message")
         }
         let sent = handedBytes - connection.queuedSendBytes
-        if sent != sentBytes || connection.queuedSendBytes == 0 {
+        let step = isPressed ? Self.progressMin : 1
+        if sent - sentBytes >= step || connection.queuedSendBytes == 0 {
             sentBytes = sent
             sentAt = now
         } else if now.nanoseconds(since: sentAt) > limit {

@@ -11,6 +11,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         package var stallMilliseconds: UInt64 = 60_000
         /// The same while others wait for buffers.
         package var stallUnderPressureMilliseconds: UInt64 = 5_000
+        /// For what is in flight when the server stops; who has not left then is hung up on.
+        package var stopMilliseconds: UInt64 = 5_000
         package init() {}
     }
     /// Rounds of submitting and completing in one turn, for devices that never wait.
@@ -34,6 +36,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     private var waitingSince: Instant?
     private var isServingWaiting = false
     private var onStopped: (() -> Void)?
+    private var stoppingSince: Instant?
     package private(set) var connectionCount = 0
     package private(set) var connectionsRefused: UInt64 = 0
     /// Clients that came from another host: they outlive this one.
@@ -70,6 +73,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     /// the last client has gone.
     package func stop(onStopped: @escaping () -> Void) {
         self.onStopped = onStopped
+        stoppingSince = reactor.now
         export.isStopping = true
         for listener in listeners { listener.close() }
         listeners = []
@@ -154,6 +158,11 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
 
     /// Once a second.
     package func completed(token: UInt64, result: Int) {
+        if let stoppingSince,
+            reactor.now.nanoseconds(since: stoppingSince) > limits.stopMilliseconds * 1_000_000
+        {
+            for client in clients { client?.close() }
+        }
         let pressure = waitingSince.map { reactor.now.nanoseconds(since: $0) } ?? 0
         let isPressed = pressure > limits.stallUnderPressureMilliseconds * 1_000_000
         let limit =
@@ -161,7 +170,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         for client in clients {
             client?.checkProgress(
                 negotiationLimit: limits.negotiationMilliseconds * 1_000_000,
-                limit: limit * 1_000_000)
+                limit: limit * 1_000_000, isPressed: isPressed)
         }
     }
 
