@@ -1,3 +1,4 @@
+import Glibc
 import HapteraCore
 
 /// Where a frame's data is to be received.
@@ -51,7 +52,12 @@ package final class FrameConnection: ConnectionDelegate {
         self.reactor = reactor
         self.delegate = delegate
         connection = Connection(reactor: reactor, fd: fd, delegate: self)
+        // A peer whose host has died acknowledges nothing: without a limit, what it was to be sent
+        // would hold its buffers for a quarter of an hour.
+        setSocketOption(
+            fd, Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, Self.unacknowledgedMilliseconds)
     }
+    private static let unacknowledgedMilliseconds: Int32 = 20_000
 
     package var queuedSendBytes: Int { connection?.queuedSendBytes ?? 0 }
     package var isClosing: Bool { connection?.isClosing ?? true }

@@ -61,6 +61,8 @@ final class SimulatedEngine {
         configuration.renewMilliseconds = UInt64(leases.milliseconds) / 3
         configuration.ioTimeoutMilliseconds = leases.ioTimeoutMilliseconds
         configuration.minInSync = leases.minInSync
+        // Few, so that some regions are equal and others not for a while.
+        configuration.jobsMax = 4
         core = EngineCore(configuration: configuration, pool: pool)
         core.mutations = mutations
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)

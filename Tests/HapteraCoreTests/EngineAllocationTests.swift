@@ -6,7 +6,7 @@ import Testing
 /// Steady state: an engine's step allocates nothing, whatever it is asked.
 @Suite struct EngineAllocationTests {
     private let replicas = 3
-    private let pool = BufferPool(limits: .init(small: 128, medium: 4, large: 8))
+    private let pool = BufferPool(limits: .init(small: 128, medium: 4, large: 20))
 
     /// Answers every frame the core sends, as a healthy replica would, until nothing is left to do.
     private func settle(_ core: EngineCore, _ entries: RawMemory, _ completed: inout Int) {

@@ -73,6 +73,7 @@ final class EngineHarness {
         var configuration = EngineConfiguration(
             volume: volume, instance: InstanceID(rawValue: 99), endpoint: "",
             clientGeneration: generation, nonceSeed: 5)
+        configuration.jobsMax = 4
         configure(&configuration)
         core = EngineCore(configuration: configuration, pool: pool)
         run(.configure(fakes.map(\.member.replica)))

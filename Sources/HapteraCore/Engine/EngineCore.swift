@@ -146,10 +146,10 @@ package final class EngineCore {
     static let pressedFlushMilliseconds: UInt64 = 20
 
     // Jobs.
-    static let jobsMax = 16
-    let jobs = FixedArray(repeating: Job(), count: jobsMax)
+    let jobsMax: Int
+    let jobs: FixedArray<Job>
     let jobBuffers: [BufferID]
-    let digests = MemoryBlock(count: jobsMax * Geometry.replicaSlotsMax * RegionDigest.size)
+    let digests: MemoryBlock
 
     // Join.
     var needed: [UInt64] = []
@@ -184,9 +184,13 @@ package final class EngineCore {
             volume: configuration.volume, name: "", epoch: .zero, nonce: 0, size: 4096, inSync: [])
         installReplies = Array(repeating: nil, count: Geometry.replicaSlotsMax)
         // The core's own buffers are taken now, so that no client can starve what unblocks clients.
-        jobBuffers = (0..<Self.jobsMax).compactMap { _ in pool.allocate(BufferPool.sizeMax) }
+        let jobsMax = configuration.jobsMax
+        self.jobsMax = jobsMax
+        jobs = FixedArray(repeating: Job(), count: jobsMax)
+        digests = MemoryBlock(count: jobsMax * Geometry.replicaSlotsMax * RegionDigest.size)
+        jobBuffers = (0..<jobsMax).compactMap { _ in pool.allocate(BufferPool.sizeMax) }
         edges = (0..<32).compactMap { _ in pool.allocate(Geometry.blockSize) }
-        precondition(jobBuffers.count == Self.jobsMax && edges.count == 32, "pool too small")
+        precondition(jobBuffers.count == jobsMax && edges.count == 32, "pool too small")
         for index in (0..<slots.count).reversed() {
             slots[index].next = freeHead
             freeHead = Int32(index)

@@ -7,18 +7,18 @@
 
 extension EngineCore {
     func hasJob(_ region: UInt64) -> Bool {
-        for job in 0..<Self.jobsMax where jobs[job].stage != .free && jobs[job].region == region {
+        for job in 0..<jobsMax where jobs[job].stage != .free && jobs[job].region == region {
             return true
         }
         return false
     }
     private var hasFreeJob: Bool {
-        for job in 0..<Self.jobsMax where jobs[job].stage == .free { return true }
+        for job in 0..<jobsMax where jobs[job].stage == .free { return true }
         return false
     }
     func activeJobs(_ kind: Job.Kind) -> Int {
         var count = 0
-        for job in 0..<Self.jobsMax where jobs[job].stage != .free && jobs[job].kind == kind {
+        for job in 0..<jobsMax where jobs[job].stage != .free && jobs[job].kind == kind {
             count += 1
         }
         return count
@@ -27,7 +27,7 @@ extension EngineCore {
     /// Starts jobs while there is work and room, and lets waiting ones go on.
     func advanceJobs() {
         guard phase == .serving, isResolving || joinStage == .copying || anyJob else { return }
-        for job in 0..<Self.jobsMax where jobs[job].stage == .waiting { proceed(job) }
+        for job in 0..<jobsMax where jobs[job].stage == .waiting { proceed(job) }
         while isResolving, hasFreeJob, let region = nextUnresolved() {
             begin(damagedRegions.contains(region) ? .repair : .resolve, region)
         }
@@ -39,12 +39,12 @@ extension EngineCore {
         }
     }
     private var anyJob: Bool {
-        for job in 0..<Self.jobsMax where jobs[job].stage != .free { return true }
+        for job in 0..<jobsMax where jobs[job].stage != .free { return true }
         return false
     }
 
     private func begin(_ kind: Job.Kind, _ region: UInt64) {
-        guard let job = (0..<Self.jobsMax).first(where: { jobs[$0].stage == .free }) else { return }
+        guard let job = (0..<jobsMax).first(where: { jobs[$0].stage == .free }) else { return }
         let index = allocateSlot(
             .job,
             Operation(
@@ -119,7 +119,7 @@ extension EngineCore {
 
     /// A participant is gone: begin again when the membership is settled, still under the lock.
     func restartJobs(awaiting slot: ReplicaSlot) {
-        for job in 0..<Self.jobsMax where jobs[job].stage != .free && jobs[job].stage != .waiting {
+        for job in 0..<jobsMax where jobs[job].stage != .free && jobs[job].stage != .waiting {
             if jobs[job].participants.contains(slot) { restart(job) }
         }
     }
@@ -129,7 +129,7 @@ extension EngineCore {
         slots[Int(jobs[job].slot)].generation &+= 1
     }
     func abandonJobs(_ kind: Job.Kind? = nil) {
-        for job in 0..<Self.jobsMax where jobs[job].stage != .free {
+        for job in 0..<jobsMax where jobs[job].stage != .free {
             guard kind == nil || jobs[job].kind == kind else { continue }
             jobs[job].stage = .free
             release(Int(jobs[job].slot))

@@ -25,6 +25,9 @@ package struct EngineConfiguration: Sendable {
     package var ioTimeoutMilliseconds: UInt64 = 0
     /// Acknowledge only while so many members are in sync; nil: what the record says.
     package var minInSync: UInt8?
+    /// Regions made equal at a time: enough that neither disk nor wire waits for the other. 1 MiB
+    /// of buffers each.
+    package var jobsMax = 16
     /// An engine known to have ended (its process was waited for): its leases need no waiting out.
     package var endedInstance = InstanceID.none
 

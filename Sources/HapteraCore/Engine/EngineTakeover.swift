@@ -282,7 +282,7 @@ extension EngineCore {
     func addUnresolved(_ region: UInt64) {
         if damagedRegions.remove(region) != nil {
             erroredRegions.insert(region)
-            for job in 0..<Self.jobsMax where jobs[job].kind == .repair {
+            for job in 0..<jobsMax where jobs[job].kind == .repair {
                 if jobs[job].region == region { jobs[job].kind = .resolve }
             }
         }

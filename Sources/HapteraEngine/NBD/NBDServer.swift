@@ -37,6 +37,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     private var isServingWaiting = false
     private var onStopped: (() -> Void)?
     private var stoppingSince: Instant?
+    /// When clients' progress was looked at last.
+    private var checkedAt = Instant.zero
     package private(set) var connectionCount = 0
     package private(set) var connectionsRefused: UInt64 = 0
     /// Clients that came from another host: they outlive this one.
@@ -167,6 +169,10 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         let isPressed = pressure > limits.stallUnderPressureMilliseconds * 1_000_000
         let limit =
             isPressed ? limits.stallUnderPressureMilliseconds : limits.stallMilliseconds
+        // A process that was stopped itself has yet to read what came meanwhile.
+        let wasStopped = reactor.now.nanoseconds(since: checkedAt) > 3_000_000_000
+        checkedAt = reactor.now
+        guard !wasStopped else { return }
         for client in clients {
             client?.checkProgress(
                 negotiationLimit: limits.negotiationMilliseconds * 1_000_000,
