@@ -407,6 +407,24 @@ import Testing
         _ = harness.join()
     }
 
+    /// Promise: a peer that misbehaves costs nobody else anything. Strangers that hold every place
+    /// and say nothing give some up.
+    @Test func theSilentMakeRoom() throws {
+        var limits = NBDServer.Limits()
+        limits.connectionsMax = 16
+        limits.negotiationUnderPressureMilliseconds = 50
+        let harness = try NBDServerHarness(limits: limits)
+        let speaking = harness.join(structured: false)
+        for _ in 0..<15 { _ = harness.connect() }
+        #expect(harness.server.connectionCount == 16)
+        harness.run("no room is made") { harness.server.connectionCount <= 13 }
+        let late = harness.join(structured: false)
+        for end in [speaking, late] {
+            harness.send(end, NBDBytes.request(.cache))
+            #expect(harness.receive(end, 16) == NBDBytes.simple())
+        }
+    }
+
     @Test func stoppingAnswersWhatIsInFlight() throws {
         let harness = try NBDServerHarness()
         let busy = harness.join(structured: false)

@@ -321,6 +321,11 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         }
     }
     func close() { connection?.close() }
+    var isClosing: Bool { connection?.isClosing ?? true }
+    /// How long it has been negotiating, nanoseconds; 0: that is over.
+    var negotiationTime: UInt64 {
+        session.isNegotiating ? reactor.now.nanoseconds(since: acceptedAt) : 0
+    }
 
     /// A half-close: what was asked before is answered. A payload cut short is never applied.
     func connectionReceivedEnd(_ connection: Connection) {
@@ -340,7 +345,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     func checkProgress(negotiationLimit: UInt64, limit: UInt64, isPressed: Bool) {
         guard let connection, !connection.isClosing else { return }
         let now = reactor.now
-        if session.isNegotiating && now.nanoseconds(since: acceptedAt) > negotiationLimit {
+        if negotiationTime > negotiationLimit {
             end("negotiation took too long")
         } else if let owingSince, !connection.isPaused,
             now.nanoseconds(since: owingSince) > limit

@@ -7,6 +7,8 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     package struct Limits: Sendable {
         package var connectionsMax = 64
         package var negotiationMilliseconds: UInt64 = 30_000
+        /// The same while places run out.
+        package var negotiationUnderPressureMilliseconds: UInt64 = 1000
         /// Without progress inside a message, or in reading replies.
         package var stallMilliseconds: UInt64 = 60_000
         /// The same while others wait for buffers.
@@ -93,8 +95,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     /// Takes over a connected socket.
     package func accept(_ fd: Int32) {
         guard let index = clients.firstIndex(where: { $0 == nil }) else {
-            // Those who have left are only waiting for the device: they make room.
-            clients.first { $0?.isLeaving == true }??.close()
+            makeRoom()
             connectionsRefused += 1
             Log.warn("refused a client", ("connections", String(connectionCount)))
             close(fd)
@@ -104,6 +105,24 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         if !SocketAddress.isPeerLocal(fd) { remoteClients += 1 }
         clients[index] = NBDClient(
             server: self, reactor: reactor, requests: requests, index: Int32(index), fd: fd)
+    }
+    /// Whoever connects and says nothing must not keep others out: while an eighth of the places or
+    /// less is free, the silent give theirs up. If none is, so do those who have left, and only
+    /// wait for the device.
+    private func makeRoom() {
+        let present = clients.compactMap { $0 }.filter { !$0.isClosing }
+        var free = clients.count - present.count
+        if free == 0, let one = present.first(where: \.isLeaving) {
+            one.close()
+            free += 1
+        }
+        let limit = limits.negotiationUnderPressureMilliseconds * 1_000_000
+        let silent = present.filter { $0.negotiationTime > limit }
+            .sorted { $0.negotiationTime > $1.negotiationTime }
+        for one in silent where free * 8 <= clients.count {
+            one.close()
+            free += 1
+        }
     }
     /// A new session begins: whatever hung up before it is done with. Live connections of the same
     /// client are left alone.
@@ -169,6 +188,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         let isPressed = pressure > limits.stallUnderPressureMilliseconds * 1_000_000
         let limit =
             isPressed ? limits.stallUnderPressureMilliseconds : limits.stallMilliseconds
+        makeRoom()
         // A process that was stopped itself has yet to read what came meanwhile.
         let wasStopped = reactor.now.nanoseconds(since: checkedAt) > 3_000_000_000
         checkedAt = reactor.now
