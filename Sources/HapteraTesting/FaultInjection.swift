@@ -210,7 +210,9 @@ extension World {
         }
         guard let departure, record.joining?.replica != host.id, !mayBecomeMember,
             host.backupFlushed < departure.stablePoint || departure.reason == .rolledBack,
-            hosts.allSatisfy({ !record.contains($0) || $0.installed >= departure.leftEpoch })
+            hosts.allSatisfy({ !record.contains($0) || $0.installed >= departure.leftEpoch }),
+            // Before, the takeover under way may take it back.
+            acknowledgedEpoch >= departure.leftEpoch
         else { return }
         note("fault: the backup of \(host.name) is put back")
         killReplica(host, restartAfter: downtime)

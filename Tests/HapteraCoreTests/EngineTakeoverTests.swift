@@ -114,6 +114,31 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         return h
     }
 
+    /// Removed in vain, and an old copy was put in its place meanwhile: told by its promise before
+    /// it is taken back (simulator seed 104326), or else by what it has flushed, and filled.
+    @Test(arguments: [UInt64(0), 2])
+    func anOlderCopyIsNotTakenBack(_ promise: UInt64) {
+        let h = removedInVain()
+        let point = StablePoint(epoch: Epoch(2), sequence: SequenceNumber(7))
+        h.stored.out[0].stablePoint = point
+        for fake in h.fakes.prefix(2) { fake.flushed = point }
+        h.fakes[2].promise = Epoch(promise)
+        h.fakes[2].flushed = StablePoint(epoch: Epoch(2), sequence: SequenceNumber(3))
+        h.start()
+        h.pass(milliseconds: 200)
+        #expect(h.core.phase == .serving)
+        let isTakenBack = h.notes.contains {
+            if case .replicaReinstated = $0 { true } else { false }
+        }
+        #expect(isTakenBack == (promise == 2))
+        let isNoticed = h.notes.contains {
+            if case .replicaRolledBack = $0 { true } else { false }
+        }
+        #expect(isNoticed == (promise == 2))
+        h.pass(milliseconds: 5000)
+        #expect(h.fakes[2].seen.contains(.digest) || h.fakes[2].seen.contains(.regionMap))
+    }
+
     @Test func aReplicaRemovedInVainIsTakenBackWithoutAResync() {
         let h = removedInVain()
         h.fakes[2].active = [1]

@@ -49,7 +49,9 @@ extension EngineCore {
         var found = SlotSet()
         rest = promised
         while let slot = rest.popFirst() {
-            if let reply = installReplies[slot], reply.flushed < known {
+            if let reply = installReplies[slot],
+                reply.flushed < max(known, replicas[slot].flushedBefore)
+            {
                 found.insert(SlotSet(slot))
             }
         }

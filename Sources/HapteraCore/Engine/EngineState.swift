@@ -122,6 +122,8 @@ struct ReplicaState: BitwiseCopyable {
     /// Epoch the replica has promised on this connection.
     var installedEpoch = Epoch.zero
     var isRebooted = false
+    /// What it had flushed when it left, if it was taken back since.
+    var flushedBefore = StablePoint.zero
     /// What it said of itself when greeted.
     var promise = Epoch.zero
     /// It has promised or flushed less than it had: its directory is an older copy.

@@ -143,7 +143,9 @@ extension EngineCore {
         if recordBefore.change == .salvage { return false }
         return recordBefore.clientGeneration == configuration.clientGeneration
     }
-    private var isEverythingStable: Bool {
+    /// The stable point covers all that was acknowledged, also by engines before: it came after
+    /// everything was made equal.
+    package var isEverythingStable: Bool {
         if hasServed { return stablePoint.sequence > highestAcknowledged }
         return recordBefore?.isClean ?? false
     }
@@ -241,6 +243,9 @@ extension EngineCore {
     private func reinstate(_ promised: SlotSet) -> Bool {
         guard let record, let departure = record.out.first(where: { mayReinstate($0, promised) })
         else { return false }
+        if let slot = slot(of: departure.member.replica) {
+            replicas[slot].flushedBefore = departure.stablePoint
+        }
         propose(.reinstate) { next in
             next.out.removeAll { $0.member == departure.member }
             next.inSync.append(departure.member)
@@ -259,7 +264,10 @@ extension EngineCore {
         case .full, .ioError, .protocolError, .rolledBack, .salvaged, .administrator: return false
         }
         if mutations.contains(.reinstateUnproven) { return true }
-        guard replicas[slot].promise < departure.leftEpoch else { return false }
+        // Nor is it a copy from before: it had promised the epoch in which it flushed that point.
+        guard replicas[slot].promise < departure.leftEpoch,
+            replicas[slot].promise >= departure.stablePoint.epoch
+        else { return false }
         var witnesses = promised.subtracting(rolledBackMembers(promised))
         while let witness = witnesses.popFirst() {
             if let before = replicas[witness].promiseBefore, before < departure.leftEpoch {
