@@ -105,8 +105,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
 
     // Not listed: rules that unit tests judge, since seeds seldom come to where they matter:
     // tailMovedAfterOpen (ReplicaHardeningTests), passedWritesNotLeftOut, erroredWriteNotResolved
-    // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests) and
-    // noLeaseMargin (EngineLeaseTests).
+    // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests),
+    // noLeaseMargin and noLeaseCheck (EngineLeaseTests).
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced),
         ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
@@ -125,7 +125,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("readWithoutChecksum", .readWithoutChecksum), ("flushWithoutSync", .flushWithoutSync),
         ("flushWhileResolving", .flushWhileResolving),
         ("drainBeforeLogSync", .drainBeforeLogSync),
-        ("noLeaseCheck", .noLeaseCheck), ("noLeaseWait", .noLeaseWait),
+        ("noLeaseWait", .noLeaseWait),
         ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
         ("trimRoundedOutwards", .trimRoundedOutwards),
         ("timedOutWriteUnlocked", .timedOutWriteUnlocked),

@@ -15,8 +15,17 @@ import Testing
     }
 
     /// A read served by one member needs the lease of the others: they may have been taken over.
+    /// (`noLeaseCheck`: it is answered without; 1000 seeds do not come to where that shows.)
     @Test func readsWaitForTheLeaseOfEveryMember() {
+        let careless = EngineHarness()
+        careless.core.mutations = .noLeaseCheck
+        #expect(readWithoutLeases(careless) == .ok)
         let h = EngineHarness()
+        #expect(readWithoutLeases(h) == nil)
+        h.write(4096, one)
+        #expect(h.results.values.allSatisfy { $0 == .ok }, "the replies renewed the leases")
+    }
+    private func readWithoutLeases(_ h: EngineHarness) -> OperationResult? {
         h.start()
         h.write(0, one)
         for fake in h.fakes.dropFirst() { fake.mute = [FrameKind.ping.rawValue] }
@@ -25,11 +34,7 @@ import Testing
         #expect(h.results[early] == .ok)
         h.pass(milliseconds: 200)
         #expect(!h.core.isLeased(at: h.now))
-        let held = h.read(0, 4096)
-        #expect(h.results[held] == nil)
-        let write = h.write(4096, one)
-        #expect(h.results[held] == .ok, "the write's replies renewed the leases")
-        #expect(h.results[write] == .ok)
+        return h.results[h.read(0, 4096)]
     }
 
     @Test func whatIsReadyWithoutALeaseIsHeldAndThenAnswered() {
