@@ -85,7 +85,8 @@ package struct SalvagePlan: Equatable, Sendable {
         let departure = record.out.first { $0.member == survey.member }
         let regions = Geometry.regionCount(size: record.size)
         let known = departure?.stablePoint ?? stablePoint(record, surveys)
-        let isRolledBack = survey.flushed < known
+        let isRolledBack =
+            survey.flushed < known || isInSync && survey.promise < record.promised
         var choice = Choice(
             member: survey.member, isInSync: isInSync, isRolledBack: isRolledBack,
             mayLackUnflushed: survey.isRebooted, regionsMax: 0, isMeasured: true)
@@ -147,6 +148,8 @@ package struct SalvagePlan: Equatable, Sendable {
         next.isClean = false
         next.joining = nil
         next.inSync = [survivor]
+        next.promised = min(
+            next.promised, surveys.first { $0.member == survivor }?.promise ?? .zero)
         let parted = parted ?? next.epoch
         next.out = record.out.filter { $0.member != survivor }.map { old in
             var departure = old

@@ -106,6 +106,9 @@ package struct VolumeRecord: Equatable, Sendable {
     /// How long a member's answer lets the engine serve reads and acknowledge writes, milliseconds.
     package var leaseMilliseconds: UInt32 = VolumeRecord.leaseMillisecondsDefault
     package var change = Change.creation
+    /// Every member had durably promised this epoch when the record was written: one that has not
+    /// is an older copy of itself.
+    package var promised = Epoch.zero
     /// Detached in order: the members are equal and their activity logs empty.
     package var isClean = true
     package var inSync: [Member]
@@ -127,7 +130,7 @@ package struct VolumeRecord: Equatable, Sendable {
         self.inSync = inSync
     }
 
-    package static let formatVersion: UInt32 = 2
+    package static let formatVersion: UInt32 = 3
     package static let leaseMillisecondsDefault: UInt32 = 500
     package static let leaseMillisecondsMax: UInt32 = 600_000
     package static let magic: UInt32 = 0x5645_5248
@@ -137,12 +140,12 @@ package struct VolumeRecord: Equatable, Sendable {
     private static let layersMax = 4096
 
     /// Bytes, in this order, integers little-endian: magic "HREV" (4), format version (4), volume
-    /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), leaseMilliseconds
-    /// (4), minInSync (1), clean (1), change (1), name (text), endpoint (text), inSync, joining
-    /// (list of 0 or 1), out, lineage, layers (each a 4-byte count, then its elements), CRC32C of
-    /// all before it (4). A member is replica (8) and incarnation (8); an element of out: member,
-    /// leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8), reason (1), kept (1); a
-    /// fork: epoch (8), survivor (8), partedEpoch (8).
+    /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), promised (8),
+    /// leaseMilliseconds (4), minInSync (1), clean (1), change (1), name (text), endpoint (text),
+    /// inSync, joining (list of 0 or 1), out, lineage, layers (each a 4-byte count, then its
+    /// elements), CRC32C of all before it (4). A member is replica (8) and incarnation (8); an element of
+    /// out: member, leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8), reason (1),
+    /// kept (1); a fork: epoch (8), survivor (8), partedEpoch (8).
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(Self.magic)
@@ -154,6 +157,7 @@ package struct VolumeRecord: Equatable, Sendable {
         w.append(size)
         w.append(engine.rawValue)
         w.append(clientGeneration)
+        w.append(promised.rawValue)
         w.append(leaseMilliseconds)
         w.append(minInSync)
         w.append(isClean ? 1 as UInt8 : 0)
@@ -201,6 +205,7 @@ package struct VolumeRecord: Equatable, Sendable {
         size = r.read(UInt64.self)
         engine = InstanceID(rawValue: r.read(UInt64.self))
         clientGeneration = r.read(UInt64.self)
+        promised = Epoch(r.read(UInt64.self))
         leaseMilliseconds = r.read(UInt32.self)
         minInSync = r.read(UInt8.self)
         let clean = r.read(UInt8.self)

@@ -71,7 +71,7 @@ extension World {
     /// 30: resolution moves a block only to who holds another one.
     private func observeMove(_ host: SimulatedReplica, _ header: FrameHeader, _ data: RawMemory) {
         // A block that cannot be read is rewritten, whatever is there.
-        guard !faults.rot, !faults.diskErrors,
+        guard !faults.rot, !faults.diskErrors, header.epoch >= host.promised,
             let image = ReplicaImage(
                 host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
         else { return }

@@ -14,14 +14,17 @@ extension World {
     }
 
     /// Trap 18, of a member: engine and replica are away for a moment, and the replica's directory
-    /// comes back as it was some time ago. Its peers know that it had flushed more.
+    /// comes back as it was some time ago. Its peers know that it had flushed more, or the record
+    /// that it had promised more.
     func restoreMember(_ host: SimulatedReplica) {
         guard isCalm, !faults.rot, let backup = host.backup, let current = currentEngine,
             host.disk.operationsInFlight == 0
         else { return }
         let peers = hosts.filter { $0 !== host && store.record.contains($0) }
         let known = peers.compactMap { $0.core?.knownStable }.max() ?? .zero
-        guard host.backupFlushed < known else { return }
+        guard host.backupFlushed < known || host.backupPromise < store.record.promised else {
+            return
+        }
         note("fault: \(host.name), a member, is put back as it was")
         killReplica(host, restartAfter: 1)
         host.disk.restore(backup)

@@ -22,6 +22,7 @@ final class SimulatedReplica {
     /// What it held some time ago.
     private(set) var backup: SimulatedDisk.Backup?
     private(set) var backupFlushed = StablePoint.zero
+    private(set) var backupPromise = Epoch.zero
     /// A member put back as it was: until it has left, nothing is true of its copy.
     var isRolledBack = false
     /// The process that made the last promise seen.
@@ -110,6 +111,7 @@ final class SimulatedReplica {
     func takeBackup() {
         backup = disk.backup()
         backupFlushed = core?.flushedPoint ?? .zero
+        backupPromise = core?.promise ?? .zero
     }
 
     /// The directory is another one now: nothing seen of the one before is true of it.

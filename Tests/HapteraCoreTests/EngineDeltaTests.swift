@@ -35,6 +35,33 @@ import Testing
         h.fakes[0].entry(index) == h.fakes[1].entry(index)
     }
 
+    /// Seeds 110367 and 110362: the repair was forgotten, and with it the join.
+    @Test func aDamagedRegionIsRepairedThoughItIsBeingCopied() {
+        for isBegun in [true, false] {
+            let h = EngineHarness()
+            h.start()
+            h.write(0, block(1))
+            h.kill(h.fakes[2])
+            h.write(0, block(2))
+            h.fakes[2].mute = [FrameKind.write.rawValue]
+            // The copy waits for a write that a member has not answered.
+            h.fakes[1].mute = isBegun ? [] : [FrameKind.write.rawValue]
+            if !isBegun { h.write(4096, block(3)) }
+            h.connect(h.fakes[2])
+            h.pass(milliseconds: 500)
+            h.fakes[0].errors = [FrameKind.read.rawValue: .checksumMismatch]
+            let read = h.read(0, 4096)
+            h.fakes[0].errors = [:]
+            let behind = h.write(8192, block(4))
+            for fake in h.fakes { fake.mute = [] }
+            for fake in h.fakes { h.answerMuted(fake) }
+            h.pass(milliseconds: 2000)
+            #expect(h.results[read] == .ok && h.results[behind] == .ok)
+            #expect(h.stored.inSync.count == 3)
+            #expect(areEqual(h, 2) && !h.core.isResolving)
+        }
+    }
+
     @Test func deltaIsWhatEitherSideWroteSince() {
         for mutation in [[], .deltaIgnoresSourceBirth, .deltaIgnoresJoinerBirth] as [MutationSet] {
             let h = departed(mutation)

@@ -24,6 +24,24 @@ import Testing
         #expect(!h.core.isFullEverywhere)
     }
 
+    /// Seed 112354: the region waited for a write that was done and lacked a member, which waited
+    /// for the join, which waited for the region.
+    @Test func aRegionIsMadeEqualUnderWritesThatOnlyLackMembers() {
+        let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }
+        h.start()
+        h.kill(h.fakes[1])
+        h.pass(milliseconds: 1000)
+        let withheld = h.write(0, block(1))
+        h.fakes[0].errors = full
+        let held = h.write(4096, block(2))
+        h.fakes[0].errors = [:]
+        #expect(h.core.isFullEverywhere && h.results[withheld] == nil)
+        h.connect(h.fakes[1])
+        h.pass(milliseconds: 4000)
+        #expect(h.stored.inSync.count == 2)
+        #expect(h.results[withheld] == .ok && h.results[held] == .ok)
+    }
+
     @Test func aTimeoutEndsTheWaitForSpaceAndTheRegionIsMadeEqual() {
         let h = EngineHarness()
         h.core.set(removalDeadlineMilliseconds: nil, ioTimeoutMilliseconds: 2000)

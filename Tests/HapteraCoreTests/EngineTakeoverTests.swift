@@ -82,6 +82,52 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(h.core.phase == .serving)
     }
 
+    /// Seed 109371: the engine had asked an old copy for its promise, refused to go on with what
+    /// the others were, and ended. The next one found the old copy alone, with a new promise.
+    @Test func aMemberThatPromisedMoreThanItKnowsIsNotAskedAgain() {
+        for others in [true, false] {
+            let h = EngineHarness()
+            h.stored.isClean = false
+            h.stored.epoch = Epoch(7)
+            h.stored.promised = Epoch(6)
+            for fake in h.fakes { (fake.promise, fake.isUp) = (Epoch(6), others) }
+            h.fakes[1].promise = Epoch(5)
+            h.fakes[1].isUp = true
+            h.start()
+            h.pass(milliseconds: 4000)
+            // It is filled again if there is somebody to fill it from.
+            let gone = h.stored.out.first { $0.member == h.fakes[1].member }
+            #expect(others || gone?.reason == .rolledBack)
+            #expect(others || h.fakes[1].promise == Epoch(5))
+            #expect((h.core.phase == .serving) == others)
+            let isTold = h.notes.contains {
+                if case .replicaRolledBack(h.slot(h.fakes[1])) = $0 { true } else { false }
+            }
+            #expect(isTold)
+        }
+    }
+    @Test func theLastMemberIsAnOlderCopyOnlyIfTheLossIsAccepted() {
+        let h = EngineHarness(members: 1)
+        h.stored.isClean = false
+        h.stored.epoch = Epoch(7)
+        h.stored.promised = Epoch(6)
+        h.fakes[0].promise = Epoch(3)
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.core.isRefusing && h.core.phase == .installing)
+        #expect(h.fakes[0].promise == Epoch(3))
+        h.run(.acceptLoss)
+        #expect(h.core.phase == .serving && h.fakes[0].promise == h.stored.epoch)
+    }
+    @Test func whatAllHavePromisedIsRecordedWithTheNextChange() {
+        let h = EngineHarness()
+        h.start()
+        let taken = h.stored.epoch
+        h.kill(h.fakes[2])
+        h.write(0, block(1))
+        #expect(h.stored.epoch == taken.next && h.stored.promised == taken)
+    }
+
     @Test func oneWhoseLastMarkIsMissingIsNot() {
         let h = EngineHarness()
         h.stored.isClean = false
@@ -91,13 +137,16 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(h.stored.inSync.count == 3 && h.core.phase == .serving)
     }
 
+    /// The older copy leaves before anybody is asked: what tells it from the others may be gone
+    /// when the next engine looks.
     @Test func rebootedOnesAreNotPreferredToOneThatWasRolledBackWithoutAsking() {
         let h = rebooted()
         for fake in h.fakes { (fake.flushed, fake.stable) = (point(1, 9), point(1, 8)) }
         h.fakes[1].isRebooted = false
         h.fakes[1].flushed = point(1, 3)
         h.start()
-        #expect(h.core.isRefusing && h.stored.inSync.count == 3)
+        #expect(h.core.isRefusing && h.stored.inSync.count == 2)
+        #expect(h.stored.out.first?.reason == .rolledBack)
         h.run(.acceptLoss)
         #expect(h.core.phase == .serving && !h.stored.contains(h.fakes[1].member.replica))
     }

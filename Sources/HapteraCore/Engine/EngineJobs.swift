@@ -12,6 +12,17 @@ extension EngineCore {
         }
         return false
     }
+    /// A copy that has not begun gives way.
+    func isBeingCopied(_ region: UInt64) -> Bool {
+        for job in 0..<jobsMax where jobs[job].stage != .free && jobs[job].region == region {
+            guard jobs[job].kind == .copy else { return false }
+            guard slots[Int(jobs[job].slot)].phase == .waiting else { return true }
+            jobs[job].stage = .free
+            release(Int(jobs[job].slot))
+            return false
+        }
+        return false
+    }
     private var hasFreeJob: Bool {
         for job in 0..<jobsMax where jobs[job].stage == .free { return true }
         return false

@@ -202,6 +202,7 @@ extension EngineCore {
     func install(_ slot: ReplicaSlot) {
         guard let record, replicas[slot].link == .greeted, isAsRecorded(slot) else { return }
         if members.contains(slot), !isRecorded(slot) { return }  // another making: not the member
+        if members.contains(slot), isOlderMember(slot), !isLossAccepted { return }
         guard replicas[slot].size >= record.size else {
             stop(.sizeMismatch)
             return

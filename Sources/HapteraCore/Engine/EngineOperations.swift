@@ -102,6 +102,7 @@ extension EngineCore {
             cursor = slots[other].next
         }
         // A copy that did not wait for what came before it is behind: see `isCopyBlocked`.
+        guard joiner != nil else { return false }
         while cursor >= 0 {
             let other = Int(cursor)
             if slots[other].use == .job, slots[other].phase == .inFlight,
@@ -113,13 +114,16 @@ extension EngineCore {
         }
         return false
     }
-    /// Whether a resolve job may take its region: nothing in it may be on the way. What merely
-    /// waits, waits for the job.
+    /// Whether a resolve job must wait: something in its region is on the way. What merely waits,
+    /// waits for the job; what only lacks members is done, and may wait for the join that waits for
+    /// the job.
     func isRegionBusy(_ index: Int) -> Bool {
         var cursor = bucketHeads[bucketIndex(slots[index].firstBlock)]
         while cursor >= 0 {
             let other = Int(cursor)
-            if other != index, slots[other].phase != .waiting, slots[other].overlaps(slots[index]) {
+            if other != index, slots[other].phase != .waiting,
+                slots[other].overlaps(slots[index]), !isWithheld(other)
+            {
                 return true
             }
             cursor = slots[other].next

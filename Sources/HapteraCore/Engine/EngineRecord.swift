@@ -19,16 +19,31 @@ extension EngineCore {
     func propose(_ purpose: ChangePurpose, _ change: (inout VolumeRecord) -> Void) {
         guard let record else { return }
         precondition(pendingChange == nil && !isStoreBusy)
+        pendingChange = purpose
         proposedRecord = record
         proposedRecord.epoch = record.epoch.next
         proposedRecord.nonce = nextNonce()
         proposedRecord.change = purpose.recorded
         change(&proposedRecord)
         forgetDeparted()
+        proposedRecord.promised = promised(by: proposedRecord, before: record)
         precondition(!proposedRecord.inSync.isEmpty || mutations.contains(.removeLast))
-        pendingChange = purpose
         isStoreBusy = true
         actions.append(.storeCompareAndSwap(expected: record.epoch))
+    }
+
+    /// What every member of `next` has promised, as far as this engine knows. Who is reinstated was
+    /// not asked for the promises given while it was out.
+    private func promised(by next: VolumeRecord, before: VolumeRecord) -> Epoch {
+        var least = before.epoch
+        for member in next.inSync {
+            guard let slot = slot(of: member.replica), self.member(slot) == member else {
+                return before.promised
+            }
+            least = min(least, replicas[slot].promise)
+        }
+        return pendingChange == .reinstate
+            ? min(least, before.promised) : max(least, before.promised)
     }
 
     /// Who left and is not configured any more need not be remembered: should it return, it is
@@ -74,7 +89,19 @@ extension EngineCore {
         record = current
         recordBefore = current
         adoptMembers()
+        greetAgain()
         hear()
+    }
+
+    /// Members that greeted before the record was read may have promised more since. (Seed 274: an
+    /// engine still at work had raised both meanwhile.)
+    private func greetAgain() {
+        var rest = members
+        while let slot = rest.popFirst() {
+            if replicas[slot].link == .greeted, isOlderMember(slot) {
+                failReplica(slot, .disconnected)
+            }
+        }
     }
 
     /// The answer to a compare-and-swap. In doubt, the same proposal is sent again until an epoch

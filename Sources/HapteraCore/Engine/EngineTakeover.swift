@@ -74,6 +74,7 @@ extension EngineCore {
         case .installing:
             guard pendingChange == nil, !isStoreBusy else { return }
             if mustClaimAgain { return claim() }
+            guard olderMembers.isEmpty || !handleOlderMembers() else { return }
             let promised = promisedMembers
             guard !promised.isEmpty else { return }
             guard promised == members || now >= deadline || isHeardOut(promised) else { return }
@@ -168,8 +169,9 @@ extension EngineCore {
         let isClean = !hasServed && (recordBefore?.isClean ?? false)
         let rolledBack =
             mutations.contains(.acceptRolledBackMember) ? SlotSet() : rolledBackMembers(members)
-        guard mayRemoveOthers(members.subtracting(rolledBack)) else { return refuse() }
+        // Before anybody is asked: should this engine end, what tells them may not be there again.
         guard rolledBack.isEmpty else { return removeRolledBack(rolledBack) }
+        guard mayRemoveOthers(members) else { return refuse() }
         unresolved = []
         if !isClean, !mutations.contains(.skipResolution) {
             var rest = members
@@ -213,6 +215,49 @@ extension EngineCore {
             .resolved(
                 regions: lastTakeover.regions, blocks: lastTakeover.blocks,
                 milliseconds: lastTakeover.milliseconds))
+    }
+
+    /// Members whose promise is older than the record knows it to be. They are not asked for
+    /// another one, which would take the evidence away.
+    private var olderMembers: SlotSet {
+        var older = SlotSet()
+        var rest = members
+        while let slot = rest.popFirst() {
+            if replicas[slot].link == .greeted, isOlderMember(slot) { older.insert(SlotSet(slot)) }
+        }
+        return older
+    }
+    func isOlderMember(_ slot: ReplicaSlot) -> Bool {
+        guard let record, !mutations.contains(.acceptRolledBackMember) else { return false }
+        return replicas[slot].promise < record.promised
+    }
+    /// True: there is nothing to go on with yet. Older copies leave, but for the last member: with
+    /// that one the volume goes on only if the loss is accepted.
+    private func handleOlderMembers() -> Bool {
+        let older = olderMembers
+        guard older == members else {
+            removeRolledBack(older)
+            return true
+        }
+        guard isLossAccepted else {
+            refuse()
+            return true
+        }
+        var best = older
+        var rest = older
+        while let slot = rest.popFirst() {
+            guard let first = best.first, replicas[slot].promise > replicas[first].promise else {
+                continue
+            }
+            best = SlotSet(slot)
+        }
+        guard let chosen = best.first else { return true }
+        if older != SlotSet(chosen) {
+            removeRolledBack(older.subtracting(SlotSet(chosen)))
+        } else {
+            install(chosen)
+        }
+        return true
     }
 
     private func removeRolledBack(_ gone: SlotSet) {
@@ -344,10 +389,15 @@ extension EngineCore {
         while let region = urgentRegions.popFirst() {
             if unresolved.contains(region), !hasJob(region) { return region }
         }
-        while unresolvedPosition < unresolvedQueue.count {
-            let region = unresolvedQueue[unresolvedPosition]
+        // What is being copied to a joiner keeps its place: its turn comes after the copy. (Seed
+        // 110367. A copy that only waits may wait for what waits for this: seed 110362.)
+        for at in unresolvedPosition..<max(unresolvedPosition, unresolvedQueue.count) {
+            let region = unresolvedQueue[at]
+            let isOpen = unresolved.contains(region)
+            if isOpen, isBeingCopied(region) { continue }
+            unresolvedQueue.swapAt(at, unresolvedPosition)
             unresolvedPosition += 1
-            if unresolved.contains(region), !hasJob(region) { return region }
+            if isOpen, !hasJob(region) { return region }
         }
         return nil
     }
