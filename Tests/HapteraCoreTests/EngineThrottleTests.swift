@@ -21,7 +21,7 @@ import Testing
         // 1.5 times as slow is what was promised: the rate rises.
         window(&throttle, &now, microseconds: 2000, copying: true)
         let first = throttle.rate
-        window(&throttle, &now, microseconds: 2500, copying: true)
+        window(&throttle, &now, microseconds: 2100, copying: true)
         #expect(throttle.rate > first)
         for _ in 0..<40 { window(&throttle, &now, microseconds: 9000, copying: true) }
         #expect(throttle.rate == CopyThrottle.floor)

@@ -1,8 +1,9 @@
 /// How fast a joiner may be filled beside clients' work (rule J).
 ///
 /// The promise: while clients are active the 99th percentile of their latency stays within 1.5
-/// times what it was before, or below a small bound. Windows that break it cut the rate, others
-/// raise it; it never falls below a floor, so that every copy ends, and without clients there is
+/// times what it was before, or below a small bound. As the worst windows make the percentile of
+/// the whole, they must be rare: a window above 1.25 times halves the rate, others raise it by a
+/// sixteenth. It never falls below a floor, so that every copy ends, and without clients there is
 /// no limit. Pure: it is told the time.
 struct CopyThrottle {
     /// Bytes of regions per second. Redundancy comes back in a day and a half for 4 TiB, whatever
@@ -52,9 +53,9 @@ struct CopyThrottle {
         } else if !isActive {
             rate = Self.ceiling
         } else if reads.exceeds(Self.latencyUnnoticed) || writes.exceeds(Self.latencyUnnoticed) {
-            rate = max(Self.floor, rate / 10 * 6)
+            rate = max(Self.floor, rate / 2)
         } else {
-            rate = min(Self.ceiling, rate / 4 * 5)
+            rate = min(Self.ceiling, rate / 16 * 17)
         }
         reads.reset()
         writes.reset()
@@ -122,7 +123,7 @@ private struct LatencyTrack {
         usual = usual == 0 ? percentile99 : (3 * usual + percentile99) / 4
     }
     func exceeds(_ least: UInt64) -> Bool {
-        isTelling && percentile99 > max(least, usual / 2 * 3)
+        isTelling && percentile99 > max(least, usual / 4 * 5)
     }
     mutating func reset() {
         guard count > 0 else { return }

@@ -84,6 +84,7 @@ class Record:
     nonce: int = 1
     engine: int = 0
     client_generation: int = 0
+    promised: int = 0
     lease_milliseconds: int = 500
     min_in_sync: int = 1
     clean: int = 1
@@ -105,9 +106,9 @@ class Record:
                       for v in values]
             return struct.pack("<I", len(packed)) + b"".join(packed)
 
-        body = struct.pack("<II", 0x56455248, 2) + self.volume + struct.pack(
-            "<QQQQQIBBB", self.epoch, self.nonce, self.size, self.engine, self.client_generation,
-            self.lease_milliseconds, self.min_in_sync, self.clean, self.change)
+        body = struct.pack("<II", 0x56455248, 3) + self.volume + struct.pack(
+            "<QQQQQQIBBB", self.epoch, self.nonce, self.size, self.engine,
+            self.client_generation, self.promised, self.lease_milliseconds, self.min_in_sync, self.clean, self.change)
         body += text(self.name) + text(self.endpoint)
         body += rows("<QQ", self.in_sync) + rows("<QQ", self.joining)
         body += rows("<QQQQQQBB", self.out) + rows("<QQQ", self.lineage) + rows("<I", self.layers)
@@ -136,15 +137,15 @@ class Record:
             values = [take(form) for _ in range(count)]
             return [v[0] if len(v) == 1 else v for v in values]
 
-        if take("<II") != (0x56455248, 2):
+        if take("<II") != (0x56455248, 3):
             raise ValueError("not a volume record")
         (volume,) = take("<16s")
-        (epoch, nonce, size, engine, generation, lease, minimum, clean,
-         change) = take("<QQQQQIBBB")
+        (epoch, nonce, size, engine, generation, promised, lease, minimum, clean,
+         change) = take("<QQQQQQIBBB")
         name, endpoint = text(), text()
         record = Record(
-            volume, name, size, rows("<QQ"), epoch, nonce, engine, generation, lease, minimum,
-            clean, change, endpoint, rows("<QQ"), rows("<QQQQQQBB"), rows("<QQQ"), rows("<I"))
+            volume, name, size, rows("<QQ"), epoch, nonce, engine, generation, promised, lease,
+            minimum, clean, change, endpoint, rows("<QQ"), rows("<QQQQQQBB"), rows("<QQQ"), rows("<I"))
         if position != len(raw) - 4:
             raise ValueError("trailing bytes")
         return record
