@@ -111,11 +111,11 @@ package struct InstallReply: Equatable, Sendable {
     /// What is left of the lease given to the engine before, milliseconds.
     package var leaseRemainingMilliseconds: UInt32
     /// The activity log: regions that may differ from the other members.
-    package var activeRegions: [UInt64]
+    package var activeRegions: [LayerRegion]
     package init(
         instance: InstanceID, isRebooted: Bool, flushed: StablePoint,
         stablePoint: StablePoint = .zero, promiseBefore: Epoch = .zero,
-        leaseRemainingMilliseconds: UInt32, activeRegions: [UInt64]
+        leaseRemainingMilliseconds: UInt32, activeRegions: [LayerRegion]
     ) {
         self.instance = instance
         self.isRebooted = isRebooted
@@ -139,7 +139,7 @@ package struct InstallReply: Equatable, Sendable {
         w.append(promiseBefore.rawValue)
         w.append(leaseRemainingMilliseconds)
         w.append(UInt32(activeRegions.count))
-        for region in activeRegions { w.append(region) }
+        for region in activeRegions { w.append(region.packed) }
         return w.bytes
     }
     package init?(decoding bytes: [UInt8]) {
@@ -154,7 +154,7 @@ package struct InstallReply: Equatable, Sendable {
         promiseBefore = Epoch(r.read(UInt64.self))
         leaseRemainingMilliseconds = r.read(UInt32.self)
         activeRegions = (0..<r.readCount(limit: Self.activeRegionsMax)).map { _ in
-            r.read(UInt64.self)
+            LayerRegion(packed: r.read(UInt64.self))
         }
         guard r.isValid, r.remaining == 0, rebooted <= 1 else { return nil }
     }

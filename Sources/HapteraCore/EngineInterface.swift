@@ -40,6 +40,9 @@ package struct Operation: BitwiseCopyable, Sendable {
     package var buffer: BufferID
     /// The frontend's own; returned in `EngineAction.complete`.
     package var userData: UInt64
+    /// Read and status: the frozen layer whose snapshot is meant; `.head`: the live volume. Nothing
+    /// else is ever done to a snapshot.
+    package var layer = LayerID.head
     /// The client connection it came on, for `EngineEvent.cancel`; 0: none.
     package var session: UInt32 = 0
     package init(
@@ -100,6 +103,10 @@ package enum EngineEvent {
     case cancel(session: UInt32)
     /// An administrator accepts that only rebooted members are left: go on from what they hold.
     case acceptLoss
+    /// Freeze the head under this name (1 to `VolumeRecord.nameLengthMax` bytes), `created` in
+    /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers; a name that is
+    /// there already is answered at once with its layer.
+    case takeSnapshot(token: UInt64, name: String, created: UInt64)
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach
 }
@@ -131,6 +138,8 @@ package enum EngineAction: BitwiseCopyable {
     /// `isHole`: the whole range is known to read zero and the buffer was zero-filled.
     case complete(
         userData: UInt64, OperationResult, buffer: BufferID, tableLength: Int32, isHole: Bool)
+    /// The snapshot is in the record, on every member, and durable there; or is not, and why.
+    case snapshotTaken(token: UInt64, LayerID, SnapshotResult)
     /// Read the record; `EngineEvent.store` answers.
     case storeGet
     /// Swap in `EngineCore.proposedRecord` if the store's epoch is `expected`.
@@ -141,6 +150,18 @@ package enum EngineAction: BitwiseCopyable {
     case serving(Bool)
     /// The engine is done for good; see `EngineCore.stopReason`.
     case stopped
+}
+
+package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
+    case ok
+    /// One with that name was there.
+    case exists
+    /// The record has no room for another.
+    case tooMany
+    /// The volume is not served at present, or is being detached.
+    case notServing
+    /// The engine stopped before it was known whether the snapshot is there.
+    case inDoubt
 }
 
 /// What happened, in terms an operator knows. Details are in `EngineCore`'s state.
@@ -180,6 +201,7 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case protocolError(ReplicaSlot)
     /// It answers much later than the others, and leaves the in-sync set for a while.
     case replicaSlow(ReplicaSlot)
+    case snapshotTaken(LayerID, Epoch)
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }
 

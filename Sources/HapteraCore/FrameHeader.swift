@@ -11,8 +11,9 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     case write = 3
     /// `offset`, `length`: whole blocks of one region; `auxiliary`: the `BlockState` to set.
     case setState = 4
-    /// `offset`, `length`: whole blocks of one region. Reply table: one entry (8 bytes, as in the
-    /// block table) per block; reply data: the blocks, states other than data zero-filled, or no
+    /// `offset`, `length`: whole blocks of one region, as seen from `layer`: what it does not hold
+    /// is the next lower layer's. With `FrameFlags.resync`: what the layer itself holds. Reply
+    /// table: one entry (8 bytes, as in the block table) per block; reply data: the blocks, states other than data zero-filled, or no
     /// data at all if no block is in state data.
     case read = 5
     /// Wait for every write and setState received before it on this connection, then sync
@@ -24,12 +25,13 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// `length`: the region at `offset` holds writes that S, announced by a frame right behind,
     /// does not cover.
     case stable = 7
-    /// `offset`: start of a region. Reply: `RegionDigest`.
+    /// `offset`: start of a region; of what `layer` itself holds. Reply: `RegionDigest`.
     case digest = 8
     /// `offset`: where to start; `length` bytes at most (any whole blocks). Reply: extents, each
-    /// length in bytes (8) and `BlockState` (4) and zero (4), possibly covering less than asked.
+    /// length in bytes (8) and `BlockState` (4) and zero (4), possibly covering less than asked. As
+    /// seen from `layer`.
     case status = 9
-    /// Which regions may hold anything but absent blocks: `offset`: first region's start, `length`:
+    /// Which regions may hold anything but absent blocks, in any layer: `offset`: first region's start, `length`:
     /// regions asked for (at most 65536). `auxiliary` above zero: only those whose birth is that
     /// epoch or later (at most 4096 regions). Reply: a bit per region, least significant first.
     case regionMap = 10
@@ -87,7 +89,7 @@ package enum FrameFlags {
     package static let reply: UInt16 = 1 << 0
     /// Durable before the reply (force unit access).
     package static let fua: UInt16 = 1 << 1
-    /// A copy made by resolution or rebuild, not a client's write.
+    /// A copy made by resolution or rebuild, not a client's write; a read for one.
     package static let resync: UInt16 = 1 << 2
     /// The replica's activity log is at least three quarters full: please flush.
     package static let logPressure: UInt16 = 1 << 3
@@ -111,7 +113,8 @@ package enum FrameFlags {
 ///         40     4  length           bytes of the volume the request is about
 ///         44     4  tableLength      bytes of the payload's first part
 ///         48     4  dataLength       bytes of the payload's second part: whole blocks
-///         52     4  status           reply: `FrameStatus`; request: zero
+///         52     4  status           reply: `FrameStatus`; request: the `LayerID` it is about, zero:
+///                                    the head
 ///         56     8  auxiliary        by kind; otherwise zero
 ///         64     4  tableChecksum    CRC32C of the first part, zero if it is empty
 ///         68     4  headerChecksum   CRC32C of bytes 0..<68
@@ -132,6 +135,8 @@ package struct FrameHeader: Equatable, BitwiseCopyable, Sendable {
     package var tableLength: UInt32 = 0
     package var dataLength: UInt32 = 0
     package var status: FrameStatus = .ok
+    /// Requests: the layer they are about; zero: the head as it is when they are admitted.
+    package var layer = LayerID.head
     package var auxiliary: UInt64 = 0
     package var tableChecksum: UInt32 = 0
 
@@ -165,7 +170,7 @@ package struct FrameHeader: Equatable, BitwiseCopyable, Sendable {
         memory.store(length, 40)
         memory.store(tableLength, 44)
         memory.store(dataLength, 48)
-        memory.store(status.rawValue, 52)
+        memory.store(isReply ? status.rawValue : layer.rawValue, 52)
         memory.store(auxiliary, 56)
         memory.store(tableChecksum, 64)
         memory.store(CRC32C.checksum(memory.slice(0, 68)), 68)
@@ -191,10 +196,14 @@ package struct FrameHeader: Equatable, BitwiseCopyable, Sendable {
             throw .payloadTooLarge
         }
         guard Int(dataLength) % Geometry.blockSize == 0 else { throw .payloadNotWholeBlocks }
-        guard let status = FrameStatus(rawValue: memory.load(UInt32.self, 52)) else {
-            throw .unknownStatus
+        if flags & FrameFlags.reply != 0 {
+            guard let status = FrameStatus(rawValue: memory.load(UInt32.self, 52)) else {
+                throw .unknownStatus
+            }
+            self.status = status
+        } else {
+            layer = LayerID(rawValue: memory.load(UInt32.self, 52))
         }
-        self.status = status
         epoch = Epoch(memory.load(UInt64.self, 8))
         tag = memory.load(UInt64.self, 16)
         sequence = SequenceNumber(memory.load(UInt64.self, 24))

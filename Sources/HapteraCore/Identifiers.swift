@@ -84,9 +84,30 @@ package struct InstanceID: RawRepresentable, Hashable, BitwiseCopyable, Sendable
 }
 
 /// One layer of a replica's data; the same number on every replica of the volume. Starts at 1.
-package struct LayerID: RawRepresentable, Hashable, BitwiseCopyable, Sendable {
+package struct LayerID: RawRepresentable, Hashable, Comparable, BitwiseCopyable, Sendable {
     package var rawValue: UInt32
-    package init(rawValue: UInt32) { self.rawValue = rawValue }
+    @inlinable package init(rawValue: UInt32) { self.rawValue = rawValue }
+    /// In requests: whichever layer is the head. No layer has this id.
+    package static let head = LayerID(rawValue: 0)
+    /// `LayerRegion` has room for these.
+    package static let max = LayerID(rawValue: 0xff_ffff)
+    @inlinable package static func < (a: Self, b: Self) -> Bool { a.rawValue < b.rawValue }
+}
+
+/// One region of one layer.
+package struct LayerRegion: Hashable, BitwiseCopyable, Sendable {
+    package var layer: LayerID
+    package var region: UInt64
+    package init(_ layer: LayerID, _ region: UInt64) {
+        self.layer = layer
+        self.region = region
+    }
+    /// Layer in the upper 24 bits, region in the lower 40.
+    package var packed: UInt64 { UInt64(layer.rawValue) << 40 | region }
+    package init(packed: UInt64) {
+        layer = LayerID(rawValue: UInt32(packed >> 40))
+        region = packed & (1 << 40 - 1)
+    }
 }
 
 /// A reading of the monotonic clock, nanoseconds. The core never reads a clock; it is told.

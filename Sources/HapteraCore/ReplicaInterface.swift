@@ -8,6 +8,8 @@ package enum ReplicaFile: Hashable, BitwiseCopyable, Sendable {
     case log
     case data(LayerID)
     case table(LayerID)
+    /// The names of the layers' files. Only to be synced.
+    case layers
 }
 
 /// Connections are numbered by the shell, 0..<connectionsMax, and a number is reused only after
@@ -43,6 +45,9 @@ package enum ReplicaAction: BitwiseCopyable {
     /// fdatasync: what was written (for the log: stored in its mapping) before this action is
     /// durable when it ends with 0.
     case sync(ReplicaFile, token: UInt64)
+    /// Make the layer's data and table files, sparse and of their sizes, or find them made and never
+    /// written to. Not durable before syncs of both, and of `.layers`.
+    case create(LayerID, token: UInt64)
     /// Give the range's space back (fallocate PUNCH_HOLE | KEEP_SIZE).
     case punch(ReplicaFile, offset: UInt64, length: UInt64, token: UInt64)
     /// Send a reply. The table is in `tableBuffer` at 0 (header.tableLength bytes; `.none` if 0),
@@ -67,6 +72,7 @@ package enum ReplicaFailure: BitwiseCopyable, Sendable {
     case syncFailed(errno: Int32)
     case tableUnreadable(region: UInt64)
     case manifestWriteFailed(errno: Int32)
+    case layerNotMade(LayerID, errno: Int32)
 }
 
 /// Synchronous access to a replica's files at creation, at open and for the offline tools. Real
@@ -90,6 +96,38 @@ package protocol ReplicaStorage: AnyObject {
     /// The log's mapping: stores are seen by the file at once (and survive the process), and are
     /// durable after a `sync(.log)` begun later.
     func mapLog(size: Int) throws(StorageError) -> RawMemory
+}
+
+extension ReplicaStorage {
+    /// Makes a layer's files of a volume of `size` bytes, or finds them as an earlier making left
+    /// them: nothing is written to a layer before it is in the manifest. Durable after syncs of
+    /// both and of the directories.
+    package func createLayer(_ layer: LayerID, size: UInt64) throws(StorageError) {
+        for (file, bytes) in [
+            (ReplicaFile.data(layer), size), (.table(layer), ReplicaCore.tableSize(size)),
+        ] {
+            do throws(StorageError) {
+                try create(file, size: bytes)
+            } catch {
+                guard error.code == .exists, try self.size(file) == bytes,
+                    try nextAllocated(file, from: 0) == nil
+                else { throw error }
+            }
+        }
+    }
+}
+
+extension StorageError {
+    /// As the result of a disk operation.
+    package var result: Int {
+        switch code {
+        case .noSpace: -28
+        case .exists: -17
+        case .notFound: -2
+        case .io(let errno): -Int(errno)
+        case .inUse, .damaged, .unsupported: -5
+        }
+    }
 }
 
 package struct StorageError: Error, Equatable, Sendable {

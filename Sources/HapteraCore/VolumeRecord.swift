@@ -78,6 +78,19 @@ package struct VolumeRecord: Equatable, Sendable {
         case reinstatement = 8
         /// A decision about a replica that is out.
         case administration = 9
+        case snapshot = 10
+    }
+    /// The volume as it was when `layer` was frozen: what the chain up to it holds.
+    package struct Snapshot: Equatable, Sendable {
+        package var layer: LayerID
+        package var name: String
+        /// When it was asked for, milliseconds since 1970.
+        package var created: UInt64
+        package init(layer: LayerID, name: String, created: UInt64) {
+            self.layer = layer
+            self.name = name
+            self.created = created
+        }
     }
     /// A salvage: the history went on from the copy of `survivor`, which had parted from the other
     /// members' at `partedEpoch`.
@@ -118,6 +131,8 @@ package struct VolumeRecord: Equatable, Sendable {
     package var lineage: [Fork] = []
     /// The layer chain, lowest first; the last is the head.
     package var layers: [LayerID] = [LayerID(rawValue: 1)]
+    /// Oldest first; each of another layer of the chain, none of the head.
+    package var snapshots: [Snapshot] = []
 
     package init(
         volume: VolumeID, name: String, epoch: Epoch, nonce: UInt64, size: UInt64, inSync: [Member]
@@ -138,14 +153,17 @@ package struct VolumeRecord: Equatable, Sendable {
     package static let nameLengthMax = 63
     private static let listMax = 64
     private static let layersMax = 4096
+    /// With names of average length they fit; `mayHold` says whether one more does.
+    package static let snapshotsMax = 1024
 
     /// Bytes, in this order, integers little-endian: magic "HREV" (4), format version (4), volume
     /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), promised (8),
     /// leaseMilliseconds (4), minInSync (1), clean (1), change (1), name (text), endpoint (text),
-    /// inSync, joining (list of 0 or 1), out, lineage, layers (each a 4-byte count, then its
-    /// elements), CRC32C of all before it (4). A member is replica (8) and incarnation (8); an element of
+    /// inSync, joining (list of 0 or 1), out, lineage, layers, snapshots (each a 4-byte count, then
+    /// its elements), CRC32C of all before it (4). A member is replica (8) and incarnation (8); an element of
     /// out: member, leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8), reason (1),
-    /// kept (1); a fork: epoch (8), survivor (8), partedEpoch (8).
+    /// kept (1); a fork: epoch (8), survivor (8), partedEpoch (8); a layer: its id (4); a snapshot:
+    /// layer (4), created (8), name (text).
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(Self.magic)
@@ -186,6 +204,12 @@ package struct VolumeRecord: Equatable, Sendable {
         }
         w.append(UInt32(layers.count))
         for layer in layers { w.append(layer.rawValue) }
+        w.append(UInt32(snapshots.count))
+        for snapshot in snapshots {
+            w.append(snapshot.layer.rawValue)
+            w.append(snapshot.created)
+            w.append(text: snapshot.name)
+        }
         w.append(checksum(of: w.bytes))
         return w.bytes
     }
@@ -230,13 +254,48 @@ package struct VolumeRecord: Equatable, Sendable {
         layers = (0..<r.readCount(limit: Self.layersMax)).map { _ in
             LayerID(rawValue: r.read(UInt32.self))
         }
-        guard r.isValid, r.remaining == 0, isSane, !inSync.isEmpty, !layers.isEmpty,
+        snapshots = (0..<r.readCount(limit: Self.snapshotsMax)).map { _ in
+            Snapshot(
+                layer: LayerID(rawValue: r.read(UInt32.self)), name: "",
+                created: r.read(UInt64.self)
+            ).named(r.readText(limit: Self.nameLengthMax))
+        }
+        guard r.isValid, r.remaining == 0, isSane, !inSync.isEmpty, isChainSane,
             size > 0, size <= Geometry.volumeSizeMax, size % UInt64(Geometry.blockSize) == 0
         else { return nil }
     }
 
+    /// Layers are numbered upwards; a snapshot is of a frozen one, and has its name to itself.
+    private var isChainSane: Bool {
+        guard let first = layers.first, let head = layers.last, first > .head, head <= .max,
+            zip(layers, layers.dropFirst()).allSatisfy({ $0 < $1 })
+        else { return false }
+        let frozen = Set(layers.dropLast())
+        return snapshots.allSatisfy { frozen.contains($0.layer) && !$0.name.isEmpty }
+            && Set(snapshots.map(\.layer)).count == snapshots.count
+            && Set(snapshots.map(\.name)).count == snapshots.count
+    }
+    package var head: LayerID { layers[layers.count - 1] }
+    package func snapshot(named name: String) -> Snapshot? {
+        snapshots.first { $0.name == name }
+    }
+    /// Whether a snapshot of that name would still fit the record.
+    package func mayHold(snapshotNamed name: String) -> Bool {
+        snapshots.count < Self.snapshotsMax && layers.count < Self.layersMax
+            && head < .max && encoded().count + 4 + 16 + name.utf8.count + 1024
+                <= Self.encodedSizeMax
+    }
+
     package func contains(_ replica: ReplicaID) -> Bool {
         inSync.contains { $0.replica == replica }
+    }
+}
+
+extension VolumeRecord.Snapshot {
+    fileprivate func named(_ name: String) -> Self {
+        var snapshot = self
+        snapshot.name = name
+        return snapshot
     }
 }
 

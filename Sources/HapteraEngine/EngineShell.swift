@@ -21,6 +21,8 @@ final class EngineShell: BlockDevice, CompletionHandler {
     /// Called when the volume's size is known and it can be served, and when that changes.
     var onServing: (Bool) -> Void = { _ in }
     var onStopped: (StopReason) -> Void = { _ in }
+    /// A snapshot asked for with this token was taken, or not.
+    var onSnapshot: (UInt64, LayerID, SnapshotResult) -> Void = { _, _, _ in }
     weak var frontend: (any BlockDeviceFrontend)?
     var zeroesFastWithoutHole: Bool { true }
 
@@ -142,6 +144,8 @@ final class EngineShell: BlockDevice, CompletionHandler {
             frontend?.complete(
                 userData: userData, result: result, buffer: buffer, tableLength: tableLength,
                 isHole: isHole)
+        case .snapshotTaken(let token, let layer, let result):
+            onSnapshot(token, layer, result)
         case .storeGet: store.get()
         case .storeCompareAndSwap(let expected):
             store.compareAndSwap(expected: expected, core.proposedRecord)

@@ -183,6 +183,10 @@ extension EngineShell {
                 ("latencyMicroseconds", String(latency.average)))
         case .protocolError(let slot):
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
+        case .snapshotTaken(let layer, let epoch):
+            Log.info(
+                "snapshot taken", volume, ("layer", String(layer.rawValue)),
+                ("epoch", String(epoch.rawValue)))
         case .rebuildProgress(let slot, let done, let total):
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),

@@ -45,20 +45,23 @@ package final class DirectoryStorage: ReplicaStorage {
         case .log: "\(directory)/activity.log"
         case .data(let layer): "\(directory)/layers/\(layer.rawValue).data"
         case .table(let layer): "\(directory)/layers/\(layer.rawValue).table"
+        case .layers: "\(directory)/layers"
         }
     }
 
     /// The file's descriptor, locked. Opens it at first.
     package func descriptor(_ file: ReplicaFile) throws(StorageError) -> Int32 {
         if let fd = descriptors[file] { return fd }
-        let fd = try open(file, flags: mode == .serve ? O_RDWR : O_RDONLY)
+        let flags =
+            file == .layers ? O_RDONLY | O_DIRECTORY : mode == .serve ? O_RDWR : O_RDONLY
+        let fd = try open(file, flags: flags)
         try adopt(fd, file)
         return fd
     }
 
     private func open(_ file: ReplicaFile, flags: Int32) throws(StorageError) -> Int32 {
         do throws(IOError) {
-            return try FileDescriptors.open(path(file), flags: flags, isDirect: file != .log)
+            return try FileDescriptors.open(path(file), flags: flags, isDirect: file != .log && file != .layers)
         } catch {
             switch error.errno {
             case ENOENT, ENOTDIR:
@@ -85,7 +88,7 @@ package final class DirectoryStorage: ReplicaStorage {
     }
 
     private func lock(_ fd: Int32, _ file: ReplicaFile) throws(StorageError) {
-        guard mode != .peek else { return }
+        guard mode != .peek, file != .layers else { return }
         let kind = mode == .serve ? LOCK_EX : LOCK_SH
         if flock(fd, kind | LOCK_NB) == 0 { return }
         guard errno == EWOULDBLOCK else {

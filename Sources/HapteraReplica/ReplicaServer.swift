@@ -16,9 +16,9 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     private let core: ReplicaCore
     private var id = HandlerID.none
     private let log: FileID
-    private let data: FileID
-    private let table: FileID
     private let manifest: FileID
+    private var layerFiles: [ReplicaFile: FileID] = [:]
+    private var lastFile: (name: ReplicaFile, id: FileID)
     private var listener: Listener?
     private var control: ControlServer?
     private var connections: [FrameConnection?] = Array(
@@ -52,12 +52,13 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         options.hash = BlockHash.hash
         core = try storage.open(options: options, pool: reactor.pool, boot: hostBoot)
         storage.releaseLogPages()
-        let head = core.headLayer
         log = reactor.register(file: try storage.descriptor(.log), label: "log")
-        data = reactor.register(file: try storage.descriptor(.data(head)), label: "data")
-        table = reactor.register(file: try storage.descriptor(.table(head)), label: "table")
         manifest = reactor.register(file: try storage.descriptor(.manifest), label: "manifest")
+        lastFile = (.log, log)
+        layerFiles[.layers] = reactor.register(
+            file: try storage.descriptor(.layers), label: "layers")
         id = reactor.register(self)
+        for layer in core.layers { try register(layer) }
         listener = try Listener.waiting(reactor: reactor, address: listen) { [unowned self] fd in
             self.accepted(fd)
         }
@@ -162,6 +163,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
                     fileID(file), from: memory, offset: offset, handler: id, token: token)
             case .sync(let file, let token):
                 reactor.sync(fileID(file), handler: id, token: token)
+            case .create(let layer, let token): create(layer, token)
             case .punch(let file, let offset, let length, let token):
                 reactor.punch(
                     fileID(file), offset: offset, length: length, handler: id, token: token)
@@ -174,13 +176,38 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         }
     }
 
+    /// Registered when the process starts, or when the layer was made.
     private func fileID(_ file: ReplicaFile) -> FileID {
         switch file {
-        case .manifest: manifest
-        case .log: log
-        case .data: data
-        case .table: table
+        case .manifest: return manifest
+        case .log: return log
+        case .data, .table, .layers:
+            // Nearly always the head's.
+            if file == lastFile.name { return lastFile.id }
+            guard let id = layerFiles[file] else {
+                preconditionFailure("\(file) was never made")
+            }
+            lastFile = (file, id)
+            return id
         }
+    }
+    private func register(_ layer: LayerID) throws(StorageError) {
+        for file in [ReplicaFile.data(layer), .table(layer)] where layerFiles[file] == nil {
+            layerFiles[file] = reactor.register(
+                file: try storage.descriptor(file), label: "\(file)")
+        }
+    }
+    /// Empty files, no byte of which is written: quick enough not to be an operation of the ring.
+    private func create(_ layer: LayerID, _ token: UInt64) {
+        var result = 0
+        do throws(StorageError) {
+            try storage.createLayer(layer, size: core.size)
+            try register(layer)
+        } catch {
+            Log.error(error.message, ("layer", String(layer.rawValue)))
+            result = error.result
+        }
+        step(.disk(token: token, result: result))
     }
 
     private func reply(
@@ -235,6 +262,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
                 "the table page of region \(region) is damaged; rebuild this replica"
             case .manifestWriteFailed(let number):
                 "the manifest cannot be written: \(errorText(number))"
+            case .layerNotMade(let layer, let number):
+                "the files of layer \(layer.rawValue) cannot be made: \(errorText(number))"
             }
         failure = text
         if case .tableUnreadable = reason {} else { storage.noteFailedSync(hostBoot) }

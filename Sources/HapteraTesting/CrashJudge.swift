@@ -85,7 +85,11 @@ struct CrashJudge {
         case .write(let file, let offset, let length, let buffer, let at, let token):
             try image.write(file, offset: offset, from: pool.memory(buffer).slice(at, length))
             return (token, length)
+        case .create(let layer, let token):
+            try image.createLayer(layer, size: CrashHost.size)
+            return (token, 0)
         case .sync(let file, let token):
+            if file == .layers { return (token, 0) }
             try image.sync(file)
             return (token, 0)
         case .punch(let file, let offset, let length, let token):
@@ -151,7 +155,7 @@ struct CrashJudge {
                     + (isPower && !mayLose ? " (it says nothing is lost)" : "")
             }
             let region = block / Geometry.blocksPerRegion
-            let isActive = active.contains(UInt64(region))
+            let isActive = active.contains { $0.region == UInt64(region) }
             if oracle.mustBeActive(block, version) && !isActive {
                 return "block \(block): the activity log does not name region \(region)"
             }

@@ -29,6 +29,7 @@ extension CrashReplay {
             identities[token] = (
                 file, disk.beginWrite(file, offset: offset, bytes: [], length: Int(length))
             )
+        case .sync(.layers, _): break
         case .sync(let file, let token): identities[token] = (file, disk.beginSync(file))
         default: break
         }
@@ -49,6 +50,12 @@ extension CrashReplay {
         case .write(let file, let offset, let length, _, _, let own):
             token = own
             result = try write(file, offset: offset, length: length, token: own)
+        case .create(let layer, let own):
+            token = own
+            try disk.createLayer(layer, size: CrashHost.size)
+        case .sync(.layers, let own):
+            token = own
+            try disk.syncDirectories()
         case .sync(_, let own):
             token = own
             if let begun = identities[own] { disk.endSync(begun.file, begun.id) }
@@ -114,7 +121,7 @@ extension CrashReplay {
         flushTags = [:]
         for region in 0..<CrashHost.regions where !isOver {
             try survey(
-                region, isActive: installed.activeRegions.contains(UInt64(region)))
+                region, isActive: installed.activeRegions.contains { $0.region == UInt64(region) })
         }
         isUnsurveyed = false
         for block in oracle.blocks.indices

@@ -160,6 +160,11 @@ final class FuzzHost {
         case .write(let file, let offset, let length, let buffer, let at, let token):
             files.memory(file).copy(from: pool.memory(buffer).slice(at, length), at: Int(offset))
             step(.disk(token: token, result: length))
+        case .create(let layer, let token):
+            do throws(StorageError) {
+                try files.createLayer(layer, size: core.size)
+            } catch { preconditionFailure(error.message) }
+            step(.disk(token: token, result: 0))
         case .sync(_, let token): step(.disk(token: token, result: 0))
         case .punch(let file, let offset, let length, let token):
             files.memory(file).slice(Int(offset), Int(length)).fill()

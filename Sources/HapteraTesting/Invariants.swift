@@ -137,7 +137,7 @@ extension World {
         }
         host.isMarkedRebooted = reply.isRebooted
         noteLoss()
-        for region in reply.activeRegions { host.restamped[region] = header.epoch }
+        for active in reply.activeRegions { host.restamped[active.region] = header.epoch }
         trace("\(host.name) installed e\(header.epoch.rawValue)")
         check(
             3, header.epoch > host.installed || host.installedProcess == host.process,

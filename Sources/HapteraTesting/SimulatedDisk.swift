@@ -41,6 +41,9 @@ final class SimulatedDisk: ReplicaStorage {
         case write([UInt8])
         case sync(before: UInt64, snapshot: [(sector: Int, bytes: [UInt8])])
         case punch
+        case create(LayerID)
+        /// Of names: what there is when it begins.
+        case syncNames([ReplicaFile])
     }
     private struct Operation {
         var id: UInt64
@@ -107,6 +110,14 @@ final class SimulatedDisk: ReplicaStorage {
             operation = Operation(
                 id: 0, file: file, kind: .write(bytes), offset: Int(offset), length: length,
                 token: token)
+        case .create(let layer, let token):
+            operation = Operation(
+                id: 0, file: .layers, kind: .create(layer), offset: 0, length: 0, token: token)
+        case .sync(.layers, let token):
+            operation = Operation(
+                id: 0, file: .layers, kind: .syncNames(files.map(\.name)), offset: 0, length: 0,
+                token: token)
+            delay = random.delay(microseconds: 100, 4000)
         case .sync(let file, let token):
             operation = Operation(
                 id: 0, file: file, kind: startSync(file), offset: 0, length: 0, token: token)
@@ -137,6 +148,9 @@ final class SimulatedDisk: ReplicaStorage {
     func complete(_ id: UInt64, pool: BufferPool?) -> DiskCompletion? {
         guard let index = operations.firstIndex(where: { $0.id == id }) else { return nil }
         let operation = operations.remove(at: index)
+        if let result = completeNames(operation) {
+            return DiskCompletion(token: operation.token, result: result)
+        }
         guard let file = file(operation.file) else {
             return DiskCompletion(token: operation.token, result: -2)
         }
@@ -157,8 +171,27 @@ final class SimulatedDisk: ReplicaStorage {
         case .punch:
             land(file, offset: operation.offset, bytes: [], length: operation.length)
             result = 0
+        case .create, .syncNames: preconditionFailure("is about no file")
         }
         return DiskCompletion(token: operation.token, result: result)
+    }
+
+    /// An operation about files' names has ended; nil: it is none.
+    private func completeNames(_ operation: Operation) -> Int? {
+        switch operation.kind {
+        case .create(let layer):
+            do throws(StorageError) {
+                try createLayer(layer, size: volumeSize)
+                return 0
+            } catch { return error.result }
+        case .syncNames(let names):
+            for file in files where names.contains(file.name) { file.isNameDurable = true }
+            return 0
+        default: return nil
+        }
+    }
+    private var volumeSize: UInt64 {
+        UInt64(files.first { if case .data = $0.name { true } else { false } }?.size ?? 0)
     }
 
     private func land(_ file: SimulatedFile, offset: Int, bytes: [UInt8], length: Int) {

@@ -178,6 +178,8 @@ extension World {
             completed(
                 engine, Int(userData), result, buffer: buffer, tableLength: Int(tableLength),
                 isHole: isHole)
+        case .snapshotTaken(let token, let layer, let result):
+            snapshotTaken(engine, token, layer, result)
         case .storeGet:
             store.get(engine: engine.index)
         case .storeCompareAndSwap(let expected):

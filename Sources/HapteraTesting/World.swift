@@ -136,6 +136,7 @@ package final class World {
         case .write(let file, let offset, let length, _, _, _):
             "writes \(file) \(offset)+\(length)"
         case .sync(let file, _): "syncs \(file)"
+        case .create(let layer, _): "makes layer \(layer.rawValue)"
         case .punch(let file, let offset, let length, _): "punches \(file) \(offset)+\(length)"
         default: ""
         }

@@ -55,6 +55,7 @@ final class EngineHarness {
     var results: [UInt64: OperationResult] = [:]
     var reads: [UInt64: [UInt8]] = [:]
     var notes: [EngineNote] = []
+    var snapshots: [UInt64: (layer: LayerID, result: SnapshotResult)] = [:]
     private var events: [EngineEvent] = []
     private var operations: [UInt64: Operation] = [:]
     private var late:
@@ -166,6 +167,8 @@ final class EngineHarness {
                     .slice(Int(operation.offset % 4096), operation.length).bytes()
             }
             pool.release(buffer)
+        case .snapshotTaken(let token, let layer, let result):
+            snapshots[token] = (layer, result)
         case .storeGet: events.append(.store(isStoreDown ? .unavailable : .record(stored)))
         case .storeCompareAndSwap(let expected): swap(expected)
         case .note(let note): notes.append(note)
@@ -271,7 +274,7 @@ final class EngineHarness {
                 instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted,
                 flushed: fake.flushed,
                 stablePoint: fake.stable, promiseBefore: before,
-                leaseRemainingMilliseconds: fake.leaseRemaining, activeRegions: fake.active
+                leaseRemainingMilliseconds: fake.leaseRemaining, activeRegions: fake.active.map { LayerRegion(LayerID(rawValue: 1), $0) }
             ).encoded()
         case .write:
             for index in 0..<count {

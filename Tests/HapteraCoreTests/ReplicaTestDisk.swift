@@ -210,7 +210,7 @@ final class ReplicaBench {
     private func drain() {
         while let action = core.actions.popFirst() {
             switch action {
-            case .read, .write, .sync, .punch: pending.append(action)
+            case .read, .write, .sync, .punch, .create: pending.append(action)
             case .reply(let connection, let header, let table, let data, let offset):
                 take(connection, header, table, data, offset)
             case .close(let connection): closed.insert(connection)
@@ -253,6 +253,18 @@ final class ReplicaBench {
             if result == nil {
                 try disk.write(file, offset: offset, from: pool.memory(buffer).slice(at, length))
                 result = length
+            }
+        case .create(let layer, let own):
+            token = own
+            if result == nil {
+                try disk.createLayer(layer, size: core.size)
+                result = 0
+            }
+        case .sync(.layers, let own):
+            token = own
+            if result == nil {
+                try disk.syncDirectories()
+                result = 0
             }
         case .sync(let file, let own):
             token = own

@@ -259,6 +259,8 @@ package final class EngineCore {
             throttle.advance(self.now, isCopying: joinStage == .copying)
             tick()
         case .detach: isDetaching = true
+        case .takeSnapshot(let token, let name, let created):
+            takeSnapshot(token, name: name, created: created)
         case .cancel(let session): cancel(session)
         case .acceptLoss: acceptLoss()
         }

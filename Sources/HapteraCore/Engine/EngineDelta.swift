@@ -132,7 +132,8 @@ extension EngineCore {
         guard let joiner else { return }
         // Redundant while its Install re-stamps them; the log is what the promise is about.
         let regions = Geometry.regionCount(size: size)
-        for region in installReplies[joiner]?.activeRegions ?? [] where region < regions {
+        for region in (installReplies[joiner]?.activeRegions ?? []).map(\.region)
+        where region < regions {
             markNeeded(region)
         }
         neededTotal = neededCount

@@ -176,7 +176,7 @@ extension EngineCore {
         if !isClean, !mutations.contains(.skipResolution) {
             var rest = members
             while let slot = rest.popFirst() {
-                for region in installReplies[slot]?.activeRegions ?? [] {
+                for region in (installReplies[slot]?.activeRegions ?? []).map(\.region) {
                     guard region < Geometry.regionCount(size: record.size) else { continue }
                     unresolved.insert(region)
                 }

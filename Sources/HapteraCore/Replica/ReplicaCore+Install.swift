@@ -159,10 +159,10 @@ extension ReplicaCore {
     }
 
     private func installReply() -> InstallReply {
-        var regions: [UInt64] = []
+        var regions: [LayerRegion] = []
         var frame = cache.oldestActive
         while frame >= 0 {
-            regions.append(cache.frames[Int(frame)].region)
+            regions.append(LayerRegion(head, cache.frames[Int(frame)].region))
             frame = cache.nextActive(frame)
         }
         return InstallReply(

@@ -149,6 +149,8 @@ package final class ReplicaCore {
     package var promise: Epoch { manifest.promise }
     package var installedRecord: VolumeRecord? { manifest.installed }
     package var headLayer: LayerID { head }
+    /// The layer chain, lowest first.
+    package var layers: [LayerID] { manifest.layers }
     package var activeRegionCount: Int { cache.activeCount }
     package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
     package var isShutDown: Bool { shutdown == .done }

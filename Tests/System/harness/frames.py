@@ -95,6 +95,7 @@ class Record:
     out: list = field(default_factory=list)
     lineage: list = field(default_factory=list)  # (epoch, survivor, partedEpoch)
     layers: list = field(default_factory=lambda: [1])
+    snapshots: list = field(default_factory=list)  # (layer, created, name)
 
     def encode(self):
         def text(value):
@@ -112,6 +113,9 @@ class Record:
         body += text(self.name) + text(self.endpoint)
         body += rows("<QQ", self.in_sync) + rows("<QQ", self.joining)
         body += rows("<QQQQQQBB", self.out) + rows("<QQQ", self.lineage) + rows("<I", self.layers)
+        body += struct.pack("<I", len(self.snapshots))
+        for layer, created, name in self.snapshots:
+            body += struct.pack("<IQ", layer, created) + text(name)
         return body + struct.pack("<I", crc32c(body))
 
     @staticmethod
@@ -146,6 +150,8 @@ class Record:
         record = Record(
             volume, name, size, rows("<QQ"), epoch, nonce, engine, generation, promised, lease,
             minimum, clean, change, endpoint, rows("<QQ"), rows("<QQQQQQBB"), rows("<QQQ"), rows("<I"))
+        (count,) = take("<I")
+        record.snapshots = [(*take("<IQ"), text()) for _ in range(count)]
         if position != len(raw) - 4:
             raise ValueError("trailing bytes")
         return record
