@@ -13,8 +13,8 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     case setState = 4
     /// `offset`, `length`: whole blocks of one region, as seen from `layer`: what it does not hold
     /// is the next lower layer's. With `FrameFlags.resync`: what the layer itself holds. Reply
-    /// table: one entry (8 bytes, as in the block table) per block; reply data: the blocks, states other than data zero-filled, or no
-    /// data at all if no block is in state data.
+    /// table: one entry (8 bytes, as in the block table) per block; reply data: the blocks, states
+    /// other than data zero-filled, or no data at all if no block is in state data.
     case read = 5
     /// Wait for every write and setState received before it on this connection, then sync
     /// everything written. `sequence` is the point the flush was sent at. Reply: no payload;
@@ -31,9 +31,10 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// length in bytes (8) and `BlockState` (4) and zero (4), possibly covering less than asked. As
     /// seen from `layer`.
     case status = 9
-    /// Which regions may hold anything but absent blocks, in any layer: `offset`: first region's start, `length`:
-    /// regions asked for (at most 65536). `auxiliary` above zero: only those whose birth is that
-    /// epoch or later (at most 4096 regions). Reply: a bit per region, least significant first.
+    /// Which regions may hold anything but absent blocks, in any layer: `offset`: first region's
+    /// start, `length`: regions asked for (at most 65536). `auxiliary` above zero: only those whose
+    /// birth is that epoch or later (at most 4096 regions). Reply: a bit per region, least
+    /// significant first.
     case regionMap = 10
     /// Keeps the connection alive; replies at once.
     case ping = 11
@@ -113,8 +114,8 @@ package enum FrameFlags {
 ///         40     4  length           bytes of the volume the request is about
 ///         44     4  tableLength      bytes of the payload's first part
 ///         48     4  dataLength       bytes of the payload's second part: whole blocks
-///         52     4  status           reply: `FrameStatus`; request: the `LayerID` it is about, zero:
-///                                    the head
+///         52     4  status           reply: `FrameStatus`; request: the `LayerID` it is about
+///                                    (zero: the head)
 ///         56     8  auxiliary        by kind; otherwise zero
 ///         64     4  tableChecksum    CRC32C of the first part, zero if it is empty
 ///         68     4  headerChecksum   CRC32C of bytes 0..<68

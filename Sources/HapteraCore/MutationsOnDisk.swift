@@ -7,6 +7,9 @@ extension MutationSet {
     package static let manifestNotSynced = MutationSet(rawValue: 1 << 57)
     /// On disk: give a trimmed block's space back before its entry is durable.
     package static let punchBeforeDrain = MutationSet(rawValue: 1 << 58)
+    /// I: name a layer in the manifest before its files' names and its table are synced. (Judged
+    /// by `ReplicaChainTests`.)
+    package static let layerNamesNotSynced = MutationSet(rawValue: 1 << 59)
 
     /// Of a single copy: caught by replaying crashes, not all of them by simulated worlds, where
     /// other copies help out.

@@ -45,8 +45,8 @@ package enum ReplicaAction: BitwiseCopyable {
     /// fdatasync: what was written (for the log: stored in its mapping) before this action is
     /// durable when it ends with 0.
     case sync(ReplicaFile, token: UInt64)
-    /// Make the layer's data and table files, sparse and of their sizes, or find them made and never
-    /// written to. Not durable before syncs of both, and of `.layers`.
+    /// Make the layer's data and table files, sparse and of their sizes, or find them made and
+    /// never written to. Not durable before syncs of both, and of `.layers`.
     case create(LayerID, token: UInt64)
     /// Give the range's space back (fallocate PUNCH_HOLE | KEEP_SIZE).
     case punch(ReplicaFile, offset: UInt64, length: UInt64, token: UInt64)

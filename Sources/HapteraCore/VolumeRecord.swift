@@ -160,10 +160,10 @@ package struct VolumeRecord: Equatable, Sendable {
     /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), promised (8),
     /// leaseMilliseconds (4), minInSync (1), clean (1), change (1), name (text), endpoint (text),
     /// inSync, joining (list of 0 or 1), out, lineage, layers, snapshots (each a 4-byte count, then
-    /// its elements), CRC32C of all before it (4). A member is replica (8) and incarnation (8); an element of
-    /// out: member, leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8), reason (1),
-    /// kept (1); a fork: epoch (8), survivor (8), partedEpoch (8); a layer: its id (4); a snapshot:
-    /// layer (4), created (8), name (text).
+    /// its elements), CRC32C of all before it (4). A member is replica (8) and incarnation (8); an
+    /// element of out: member, leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8),
+    /// reason (1), kept (1); a fork: epoch (8), survivor (8), partedEpoch (8); a layer: its id (4);
+    /// a snapshot: layer (4), created (8), name (text).
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(Self.magic)
@@ -282,7 +282,8 @@ package struct VolumeRecord: Equatable, Sendable {
     /// Whether a snapshot of that name would still fit the record.
     package func mayHold(snapshotNamed name: String) -> Bool {
         snapshots.count < Self.snapshotsMax && layers.count < Self.layersMax
-            && head < .max && encoded().count + 4 + 16 + name.utf8.count + 1024
+            && head < .max
+            && encoded().count + 4 + 16 + name.utf8.count + 1024
                 <= Self.encodedSizeMax
     }
 

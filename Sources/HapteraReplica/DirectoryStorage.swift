@@ -61,7 +61,8 @@ package final class DirectoryStorage: ReplicaStorage {
 
     private func open(_ file: ReplicaFile, flags: Int32) throws(StorageError) -> Int32 {
         do throws(IOError) {
-            return try FileDescriptors.open(path(file), flags: flags, isDirect: file != .log && file != .layers)
+            let isDirect = file != .log && file != .layers
+            return try FileDescriptors.open(path(file), flags: flags, isDirect: isDirect)
         } catch {
             switch error.errno {
             case ENOENT, ENOTDIR:

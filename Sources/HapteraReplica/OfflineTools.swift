@@ -33,11 +33,18 @@ package enum OfflineTools {
         let reader = try ReplicaReader(
             opening: DirectoryStorage(directory: directory, mode: .inspect(waitMilliseconds: 3000)))
         var report = VerifyReport()
-        for number in 0..<reader.regionCount where reader.mayHold(number) {
+        for layer in reader.layers { try verify(reader, layer, &report) }
+        return report
+    }
+
+    private static func verify(
+        _ reader: ReplicaReader, _ layer: LayerID, _ report: inout VerifyReport
+    ) throws(StorageError) {
+        for number in 0..<reader.regionCount where reader.mayHold(layer, number) {
             report.regionsRead += 1
             let start = number * UInt64(Geometry.regionSize)
             do throws(StorageError) {
-                let region = try reader.region(number)
+                let region = try reader.region(number, layer: layer)
                 try reader.blocks(of: region) { (block, _, verdict, _) throws(StorageError) in
                     if verdict != .zero { report.dataBlocks += 1 }
                     let offset = start + UInt64(block * Geometry.blockSize)
@@ -57,13 +64,22 @@ package enum OfflineTools {
                 report.note(start, error.message)
             }
         }
-        return report
     }
 
-    /// Writes the volume as a raw image. To a file, what reads zero becomes a hole.
-    package static func export(directory: String, output: String) throws(StorageError) {
+    /// Writes the volume, or a snapshot of it, as a raw image. To a file, what reads zero becomes a
+    /// hole.
+    package static func export(
+        directory: String, snapshot: String? = nil, output: String
+    ) throws(StorageError) {
         let reader = try ReplicaReader(
             opening: DirectoryStorage(directory: directory, mode: .inspect(waitMilliseconds: 3000)))
+        var top = reader.manifest.head
+        if let snapshot {
+            guard let layer = reader.snapshot(named: snapshot) else {
+                throw StorageError(.notFound, "no snapshot \(snapshot) is known here")
+            }
+            top = layer
+        }
         let target = try ExportTarget(output, size: reader.size)
         for number in 0..<reader.regionCount {
             let start = number * UInt64(Geometry.regionSize)
@@ -72,8 +88,7 @@ package enum OfflineTools {
                 try target.skip(Int(length))
                 continue
             }
-            let region = try reader.region(number)
-            try reader.blocks(of: region) { (block, _, verdict, bytes) throws(StorageError) in
+            try reader.view(number, from: top) { (block, verdict, bytes) throws(StorageError) in
                 let offset = start + UInt64(block * Geometry.blockSize)
                 switch verdict {
                 case .zero: try target.skip(bytes.count)

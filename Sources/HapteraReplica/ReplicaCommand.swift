@@ -10,7 +10,7 @@ package enum ReplicaCommand {
                haptera-replica serve --dir DIR --listen HOST:PORT --control PATH [--allow-faults]
                haptera-replica inspect --dir DIR [--json]
                haptera-replica verify --dir DIR [--json]
-               haptera-replica export --dir DIR --output FILE|-
+               haptera-replica export --dir DIR [--snapshot NAME] --output FILE|-
 
         """
 
@@ -28,6 +28,7 @@ package enum ReplicaCommand {
             case "export":
                 try OfflineTools.export(
                     directory: try arguments.required("--dir"),
+                    snapshot: arguments.optional("--snapshot"),
                     output: try arguments.required("--output"))
             default: throw UsageError("unknown command '\(arguments.verb)'")
             }
@@ -135,7 +136,7 @@ package struct ReplicaArguments {
         "serve": ["--dir", "--listen", "--control", "--allow-faults"],
         "inspect": ["--dir", "--json"],
         "verify": ["--dir", "--json"],
-        "export": ["--dir", "--output"],
+        "export": ["--dir", "--snapshot", "--output"],
     ]
     package let verb: String
     private var options: [String: String] = [:]
@@ -167,6 +168,8 @@ package struct ReplicaArguments {
         guard let value = options[name] else { throw UsageError("\(verb) needs \(name)") }
         return value
     }
+
+    package func optional(_ name: String) -> String? { options[name] }
 
     package func identity() throws(UsageError) -> ReplicaIdentity {
         let volumeText = try required("--volume-id")

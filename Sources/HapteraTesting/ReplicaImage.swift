@@ -4,45 +4,49 @@ import HapteraCore
 /// does it. Made of the current image (what a restarted process finds) or of the durable one (what
 /// a power cut is sure to leave).
 struct ReplicaImage {
+    /// One layer by itself.
+    struct Layer {
+        let id: LayerID
+        fileprivate(set) var entries: [BlockEntry]
+        fileprivate(set) var activeRegions: [UInt64] = []
+        fileprivate var births: [Epoch] = []
+        fileprivate var logIndex: [UInt64] = []
+        fileprivate let data: RawMemory
+
+        func isDoubtful(_ block: Int) -> Bool {
+            entries[block].state == .data
+                && CRC32C.checksum(bytes(block)) != entries[block].checksum
+        }
+        fileprivate func bytes(_ block: Int) -> RawMemory {
+            data.slice(block * Geometry.blockSize, Geometry.blockSize)
+        }
+    }
     private(set) var promise = Epoch.zero
-    private(set) var entries: [BlockEntry]
-    private(set) var activeRegions: [UInt64] = []
+    /// Lowest first.
+    private(set) var layers: [Layer] = []
+    /// As seen from the head, and which layer that is of; -1: of none.
+    private(set) var entries: [BlockEntry] = []
+    private var owners: [Int] = []
     /// The record kept with the promise.
     private(set) var installed: VolumeRecord?
-    private var births: [Epoch] = []
-    private let data: RawMemory
 
-    /// Nil if the files do not make sense: then opening must fail too.
-    init?(_ disk: SimulatedDisk, isDurable: Bool, sizeBytes: UInt64) {
+    /// Nil if the files do not make sense: then opening must fail too. `top`: as seen from that
+    /// layer; nil: from the head.
+    init?(_ disk: SimulatedDisk, isDurable: Bool, sizeBytes: UInt64, from top: LayerID? = nil) {
         func image(_ name: ReplicaFile) -> RawMemory? {
             disk.file(name).map { isDurable ? $0.durable : $0.current }
         }
-        let layer = LayerID(rawValue: 1)
-        guard let data = image(.data(layer)), let table = image(.table(layer)),
-            let log = image(.log), let manifestFile = image(.manifest),
+        guard let log = image(.log), let manifestFile = image(.manifest),
             case .manifest(let manifest) = Manifest.load(
                 manifestFile.slice(0, Int(Manifest.fileSize)))
         else { return nil }
-        self.data = data
         promise = manifest.promise
         installed = manifest.installed
-        entries = Array(repeating: .absent, count: Int(sizeBytes) / Geometry.blockSize)
-
-        var logIndex: [UInt64] = []
-        for region in 0..<Geometry.regionCount(size: sizeBytes) {
-            let pair = table.slice(
-                Int(TablePage.pairOffset(region: region)), TablePage.pairSize)
-            switch TablePage.loadPair(pair, layer: layer, region: region) {
-            case .neverWritten:
-                logIndex.append(0)
-                births.append(.zero)
-            case .damaged: return nil
-            case .page(let page, _):
-                logIndex.append(page.logIndex)
-                births.append(page.birth)
-                let from = Int(page.version % 2) * TablePage.size + TablePage.entriesOffset
-                takeEntries(pair.slice(from, TablePage.entriesSize), region)
-            }
+        for id in manifest.layers {
+            guard let data = image(.data(id)), let table = image(.table(id)),
+                let layer = Self.layer(id, data, table, sizeBytes)
+            else { return nil }
+            layers.append(layer)
         }
         guard let (tail, capacity) = Self.header(log) else { return nil }
         for index in tail..<tail + capacity {
@@ -50,16 +54,37 @@ struct ReplicaImage {
             guard let record = LogRecord(decoding: log, at: at), record.index == index else {
                 continue
             }
-            replay(record, logIndex)
+            replay(record)
         }
+        look(from: top ?? manifest.head)
     }
 
-    private mutating func takeEntries(_ memory: RawMemory, _ region: UInt64) {
-        let first = Int(region) * Geometry.blocksPerRegion
-        for block in first..<min(first + Geometry.blocksPerRegion, entries.count) {
-            entries[block] =
-                BlockEntry(decoding: memory, at: (block - first) * BlockEntry.size) ?? .absent
+    private static func layer(
+        _ id: LayerID, _ data: RawMemory, _ table: RawMemory, _ sizeBytes: UInt64
+    ) -> Layer? {
+        let blocks = Int(sizeBytes) / Geometry.blockSize
+        var layer = Layer(id: id, entries: Array(repeating: .absent, count: blocks), data: data)
+        for region in 0..<Geometry.regionCount(size: sizeBytes) {
+            let pair = table.slice(
+                Int(TablePage.pairOffset(region: region)), TablePage.pairSize)
+            switch TablePage.loadPair(pair, layer: id, region: region) {
+            case .neverWritten:
+                layer.logIndex.append(0)
+                layer.births.append(.zero)
+            case .damaged: return nil
+            case .page(let page, _):
+                layer.logIndex.append(page.logIndex)
+                layer.births.append(page.birth)
+                let from = Int(page.version % 2) * TablePage.size + TablePage.entriesOffset
+                let memory = pair.slice(from, TablePage.entriesSize)
+                let first = Int(region) * Geometry.blocksPerRegion
+                for block in first..<min(first + Geometry.blocksPerRegion, blocks) {
+                    let at = (block - first) * BlockEntry.size
+                    layer.entries[block] = BlockEntry(decoding: memory, at: at) ?? .absent
+                }
+            }
         }
+        return layer
     }
 
     private static func header(_ log: RawMemory) -> (tail: UInt64, capacity: UInt64)? {
@@ -76,31 +101,49 @@ struct ReplicaImage {
         return best.map { ($0.tail, $0.capacity) }
     }
 
-    private mutating func replay(_ record: LogRecord, _ logIndex: [UInt64]) {
-        guard record.kind == .activate || record.kind == .entry else { return }
+    private mutating func replay(_ record: LogRecord) {
+        guard record.kind == .activate || record.kind == .entry,
+            let place = layers.firstIndex(where: { $0.id == record.layer })
+        else { return }
         let perRegion = UInt64(Geometry.blocksPerRegion)
         let region = record.kind == .entry ? record.position / perRegion : record.position
-        guard region < logIndex.count, record.index >= logIndex[Int(region)] else { return }
-        if !activeRegions.contains(region) { activeRegions.append(region) }
+        guard region < layers[place].logIndex.count,
+            record.index >= layers[place].logIndex[Int(region)]
+        else { return }
+        if !layers[place].activeRegions.contains(region) {
+            layers[place].activeRegions.append(region)
+        }
         guard record.kind == .entry else { return }
         let entry = BlockEntry(state: record.state, checksum: record.checksum)
         let first = Int(record.position)
-        for block in first..<min(first + Int(record.count), entries.count) {
-            entries[block] = entry
+        for block in first..<min(first + Int(record.count), layers[place].entries.count) {
+            layers[place].entries[block] = entry
         }
     }
 
-    /// What its table page says; an active region counts as written in the promised epoch.
+    private mutating func look(from top: LayerID) {
+        entries = Array(repeating: .absent, count: layers.first?.entries.count ?? 0)
+        owners = Array(repeating: -1, count: entries.count)
+        for (place, layer) in layers.enumerated() where layer.id <= top {
+            for block in entries.indices where layer.entries[block].state != .absent {
+                entries[block] = layer.entries[block]
+                owners[block] = place
+            }
+        }
+    }
+
+    /// Of any layer.
+    var activeRegions: Set<UInt64> { Set(layers.flatMap(\.activeRegions)) }
+    /// What the layers' table pages say; an active region counts as written in the promised epoch.
     func birth(_ region: UInt64) -> Epoch {
-        activeRegions.contains(region) ? max(promise, births[Int(region)]) : births[Int(region)]
+        layers.map {
+            $0.activeRegions.contains(region)
+                ? max(promise, $0.births[Int(region)]) : $0.births[Int(region)]
+        }.max() ?? .zero
     }
 
     func isDoubtful(_ block: Int) -> Bool {
-        entries[block].state == .data
-            && CRC32C.checksum(bytes(block)) != entries[block].checksum
-    }
-    private func bytes(_ block: Int) -> RawMemory {
-        data.slice(block * Geometry.blockSize, Geometry.blockSize)
+        owners[block] >= 0 && layers[owners[block]].isDoubtful(block)
     }
     /// The block's bytes as a reader would see them if it trusted them.
     func value(sector: Int, scratch: RawMemory) -> ValueID {
@@ -108,7 +151,7 @@ struct ReplicaImage {
         guard entries[block].state == .data else { return 0 }
         let at = sector % Content.sectorsPerBlock * Content.sectorSize
         return Content.value(
-            in: bytes(block).slice(at, Content.sectorSize), sector: UInt64(sector),
-            scratch: scratch)
+            in: layers[owners[block]].bytes(block).slice(at, Content.sectorSize),
+            sector: UInt64(sector), scratch: scratch)
     }
 }

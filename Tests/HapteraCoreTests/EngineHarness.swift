@@ -274,7 +274,8 @@ final class EngineHarness {
                 instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted,
                 flushed: fake.flushed,
                 stablePoint: fake.stable, promiseBefore: before,
-                leaseRemainingMilliseconds: fake.leaseRemaining, activeRegions: fake.active.map { LayerRegion(LayerID(rawValue: 1), $0) }
+                leaseRemainingMilliseconds: fake.leaseRemaining,
+                activeRegions: fake.active.map { LayerRegion(LayerID(rawValue: 1), $0) }
             ).encoded()
         case .write:
             for index in 0..<count {

@@ -210,6 +210,17 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
 }
 
 @Suite struct TableCacheTests {
+    private static let layer = LayerID(rawValue: 1)
+
+    @Test func layersOfARegionAreApart() throws {
+        let cache = TableCache(frameCount: 8)
+        let lower = try #require(cache.allocate(Self.layer, 3))
+        let upper = try #require(cache.allocate(LayerID(rawValue: 2), 3))
+        #expect(lower != upper && cache.find(Self.layer, 3) == lower)
+        cache.release(lower)
+        #expect(cache.find(Self.layer, 3) == nil)
+        #expect(cache.find(LayerID(rawValue: 2), 3) == upper)
+    }
     /// Against a dictionary, under insertions and evictions that keep runs of buckets full.
     @Test func findsWhatIsThereAndNothingElse() throws {
         let cache = TableCache(frameCount: 64)
@@ -217,11 +228,11 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
         var known: [UInt64: Int32] = [:]
         for _ in 0..<5000 {
             let region = UInt64(random.below(200))
-            #expect(cache.find(region) == known[region])
+            #expect(cache.find(Self.layer, region) == known[region])
             if let frame = known[region] {
                 cache.release(frame)
                 known[region] = nil
-            } else if let frame = cache.allocate(region) {
+            } else if let frame = cache.allocate(Self.layer, region) {
                 known = known.filter { $0.value != frame }
                 known[region] = frame
                 cache.frames[Int(frame)].state = .clean
@@ -234,25 +245,25 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
     @Test func evictsTheOneUsedLongestAgo() throws {
         let cache = TableCache(frameCount: 2)
         for region in 0..<2 as Range<UInt64> {
-            let frame = try #require(cache.allocate(region))
+            let frame = try #require(cache.allocate(Self.layer, region))
             cache.frames[Int(frame)].state = .clean
             cache.move(frame, to: .clean)
         }
-        let first = try #require(cache.find(0))
+        let first = try #require(cache.find(Self.layer, 0))
         cache.move(first, to: .clean)
-        let third = try #require(cache.allocate(2))
-        #expect(cache.find(1) == nil)
-        #expect(cache.find(0) == first)
+        let third = try #require(cache.allocate(Self.layer, 2))
+        #expect(cache.find(Self.layer, 1) == nil)
+        #expect(cache.find(Self.layer, 0) == first)
         cache.move(first, to: .none)
-        #expect(cache.allocate(3) == nil)
-        #expect(cache.find(2) == third)
+        #expect(cache.allocate(Self.layer, 3) == nil)
+        #expect(cache.find(Self.layer, 2) == third)
     }
 
     @Test func renewedRegionsKeepTheLogListInOrder() throws {
         let cache = TableCache(frameCount: 8)
         var frames: [Int32] = []
         for region in 0..<4 as Range<UInt64> {
-            let frame = try #require(cache.allocate(region))
+            let frame = try #require(cache.allocate(Self.layer, region))
             frames.append(frame)
             cache.enterLog(frame, firstIndex: region * 10)
         }

@@ -297,11 +297,12 @@ final class ReplicaBench {
     func send(
         _ kind: FrameKind, on connection: Int = 0, epoch: UInt64 = 1, offset: UInt64 = 0,
         length: Int = 0, sequence: UInt64 = 1, auxiliary: UInt64 = 0, flags: UInt16 = 0,
-        table: [UInt8] = [], data: [UInt8]? = nil
+        layer: UInt32 = 0, table: [UInt8] = [], data: [UInt8]? = nil
     ) -> UInt64 {
         tag += 1
         var header = FrameHeader(kind: kind)
         header.flags = flags
+        header.layer = LayerID(rawValue: layer)
         header.epoch = Epoch(epoch)
         header.tag = tag
         header.sequence = SequenceNumber(sequence)
@@ -330,11 +331,17 @@ final class ReplicaBench {
     }
     func status(_ tag: UInt64) -> FrameStatus? { reply(tag)?.header.status }
 
-    func record(epoch: UInt64, engine: UInt64 = 1) -> VolumeRecord {
+    /// As many layers as the copy has, or more.
+    func record(epoch: UInt64, engine: UInt64 = 1, layers: Int = 0) -> VolumeRecord {
         var record = VolumeRecord(
             volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
             size: core.identity.size, inSync: [core.identity.member])
         record.engine = InstanceID(rawValue: engine)
+        let count = max(layers, core.layers.count)
+        record.layers = (1...UInt32(count)).map(LayerID.init)
+        record.snapshots = record.layers.dropLast().map {
+            .init(layer: $0, name: "s\($0.rawValue)", created: 1)
+        }
         return record
     }
     @discardableResult
@@ -346,9 +353,12 @@ final class ReplicaBench {
                 .encoded())
     }
     @discardableResult
-    func install(on connection: Int = 0, epoch: UInt64, engine: UInt64 = 1) -> UInt64 {
+    func install(
+        on connection: Int = 0, epoch: UInt64, engine: UInt64 = 1, layers: Int = 0
+    ) -> UInt64 {
         let request = InstallRequest(
-            engine: InstanceID(rawValue: engine), record: record(epoch: epoch, engine: engine))
+            engine: InstanceID(rawValue: engine),
+            record: record(epoch: epoch, engine: engine, layers: layers))
         return send(.install, on: connection, epoch: epoch, table: request.encoded())
     }
     func attach(epoch: UInt64 = 1, on connection: Int = 0, engine: UInt64 = 1) throws(StorageError)
@@ -383,10 +393,11 @@ final class ReplicaBench {
     @discardableResult
     func write(
         _ data: [UInt8], at offset: UInt64, epoch: UInt64 = 1, sequence: UInt64 = 1,
-        flags: UInt16 = 0, on connection: Int = 0
+        flags: UInt16 = 0, layer: UInt32 = 0, on connection: Int = 0
     ) -> UInt64 {
         send(
             .write, on: connection, epoch: epoch, offset: offset, length: data.count,
-            sequence: sequence, flags: flags, table: Self.checksums(data), data: data)
+            sequence: sequence, flags: flags, layer: layer, table: Self.checksums(data),
+            data: data)
     }
 }

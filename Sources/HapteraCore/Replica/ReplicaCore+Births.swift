@@ -1,4 +1,5 @@
-// regionMap: which regions may hold anything, and which were written since an epoch (rule J).
+// regionMap: which regions may hold anything, and which were written since an epoch (rule J), in
+// any layer of the chain.
 //
 // The second question is answered from births: of regions in memory from their frames, of all
 // others from the table, read in long pieces where it holds anything at all. The table changes
@@ -28,7 +29,7 @@ extension ReplicaCore {
         for place in 0..<min(map.count * 8, Int(requests[Int(slot)].header.length)) {
             let region = first + UInt64(place)
             guard region < regionCount else { break }
-            if mayBeInTable(region) { mark(place, map) }
+            if chain.mayHold(region) { mark(place, map) }
         }
         finishMap(slot)
     }
@@ -60,11 +61,17 @@ extension ReplicaCore {
         if requests[index].extents == 0 {
             requests[index].extents = 1
             requests[index].position = first
+            requests[index].layersLeft = Int32(chain.count)
             _ = emptyMap(slot)
         }
         while requests[index].operationsLeft < Self.readsPerRequestMax {
-            guard isConnected(slot), let piece = nextPiece(from: requests[index].position, end)
-            else { break }
+            guard isConnected(slot), requests[index].layersLeft > 0 else { break }
+            let layer = Int(requests[index].layersLeft) - 1
+            guard let piece = nextPiece(layer, from: requests[index].position, end) else {
+                requests[index].position = first
+                requests[index].layersLeft -= 1
+                continue
+            }
             guard hasOperationForRequests,
                 let buffer = pool.allocate(piece.count * TablePage.pairSize)
             else {
@@ -72,28 +79,30 @@ extension ReplicaCore {
                 return
             }
             requests[index].position = piece.upperBound
-            startPiece(slot, piece, buffer)
+            startPiece(slot, chain.id(layer), piece, buffer)
         }
         if requests[index].operationsLeft == 0 { finishMap(slot) }
     }
 
     /// The next run of regions worth reading: it begins and ends with one that may be in the table.
-    private func nextPiece(from start: UInt64, _ end: UInt64) -> Range<UInt64>? {
+    private func nextPiece(_ layer: Int, from start: UInt64, _ end: UInt64) -> Range<UInt64>? {
         var first = start
-        while first < end, !mayBeInTable(first) { first += 1 }
+        while first < end, !chain.mayHold(layer, first) { first += 1 }
         guard first < end else { return nil }
         var last = first
         for region in first..<min(end, first + UInt64(Self.regionsPerRead))
-        where mayBeInTable(region) { last = region }
+        where chain.mayHold(layer, region) { last = region }
         return first..<last + 1
     }
 
-    private func startPiece(_ slot: Int32, _ piece: Range<UInt64>, _ buffer: BufferID) {
+    private func startPiece(
+        _ slot: Int32, _ layer: LayerID, _ piece: Range<UInt64>, _ buffer: BufferID
+    ) {
         let since = Epoch(requests[Int(slot)].header.auxiliary)
         let origin = Geometry.region(ofByte: requests[Int(slot)].header.offset)
         let map = map(slot)
         for region in piece {
-            if let birth = birthInMemory(region), birth >= since {
+            if let birth = birthInMemory(layer, region), birth >= since {
                 mark(Int(region - origin), map)
             }
         }
@@ -101,9 +110,10 @@ extension ReplicaCore {
         let length = piece.count * TablePage.pairSize
         let token = startOperation(.birthsRead, index: slot, buffer: buffer, length: length)
         operations[Int(token & 0xffff_ffff)].region = piece.lowerBound
+        operations[Int(token & 0xffff_ffff)].layer = layer
         actions.append(
             .read(
-                .table(head), offset: TablePage.pairOffset(region: piece.lowerBound),
+                .table(layer), offset: TablePage.pairOffset(region: piece.lowerBound),
                 length: length, buffer: buffer, bufferOffset: 0, token: token))
     }
 
@@ -117,12 +127,12 @@ extension ReplicaCore {
         for place in 0..<operation.length / TablePage.pairSize {
             let region = operation.region + UInt64(place)
             let birth: Epoch?
-            if let known = birthInMemory(region) {
+            if let known = birthInMemory(operation.layer, region) {
                 birth = known
             } else if (place + 1) * TablePage.pairSize <= result {
                 birth = TablePage.birth(
                     ofPair: memory.slice(place * TablePage.pairSize, TablePage.pairSize),
-                    layer: head, region: region)
+                    layer: operation.layer, region: region)
             } else {
                 birth = nil
             }
@@ -133,8 +143,9 @@ extension ReplicaCore {
     }
 
     /// Nil: the region is not in memory, or is only about to be.
-    private func birthInMemory(_ region: UInt64) -> Epoch? {
-        guard let frame = cache.find(region), cache.frames[Int(frame)].state != .loading else {
+    private func birthInMemory(_ layer: LayerID, _ region: UInt64) -> Epoch? {
+        guard let frame = cache.find(layer, region), cache.frames[Int(frame)].state != .loading
+        else {
             return nil
         }
         return cache.frames[Int(frame)].birth

@@ -29,11 +29,13 @@ extension ReplicaCore {
     /// Install(e, engine, V). In this order, and what a crash leaves:
     /// 1. nothing else is admitted; requests under way end, parked ones are refused -> old promise
     /// 2. births of active regions rise to e in memory                              -> old promise
-    /// 3. the manifest with e and V is written to the slot not in use               -> old or new
-    /// 4. it is synced                                                              -> new promise,
+    /// 3. files of layers that V has and this copy has not are made, empty, and synced with their
+    ///    names                                              -> old promise, files nobody looks at
+    /// 4. the manifest with e and V is written to the slot not in use               -> old or new
+    /// 5. it is synced                                                              -> new promise,
     ///    and opening gives active regions the promise as birth: step 2 is not lost
-    /// 5. the log is synced, at the same time: the marks the reply speaks of        -> new promise
-    /// 6. the reply                                                                 -> new promise
+    /// 6. the log is synced, at the same time: the marks the reply speaks of        -> new promise
+    /// 7. the reply                                                                 -> new promise
     func beginInstall(_ slot: Int32) {
         let connection = Int(requests[Int(slot)].connection)
         guard let request = decodedInstalls[slot] else { return refuse(slot, .invalid) }
@@ -51,7 +53,7 @@ extension ReplicaCore {
         }
         let member = identity.member
         guard epoch.rawValue < 1 << 62, request.record.size == size,
-            request.record.layers == manifest.layers,
+            request.record.layers.starts(with: chain.ids),
             (request.record.inSync + [request.record.joining].compactMap { $0 }).allSatisfy({
                 $0.replica != member.replica || $0 == member
             })
@@ -96,13 +98,14 @@ extension ReplicaCore {
             if syncs[FileSync.log].durable >= ticket { completeInstall() }
             return
         }
-        guard !isSecondSlotDue else { return }
+        guard !isSecondSlotDue, areLayersMade(request.record) else { return }
         promiseBefore = promise
         if !options.mutations.contains(.noRestamp) { restamp(request.record.epoch) }
         var proposal = manifest
         proposal.promise = request.record.epoch
         proposal.promisedEngine = request.engine
         proposal.installed = request.record
+        proposal.layers = request.record.layers
         // A clean copy has lost nothing in a restart since.
         if proposal.isClean { proposal.settledBoot = options.bootID }
         // So has one that this very process has filled from the others until it became a member.
@@ -113,6 +116,36 @@ extension ReplicaCore {
         }
         proposal.isClean = false
         writeManifest(proposal, .install)
+    }
+
+    /// Whether the files of the layers that the record adds are durable. What was written before
+    /// this Install is in the head as it was, what comes after it in the new one.
+    private func areLayersMade(_ record: VolumeRecord) -> Bool {
+        for layer in record.layers.dropFirst(chain.count) where !layersMade.contains(layer) {
+            guard layerOperations == 0 else { return false }
+            layerOperations = 1
+            let token = startOperation(.layerCreate, index: 0)
+            operations[Int(token & 0xffff_ffff)].layer = layer
+            actions.append(.create(layer, token: token))
+            return false
+        }
+        return true
+    }
+    func layerStepEnded(_ operation: DiskOperation, _ result: Int) {
+        let layer = operation.layer
+        guard result >= 0 else { return fail(.layerNotMade(layer, errno: Int32(-result))) }
+        layerOperations -= 1
+        guard operation.kind == .layerCreate else {
+            if layerOperations == 0 { layersMade.append(layer) }
+            return
+        }
+        let files = [ReplicaFile.data(layer), .table(layer), .layers]
+        for file in options.mutations.contains(.layerNamesNotSynced) ? [.data(layer)] : files {
+            layerOperations += 1
+            let token = startOperation(.layerSync, index: 0)
+            operations[Int(token & 0xffff_ffff)].layer = layer
+            actions.append(.sync(file, token: token))
+        }
     }
 
     private func restamp(_ epoch: Epoch) {
@@ -162,7 +195,8 @@ extension ReplicaCore {
         var regions: [LayerRegion] = []
         var frame = cache.oldestActive
         while frame >= 0 {
-            regions.append(LayerRegion(head, cache.frames[Int(frame)].region))
+            regions.append(
+                LayerRegion(cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region))
             frame = cache.nextActive(frame)
         }
         return InstallReply(
@@ -194,8 +228,12 @@ extension ReplicaCore {
     }
     /// The region stays active past the point: some member has not got all that was written to it.
     private func leaveOut(_ region: UInt64, _ point: StablePoint) {
-        guard region < regionCount, let frame = cache.find(region) else { return }
-        cache.frames[Int(frame)].lastWrite = max(cache.frames[Int(frame)].lastWrite, point.next)
+        guard region < regionCount else { return }
+        for index in 0..<chain.count {
+            guard let frame = cache.find(chain.id(index), region) else { continue }
+            cache.frames[Int(frame)].lastWrite = max(
+                cache.frames[Int(frame)].lastWrite, point.next)
+        }
     }
     func pumpSettle() {
         guard isSettleWanted, !isManifestBusy, currentInstall < 0, shutdown == .none else { return }
@@ -257,6 +295,8 @@ extension ReplicaCore {
         }
         manifest = made
         manifestProposal = nil
+        for layer in made.layers.dropFirst(chain.count) { chain.append(layer) }
+        layersMade = []
         isSecondSlotDue = true
         if manifestPurpose == .settle { isSettleWanted = false }
     }

@@ -12,18 +12,14 @@
 // A setState is 2, 4, 5 and 6: its space is given back after its region has drained.
 
 extension ReplicaCore {
-    func mayBeInTable(_ region: UInt64) -> Bool {
-        regionMap[Int(region / 64)] >> (region % 64) & 1 != 0
-    }
-
     /// The region's frame with its entries known, or nil: then the request waits and is resumed.
-    func residentFrame(_ slot: Int32, _ region: UInt64) -> Int32? {
-        if let frame = cache.find(region) {
+    func residentFrame(_ slot: Int32, _ layer: LayerID, _ region: UInt64) -> Int32? {
+        if let frame = cache.find(layer, region) {
             guard cache.frames[Int(frame)].state == .loading else { return frame }
             wait(slot, on: frame)
             return nil
         }
-        guard let frame = bringIn(region) else {
+        guard let frame = bringIn(layer, region) else {
             push(slot, &awaitingResources)
             return nil
         }
@@ -33,9 +29,9 @@ extension ReplicaCore {
     }
 
     /// A frame for a region not in memory: loading, or clean if it was never written. Nil: no room.
-    func bringIn(_ region: UInt64) -> Int32? {
-        guard let frame = cache.allocate(region) else { return nil }
-        guard mayBeInTable(region) else {
+    func bringIn(_ layer: LayerID, _ region: UInt64) -> Int32? {
+        guard let frame = cache.allocate(layer, region) else { return nil }
+        guard chain.mayHold(layer, region) else {
             cache.entries(frame).fill()
             cache.frames[Int(frame)].state = .clean
             shelve(frame)
@@ -48,7 +44,7 @@ extension ReplicaCore {
         let token = startOperation(.pageLoad, index: frame, buffer: buffer)
         actions.append(
             .read(
-                .table(head), offset: TablePage.pairOffset(region: region),
+                .table(layer), offset: TablePage.pairOffset(region: region),
                 length: TablePage.pairSize, buffer: buffer, bufferOffset: 0, token: token))
         return frame
     }
@@ -65,14 +61,14 @@ extension ReplicaCore {
             }
             return
         }
-        guard cache.fill(frame, fromPair: pool.memory(buffer), layer: head),
-            !cache.frames[Int(frame)].isTorn
+        guard cache.fill(frame, fromPair: pool.memory(buffer)), !cache.frames[Int(frame)].isTorn
         else { return fail(.tableUnreadable(region: cache.frames[Int(frame)].region)) }
         wake(frame)
     }
 
     func resumeMutation(_ slot: Int32) {
-        guard let frame = residentFrame(slot, requests[Int(slot)].region) else { return }
+        let layer = requests[Int(slot)].header.layer
+        guard let frame = residentFrame(slot, layer, requests[Int(slot)].region) else { return }
         switch cache.frames[Int(frame)].state {
         case .clean:
             if changesNothing(slot, frame) { return finishDurably(slot) }
@@ -85,7 +81,8 @@ extension ReplicaCore {
         }
     }
 
-    /// A setState of blocks that are all so already. Absent blocks read zero and hold no space.
+    /// A setState of blocks that are all so already. Absent blocks of the lowest layer read zero
+    /// and hold no space; of any other they show what is below.
     /// A copy is no such thing: it also tells when the region was last written.
     private func changesNothing(_ slot: Int32, _ frame: Int32) -> Bool {
         let header = requests[Int(slot)].header
@@ -94,7 +91,8 @@ extension ReplicaCore {
             let state = cache.entry(frame, block).state
             let isSame =
                 UInt64(state.rawValue) == header.auxiliary
-                || state == .absent && header.auxiliary == UInt64(BlockState.zero.rawValue)
+                || state == .absent && header.layer == chain.id(0)
+                    && header.auxiliary == UInt64(BlockState.zero.rawValue)
             if !isSame { return false }
         }
         return true
@@ -104,7 +102,7 @@ extension ReplicaCore {
 
     private func activate(_ slot: Int32, _ frame: Int32) {
         let isCopy = requests[Int(slot)].header.flags & FrameFlags.resync != 0
-        let limit = isCopy ? options.activeRegionsForCopies : options.activeRegionsMax
+        let limit = isCopy ? activeRegionsForCopies : activeRegionsMax
         guard cache.activeCount + slotsInitCount < limit else { return park(slot) }
         guard log.hasRoom(1 + requests[Int(slot)].blocks.count) else {
             actions.append(.note(.logFull))
@@ -133,8 +131,8 @@ extension ReplicaCore {
         guard hasOperationForRequests, let buffer = pool.allocate(TablePage.pairSize) else {
             return false
         }
-        let region = cache.frames[Int(frame)].region
-        TablePage.encodeEmptyPair(layer: head, region: region, to: pool.memory(buffer))
+        let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
+        TablePage.encodeEmptyPair(layer: layer, region: region, to: pool.memory(buffer))
         cache.move(frame, to: .none)
         cache.frames[Int(frame)].state = .activating
         slotsInitCount += 1
@@ -142,7 +140,7 @@ extension ReplicaCore {
         let token = startOperation(.slotsInit, index: frame, buffer: buffer)
         actions.append(
             .write(
-                .table(head), offset: TablePage.pairOffset(region: region),
+                .table(layer), offset: TablePage.pairOffset(region: region),
                 length: TablePage.pairSize, buffer: buffer, bufferOffset: 0, token: token))
         return true
     }
@@ -150,9 +148,9 @@ extension ReplicaCore {
     func slotsInitialised(_ frame: Int32, _ buffer: BufferID, _ result: Int) {
         pool.release(buffer)
         slotsInitCount -= 1
-        syncs[FileSync.table].written += 1
-        let region = cache.frames[Int(frame)].region
-        regionMap[Int(region / 64)] |= 1 << (region % 64)
+        let layer = cache.frames[Int(frame)].layer
+        tableWritten(layer)
+        chain.mark(layer, cache.frames[Int(frame)].region)
         guard result == TablePage.pairSize else {
             log.unreserve(1)
             cache.frames[Int(frame)].state = .clean
@@ -171,7 +169,7 @@ extension ReplicaCore {
     /// Stores the activation, for which a record is reserved, and has the log synced.
     private func appendActivation(_ frame: Int32) {
         let index = log.nextIndex
-        log.appendReserved(.activate(layer: head, region: cache.frames[Int(frame)].region))
+        log.appendReserved(activation(of: frame))
         cache.enterLog(frame, firstIndex: index)
         cache.frames[Int(frame)].pendingTicket = log.storeCount
         cache.frames[Int(frame)].state = .activating
@@ -231,10 +229,10 @@ extension ReplicaCore {
         actions.append(
             kind == .dataWrite
                 ? .write(
-                    .data(head), offset: header.offset, length: length, buffer: buffer,
+                    .data(header.layer), offset: header.offset, length: length, buffer: buffer,
                     bufferOffset: 0, token: token)
                 : .read(
-                    .data(head), offset: header.offset, length: length, buffer: buffer,
+                    .data(header.layer), offset: header.offset, length: length, buffer: buffer,
                     bufferOffset: 0, token: token))
     }
 
@@ -256,11 +254,11 @@ extension ReplicaCore {
         guard let state = BlockState(rawValue: UInt8(header.auxiliary)) else { return }
         let entry = BlockEntry(state: state)
         if options.mutations.contains(.punchBeforeDrain) {
-            punchAtOnce(header.offset, header.length)
+            punchAtOnce(header.layer, header.offset, header.length)
         }
         log.append(
             .entry(
-                layer: head, block: header.offset / UInt64(Geometry.blockSize),
+                layer: header.layer, block: header.offset / UInt64(Geometry.blockSize),
                 count: blocks.count, entry))
         for block in blocks {
             let old = cache.entry(frame, block).state
@@ -280,6 +278,7 @@ extension ReplicaCore {
         let frame = requests[index].frame
         let blocks = requests[index].blocks
         syncs[FileSync.data].written += 1
+        chain.dataWritten(header.layer)
         cache.frames[Int(frame)].dataTicket = syncs[FileSync.data].written
         cache.frames[Int(frame)].writes -= 1
         requests[index].operationsLeft = 0
@@ -303,7 +302,9 @@ extension ReplicaCore {
     private func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
         let first = cache.frames[Int(frame)].region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
-            .entry(layer: head, block: first + UInt64(block), count: 1, entry))
+            .entry(
+                layer: cache.frames[Int(frame)].layer, block: first + UInt64(block), count: 1,
+                entry))
         cache.setEntry(frame, block, entry)
         cache.frames[Int(frame)].unneeded[block] = false
     }

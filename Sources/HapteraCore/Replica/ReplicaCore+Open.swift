@@ -137,10 +137,9 @@ package struct OpenedReplica {
     package let manifest: Manifest
     package let log: ActivityLog
     package let cache: TableCache
-    let regionMap: FixedArray<UInt64>
+    let chain: LayerChain
     private let storage: ReplicaStorage
     private let pair = MemoryBlock(count: TablePage.pairSize)
-    private var head: LayerID { manifest.head }
 
     package init(storage: ReplicaStorage, options: ReplicaOptions, isReadOnly: Bool = false)
         throws(StorageError)
@@ -153,14 +152,12 @@ package struct OpenedReplica {
         case .damaged:
             throw StorageError(.damaged, "manifest: neither slot is valid")
         }
-        guard manifest.layers.count == 1 else {
-            throw StorageError(
-                .unsupported, "manifest: \(manifest.layers.count) layers; this version knows one")
-        }
         let regions = Geometry.regionCount(size: manifest.identity.size)
-        try Self.expect(storage, .data(manifest.head), size: manifest.identity.size)
-        try Self.expect(
-            storage, .table(manifest.head), size: ReplicaCore.tableSize(manifest.identity.size))
+        for layer in manifest.layers {
+            try Self.expect(storage, .data(layer), size: manifest.identity.size)
+            try Self.expect(
+                storage, .table(layer), size: ReplicaCore.tableSize(manifest.identity.size))
+        }
 
         let logSize = try storage.size(.log)
         guard logSize >= UInt64(ActivityLog.ringOffset),
@@ -171,15 +168,17 @@ package struct OpenedReplica {
         log = try ActivityLog(opening: try storage.mapLog(size: Int(logSize)))
         // A log written under larger limits must be read all the same.
         let frameCount = max(options.tableCachePagesMax, InstallReply.activeRegionsMax + 64)
-        cache = TableCache(frameCount: min(frameCount, Int(max(regions, 1))))
-        regionMap = FixedArray(repeating: 0, count: Int((regions + 63) / 64))
-        try markAllocated(regions: regions)
+        // Enough for all there is, and for some layers that are still to come.
+        let pages = regions * UInt64(manifest.layers.count + 8) + 64
+        cache = TableCache(frameCount: Int(min(UInt64(frameCount), pages)))
+        chain = LayerChain(manifest.layers, regionCount: regions)
+        for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
         guard !isReadOnly else { return }
         try makeSlots()
         try storage.sync(.log)
-        try storage.sync(.table(head))
+        for layer in manifest.layers { try storage.sync(.table(layer)) }
         try findUnneeded()
     }
 
@@ -198,10 +197,11 @@ package struct OpenedReplica {
         while frame >= 0 {
             let region = cache.frames[Int(frame)].region
             if !cache.frames[Int(frame)].hasSlots {
-                TablePage.encodeEmptyPair(layer: head, region: region, to: pair.memory)
+                let layer = cache.frames[Int(frame)].layer
+                TablePage.encodeEmptyPair(layer: layer, region: region, to: pair.memory)
                 do throws(StorageError) {
                     try storage.write(
-                        .table(head), offset: TablePage.pairOffset(region: region),
+                        .table(layer), offset: TablePage.pairOffset(region: region),
                         from: pair.memory)
                 } catch {
                     // Draining makes them, if there is space by then.
@@ -216,31 +216,28 @@ package struct OpenedReplica {
     }
 
     /// Regions without space in the table were never written: their pages need not be read.
-    private func markAllocated(regions: UInt64) throws(StorageError) {
+    private func markAllocated(_ layer: LayerID, regions: UInt64) throws(StorageError) {
         var offset: UInt64 = 0
-        while let range = try storage.nextAllocated(.table(head), from: offset) {
+        while let range = try storage.nextAllocated(.table(layer), from: offset) {
             let first = range.lowerBound / UInt64(TablePage.pairSize)
             let end = min(
                 (range.upperBound + UInt64(TablePage.pairSize) - 1) / UInt64(TablePage.pairSize),
                 regions)
-            for region in first..<max(first, end) { mark(region) }
+            for region in first..<max(first, end) { chain.mark(layer, region) }
             guard range.upperBound > offset else { break }
             offset = range.upperBound
         }
-    }
-    private func mark(_ region: UInt64) {
-        regionMap[Int(region / 64)] |= 1 << (region % 64)
     }
 
     private func apply(_ record: LogRecord, regions: UInt64) throws(StorageError) {
         let region =
             record.kind == .entry
             ? record.position / UInt64(Geometry.blocksPerRegion) : record.position
-        guard region < regions, record.layer == head else {
+        guard region < regions, chain.index(of: record.layer) != nil else {
             throw StorageError(
                 .damaged, "activity.log: record \(record.index) is about no region of this volume")
         }
-        let frame = try load(region)
+        let frame = try load(record.layer, region)
         guard record.index >= cache.frames[Int(frame)].logIndex else { return }
         let isActive = cache.frames[Int(frame)].state == .active
         if record.kind == .drained {
@@ -253,7 +250,7 @@ package struct OpenedReplica {
             return
         }
         if !isActive {
-            mark(region)
+            chain.mark(record.layer, region)
             cache.frames[Int(frame)].state = .active
             cache.move(frame, to: .active)
             cache.enterLog(frame, firstIndex: record.index)
@@ -265,17 +262,17 @@ package struct OpenedReplica {
     }
 
     /// The region's frame, its page read if need be.
-    private func load(_ region: UInt64) throws(StorageError) -> Int32 {
-        if let frame = cache.find(region) { return frame }
-        guard let frame = cache.allocate(region) else {
+    private func load(_ layer: LayerID, _ region: UInt64) throws(StorageError) -> Int32 {
+        if let frame = cache.find(layer, region) { return frame }
+        guard let frame = cache.allocate(layer, region) else {
             throw StorageError(.damaged, "activity.log: more active regions than there may be")
         }
         let count = try storage.read(
-            .table(head), offset: TablePage.pairOffset(region: region), into: pair.memory)
+            .table(layer), offset: TablePage.pairOffset(region: region), into: pair.memory)
         guard count == pair.memory.count else {
             throw StorageError(.damaged, "table: ends within the page of region \(region)")
         }
-        guard cache.fill(frame, fromPair: pair.memory, layer: head) else {
+        guard cache.fill(frame, fromPair: pair.memory) else {
             throw StorageError(.damaged, "table page of region \(region): both slots are damaged")
         }
         // A torn one is not evicted: whether the region is active is known at the end of the log.
@@ -325,7 +322,8 @@ extension OpenedReplica {
         let blockSize = UInt64(Geometry.blockSize)
         var offset = start
         while offset < end,
-            let range = try storage.nextAllocated(.data(head), from: offset),
+            let range = try storage.nextAllocated(
+                .data(cache.frames[Int(frame)].layer), from: offset),
             range.lowerBound < end
         {
             let first = Int((max(range.lowerBound, start) - start) / blockSize)
@@ -344,9 +342,10 @@ extension OpenedReplica {
 extension TableCache {
     /// Takes a region's two slots as read into its loading frame, which becomes clean. False: the
     /// page is damaged.
-    package func fill(_ frame: Int32, fromPair memory: RawMemory, layer: LayerID) -> Bool {
+    package func fill(_ frame: Int32, fromPair memory: RawMemory) -> Bool {
         let index = Int(frame)
-        switch TablePage.loadPair(memory, layer: layer, region: frames[index].region) {
+        let found = frames[index]
+        switch TablePage.loadPair(memory, layer: found.layer, region: found.region) {
         case .neverWritten:
             entries(frame).fill()
         case .page(let page, let isWhole):

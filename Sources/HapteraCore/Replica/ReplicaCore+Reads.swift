@@ -1,4 +1,5 @@
-// Read, digest and status: what looks at a copy. None of them activates a region.
+// Read, digest and status: what looks at a copy. None of them activates a region. Here one layer is
+// looked at; what is seen through the chain is in ReplicaCore+Chain.
 
 extension ReplicaCore {
     /// Table page and data are fetched in parallel when the region is not in memory.
@@ -6,7 +7,9 @@ extension ReplicaCore {
         let index = Int(slot)
         let header = requests[index].header
         let region = requests[index].region
-        let known = cache.find(region)
+        let isOwn = header.flags & FrameFlags.resync != 0
+        guard isOwn || header.layer == chain.id(0) else { return resumeChainRead(slot) }
+        let known = cache.find(header.layer, region)
         if requests[index].buffer != .none {
             // The page has come; perhaps the data has, too.
             guard let frame = known else { preconditionFailure("woken by a region not in memory") }
@@ -19,13 +22,13 @@ extension ReplicaCore {
             if isKnown, !holdsData(known, requests[index].blocks) {
                 return answerRead(slot, known)
             }
-        } else if !mayBeInTable(region) {
+        } else if !chain.mayHold(header.layer, region) {
             return answerAbsent(slot)
         }
         guard hasOperationForRequests, let buffer = pool.allocate(Int(header.length)) else {
             return push(slot, &awaitingResources)
         }
-        guard let frame = known ?? bringIn(region) else {
+        guard let frame = known ?? bringIn(header.layer, region) else {
             pool.release(buffer)
             return push(slot, &awaitingResources)
         }
@@ -57,17 +60,23 @@ extension ReplicaCore {
 
     /// `position`: from the request's offset on, and in its buffer.
     private func startDataRead(_ slot: Int32, at position: Int = 0, length: Int) {
-        requests[Int(slot)].operationsLeft = 1
+        requests[Int(slot)].operationsLeft = 0
+        startDataRead(slot, requests[Int(slot)].header.layer, at: position, length: length)
+    }
+    func startDataRead(_ slot: Int32, _ layer: LayerID, at position: Int, length: Int) {
+        requests[Int(slot)].operationsLeft += 1
         let token = startOperation(.dataRead, index: slot, length: length)
         actions.append(
             .read(
-                .data(head), offset: requests[Int(slot)].header.offset + UInt64(position),
+                .data(layer), offset: requests[Int(slot)].header.offset + UInt64(position),
                 length: length, buffer: requests[Int(slot)].buffer, bufferOffset: position,
                 token: token))
     }
 
-    func dataRead(_ slot: Int32, _ result: Int) {
+    func dataRead(_ operation: DiskOperation, _ result: Int) {
+        let slot = operation.index
         let index = Int(slot)
+        if requests[index].layersLeft < 0 { return chainDataRead(slot, result, operation.length) }
         requests[index].dataResult = result
         let kind = requests[index].header.kind
         if kind == .adopt { return adoptRead(slot, result) }
@@ -133,8 +142,9 @@ extension ReplicaCore {
 
     func resumeDigest(_ slot: Int32) {
         let index = Int(slot)
+        let layer = requests[index].header.layer
         let region = requests[index].region
-        guard let frame = residentFrame(slot, region) else { return }
+        guard let frame = residentFrame(slot, layer, region) else { return }
         // `residentFrame` returns nil having queued the request, and so do these.
         guard reserveTable(slot, RegionDigest.size) else { return }
         guard holdsData(frame, 0..<Geometry.blocksPerRegion) else {
@@ -200,40 +210,56 @@ extension ReplicaCore {
     func resumeStatus(_ slot: Int32) {
         let index = Int(slot)
         guard reserveTable(slot, 4096) else { return }
+        guard requests[index].header.layer == chain.id(0) else { return resumeChainStatus(slot) }
         let end = requests[index].header.offset + UInt64(requests[index].header.length)
         if requests[index].extents == 0 { requests[index].position = requests[index].header.offset }
+        let layer = chain.id(0)
         while requests[index].position < end {
             let region = Geometry.region(ofByte: requests[index].position)
             let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
-            if !mayBeInTable(region) {
+            if !chain.mayHold(0, region) {
                 guard extend(slot, .absent, to: regionEnd) else { break }
                 continue
             }
-            if let frame = cache.find(region), cache.frames[Int(frame)].state != .loading {
-                guard extend(slot, frame, to: regionEnd) else { break }
+            if let frame = cache.find(layer, region), cache.frames[Int(frame)].state != .loading {
+                guard extend(slot, cache.entries(frame), to: regionEnd) else { break }
                 continue
             }
-            if requests[index].extents > 0, requests[index].loads >= Self.statusLoadsMax { break }
-            requests[index].loads += 1
-            guard let frame = residentFrame(slot, region) else { return }
+            guard mayLoadForStatus(slot) else { break }
+            guard let frame = residentFrame(slot, layer, region) else { return }
             precondition(cache.frames[Int(frame)].state != .loading)
         }
-        finish(
-            slot, .ok, table: takeTable(slot),
-            tableLength: Int(requests[index].extents) * Self.extentSize)
+        answerStatus(slot)
     }
 
-    private func extend(_ slot: Int32, _ frame: Int32, to end: UInt64) -> Bool {
+    /// Counts a page to be read; false: what is known is answer enough.
+    func mayLoadForStatus(_ slot: Int32) -> Bool {
+        let index = Int(slot)
+        if requests[index].extents > 0, requests[index].loads >= Self.statusLoadsMax {
+            return false
+        }
+        requests[index].loads += 1
+        return true
+    }
+    func answerStatus(_ slot: Int32) {
+        finish(
+            slot, .ok, table: takeTable(slot),
+            tableLength: Int(requests[Int(slot)].extents) * Self.extentSize)
+    }
+
+    /// Goes on with what a region's entries say.
+    func extend(_ slot: Int32, _ entries: RawMemory, to end: UInt64) -> Bool {
         while requests[Int(slot)].position < end {
             let position = requests[Int(slot)].position
             let block = Int(position % UInt64(Geometry.regionSize)) / Geometry.blockSize
             let next = position + UInt64(Geometry.blockSize)
-            guard extend(slot, cache.entry(frame, block).state, to: next) else { return false }
+            let entry = BlockEntry(decoding: entries, at: block * BlockEntry.size) ?? .absent
+            guard extend(slot, entry.state, to: next) else { return false }
         }
         return true
     }
     /// False: the table is full.
-    private func extend(_ slot: Int32, _ state: BlockState, to end: UInt64) -> Bool {
+    func extend(_ slot: Int32, _ state: BlockState, to end: UInt64) -> Bool {
         let index = Int(slot)
         let memory = pool.memory(requests[index].table)
         let length = end - requests[index].position

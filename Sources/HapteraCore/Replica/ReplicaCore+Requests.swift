@@ -122,6 +122,11 @@ extension ReplicaCore {
         requests[index].number = nextNumber
         nextNumber += 1
         startedCount += 1
+        // Asked now: an Install before it on its connection may have made the layer.
+        if requests[index].header.layer == .head { requests[index].header.layer = chain.head }
+        guard chain.index(of: requests[index].header.layer) != nil else {
+            return finish(slot, .invalid)
+        }
         switch requests[index].header.kind {
         case .write:
             guard payloadMatches(slot) else { return finish(slot, .checksumMismatch) }
@@ -337,7 +342,7 @@ extension ReplicaCore {
     // MARK: disk operations
 
     /// Operations requests may not take, so that upkeep and syncs always go on.
-    private static let operationsForUpkeep = Upkeep.batchMax + 16
+    static let operationsForUpkeep = Upkeep.batchMax + 16
     var hasOperationForRequests: Bool { freeOperationCount > Self.operationsForUpkeep }
 
     func startOperation(
@@ -366,7 +371,7 @@ extension ReplicaCore {
         switch ended.kind {
         case .free: break
         case .dataWrite: dataWritten(ended.index, result)
-        case .dataRead: dataRead(ended.index, result)
+        case .dataRead: dataRead(ended, result)
         case .pageLoad: pageLoaded(ended.index, ended.buffer, result)
         case .birthsRead: birthsRead(ended, result)
         case .slotsInit: slotsInitialised(ended.index, ended.buffer, result)
@@ -375,6 +380,7 @@ extension ReplicaCore {
         case .punch: punched(ended.index)
         case .manifestWrite: manifestWritten(ended, result)
         case .manifestSync: manifestSynced(result)
+        case .layerCreate, .layerSync: layerStepEnded(ended, result)
         }
     }
 

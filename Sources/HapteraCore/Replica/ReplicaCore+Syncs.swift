@@ -1,6 +1,7 @@
 // What is durable: one sync at a time per file, each covering all that was written before it began.
 
-/// Counts what was written to a file and what of it a sync has covered.
+/// Counts what was written to a file, or to all layers' data or tables, and what of it a sync has
+/// covered.
 struct FileSync: BitwiseCopyable {
     static let log = 0
     static let data = 1
@@ -11,6 +12,10 @@ struct FileSync: BitwiseCopyable {
     var syncing: UInt64 = 0
     var durable: UInt64 = 0
     var wanted: UInt64 = 0
+    /// Files whose sync has not ended, and the layer after the last one begun.
+    var outstanding = 0
+    var nextLayer = 0
+    static let outstandingMax = 16
 }
 
 extension ReplicaCore {
@@ -22,13 +27,30 @@ extension ReplicaCore {
     private func pumpSync(_ file: Int) {
         guard syncs[file].syncing == 0, syncs[file].wanted > syncs[file].durable else { return }
         syncs[file].syncing = written(file)
-        let token = startOperation(.sync, index: Int32(file))
-        let name: ReplicaFile =
-            file == FileSync.log ? .log : file == FileSync.data ? .data(head) : .table(head)
-        actions.append(.sync(name, token: token))
+        syncs[file].nextLayer = 0
+        if file == FileSync.log { startSync(file, .log) } else { syncLayers(file) }
+    }
+    private func syncLayers(_ file: Int) {
+        let isData = file == FileSync.data
+        while syncs[file].outstanding < FileSync.outstandingMax,
+            let index = chain.nextUnsynced(isData: isData, from: syncs[file].nextLayer)
+        {
+            syncs[file].nextLayer = index + 1
+            startSync(file, isData ? .data(chain.id(index)) : .table(chain.id(index)))
+        }
+    }
+    private func startSync(_ file: Int, _ name: ReplicaFile) {
+        syncs[file].outstanding += 1
+        actions.append(.sync(name, token: startOperation(.sync, index: Int32(file))))
     }
     func written(_ file: Int) -> UInt64 {
         file == FileSync.log ? log.storeCount : syncs[file].written
+    }
+
+    /// A write of the layer's table has ended.
+    func tableWritten(_ layer: LayerID) {
+        syncs[FileSync.table].written += 1
+        chain.tableWritten(layer)
     }
 
     func syncEnded(_ file: Int, _ result: Int) {
@@ -36,6 +58,9 @@ extension ReplicaCore {
             // The kernel may have dropped the pages it could not write: a second sync would lie.
             return fail(.syncFailed(errno: Int32(-result)))
         }
+        syncs[file].outstanding -= 1
+        if file != FileSync.log { syncLayers(file) }
+        guard syncs[file].outstanding == 0 else { return }
         syncs[file].durable = syncs[file].syncing
         syncs[file].syncing = 0
         pumpSync(file)

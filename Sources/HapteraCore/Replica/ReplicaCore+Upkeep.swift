@@ -57,7 +57,7 @@ extension ReplicaCore {
     }
 
     private var isLogFilling: Bool { log.used * 2 > log.capacity }
-    private var isCrowded: Bool { cache.activeCount * 4 > options.activeRegionsMax * 3 }
+    private var isCrowded: Bool { cache.activeCount * 4 > activeRegionsMax * 3 }
     /// Tells the engine that a flush is due.
     var isUnderPressure: Bool {
         log.used * 4 > log.capacity * 3 || isCrowded || !parked.isEmpty
@@ -149,8 +149,7 @@ extension ReplicaCore {
                 want(FileSync.table, cache.frames[Int(frame)].slotsTicket)
             } else if cache.frames[Int(frame)].state == .active, log.hasRoomForUpkeep {
                 cache.frames[Int(frame)].isRenewing = true
-                cache.frames[Int(frame)].pendingIndex = log.append(
-                    .activate(layer: head, region: cache.frames[Int(frame)].region))
+                cache.frames[Int(frame)].pendingIndex = log.append(activation(of: frame))
                 addToBatch(frame)
             }
             frame = next
@@ -173,6 +172,10 @@ extension ReplicaCore {
         }
     }
 
+    func activation(of frame: Int32) -> LogRecord {
+        let found = cache.frames[Int(frame)]
+        return .activate(layer: found.layer, region: found.region)
+    }
     private func startDraining(_ frame: Int32) {
         cache.frames[Int(frame)].state = .draining
         addToBatch(frame)
@@ -191,14 +194,15 @@ extension ReplicaCore {
             }
             let found = cache.frames[Int(frame)]
             let page = TablePage(
-                layer: head, region: found.region, version: found.version + 1, birth: found.birth,
+                layer: found.layer, region: found.region, version: found.version + 1,
+                birth: found.birth,
                 logIndex: found.isRenewing ? found.pendingIndex : upkeep.logIndex)
             page.encode(entries: cache.entries(frame), to: pool.memory(buffer))
             upkeep.outstanding += 1
             let token = startOperation(.pageWrite, index: Int32(place), buffer: buffer)
             actions.append(
                 .write(
-                    .table(head),
+                    .table(found.layer),
                     offset: TablePage.offset(region: page.region, version: page.version),
                     length: TablePage.size, buffer: buffer, bufferOffset: 0, token: token))
         }
@@ -207,7 +211,7 @@ extension ReplicaCore {
     func pageWritten(_ place: Int32, _ buffer: BufferID, _ result: Int) {
         pool.release(buffer)
         upkeep.outstanding -= 1
-        syncs[FileSync.table].written += 1
+        tableWritten(cache.frames[Int(batch[Int(place)])].layer)
         guard result == TablePage.size else { return reactivate(Int(place)) }
         cache.frames[Int(batch[Int(place)])].version += 1
         // Unless a power cut took them while the region was active, they were there before.
@@ -223,7 +227,7 @@ extension ReplicaCore {
             return cancel(place)
         }
         cancel(place, to: .activating)
-        log.append(.activate(layer: head, region: cache.frames[Int(frame)].region))
+        log.append(activation(of: frame))
         cache.frames[Int(frame)].pendingTicket = log.storeCount
         cache.move(frame, to: .none)
         activations.append(frame)
@@ -254,7 +258,8 @@ extension ReplicaCore {
             cache.move(frame, to: .none)
             cache.frames[Int(frame)].state = .clean
             if log.hasRoom(1) {
-                log.append(.drained(layer: head, region: cache.frames[Int(frame)].region))
+                let found = cache.frames[Int(frame)]
+                log.append(.drained(layer: found.layer, region: found.region))
             }
             wake(frame)
         }
@@ -301,14 +306,15 @@ extension ReplicaCore {
         let token = startOperation(.punch, index: frame)
         actions.append(
             .punch(
-                .data(head), offset: start + UInt64(run.lowerBound * Geometry.blockSize),
+                .data(cache.frames[Int(frame)].layer),
+                offset: start + UInt64(run.lowerBound * Geometry.blockSize),
                 length: UInt64(run.count * Geometry.blockSize), token: token))
     }
 
     /// The mutation `punchBeforeDrain`.
-    func punchAtOnce(_ offset: UInt64, _ length: UInt32) {
+    func punchAtOnce(_ layer: LayerID, _ offset: UInt64, _ length: UInt32) {
         let token = startOperation(.punch, index: -1)
-        actions.append(.punch(.data(head), offset: offset, length: UInt64(length), token: token))
+        actions.append(.punch(.data(layer), offset: offset, length: UInt64(length), token: token))
     }
 
     /// Whether it worked or not: the blocks read zero either way.

@@ -15,7 +15,7 @@ package final class ReplicaCore {
     /// Bytes of the volume.
     package let size: UInt64
     let regionCount: UInt64
-    let head: LayerID
+    var chain: LayerChain
     let log: ActivityLog
     let cache: TableCache
 
@@ -88,6 +88,9 @@ package final class ReplicaCore {
     /// What a sync of the log must cover before an Install is answered: its flushed mark. Nil until
     /// nothing is under way that could store another.
     var installTicket: UInt64?
+    /// Layers of the Install under way whose files are durable, and operations on one that is not.
+    var layersMade: [LayerID] = []
+    var layerOperations = 0
     /// The host restarted since the copies were last known equal; fixed at open.
     package let isRebooted: Bool
 
@@ -101,8 +104,6 @@ package final class ReplicaCore {
     /// Highest point of which every member is known to hold a durable mark, so that a copy whose
     /// mark is below it was rolled back. Survives a restart; may lag. At most S.
     package internal(set) var knownStable: StablePoint
-    /// A bit per region: 1 if the table or the log may know it.
-    let regionMap: FixedArray<UInt64>
 
     // Upkeep.
     var upkeep = Upkeep()
@@ -126,10 +127,9 @@ package final class ReplicaCore {
         identity = opened.manifest.identity
         size = identity.size
         regionCount = Geometry.regionCount(size: identity.size)
-        head = opened.manifest.head
+        chain = opened.chain
         log = opened.log
         cache = opened.cache
-        regionMap = opened.regionMap
         flushedPoint = opened.log.flushed
         knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
@@ -142,15 +142,20 @@ package final class ReplicaCore {
         }
     }
 
+    /// Reads need frames, too.
+    private var activeFramesMax: Int { max(1, cache.frames.count - 16) }
+    var activeRegionsMax: Int { min(options.activeRegionsMax, activeFramesMax) }
+    var activeRegionsForCopies: Int { min(options.activeRegionsForCopies, activeFramesMax) }
+
     /// False: the shell stops reading from its connections until a step made it true again.
     package var canAccept: Bool { freeRequestCount > 0 }
     /// Something waits for a buffer that the shell may have released: it should step with a tick.
     package var isShortOfResources: Bool { !awaitingResources.isEmpty }
     package var promise: Epoch { manifest.promise }
     package var installedRecord: VolumeRecord? { manifest.installed }
-    package var headLayer: LayerID { head }
+    package var headLayer: LayerID { chain.head }
     /// The layer chain, lowest first.
-    package var layers: [LayerID] { manifest.layers }
+    package var layers: [LayerID] { chain.ids }
     package var activeRegionCount: Int { cache.activeCount }
     package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
     package var isShutDown: Bool { shutdown == .done }
@@ -212,7 +217,7 @@ package final class ReplicaCore {
     private func retryWaiting() {
         // Asked here and not in `retry`: nearly always nothing waits.
         if !awaitingLog.isEmpty { retry(\.awaitingLog) }
-        if !parked.isEmpty, cache.activeCount < options.activeRegionsMax { retry(\.parked) }
+        if !parked.isEmpty, cache.activeCount < activeRegionsMax { retry(\.parked) }
         if !awaitingResources.isEmpty { retry(\.awaitingResources) }
     }
     private func retry(_ path: ReferenceWritableKeyPath<ReplicaCore, SlotQueue>) {
@@ -255,6 +260,8 @@ struct Request: BitwiseCopyable {
     var extents: Int32 = 0
     var loads: Int32 = 0
     var operationsLeft: Int32 = 0
+    /// Read through the chain: layers still to be asked, from the top; status: of this region.
+    var layersLeft: Int32 = 0
     var number: UInt64 = 0
     var next: Int32 = -1
     var olderMutation: Int32 = -1
@@ -304,6 +311,8 @@ struct DiskOperation: BitwiseCopyable {
         case punch
         case manifestWrite
         case manifestSync
+        case layerCreate
+        case layerSync
     }
     var kind = Kind.free
     /// Request, frame, file or place in the batch, by kind.
@@ -311,8 +320,9 @@ struct DiskOperation: BitwiseCopyable {
     var generation: UInt32 = 0
     var buffer = BufferID.none
     var length = 0
-    /// Where a read of births begins.
+    /// Where a read of births begins, and in which layer.
     var region: UInt64 = 0
+    var layer = LayerID.head
     var next: Int32 = -1
 }
 

@@ -3,7 +3,9 @@
 /// process that serves the files the storage must give a copy of the log: pages read later are then
 /// never older than the log says; opening may still fail as `damaged` and be tried again.
 package final class ReplicaReader {
+    /// One region of one layer.
     package struct Region {
+        package let layer: LayerID
         package let number: UInt64
         /// In the activity log: blocks that do not match are doubtful, not damaged.
         package let isActive: Bool
@@ -21,12 +23,14 @@ package final class ReplicaReader {
 
     package let manifest: Manifest
     package let log: ActivityLog
+    /// Regions that any layer has in the activity log.
     package let activeRegions: [UInt64]
     private let storage: ReplicaStorage
     private let opened: OpenedReplica
     private let pair = MemoryBlock(count: TablePage.pairSize)
     private let none = MemoryBlock(count: TablePage.entriesSize)
     private let data = MemoryBlock(count: Geometry.regionSize)
+    private let seen = MemoryBlock(count: Geometry.regionSize)
 
     package init(opening storage: ReplicaStorage) throws(StorageError) {
         self.storage = storage
@@ -34,10 +38,10 @@ package final class ReplicaReader {
             storage: storage, options: ReplicaOptions(instance: .none), isReadOnly: true)
         manifest = opened.manifest
         log = opened.log
-        var regions: [UInt64] = []
+        var regions: Set<UInt64> = []
         var frame = opened.cache.oldestActive
         while frame >= 0 {
-            regions.append(opened.cache.frames[Int(frame)].region)
+            regions.insert(opened.cache.frames[Int(frame)].region)
             frame = opened.cache.nextActive(frame)
         }
         activeRegions = regions.sorted()
@@ -45,73 +49,87 @@ package final class ReplicaReader {
 
     package var size: UInt64 { manifest.identity.size }
     package var regionCount: UInt64 { Geometry.regionCount(size: size) }
-    /// False: nothing was ever written to the region.
-    package func mayHold(_ region: UInt64) -> Bool {
-        opened.regionMap[Int(region / 64)] >> (region % 64) & 1 != 0
+    package var layers: [LayerID] { opened.chain.ids }
+    /// False: nothing was ever written to the region, or to that layer of it.
+    package func mayHold(_ region: UInt64) -> Bool { opened.chain.mayHold(region) }
+    package func mayHold(_ layer: LayerID, _ region: UInt64) -> Bool {
+        opened.chain.mayHold(layer, region)
+    }
+    /// Nil: no snapshot of that name is in the record installed here.
+    package func snapshot(named name: String) -> LayerID? {
+        manifest.installed?.snapshot(named: name)?.layer
     }
 
-    /// Counts regions by the epoch of their last write; regions never written are left out, and
-    /// those of the activity log count as written in the promised epoch.
+    /// Counts regions by the epoch of their last write, in whichever layer; regions never written
+    /// are left out, and those of the activity log count as written in the promised epoch.
     package func births() throws(StorageError) -> [Epoch: UInt64] {
         var births: [Epoch: UInt64] = [:]
-        for region in activeRegions {
-            guard let frame = opened.cache.find(region) else { continue }
-            births[opened.cache.frames[Int(frame)].birth, default: 0] += 1
-        }
-        let active = Set(activeRegions)
         let pairsAtOnce: UInt64 = 128
         let pairs = MemoryBlock(count: Int(pairsAtOnce) * TablePage.pairSize)
         var first: UInt64 = 0
         while first < regionCount {
-            defer { first += pairsAtOnce }
             let end = min(first + pairsAtOnce, regionCount)
-            guard (first..<end).contains(where: { mayHold($0) }) else { continue }
-            let memory = pairs.memory.slice(0, Int(end - first) * TablePage.pairSize)
-            let count = try storage.read(
-                .table(manifest.head), offset: TablePage.pairOffset(region: first), into: memory)
-            guard count == memory.count else {
-                throw StorageError(.damaged, "table: ends before region \(end)")
-            }
-            for region in first..<end where mayHold(region) && !active.contains(region) {
-                let pair = memory.slice(
-                    Int(region - first) * TablePage.pairSize, TablePage.pairSize)
-                switch TablePage.loadPair(pair, layer: manifest.head, region: region) {
-                case .neverWritten: break
-                // A torn slot: of damage, or of a page being written now. The other one will do.
-                case .page(let page, _): births[page.birth, default: 0] += 1
-                // Nothing is known of when it was written: it may have been in any epoch.
-                case .damaged: births[manifest.promise, default: 0] += 1
+            var latest: [UInt64: Epoch] = [:]
+            for layer in layers where (first..<end).contains(where: { mayHold(layer, $0) }) {
+                let memory = pairs.memory.slice(0, Int(end - first) * TablePage.pairSize)
+                let count = try storage.read(
+                    .table(layer), offset: TablePage.pairOffset(region: first), into: memory)
+                guard count == memory.count else {
+                    throw StorageError(.damaged, "table: ends before region \(end)")
+                }
+                for region in first..<end where mayHold(layer, region) {
+                    let pair = memory.slice(
+                        Int(region - first) * TablePage.pairSize, TablePage.pairSize)
+                    guard let birth = birth(layer, region, pair) else { continue }
+                    latest[region] = max(latest[region] ?? .zero, birth)
                 }
             }
+            for birth in latest.values { births[birth, default: 0] += 1 }
+            first = end
         }
         return births
     }
-
-    /// What the table and the log say of a region. Throws `damaged` if its page is not readable.
-    package func region(_ number: UInt64) throws(StorageError) -> Region {
-        guard mayHold(number) else {
-            return Region(number: number, isActive: false, birth: .zero, entries: none.memory)
+    private func birth(_ layer: LayerID, _ region: UInt64, _ pair: RawMemory) -> Epoch? {
+        if let frame = opened.cache.find(layer, region),
+            opened.cache.frames[Int(frame)].state == .active
+        {
+            return opened.cache.frames[Int(frame)].birth
         }
-        if let frame = opened.cache.find(number), opened.cache.frames[Int(frame)].state == .active {
-            return Region(
-                number: number, isActive: true, birth: opened.cache.frames[Int(frame)].birth,
-                entries: opened.cache.entries(frame))
+        switch TablePage.loadPair(pair, layer: layer, region: region) {
+        case .neverWritten: return nil
+        // A torn slot: of damage, or of a page being written now. The other one will do.
+        case .page(let page, _): return page.birth
+        // Nothing is known of when it was written: it may have been in any epoch.
+        case .damaged: return manifest.promise
+        }
+    }
+
+    /// What the table and the log say of a region of the layer. Throws `damaged` if its page is not
+    /// readable.
+    package func region(_ number: UInt64, layer: LayerID) throws(StorageError) -> Region {
+        func region(_ birth: Epoch, _ entries: RawMemory, isActive: Bool = false) -> Region {
+            Region(
+                layer: layer, number: number, isActive: isActive, birth: birth, entries: entries)
+        }
+        guard mayHold(layer, number) else { return region(.zero, none.memory) }
+        if let frame = opened.cache.find(layer, number),
+            opened.cache.frames[Int(frame)].state == .active
+        {
+            return region(
+                opened.cache.frames[Int(frame)].birth, opened.cache.entries(frame), isActive: true)
         }
         let count = try storage.read(
-            .table(manifest.head), offset: TablePage.pairOffset(region: number),
-            into: pair.memory)
+            .table(layer), offset: TablePage.pairOffset(region: number), into: pair.memory)
         guard count == pair.memory.count else {
             throw StorageError(.damaged, "table: ends within the page of region \(number)")
         }
-        switch TablePage.loadPair(pair.memory, layer: manifest.head, region: number) {
-        case .neverWritten:
-            return Region(number: number, isActive: false, birth: .zero, entries: none.memory)
+        switch TablePage.loadPair(pair.memory, layer: layer, region: number) {
+        case .neverWritten: return region(.zero, none.memory)
         case .page(let page, isWhole: true):
             let slot = Int(page.version % 2) * TablePage.size
-            return Region(
-                number: number, isActive: false, birth: page.birth,
-                entries: pair.memory.slice(
-                    slot + TablePage.entriesOffset, TablePage.entriesSize))
+            return region(
+                page.birth,
+                pair.memory.slice(slot + TablePage.entriesOffset, TablePage.entriesSize))
         case .page(_, isWhole: false), .damaged:
             throw StorageError(.damaged, "table page of region \(number) is damaged")
         }
@@ -134,7 +152,7 @@ package final class ReplicaReader {
         let holdsData = (0..<count).contains { entry(region, $0).state == .data }
         if holdsData {
             let got = try storage.read(
-                .data(manifest.head), offset: start, into: data.memory.slice(0, length))
+                .data(region.layer), offset: start, into: data.memory.slice(0, length))
             guard got == length else {
                 throw StorageError(.damaged, "data: ends within region \(region.number)")
             }
@@ -151,6 +169,30 @@ package final class ReplicaReader {
             let verdict =
                 isIntact ? BlockVerdict.intact : region.isActive ? .doubtful : .damaged
             try body(block, entry, verdict, bytes)
+        }
+    }
+
+    /// Hands each block of the region to `body` as it is seen from the layer: its verdict is that
+    /// of the layer that holds it.
+    package func view(
+        _ number: UInt64, from top: LayerID,
+        _ body: (Int, BlockVerdict, RawMemory) throws(StorageError) -> Void
+    ) throws(StorageError) {
+        var verdicts = [BlockVerdict](repeating: .zero, count: Geometry.blocksPerRegion)
+        seen.memory.fill()
+        for layer in layers where layer <= top && mayHold(layer, number) {
+            let region = try region(number, layer: layer)
+            try blocks(of: region) { (block, entry, verdict, bytes) throws(StorageError) in
+                guard entry.state != .absent else { return }
+                verdicts[block] = verdict
+                seen.memory.copy(from: bytes, at: block * Geometry.blockSize)
+            }
+        }
+        let start = number * UInt64(Geometry.regionSize)
+        let length = Int(min(UInt64(Geometry.regionSize), size - start))
+        for block in 0..<length / Geometry.blockSize {
+            let bytes = seen.memory.slice(block * Geometry.blockSize, Geometry.blockSize)
+            try body(block, verdicts[block], bytes)
         }
     }
 }

@@ -65,9 +65,10 @@ package struct SlotQueue: BitwiseCopyable, Sendable {
     package var isEmpty: Bool { head < 0 }
 }
 
-/// One region in memory. Its 256 entries are beside it, in `TableCache.entries`.
+/// One region of one layer in memory. Its 256 entries are beside it, in `TableCache.entries`.
 package struct TableFrame: BitwiseCopyable, Sendable {
     package var region: UInt64 = 0
+    package var layer = LayerID.head
     package var state: FrameState = .free
     /// Its slots in the table file exist: draining needs no space.
     package var hasSlots = false
@@ -106,8 +107,9 @@ package struct TableFrame: BitwiseCopyable, Sendable {
     fileprivate var logPrevious: Int32 = -1
 }
 
-/// The regions a replica has in memory: a fixed number of frames, found by region through a hash
-/// table, each in at most one list by use and, if active, in the list ordered by first log record.
+/// The regions a replica has in memory: a fixed number of frames, found by layer and region through
+/// a hash table, each in at most one list by use and, if active, in the list ordered by first log
+/// record.
 package final class TableCache {
     package enum List: UInt8, BitwiseCopyable, Sendable {
         case none
@@ -160,13 +162,15 @@ package final class TableCache {
 
     // MARK: finding
 
-    private func bucket(of region: UInt64) -> Int {
-        Int(truncatingIfNeeded: (region &* 0x9E37_79B9_7F4A_7C15) >> 32) & (buckets.count - 1)
+    private func bucket(_ layer: LayerID, _ region: UInt64) -> Int {
+        let mixed = LayerRegion(layer, region).packed &* 0x9E37_79B9_7F4A_7C15
+        return Int(truncatingIfNeeded: mixed >> 32) & (buckets.count - 1)
     }
-    package func find(_ region: UInt64) -> Int32? {
-        var at = bucket(of: region)
+    package func find(_ layer: LayerID, _ region: UInt64) -> Int32? {
+        var at = bucket(layer, region)
         while buckets[at] >= 0 {
-            if frames[Int(buckets[at])].region == region { return buckets[at] }
+            let frame = Int(buckets[at])
+            if frames[frame].region == region, frames[frame].layer == layer { return buckets[at] }
             at = (at + 1) & (buckets.count - 1)
         }
         return nil
@@ -174,7 +178,7 @@ package final class TableCache {
 
     /// A frame for a region not in memory, in state `loading` and no list; evicts the clean frame
     /// used longest ago. Nil: all frames are needed.
-    package func allocate(_ region: UInt64) -> Int32? {
+    package func allocate(_ layer: LayerID, _ region: UInt64) -> Int32? {
         var frame = first(.unused)
         if frame < 0 {
             frame = first(.clean)
@@ -184,8 +188,9 @@ package final class TableCache {
         move(frame, to: .none)
         frames[Int(frame)] = TableFrame()
         frames[Int(frame)].region = region
+        frames[Int(frame)].layer = layer
         frames[Int(frame)].state = .loading
-        var at = bucket(of: region)
+        var at = bucket(layer, region)
         while buckets[at] >= 0 { at = (at + 1) & (buckets.count - 1) }
         buckets[at] = frame
         return frame
@@ -196,22 +201,21 @@ package final class TableCache {
         let index = Int(frame)
         precondition(frames[index].pins == 0 && frames[index].waiters.isEmpty)
         precondition(!frames[index].isInLogList)
-        unhash(frames[index].region)
+        unhash(frame)
         move(frame, to: .unused)
         frames[index].state = .free
     }
 
-    private func unhash(_ region: UInt64) {
-        var at = bucket(of: region)
-        while buckets[at] < 0 || frames[Int(buckets[at])].region != region {
-            at = (at + 1) & (buckets.count - 1)
-        }
+    private func unhash(_ frame: Int32) {
+        var at = bucket(frames[Int(frame)].layer, frames[Int(frame)].region)
+        while buckets[at] != frame { at = (at + 1) & (buckets.count - 1) }
         // Close the gap: later entries of the run move up unless they would pass their own bucket.
         var gap = at
         while true {
             at = (at + 1) & (buckets.count - 1)
             guard buckets[at] >= 0 else { break }
-            let home = bucket(of: frames[Int(buckets[at])].region)
+            let found = frames[Int(buckets[at])]
+            let home = bucket(found.layer, found.region)
             let distance = (at - home) & (buckets.count - 1)
             if distance >= (at - gap) & (buckets.count - 1) {
                 buckets[gap] = buckets[at]

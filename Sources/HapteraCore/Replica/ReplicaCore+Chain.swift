@@ -1,0 +1,187 @@
+// What is seen through the chain: read and status from a layer that has others below it.
+//
+// Layers are asked from the top; the first that holds a block is the one it is read from. What was
+// found is kept in the request, so that no page has to stay in memory: the engine lets nothing else
+// change these blocks meanwhile, and what is below the head does not change.
+
+extension ReplicaCore {
+    // MARK: read
+
+    /// While layers are asked, an entry of the reply's table is the block's, with the place of its
+    /// layer, counted from one, in bytes 1..<4; zero: not found yet.
+    private func owner(_ table: RawMemory, _ block: Int) -> Int {
+        Int(table.load(UInt32.self, block * BlockEntry.size) >> 8)
+    }
+    private func setOwner(_ table: RawMemory, _ block: Int, _ owner: Int) {
+        let word = table.load(UInt32.self, block * BlockEntry.size) & 0xff
+        table.store(word | UInt32(owner) << 8, block * BlockEntry.size)
+    }
+
+    func resumeChainRead(_ slot: Int32) {
+        let index = Int(slot)
+        let (header, blocks) = (requests[index].header, requests[index].blocks)
+        guard reserveTable(slot, blocks.count * BlockEntry.size) else { return }
+        let table = pool.memory(requests[index].table).slice(0, blocks.count * BlockEntry.size)
+        // `extents` is zero until the request has begun.
+        if requests[index].extents == 0 {
+            requests[index].extents = 1
+            table.fill()
+            requests[index].layersLeft = Int32((chain.index(of: header.layer) ?? 0) + 1)
+        }
+        while requests[index].layersLeft > 0 {
+            let place = Int(requests[index].layersLeft) - 1
+            if chain.mayHold(place, requests[index].region) {
+                let layer = chain.id(place)
+                guard let frame = residentFrame(slot, layer, requests[index].region) else { return }
+                let isComplete = take(
+                    cache.entries(frame), blocks, owner: place + 1, into: table)
+                if isComplete { requests[index].layersLeft = 1 }
+            }
+            requests[index].layersLeft -= 1
+        }
+        readOwners(slot, table)
+    }
+
+    /// Fills in the blocks not found yet that the entries hold. True: all are found.
+    private func take(
+        _ entries: RawMemory, _ blocks: Range<Int>, owner: Int, into table: RawMemory
+    ) -> Bool {
+        var isComplete = true
+        for block in blocks where self.owner(table, block - blocks.lowerBound) == 0 {
+            let place = block - blocks.lowerBound
+            let entry = BlockEntry(decoding: entries, at: block * BlockEntry.size) ?? .absent
+            guard entry.state != .absent else {
+                isComplete = false
+                continue
+            }
+            entry.encode(to: table, at: place * BlockEntry.size)
+            setOwner(table, place, owner)
+        }
+        return isComplete
+    }
+
+    private func state(_ table: RawMemory, _ block: Int) -> UInt8 {
+        table[block * BlockEntry.size]
+    }
+    /// Data blocks of one layer that lie side by side.
+    private func nextRun(_ table: RawMemory, from start: Int, count: Int) -> Range<Int>? {
+        var first = start
+        while first < count, state(table, first) != BlockState.data.rawValue { first += 1 }
+        guard first < count else { return nil }
+        var end = first + 1
+        while end < count, state(table, end) == BlockState.data.rawValue,
+            owner(table, end) == owner(table, first)
+        {
+            end += 1
+        }
+        return first..<end
+    }
+
+    /// All owners are known: their data is read.
+    private func readOwners(_ slot: Int32, _ table: RawMemory) {
+        let index = Int(slot)
+        let count = requests[index].blocks.count
+        guard nextRun(table, from: 0, count: count) != nil else { return answerChainRead(slot) }
+        // Enough for the worst case, at once: a request that holds some and waits for more might
+        // wait for ever.
+        guard freeOperationCount > Self.operationsForUpkeep + count,
+            let buffer = pool.allocate(Int(requests[index].header.length))
+        else { return push(slot, &awaitingResources) }
+        requests[index].buffer = buffer
+        requests[index].layersLeft = -1
+        var next = 0
+        while let run = nextRun(table, from: next, count: count) {
+            next = run.upperBound
+            startDataRead(
+                slot, chain.id(owner(table, run.lowerBound) - 1),
+                at: run.lowerBound * Geometry.blockSize, length: run.count * Geometry.blockSize)
+        }
+    }
+
+    func chainDataRead(_ slot: Int32, _ result: Int, _ length: Int) {
+        let index = Int(slot)
+        if result != length { requests[index].dataResult = -1 }
+        requests[index].operationsLeft -= 1
+        if requests[index].operationsLeft == 0 { answerChainRead(slot) }
+    }
+
+    private func answerChainRead(_ slot: Int32) {
+        let index = Int(slot)
+        let header = requests[index].header
+        let count = requests[index].blocks.count
+        let tableLength = count * BlockEntry.size
+        let table = pool.memory(requests[index].table).slice(0, tableLength)
+        for block in 0..<count { setOwner(table, block, 0) }
+        guard requests[index].buffer != .none else {
+            return finish(slot, .ok, table: takeTable(slot), tableLength: tableLength)
+        }
+        let data = pool.memory(requests[index].buffer)
+        for block in 0..<count {
+            let bytes = data.slice(block * Geometry.blockSize, Geometry.blockSize)
+            guard state(table, block) == BlockState.data.rawValue else {
+                bytes.fill()
+                continue
+            }
+            let isGood =
+                requests[index].dataResult >= 0
+                && CRC32C.checksum(bytes) == table.load(UInt32.self, block * BlockEntry.size + 4)
+            if !isGood, !options.mutations.contains(.readWithoutChecksum) {
+                let offset = header.offset + UInt64(block * Geometry.blockSize)
+                actions.append(.note(.checksumMismatch(offset: offset)))
+                return finish(
+                    slot, .checksumMismatch, table: takeTable(slot), tableLength: tableLength)
+            }
+        }
+        finish(
+            slot, .ok, table: takeTable(slot), tableLength: tableLength,
+            dataLength: Int(header.length))
+    }
+
+    // MARK: status
+
+    /// The request's buffer holds the entries of the region at hand, as far as they are known.
+    func resumeChainStatus(_ slot: Int32) {
+        let index = Int(slot)
+        let header = requests[index].header
+        if requests[index].buffer == .none {
+            guard let buffer = pool.allocate(4096) else { return push(slot, &awaitingResources) }
+            requests[index].buffer = buffer
+            requests[index].position = header.offset
+        }
+        let entries = pool.memory(requests[index].buffer).slice(0, TablePage.entriesSize)
+        let end = header.offset + UInt64(header.length)
+        let top = chain.index(of: header.layer) ?? 0
+        while requests[index].position < end {
+            let region = Geometry.region(ofByte: requests[index].position)
+            if requests[index].layersLeft == 0 {
+                entries.fill()
+                requests[index].layersLeft = Int32(top + 1)
+            }
+            while requests[index].layersLeft > 0 {
+                let place = Int(requests[index].layersLeft) - 1
+                if chain.mayHold(place, region) {
+                    let layer = chain.id(place)
+                    let known = cache.find(layer, region)
+                    if known.map({ cache.frames[Int($0)].state == .loading }) ?? true,
+                        !mayLoadForStatus(slot)
+                    {
+                        return answerStatus(slot)
+                    }
+                    guard let frame = residentFrame(slot, layer, region) else { return }
+                    overlay(cache.entries(frame), under: entries)
+                }
+                requests[index].layersLeft -= 1
+            }
+            let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
+            guard extend(slot, entries, to: regionEnd) else { break }
+        }
+        answerStatus(slot)
+    }
+
+    private func overlay(_ lower: RawMemory, under upper: RawMemory) {
+        for at in stride(from: 0, to: TablePage.entriesSize, by: BlockEntry.size)
+        where upper[at] == BlockState.absent.rawValue {
+            upper.store(lower.load(UInt64.self, at), at)
+        }
+    }
+}

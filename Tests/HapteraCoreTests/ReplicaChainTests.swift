@@ -1,0 +1,285 @@
+import Testing
+
+@testable import HapteraCore
+
+/// Layers: what is seen through them, and how they come to be.
+@Suite struct ReplicaChainTests {
+    private let block = 4096
+    private func zero(_ blocks: Int) -> [UInt8] { [UInt8](repeating: 0, count: blocks * 4096) }
+
+    /// Snapshots by installing records with ever more layers. Epochs follow layers.
+    private func freeze(_ bench: ReplicaBench, layers: Int) throws {
+        let tag = bench.install(epoch: UInt64(layers), layers: layers)
+        try bench.run()
+        #expect(bench.status(tag) == .ok && bench.core.layers.count == layers)
+    }
+    private func read(
+        _ bench: ReplicaBench, _ first: Int, _ count: Int, layer: UInt32 = 0, flags: UInt16 = 0
+    ) throws -> (data: [UInt8], states: [UInt8])? {
+        let tag = bench.send(
+            .read, epoch: bench.core.promise.rawValue, offset: UInt64(first * block),
+            length: count * block, flags: flags, layer: layer)
+        try bench.run()
+        guard let reply = bench.reply(tag), reply.header.status == .ok else { return nil }
+        let states = stride(from: 0, to: reply.table.count, by: 8).map { reply.table[$0] }
+        return (reply.data.isEmpty ? zero(count) : reply.data, states)
+    }
+    private func trim(_ bench: ReplicaBench, _ first: Int, _ count: Int) throws {
+        let tag = bench.send(
+            .setState, epoch: bench.core.promise.rawValue, offset: UInt64(first * block),
+            length: count * block, auxiliary: UInt64(BlockState.zero.rawValue))
+        try bench.run()
+        #expect(bench.status(tag) == .ok)
+    }
+
+    /// Blocks 0..<4 of three layers: written below, partly covered, partly trimmed.
+    private func three() throws -> (bench: ReplicaBench, lower: [UInt8], middle: [UInt8]) {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        let lower = ReplicaBench.pattern(10, blocks: 4)
+        let middle = ReplicaBench.pattern(20)
+        bench.write(lower, at: 0)
+        try bench.run()
+        try freeze(bench, layers: 2)
+        bench.write(middle, at: 4096, epoch: 2)
+        try bench.run()
+        try trim(bench, 2, 1)
+        try freeze(bench, layers: 3)
+        return (bench, lower, middle)
+    }
+
+    @Test func aBlockIsTheUppermostLayersThatHoldsIt() throws {
+        let (bench, lower, middle) = try three()
+        let seen = lower[0..<4096] + middle + zero(1) + lower[12288...] + zero(1)
+        for layer in [0, 2, 3] as [UInt32] {
+            let found = try read(bench, 0, 5, layer: layer)
+            #expect(found?.data == [UInt8](seen) && found?.states == [1, 1, 2, 1, 0])
+        }
+        #expect(try read(bench, 0, 5, layer: 1)?.data == lower + zero(1))
+        let own = try read(bench, 0, 4, layer: 2, flags: FrameFlags.resync)
+        #expect(own?.states == [0, 1, 2, 0])
+        #expect(bench.pool.inUse == 0)
+    }
+
+    @Test func whatIsWrittenAfterwardsIsInNoSnapshot() throws {
+        let (bench, lower, middle) = try three()
+        let upper = ReplicaBench.pattern(30, blocks: 4)
+        bench.write(upper, at: 0, epoch: 3)
+        try bench.run()
+        #expect(try read(bench, 0, 4)?.data == upper)
+        let before = [UInt8](lower[0..<4096] + middle + zero(1) + lower[12288...])
+        #expect(try read(bench, 0, 4, layer: 2)?.data == before)
+        #expect(try read(bench, 0, 4, layer: 1)?.data == lower)
+    }
+
+    @Test func statusIsSeenThroughTheChain() throws {
+        let (bench, _, _) = try three()
+        func states(_ layer: UInt32) throws -> [[UInt64]] {
+            let tag = bench.send(.status, epoch: 3, length: 8 * 4096, layer: layer)
+            try bench.run()
+            let table = bench.reply(tag)?.table ?? []
+            let copy = MemoryBlock(count: max(table.count, 16))
+            copy.memory.copy(from: table)
+            return stride(from: 0, to: table.count, by: 16).map {
+                [copy.memory.load(UInt64.self, $0) / 4096, copy.memory.load(UInt64.self, $0 + 8)]
+            }
+        }
+        #expect(try states(0) == [[2, 1], [1, 2], [1, 1], [4, 0]])
+        #expect(try states(1) == [[4, 1], [4, 0]])
+    }
+
+    /// Trimming what only a lower layer holds must be remembered.
+    @Test func aTrimCoversWhatIsBelow() throws {
+        let (bench, _, _) = try three()
+        try trim(bench, 0, 4)
+        #expect(try read(bench, 0, 4)?.data == zero(4))
+        try bench.reopen()
+        _ = try bench.attach(epoch: 4)
+        #expect(try read(bench, 0, 4)?.states == [2, 2, 2, 2])
+        #expect(try read(bench, 0, 1, layer: 1)?.states == [1])
+    }
+
+    @Test func digestsAndBirthsAreALayersOwn() throws {
+        let (bench, _, _) = try three()
+        func entries(_ layer: UInt32) throws -> [UInt8] {
+            let tag = bench.send(.digest, epoch: 3, flags: FrameFlags.resync, layer: layer)
+            try bench.run()
+            let table = bench.reply(tag)?.table ?? []
+            return (0..<4).map { table[8 + $0 * RegionDigest.blockRecordSize] }
+        }
+        #expect(try entries(1) == [1, 1, 1, 1])
+        #expect(try entries(2) == [0, 1, 2, 0])
+        #expect(try entries(3) == [0, 0, 0, 0])
+        for (since, expected) in [(0, 1), (2, 1), (4, 0)] as [(UInt64, UInt8)] {
+            let tag = bench.send(.regionMap, epoch: 3, length: 8, auxiliary: since)
+            try bench.run()
+            #expect(bench.reply(tag)?.table == [expected])
+        }
+    }
+
+    /// A write that an Install has passed goes to the layer it was meant for.
+    @Test func aFrozenLayerTakesWhatIsSentToIt() throws {
+        let (bench, _, _) = try three()
+        let late = ReplicaBench.pattern(40)
+        let tag = bench.write(late, at: 0, epoch: 3, layer: 1)
+        try bench.run()
+        #expect(bench.status(tag) == .ok)
+        #expect(try read(bench, 0, 1, layer: 1)?.data == late)
+        #expect(try read(bench, 0, 1, layer: 3, flags: FrameFlags.resync)?.states == [0])
+    }
+
+    @Test func aLayerThatIsNotThereIsRefused() throws {
+        let (bench, _, _) = try three()
+        let read = bench.send(.read, epoch: 3, length: 4096, layer: 4)
+        let write = bench.write(ReplicaBench.pattern(1), at: 0, epoch: 3, layer: 9)
+        try bench.run()
+        #expect(bench.status(read) == .invalid && bench.status(write) == .invalid)
+        // A record that lacks a layer of the copy's.
+        var record = bench.record(epoch: 5)
+        record.layers = [LayerID(rawValue: 1), LayerID(rawValue: 3)]
+        record.snapshots = []
+        let request = InstallRequest(engine: InstanceID(rawValue: 1), record: record)
+        let install = bench.send(.install, epoch: 5, table: request.encoded())
+        try bench.run()
+        #expect(bench.status(install) == .invalid)
+    }
+
+    @Test func damageInALowerLayerIsNotServed() throws {
+        let (bench, lower, _) = try three()
+        try bench.disk.memory(.data(LayerID(rawValue: 1)))[0] ^= 1
+        #expect(try read(bench, 0, 1) == nil)
+        #expect(try read(bench, 3, 1)?.data == [UInt8](lower[12288...]))
+    }
+
+    /// What is written before the Install on its connection is in the frozen layer, what comes
+    /// behind it in the new one, however late the disk is.
+    @Test func theInstallParts() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        let (before, after) = (ReplicaBench.pattern(1), ReplicaBench.pattern(2))
+        bench.write(before, at: 0)
+        bench.install(epoch: 2, layers: 2)
+        let last = bench.write(after, at: 4096, epoch: 2)
+        while !bench.pending.isEmpty { try bench.performOne(anyOrder: true) }
+        #expect(bench.status(last) == .ok)
+        #expect(try read(bench, 0, 2, layer: 1)?.data == before + zero(1))
+        #expect(try read(bench, 0, 2)?.data == before + after)
+    }
+
+    @Test func aLayerThatCannotBeMadeEndsTheReplica() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.fault = { action in
+            if case .create = action { -28 } else { nil }
+        }
+        bench.install(epoch: 2, layers: 2)
+        try bench.run()
+        guard case .layerNotMade(LayerID(rawValue: 2), errno: 28)? = bench.failure else {
+            Issue.record("it goes on: \(String(describing: bench.failure))")
+            return
+        }
+    }
+
+    /// The power fails after any change of the disk while a layer is made: the copy opens, with the
+    /// layer or without, and a second Install makes it.
+    @Test func anyCutWhileALayerIsMadeIsLawful() throws {
+        try cutWhileALayerIsMade([])
+        #expect(throws: StorageError.self) { try cutWhileALayerIsMade(.layerNamesNotSynced) }
+    }
+    private func cutWhileALayerIsMade(_ mutations: MutationSet) throws {
+        for cut in 1... {
+            var options = ReplicaBench.options()
+            options.mutations = mutations
+            let bench = try ReplicaBench(options: options, seed: UInt64(cut))
+            _ = try bench.attach()
+            let data = ReplicaBench.pattern(5)
+            bench.write(data, at: 0, flags: FrameFlags.fua)
+            try bench.run()
+            bench.disk.changesMax = bench.disk.changeCount + cut
+            bench.install(epoch: 2, layers: 2)
+            let isCut = (try? bench.run()) == nil
+            bench.disk.cutPower(&bench.random, keepPercent: [0, 50, 100][cut % 3])
+            try bench.reopen()
+            #expect(bench.core.layers.count <= 2)
+            _ = try bench.attach(epoch: 3)
+            let tag = bench.install(epoch: 4, layers: 2)
+            try bench.run()
+            #expect(bench.status(tag) == .ok && bench.core.layers.count == 2)
+            #expect(try read(bench, 0, 1, layer: 1)?.data == data)
+            if !isCut { return }
+        }
+    }
+
+    /// Writes, trims, snapshots, flushes, kills and idle times in any order against a model: every
+    /// layer's view, after every restart.
+    @Test(arguments: 1...12 as ClosedRange<UInt64>)
+    func everySnapshotStaysAsItWas(seed: UInt64) throws {
+        let model = try ChainModel(seed: seed)
+        for step in 0..<160 {
+            try model.act(step)
+            guard step % 8 == 0 else { continue }
+            for (index, view) in model.views.enumerated() {
+                for region in 0..<3 {
+                    let found = try read(
+                        model.bench, region * Geometry.blocksPerRegion, 8,
+                        layer: UInt32(index + 1))
+                    let expected = view[region * 8..<region * 8 + 8].flatMap {
+                        $0 == 0 ? zero(1) : ReplicaBench.pattern($0)
+                    }
+                    #expect(found?.data == expected, "step \(step), layer \(index + 1)")
+                }
+            }
+        }
+        #expect(model.bench.pool.inUse == 0 && model.bench.failure == nil)
+    }
+}
+
+/// Random work on three regions of eight blocks each, and what every layer must show.
+private final class ChainModel {
+    let bench: ReplicaBench
+    /// The pattern of each block, zero if it reads zero, by layer.
+    private(set) var views = [[UInt64](repeating: 0, count: 24)]
+    private var epoch: UInt64 = 1
+    private var sequence: UInt64 = 1
+
+    init(seed: UInt64) throws {
+        bench = try ReplicaBench(seed: seed)
+        _ = try bench.attach()
+    }
+
+    func act(_ step: Int) throws {
+        sequence += 1
+        let first = bench.random.below(22)
+        let length = min(1 + bench.random.below(3), 8 - first % 8)
+        let place = UInt64(first / 8 * Geometry.regionSize + first % 8 * 4096)
+        let head = views.count - 1
+        switch bench.random.below(20) {
+        case 0..<9:
+            let value = UInt64(step * 10 + 1)
+            bench.write(
+                ReplicaBench.pattern(value, blocks: length), at: place, epoch: epoch,
+                sequence: sequence)
+            for index in 0..<length { views[head][first + index] = value + UInt64(index) }
+        case 9..<12:
+            bench.send(
+                .setState, epoch: epoch, offset: place, length: length * 4096,
+                sequence: sequence, auxiliary: 2)
+            for index in 0..<length { views[head][first + index] = 0 }
+        case 12..<14:
+            bench.send(.flush, epoch: epoch, sequence: sequence)
+            bench.send(.stable, epoch: epoch, sequence: sequence, auxiliary: epoch)
+        case 14..<16: try bench.tick(milliseconds: 20_000)
+        case 16..<18 where views.count < 9:
+            epoch += 1
+            bench.install(epoch: epoch, layers: views.count + 1)
+            views.append(views[head])
+        case 18:
+            try bench.run()
+            try bench.reopen()
+            epoch += 1
+            _ = try bench.attach(epoch: epoch)
+        default: break
+        }
+        try bench.run()
+    }
+}
