@@ -137,6 +137,25 @@ import Testing
         h.device.completeAll()
     }
 
+    /// Many clients that ask for the longest list and do not read it: each gets all of it.
+    @Test func longListsArriveWhole() throws {
+        let h = try makeHarness()
+        h.device.snapshots = (1...VolumeRecord.snapshotsMax).map {
+            .init(layer: LayerID(rawValue: UInt32($0)), name: "snapshot-\($0 + 10_000)", created: 0)
+        }
+        let size = 24 + 3 + VolumeRecord.snapshotsMax * (24 + 3 + 1 + 14) + 20
+        let ends = (0..<4).map { _ in h.connect() }
+        for end in ends { for _ in 0..<200 { h.send(end, NBDBytes.option(3)) } }
+        h.settle()
+        for end in ends {
+            var received = 0
+            h.run("\(received) bytes") {
+                received += h.drain(end)
+                return received == 18 + 200 * size
+            }
+        }
+    }
+
     // MARK: Fencing
 
     /// A session that begins at a snapshot does not ask who has hung up, and waits for nobody.
