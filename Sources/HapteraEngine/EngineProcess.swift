@@ -139,7 +139,8 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         case "metrics":
             request.reply(
                 shell.metricLines().map { ($0.key, $0.value) } + [
-                    ("haptera_engine_connections", String(server?.connectionCount ?? 0))
+                    ("haptera_engine_connections", String(clientCount)),
+                    ("haptera_engine_snapshot_readers", String(server?.readerCount ?? 0)),
                 ])
         case "replicas":
             guard let text = request.arguments["list"], let list = ReplicaEndpoint.list(text) else {
@@ -193,11 +194,15 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         request.reply()
     }
 
+    /// Connections to the volume, and those that have yet to say what they want.
+    private var clientCount: Int { server.map { $0.connectionCount - $0.readerCount } ?? 0 }
+
     private func status() -> [(String, String)] {
         [
             ("pid", String(getpid())), ("uri", uri), ("unixURI", unixURI),
             ("io", reactor.backendName),
-            ("connections", String(server?.connectionCount ?? 0)),
+            ("connections", String(clientCount)),
+            ("snapshotReaders", String(server?.readerCount ?? 0)),
             ("remoteClients", String(server?.remoteClients ?? 0)),
         ] + shell.statusLines().map { ($0.key, $0.value) }
     }

@@ -29,6 +29,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
     var name: String { options.volumeName }
     var size: UInt64 { core.size }
     var isReadOnly: Bool { options.isReadOnly }
+    var snapshots: [VolumeRecord.Snapshot] { core.record?.snapshots ?? [] }
     var canSubmit: Bool { core.canSubmit }
 
     init(reactor: Reactor, options: EngineOptions) {

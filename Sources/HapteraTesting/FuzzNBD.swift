@@ -25,8 +25,10 @@ package struct FuzzNBD {
 
     private let target: Target
     private let random: RandomSource
-    private let export = NBDExport(
-        name: "vol", size: 1 << 40, isReadOnly: false, zeroesFastWithoutHole: false)
+    private let exports = NBDFixedExports(
+        live: NBDExport(
+            name: "vol", size: 1 << 40, isReadOnly: false, zeroesFastWithoutHole: false),
+        snapshots: [VolumeRecord.Snapshot(layer: LayerID(rawValue: 3), name: "mon", created: 1)])
     private let block = MemoryBlock(count: 1 << 20)
     private var report = Report()
     private static let longName = String(repeating: "x", count: NBDLimits.stringLengthMax + 1)
@@ -61,8 +63,9 @@ package struct FuzzNBD {
             let format = random.below(3)
             if format >= 1 { bytes += header(8, 0) }
             if format == 2 { bytes += header(11, 0) }
-            if random.permille(700) { bytes += option(10, metaContexts("vol")) }
-            bytes += option(7, export("vol", random.permille(500) ? [3] : []))
+            let name = random.permille(800) ? "vol" : "vol@mon"
+            if random.permille(700) { bytes += option(10, metaContexts(name)) }
+            bytes += option(7, export(name, random.permille(500) ? [3] : []))
             let start = bytes.count
             for _ in 0..<random.between(1, 12) { bytes += request(isExtended: format == 2) }
             mutate(&bytes, from: random.permille(800) ? start : 0)
@@ -95,7 +98,9 @@ package struct FuzzNBD {
         header(option, data.count) + data
     }
     private func option() -> [UInt8] {
-        let name = random.pick(["", "vol", "other", random.permille(50) ? Self.longName : "x"])
+        let name = random.pick([
+            "", "vol", "other", "vol@mon", random.permille(50) ? Self.longName : "vol@x",
+        ])
         switch random.below(8) {
         case 0: return option(6, export(name, [0, 1, 3]))
         case 1: return option(7, export(name, [3]))
@@ -145,7 +150,8 @@ package struct FuzzNBD {
     /// Everything a session said to `bytes`: events and replies.
     private mutating func events(_ bytes: [UInt8], isCut: Bool) -> [Said] {
         block.memory.copy(from: bytes)
-        var session = NBDSession(export: export)
+        exports.admitsReader = bytes.count % 8 != 0
+        var session = NBDSession(exports: exports)
         var said: [Said] = []
         var position = 0
         var visible = isCut ? 0 : bytes.count
@@ -168,7 +174,7 @@ package struct FuzzNBD {
                 visible = min(bytes.count, visible + random.between(1, 64))
                 continue
             case .request(let request):
-                precondition(request.error != .none || isSound(request))
+                precondition(request.error != .none || isSound(request, session.export))
                 if request.error == .none { payload = request.payload }
                 if !isCut { report.requests += 1 }
                 if !isCut && request.error != .none { report.refused += 1 }
@@ -192,11 +198,12 @@ package struct FuzzNBD {
     }
 
     /// What every accepted request must be, whatever was sent.
-    private func isSound(_ request: NBDRequest) -> Bool {
+    private func isSound(_ request: NBDRequest, _ export: NBDExport) -> Bool {
         let (end, overflow) = request.offset.addingReportingOverflow(request.length)
         let hasData = request.command == .read || request.command == .write
         return !overflow && end <= export.size
             && (!hasData || request.length <= UInt64(NBDLimits.payloadMax))
             && (request.payload == 0 || request.command == .write)
+            && !(export.isReadOnly && request.command.isModification)
     }
 }

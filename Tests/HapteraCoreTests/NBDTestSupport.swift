@@ -60,9 +60,19 @@ final class NBDHarness {
     var sent: [UInt8] = []
     private var pending: [UInt8] = []
 
-    init(size: UInt64 = 1 << 30, isReadOnly: Bool = false, clientFlags: UInt32? = 3) {
-        session = NBDSession(
-            export: NBDExport(name: "vol", size: size, isReadOnly: isReadOnly))
+    let exports: NBDFixedExports
+
+    init(
+        size: UInt64 = 1 << 30, isReadOnly: Bool = false, clientFlags: UInt32? = 3,
+        snapshots: [String] = []
+    ) {
+        exports = NBDFixedExports(
+            live: NBDExport(name: "vol", size: size, isReadOnly: isReadOnly),
+            snapshots: snapshots.enumerated().map {
+                VolumeRecord.Snapshot(
+                    layer: LayerID(rawValue: UInt32($0.offset + 1)), name: $0.element, created: 0)
+            })
+        session = NBDSession(exports: exports)
         _ = feed([])
         sent = []
         if let clientFlags {

@@ -9,6 +9,7 @@ final class HeldDevice: BlockDevice {
     let name = "vol"
     var size: UInt64 = 1 << 40
     let isReadOnly = false
+    var snapshots: [VolumeRecord.Snapshot] = []
     let zeroesFastWithoutHole = true
     let pool: BufferPool
     var operationsMax = Int.max
@@ -76,15 +77,15 @@ final class NBDServerHarness {
         send(pair[0], [0, 0, 0, 3])
         return pair[0]
     }
-    /// A client in transmission, its greeting read.
-    func join(structured: Bool = true) -> Int32 {
+    /// A client in transmission, its greeting read. `export`: empty for the live volume.
+    func join(structured: Bool = true, export: String = "") -> Int32 {
         let end = connect()
         var expected = 18
         if structured {
             send(end, NBDBytes.option(8))
             expected += 20
         }
-        send(end, NBDBytes.option(1))
+        send(end, NBDBytes.option(1, Array(export.utf8)))
         _ = receive(end, expected + 10)
         return end
     }
@@ -173,8 +174,16 @@ enum NBDBytes {
             UInt8(truncatingIfNeeded: value >> $0)
         }
     }
-    static func option(_ option: UInt32) -> [UInt8] {
-        bigEndian(NBDMagic.option) + bigEndian(option) + bigEndian(UInt32(0))
+    static func option(_ option: UInt32, _ data: [UInt8] = []) -> [UInt8] {
+        bigEndian(NBDMagic.option) + bigEndian(option) + bigEndian(UInt32(data.count)) + data
+    }
+    /// SET_META_CONTEXT of base:allocation.
+    static func allocationContext(_ export: String) -> [UInt8] {
+        let query = Array("base:allocation".utf8)
+        return option(
+            10,
+            bigEndian(UInt32(export.utf8.count)) + export.utf8 + bigEndian(UInt32(1))
+                + bigEndian(UInt32(query.count)) + query)
     }
     static func request(
         _ command: NBDCommand, offset: UInt64 = 0, length: Int = 0, flags: NBDCommandFlags = [],

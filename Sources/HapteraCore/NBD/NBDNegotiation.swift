@@ -11,10 +11,17 @@ package struct NBDNegotiation {
         case hangUp
     }
 
-    /// The longest answer is that to GO with a name of the longest kind.
-    static let answerMax = 16 << 10
+    /// The longest answer lists all the snapshots a record may hold, with names of the longest
+    /// kind: 20 bytes of header, 4 of length and both names each. What had no room would not be
+    /// listed.
+    static let answerMax =
+        (VolumeRecord.snapshotsMax + 2) * (24 + 2 * VolumeRecord.nameLengthMax + 1)
 
-    let export: NBDExport
+    private let exports: any NBDExportLookup
+    /// What transmission is about: until it begins, the live volume.
+    private(set) var export: NBDExport
+    /// The layer of the export that metadata contexts were selected for.
+    private var contextLayer = LayerID.head
     /// Client flags of the handshake.
     var isFixedNewstyle = false
     var omitsZeroes = false
@@ -22,9 +29,10 @@ package struct NBDNegotiation {
     private let output: RawMemory
     private(set) var outputCount = 0
 
-    init(export: NBDExport, output: RawMemory) {
+    init(exports: any NBDExportLookup, output: RawMemory) {
         precondition(output.count >= Self.answerMax)
-        self.export = export
+        self.exports = exports
+        export = exports.live
         self.output = output
     }
 
@@ -48,7 +56,7 @@ package struct NBDNegotiation {
     mutating func handle(option raw: UInt32, data: RawMemory?) -> Outcome {
         let option = NBDOption(rawValue: raw)
         if option == .exportName {
-            guard let data, !export.isStopping else { return .hangUp }
+            guard let data, !exports.live.isStopping else { return .hangUp }
             return enterByName(data)
         }
         // Only fixed newstyle has replies to options.
@@ -57,7 +65,7 @@ package struct NBDNegotiation {
             answer(raw, .ack)
             return .close
         }
-        if export.isStopping {
+        if exports.live.isStopping {
             refuse(raw, .errorShutdown, "the server is shutting down")
             return .goOn
         }
@@ -81,13 +89,26 @@ package struct NBDNegotiation {
     // MARK: - Options
 
     private mutating func enterByName(_ name: RawMemory) -> Outcome {
-        guard isServed(name), agreement.format != .extended else { return .hangUp }
-        output.storeBigEndian(export.size, 0)
-        output.storeBigEndian(export.transmissionFlags(agreement.format), 8)
+        guard agreement.format != .extended, let named = exports.export(named: name),
+            mayEnter(named)
+        else { return .hangUp }
+        output.storeBigEndian(named.size, 0)
+        output.storeBigEndian(named.transmissionFlags(agreement.format), 8)
         let zeroes = omitsZeroes ? 0 : 124
         output.slice(10, zeroes).fill()
         outputCount = 10 + zeroes
+        enter(named)
         return .transmission
+    }
+
+    /// Places for readers of snapshots are fewer than all: the volume's own client gets in.
+    private func mayEnter(_ named: NBDExport) -> Bool {
+        !named.isSnapshot || exports.admitsReader
+    }
+    private mutating func enter(_ named: NBDExport) {
+        export = named
+        // Contexts belong to one export: those selected for another say nothing about this one.
+        if contextLayer != named.layer { agreement.hasAllocationContext = false }
     }
 
     private mutating func list(_ option: UInt32, _ data: RawMemory) {
@@ -95,10 +116,18 @@ package struct NBDNegotiation {
             refuse(option, .errorInvalid, "LIST takes no data")
             return
         }
-        let at = answer(option, .server, 4 + export.name.count)
-        output.storeBigEndian(UInt32(export.name.count), at)
-        output.copy(from: export.name, at: at + 4)
+        listName(option, exports.live.name)
+        for snapshot in exports.snapshots {
+            listName(option, NBDExport.name(of: snapshot, of: exports.live))
+        }
         answer(option, .ack)
+    }
+    private mutating func listName(_ option: UInt32, _ name: [UInt8]) {
+        // Two headers: this one's, and that of the last answer.
+        guard output.count - outputCount >= 2 * 20 + 4 + name.count else { return }
+        let at = answer(option, .server, 4 + name.count)
+        output.storeBigEndian(UInt32(name.count), at)
+        output.copy(from: name, at: at + 4)
     }
 
     private mutating func describe(_ option: UInt32, _ data: RawMemory, isGo: Bool) -> Outcome {
@@ -117,18 +146,32 @@ package struct NBDNegotiation {
             refuse(option, .errorInvalid, "malformed option")
             return .goOn
         }
-        guard isServed(name) else {
-            refuse(option, .errorUnknown, "no such export")
+        guard let named = exports.export(named: name) else {
+            refuseUnknown(option, name)
             return .goOn
         }
+        guard !isGo || mayEnter(named) else {
+            refuse(option, .errorPolicy, "too many connections read snapshots of this volume")
+            return .goOn
+        }
+        answerInfo(option, named, asksName: asksName, asksBlockSize: asksBlockSize)
+        guard isGo else { return .goOn }
+        agreement.isBlockSizeNegotiated = asksBlockSize
+        enter(named)
+        return .transmission
+    }
+
+    private mutating func answerInfo(
+        _ option: UInt32, _ named: NBDExport, asksName: Bool, asksBlockSize: Bool
+    ) {
         var at = answer(option, .info, 12)
         output.storeBigEndian(NBDInfo.export, at)
-        output.storeBigEndian(export.size, at + 2)
-        output.storeBigEndian(export.transmissionFlags(agreement.format), at + 10)
+        output.storeBigEndian(named.size, at + 2)
+        output.storeBigEndian(named.transmissionFlags(agreement.format), at + 10)
         if asksName {
-            at = answer(option, .info, 2 + export.name.count)
+            at = answer(option, .info, 2 + named.name.count)
             output.storeBigEndian(NBDInfo.name, at)
-            output.copy(from: export.name, at: at + 2)
+            output.copy(from: named.name, at: at + 2)
         }
         if asksBlockSize {
             at = answer(option, .info, 14)
@@ -138,9 +181,6 @@ package struct NBDNegotiation {
             output.storeBigEndian(UInt32(NBDLimits.payloadMax), at + 10)
         }
         answer(option, .ack)
-        guard isGo else { return .goOn }
-        agreement.isBlockSizeNegotiated = asksBlockSize
-        return .transmission
     }
 
     private mutating func agree(_ option: UInt32, _ data: RawMemory, isExtended: Bool) {
@@ -179,8 +219,8 @@ package struct NBDNegotiation {
             refuse(option, .errorInvalid, "malformed option")
             return
         }
-        guard isServed(name) else {
-            refuse(option, .errorUnknown, "no such export")
+        guard let named = exports.export(named: name) else {
+            refuseUnknown(option, name)
             return
         }
         if isSelected {
@@ -188,17 +228,15 @@ package struct NBDNegotiation {
             let at = answer(option, .metaContext, 4 + context.count)
             output.storeBigEndian(isSet ? NBDAllocation.contextID : 0, at)
             output.copy(from: context, at: at + 4)
-            if isSet { agreement.hasAllocationContext = true }
+            if isSet {
+                agreement.hasAllocationContext = true
+                contextLayer = named.layer
+            }
         }
         answer(option, .ack)
     }
 
     // MARK: - Answers
-
-    /// The empty name is the default export: the one there is.
-    private func isServed(_ name: RawMemory) -> Bool {
-        name.count == 0 || name.equals(bytes: export.name)
-    }
 
     /// Writes a reply's header and returns where its `length` bytes of data go.
     @discardableResult
@@ -220,6 +258,23 @@ package struct NBDNegotiation {
         let at = answer(option, type, text.count)
         output.copy(from: text, at: at)
     }
+
+    private mutating func refuseUnknown(_ option: UInt32, _ name: RawMemory) {
+        guard let snapshot = exports.snapshotName(in: name) else {
+            refuse(option, .errorUnknown, "no such export: '\(Self.printable(name))'")
+            return
+        }
+        refuse(
+            option, .errorUnknown,
+            "no snapshot '\(Self.printable(snapshot))' of this volume; LIST names those there are")
+    }
+    /// For a terminal: the start of a name, without what is not plain text.
+    private static func printable(_ name: RawMemory) -> String {
+        let shown = name.slice(0, min(name.count, printedMax)).bytes()
+            .map { (0x20..<0x7f).contains($0) ? $0 : UInt8(ascii: "?") }
+        return String(decoding: shown, as: UTF8.self) + (name.count > printedMax ? "..." : "")
+    }
+    private static let printedMax = 128
 }
 
 /// Reads an option's data; after any overrun `isValid` is false and everything reads as zero.
@@ -262,5 +317,9 @@ extension RawMemory {
         for index in 0..<count where self[index] != other[index] { return false }
         return true
     }
-    func equals(text: String) -> Bool { equals(bytes: [UInt8](text.utf8)) }
+    func equals(text: String) -> Bool {
+        guard count == text.utf8.count else { return false }
+        for (index, byte) in text.utf8.enumerated() where self[index] != byte { return false }
+        return true
+    }
 }

@@ -169,35 +169,3 @@ package enum NBDReplyFormat: UInt8, BitwiseCopyable, Sendable {
     /// Extended headers, which include everything structured replies do.
     case extended
 }
-
-/// What a server offers under one name. Shared by all sessions; `size` may grow while they live.
-package final class NBDExport {
-    package let name: [UInt8]
-    package var size: UInt64
-    package let isReadOnly: Bool
-    /// Whether zeroing is faster than writing even if the space must be kept (NO_HOLE).
-    package let zeroesFastWithoutHole: Bool
-    /// The server is stopping: options and requests are refused from now on.
-    package var isStopping = false
-
-    package init(name: String, size: UInt64, isReadOnly: Bool, zeroesFastWithoutHole: Bool = true) {
-        precondition(name.utf8.count <= NBDLimits.stringLengthMax)
-        self.name = [UInt8](name.utf8)
-        self.size = size
-        self.isReadOnly = isReadOnly
-        self.zeroesFastWithoutHole = zeroesFastWithoutHole
-    }
-
-    package func transmissionFlags(_ format: NBDReplyFormat) -> UInt16 {
-        typealias Flags = NBDTransmissionFlags
-        var flags =
-            Flags.hasFlags | Flags.sendFlush | Flags.sendFUA | Flags.canMultiConn | Flags.sendCache
-        if isReadOnly {
-            flags |= Flags.readOnly
-        } else {
-            flags |= Flags.sendTrim | Flags.sendWriteZeroes | Flags.sendFastZero
-        }
-        if format != .simple { flags |= Flags.sendDF }
-        return flags
-    }
-}

@@ -43,16 +43,19 @@ package struct NBDSession {
     /// Option data, then the answer. Freed with the session: its pages cost nothing once unused,
     /// and few are ever touched.
     private let scratch: MemoryBlock
-    package let export: NBDExport
 
-    package init(export: NBDExport) {
-        self.export = export
+    package init(exports: any NBDExportLookup) {
         scratch = MemoryBlock(count: NBDLimits.optionDataMax + NBDNegotiation.answerMax)
         negotiation = NBDNegotiation(
-            export: export,
+            exports: exports,
             output: scratch.memory.slice(NBDLimits.optionDataMax, NBDNegotiation.answerMax))
     }
 
+    /// A server with one export and no snapshots.
+    package init(export: NBDExport) { self.init(exports: NBDFixedExports(live: export)) }
+
+    /// What is served; final once `transmission` was reported, until then the live volume.
+    package var export: NBDExport { negotiation.export }
     /// What was agreed so far; final once `transmission` was reported.
     package var agreement: NBDAgreement { negotiation.agreement }
     /// Bytes to send now; valid until the next call.

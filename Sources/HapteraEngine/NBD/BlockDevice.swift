@@ -7,6 +7,9 @@ package protocol BlockDevice: AnyObject {
     /// Bytes, a multiple of 512. May grow; `frontend` is told.
     var size: UInt64 { get }
     var isReadOnly: Bool { get }
+    /// Those that can be read at present, oldest first: operations may name their layers. What asks
+    /// for one that is gone is completed with an error.
+    var snapshots: [VolumeRecord.Snapshot] { get }
     /// Whether zeroing is faster than writing even if the space must be kept.
     var zeroesFastWithoutHole: Bool { get }
     /// Where the buffers of operations come from.
@@ -28,6 +31,8 @@ package protocol BlockDevice: AnyObject {
 }
 
 extension BlockDevice {
+    /// For devices that have none.
+    package var snapshots: [VolumeRecord.Snapshot] { [] }
     /// For devices that begin everything at once.
     package func cancel(session: UInt32) {}
 }

@@ -33,6 +33,9 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// A request that was taken from the stream and has no buffers yet.
     private var held: NBDRequest?
     private(set) var isLeaving = false
+    /// It has entered the export of a snapshot, where nothing can be changed: it fences nobody, and
+    /// need not be fenced.
+    private(set) var isReader = false
     /// Its peer hung up before what it asked was taken: all of it may since have been asked again
     /// on another connection, so it changes nothing any more.
     private var isFenced = false
@@ -61,7 +64,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         self.requests = requests
         self.index = index
         self.fd = fd
-        session = NBDSession(export: server.export)
+        session = NBDSession(exports: server.exports)
         acceptedAt = reactor.now
         sentAt = reactor.now
         othersSeen = server.changes
@@ -118,6 +121,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         case .transmission:
             send(copying: session.output)
             format = session.agreement.format
+            enter()
         case .request(let request): take(request, connection)
         case .disconnect: leave()
         case .hangUp(let reason):
@@ -131,6 +135,12 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
             return false
         }
         return true
+    }
+
+    private func enter() {
+        isReader = session.export.isSnapshot
+        requests.enter(client: index, layer: session.export.layer)
+        server.entered(self, isRemote: !SocketAddress.isPeerLocal(fd))
     }
 
     private func take(_ request: NBDRequest, _ connection: Connection) {
@@ -154,6 +164,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// nothing left at the device. False if the request must wait for that.
     private func begin() -> Bool {
         hasBegun = true
+        guard !isReader else { return true }
         server.fenceDeadSessions(for: self)
         return requests.fencedOperations == 0
     }
@@ -169,7 +180,9 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// What is taken only now, after others changed something, may have been repeated by them and
     /// overtaken. A peer that merely closed its side is answered as long as they did not.
     private func fenceIfOvertaken() {
-        guard !isFenced, isBehind, hasBeenOvertaken, checkedAt != reactor.now else { return }
+        guard !isFenced, !isReader, isBehind, hasBeenOvertaken, checkedAt != reactor.now else {
+            return
+        }
         checkedAt = reactor.now
         if pollHangUp() != 0 { isFenced = true }
     }
@@ -245,7 +258,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         guard let connection, !connection.isClosing, connection.isPaused, !isLeaving else {
             return true
         }
-        if !isFenced {
+        if !isFenced && !isReader {
             let events = pollHangUp()
             let isUnread = events & Int16(POLLHUP | POLLERR) != 0
             if isUnread || events != 0 && hasBeenOvertaken { isFenced = true }
@@ -314,7 +327,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     private func finishIfIdle() {
         guard let connection, outstanding == 0 || receiving >= 0 && outstanding == 1 else { return }
         // A stopping server does not wait for idle clients to notice.
-        if server.export.isStopping && connection.queuedSendBytes == 0 {
+        if server.exports.live.isStopping && connection.queuedSendBytes == 0 {
             connection.close()
         } else {
             connection.finish()

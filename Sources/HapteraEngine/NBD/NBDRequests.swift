@@ -27,8 +27,10 @@ final class NBDRequests {
     private var targets: [(any NBDReplyTarget)?]
     /// The session of each client.
     private var sessions: [UInt32]
+    /// What each client's reads are about.
+    private var layers: [LayerID]
     private var lastSession: UInt32 = 0
-    /// Operations the device still has of clients that have gone.
+    /// Operations the device still has of clients that have gone, without those on snapshots.
     private(set) var fencedOperations = 0
     /// Pieces the device had no room for yet, in order.
     private let pending = ValueQueue<UInt64>()
@@ -40,6 +42,7 @@ final class NBDRequests {
         self.device = device
         targets = Array(repeating: nil, count: clientsMax)
         sessions = Array(repeating: 0, count: clientsMax)
+        layers = Array(repeating: .head, count: clientsMax)
         let pool = device.pool
         spared = (
             pool.available(4096) / 8, pool.available(128 << 10) / 8, pool.available(1 << 20) / 8
@@ -55,7 +58,10 @@ final class NBDRequests {
         targets[Int(client)] = target
         lastSession = max(1, lastSession &+ 1)
         sessions[Int(client)] = lastSession
+        layers[Int(client)] = .head
     }
+    /// What all its requests will be about is known: the live volume, or the layer of a snapshot.
+    func enter(client: Int32, layer: LayerID) { layers[Int(client)] = layer }
 
     /// The client has gone: nothing of it is answered, what the device has not seen is dropped at
     /// once, and what the device has not begun is cancelled. A request whose payload is arriving is
@@ -65,11 +71,14 @@ final class NBDRequests {
         targets[Int(client)] = nil
         for index in 0..<NBDSlots.requestsMax where slots.requests[index].client == client {
             slots.requests[index].client = -1
-            if slots.requests[index].isLaunched { fence(Int32(index)) }
+            if slots.requests[index].isLaunched {
+                fence(Int32(index), isAwaited: layers[Int(client)] == .head)
+            }
         }
         device.cancel(session: sessions[Int(client)])
     }
-    private func fence(_ index: Int32) {
+    /// `isAwaited`: new sessions wait until the device is done with it.
+    private func fence(_ index: Int32, isAwaited: Bool) {
         var next = slots.requests[Int(index)].firstPiece
         while next >= 0 {
             let piece = next
@@ -78,10 +87,10 @@ final class NBDRequests {
             case .waiting:
                 slots.requests[Int(index)].piecesLeft -= 1
                 releasePiece(piece)
-            case .submitted:
+            case .submitted where isAwaited:
                 slots.pieces[Int(piece)].isFenced = true
                 fencedOperations += 1
-            case .done: break
+            case .submitted, .done: break
             }
         }
         if slots.requests[Int(index)].piecesLeft == 0 { _ = abandon(index) }
@@ -141,6 +150,8 @@ final class NBDRequests {
                 piece = slots.pieces[Int(piece)].next
             }
         case .flush:
+            // A snapshot has been durable since before it had a name.
+            guard layers[Int(slots.requests[at].client)] == .head else { break }
             let piece = slots.addPiece(to: index)
             slots.pieces[Int(piece)].kind = .flush
             pending.append(slots.userData(piece))
@@ -171,7 +182,13 @@ final class NBDRequests {
             var operation = Operation(
                 kind: content.kind, flags: content.flags, offset: content.offset,
                 length: Int(content.length), buffer: content.buffer, userData: userData)
-            operation.session = sessions[Int(slots.requests[request].client)]
+            let client = Int(slots.requests[request].client)
+            operation.session = sessions[client]
+            operation.layer = layers[client]
+            // Clients are refused long before this.
+            precondition(
+                operation.layer == .head || operation.kind == .read || operation.kind == .status,
+                "a snapshot can only be read")
             device.submit(operation)
         }
     }

@@ -15,12 +15,14 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         package var stallUnderPressureMilliseconds: UInt64 = 5_000
         /// For what is in flight when the server stops; who has not left then is hung up on.
         package var stopMilliseconds: UInt64 = 5_000
+        /// Connections to snapshots: those who read copies never keep the volume's client out.
+        var readersMax: Int { connectionsMax / 4 * 3 }
         package init() {}
     }
     /// Rounds of submitting and completing in one turn, for devices that never wait.
     private static let roundsMax = 16
 
-    let export: NBDExport
+    let exports: NBDExports
     /// For replies that are put together and copied at once.
     let scratch = MemoryBlock(count: NBDReply.headerSizeMax)
     private let reactor: Reactor
@@ -41,18 +43,20 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     private var stoppingSince: Instant?
     /// When clients' progress was looked at last.
     private var checkedAt = Instant.zero
+    /// Of all kinds, those that negotiate included.
     package private(set) var connectionCount = 0
     package private(set) var connectionsRefused: UInt64 = 0
-    /// Clients that came from another host: they outlive this one.
+    /// Clients of the volume that came from another host: they outlive this one.
     package private(set) var remoteClients: UInt64 = 0
+    /// Connections that read snapshots. They are nobody's client: what they remember is never newer
+    /// than the volume.
+    package var readerCount: Int { exports.readers }
 
     package init(reactor: Reactor, device: any BlockDevice, limits: Limits = Limits()) {
         self.reactor = reactor
         self.device = device
         self.limits = limits
-        export = NBDExport(
-            name: device.name, size: device.size, isReadOnly: device.isReadOnly,
-            zeroesFastWithoutHole: device.zeroesFastWithoutHole)
+        exports = NBDExports(device: device, readersMax: limits.readersMax)
         requests = NBDRequests(device: device, clientsMax: limits.connectionsMax)
         clients = Array(repeating: nil, count: limits.connectionsMax)
         device.frontend = self
@@ -78,7 +82,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     package func stop(onStopped: @escaping () -> Void) {
         self.onStopped = onStopped
         stoppingSince = reactor.now
-        export.isStopping = true
+        exports.live.isStopping = true
         for listener in listeners { listener.close() }
         listeners = []
         for client in clients { client?.leave() }
@@ -102,9 +106,16 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
             return
         }
         connectionCount += 1
-        if !SocketAddress.isPeerLocal(fd) { remoteClients += 1 }
         clients[index] = NBDClient(
             server: self, reactor: reactor, requests: requests, index: Int32(index), fd: fd)
+    }
+    /// The client has chosen its export and may ask for what is in it.
+    func entered(_ client: NBDClient, isRemote: Bool) {
+        if client.isReader {
+            exports.readers += 1
+        } else if isRemote {
+            remoteClients += 1
+        }
     }
     /// Whoever connects and says nothing must not keep others out: while an eighth of the places or
     /// less is free, the silent give theirs up. If none is, so do those who have left, and only
@@ -125,15 +136,16 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         }
     }
     /// A new session begins: whatever hung up before it is done with. Live connections of the same
-    /// client are left alone.
+    /// client are left alone, and so are readers of snapshots, who have changed nothing.
     func fenceDeadSessions(for client: NBDClient) {
         guard connectionCount > 1 else { return }
         for other in clients {
-            if let other, other !== client { other.fenceIfHungUp() }
+            if let other, other !== client, !other.isReader { other.fenceIfHungUp() }
         }
     }
     func remove(_ client: NBDClient) {
         clients[Int(client.index)] = nil
+        if client.isReader { exports.readers -= 1 }
         waiting.removeAll { $0 === client }
         connectionCount -= 1
         tellIfStopped()
@@ -208,5 +220,5 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     ) {
         requests.complete(userData: userData, result, buffer, tableLength, isHole)
     }
-    package func sizeChanged() { export.size = device.size }
+    package func sizeChanged() { exports.live.size = device.size }
 }

@@ -1,0 +1,21 @@
+import HapteraCore
+
+/// What a server offers at this moment: its device, and the snapshots the device knows by now.
+final class NBDExports: NBDExportLookup {
+    let live: NBDExport
+    private let device: any BlockDevice
+    private let readersMax: Int
+    /// Connections that have entered the export of a snapshot.
+    var readers = 0
+
+    init(device: any BlockDevice, readersMax: Int) {
+        live = NBDExport(
+            name: device.name, size: device.size, isReadOnly: device.isReadOnly,
+            zeroesFastWithoutHole: device.zeroesFastWithoutHole)
+        self.device = device
+        self.readersMax = readersMax
+    }
+
+    var snapshots: [VolumeRecord.Snapshot] { device.snapshots }
+    var admitsReader: Bool { readers < readersMax }
+}
