@@ -103,12 +103,18 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     /// J: leave the birth of a region found equal as it is on the joiner.
     package static let equalRegionKeepsBirth = MutationSet(rawValue: 1 << 35)
 
+    /// S: writes go to whatever layer is the head when a replica admits them.
+    package static let snapshotWritesUnlayered = MutationSet(rawValue: 1 << 30)
+    /// S: answer that a snapshot is taken before what it holds is durable.
+    package static let snapshotBeforeFlush = MutationSet(rawValue: 1 << 31)
+
     // Not listed: rules that unit tests judge, since seeds seldom come to where they matter:
     // tailMovedAfterOpen (ReplicaHardeningTests), passedWritesNotLeftOut, erroredWriteNotResolved
     // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests),
-    // noLeaseMargin and noLeaseCheck (EngineLeaseTests).
+    // noLeaseMargin and noLeaseCheck (EngineLeaseTests), snapshotWritesUnlayered and
+    // snapshotBeforeFlush (EngineSnapshotTests).
     package static let named: [(name: String, mutation: MutationSet)] = [
-        ("oldSessionNotFenced", .oldSessionNotFenced),
+        ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
         ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),

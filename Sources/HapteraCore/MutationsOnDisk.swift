@@ -10,6 +10,9 @@ extension MutationSet {
     /// I: name a layer in the manifest before its files' names and its table are synced. (Judged
     /// by `ReplicaChainTests`.)
     package static let layerNamesNotSynced = MutationSet(rawValue: 1 << 59)
+    /// F: answer a flush without saying in the log what it has made durable. (Caught by simulated
+    /// worlds with snapshots.)
+    package static let freshNotCovered = MutationSet(rawValue: 1 << 62)
 
     /// Of a single copy: caught by replaying crashes, not all of them by simulated worlds, where
     /// other copies help out.

@@ -150,6 +150,9 @@ package struct SalvagePlan: Equatable, Sendable {
         next.inSync = [survivor]
         next.promised = min(
             next.promised, surveys.first { $0.member == survivor }?.promise ?? .zero)
+        // What was frozen after the survivor left it has not got.
+        let head = surveys.first { $0.member == survivor }?.installed?.head ?? record.head
+        next.snapshots.removeAll { $0.layer >= head && head < record.head }
         let parted = parted ?? next.epoch
         next.out = record.out.filter { $0.member != survivor }.map { old in
             var departure = old

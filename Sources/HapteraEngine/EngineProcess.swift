@@ -7,6 +7,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private let options: EngineOptions
     private let reactor: Reactor
     private let shell: EngineShell
+    private let snapshots: SnapshotControl
     private var server: NBDServer?
     private var control: ControlServer?
     private var signals: SignalWatcher?
@@ -33,6 +34,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         self.options = options
         reactor = try Reactor(backend: Backend.fromEnvironment())
         shell = EngineShell(reactor: reactor, options: options)
+        snapshots = SnapshotControl(shell: shell)
     }
 
     private func start() throws(IOError) {
@@ -118,6 +120,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
 
     /// Answers whoever waits for the detach, then stops.
     private func end(_ failure: String?) {
+        snapshots.abandon(failure ?? "the engine stopped")
         let waiting = detaching
         detaching = []
         guard let last = waiting.last else {
@@ -155,6 +158,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             }
             shell.run(.acceptLoss)
             request.reply()
+        case "snapshot": snapshots.take(request)
         case "detach":
             detaching.append(request)
             leave()

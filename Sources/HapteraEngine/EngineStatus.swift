@@ -88,6 +88,10 @@ extension EngineShell {
                 ("rebuild.elapsedMilliseconds", String(report.elapsedMilliseconds)),
             ]
         }
+        for snapshot in core.record?.snapshots ?? [] {
+            lines.append(
+                ("snapshot." + snapshot.name, "\(snapshot.layer.rawValue) \(snapshot.created)"))
+        }
         for slot in core.configuredSlots {
             let latency = core.writeLatency(slot)
             lines.append(("latency." + core.replicaID(slot).text, String(latency.average)))
@@ -133,13 +137,11 @@ extension EngineShell {
                 "replica removed from the in-sync set", volume, id(slot), at(epoch),
                 ("reason", "\(reason)"))
         case .replicaReinstated(let slot, let epoch):
-            Log.info(
-                "replica back in sync: nothing was acknowledged without it", volume, id(slot),
-                at(epoch))
+            let text = "replica back in sync: nothing was acknowledged without it"
+            Log.info(text, volume, id(slot), at(epoch))
         case .replicaRolledBack(let slot):
-            Log.error(
-                "replica's files are older than they were: it is compared in full", volume,
-                id(slot))
+            let text = "replica's files are older than they were: it is compared in full"
+            Log.error(text, volume, id(slot))
         case .lossAccepted:
             Log.warn("an administrator accepted the loss of unflushed writes", volume)
         case .replicaJoining(let slot, let epoch):
@@ -184,9 +186,7 @@ extension EngineShell {
         case .protocolError(let slot):
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
         case .snapshotTaken(let layer, let epoch):
-            Log.info(
-                "snapshot taken", volume, ("layer", String(layer.rawValue)),
-                ("epoch", String(epoch.rawValue)))
+            Log.info("snapshot taken", volume, ("layer", String(layer.rawValue)), at(epoch))
         case .rebuildProgress(let slot, let done, let total):
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),

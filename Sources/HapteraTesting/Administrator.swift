@@ -112,6 +112,7 @@ extension World {
         observeRecord(next, before: record)
         history.append(.salvaged, step: timeline.step)
         promises.salvaged()
+        forgetSnapshots()
         lastWrites = [:]
         startEngine(generation: generation)
     }

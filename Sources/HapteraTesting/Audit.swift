@@ -7,7 +7,9 @@ struct Promises {
     var flushed: [Int]
     /// When each operation was acknowledged, counting acknowledgements; 0: not yet. By its number.
     private var order: [Int] = [0]
-    private var acknowledgements = 0
+    private(set) var acknowledgements = 0
+    /// `acknowledgements` when something promised was last lost.
+    private(set) var lossAt = 0
     /// Times something promised was lost legally.
     private(set) var losses = 0
     /// `acknowledged` as it was when a flush under way began.
@@ -37,6 +39,7 @@ struct Promises {
     /// Unflushed writes may be gone: only what was flushed is still promised.
     mutating func lost() {
         losses += 1
+        lossAt = acknowledgements
         acknowledged = flushed
         for operation in snapshots.keys { snapshots[operation] = flushed }
     }
@@ -44,6 +47,7 @@ struct Promises {
     /// Nothing is promised any more but what will be.
     mutating func salvaged() {
         losses += 1
+        lossAt = acknowledgements
         for sector in acknowledged.indices {
             acknowledged[sector] = 0
             flushed[sector] = 0
@@ -60,6 +64,8 @@ struct Promises {
         for operation in snapshots.keys { snapshots[operation] = flushed }
     }
 
+    /// When the operation was acknowledged, counting acknowledgements; 0: it was not.
+    func acknowledgedAt(_ operation: ClientOperation) -> Int { order[operation.id] }
     private func isLater(_ a: Int, _ b: Int) -> Bool { order[a] > order[b] }
     /// Whether a copy that holds the outcome of `held` keeps the promise `promised`.
     func covers(_ held: ClientOperation, _ promised: Int) -> Bool {
@@ -95,16 +101,20 @@ extension World {
             }
             compare(host, kept, promises.flushed, 8, "would lose flushed")
             checkBirths(host, now)
-            for (region, epoch) in host.lastWrite where !kept.activeRegions.contains(region) {
+            for (key, epoch) in host.lastWrite {
+                guard let layer = kept.layer(key.layer), !layer.activeRegions.contains(key.region)
+                else { continue }
+                let birth = layer.birth(key.region, promise: kept.promise)
                 check(
-                    17, kept.birth(region) >= epoch,
-                    "\(host.name) keeps birth \(kept.birth(region).rawValue) for region \(region),"
-                        + " written in e\(epoch.rawValue)")
+                    17, birth >= epoch,
+                    "\(host.name) keeps birth \(birth.rawValue) for region \(key.region) of layer"
+                        + " \(key.layer.rawValue), written in e\(epoch.rawValue)")
             }
         }
         compareMembers(members, current.compactMap { $0 }, "current")
         compareMembers(members, durable.compactMap { $0 }, "durable")
         compareDrained(members, current.compactMap { $0 }, durable.compactMap { $0 })
+        compareSnapshots(members, durable.compactMap { $0 })
     }
 
     /// 15: what was acknowledged is durable on every member once one of them has let the region

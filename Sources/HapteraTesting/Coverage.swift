@@ -21,9 +21,10 @@ package struct Coverage: Sendable {
         case lossAllowed
         case lossAccepted
         case reconstruction
+        case snapshot
     }
-    /// Those of `docs/replication.md` that need no snapshots.
-    package static let numbers: [Int] = Array(1...24) + Array(27...33)
+    /// Those of `docs/replication.md`.
+    package static let numbers = Array(1...33)
 
     /// Times each invariant was evaluated, by number.
     package private(set) var invariants = [Int](repeating: 0, count: 34)

@@ -322,7 +322,8 @@ extension World {
         guard !victims.isEmpty else { return }
         let host = random.pick(victims)
         guard store.record.contains(host), store.record.contains(hosts[keeper].id),
-            let file = host.disk.file(.data(LayerID(rawValue: 1)))
+            let layer = host.core.map({ random.pick($0.layers) }),
+            let file = host.disk.file(.data(layer))
         else { return }
         let cluster = random.pick(workload.clusters)
         let block = Int(cluster.lowerBound) + random.below(cluster.count)

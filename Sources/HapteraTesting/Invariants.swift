@@ -38,6 +38,7 @@ extension World {
             host.isLossy = false
             host.isMarkedRebooted = false
         }
+        if header.kind == .digest { host.digestLayers[header.tag] = header.layer }
         guard header.kind == .write || header.kind == .setState || header.kind == .adopt else {
             return
         }
@@ -64,7 +65,7 @@ extension World {
         host.requests.append(
             .init(
                 connection: number, tag: header.tag, epoch: header.epoch,
-                sequence: header.sequence, blocks: blocks, values: values,
+                sequence: header.sequence, layer: header.layer, blocks: blocks, values: values,
                 isCopy: header.flags & FrameFlags.resync != 0))
     }
 
@@ -76,13 +77,15 @@ extension World {
                 host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
         else { return }
         let first = Int(header.offset) / Geometry.blockSize
+        let id = header.layer == .head ? image.layers.last?.id : header.layer
+        guard let layer = id.flatMap({ image.layer($0) }) else { return }
         for block in first..<first + Int(header.length) / Geometry.blockSize {
-            let entry = image.entries[block]
+            let entry = layer.entries[block]
             let differs: Bool
             if header.kind == .write {
                 let content = data.slice((block - first) * Geometry.blockSize, Geometry.blockSize)
                 differs =
-                    image.isDoubtful(block)
+                    layer.isDoubtful(block)
                     || entry != BlockEntry(state: .data, checksum: CRC32C.checksum(content))
             } else {
                 differs = UInt64(entry.state.rawValue) != header.auxiliary
@@ -137,7 +140,7 @@ extension World {
         }
         host.isMarkedRebooted = reply.isRebooted
         noteLoss()
-        for active in reply.activeRegions { host.restamped[active.region] = header.epoch }
+        for active in reply.activeRegions { host.restamped[active] = header.epoch }
         trace("\(host.name) installed e\(header.epoch.rawValue)")
         check(
             3, header.epoch > host.installed || host.installedProcess == host.process,
@@ -167,7 +170,8 @@ extension World {
         for value in request.values { host.applied.insert(value) }
         // (A state that is set already changes nothing.)
         if !request.isCopy, !request.values.isEmpty, let block = request.blocks.first {
-            let region = block / UInt64(Geometry.blocksPerRegion)
+            let region = LayerRegion(
+                request.layer, block / UInt64(Geometry.blocksPerRegion))
             host.lastWrite[region] = max(host.lastWrite[region] ?? .zero, request.epoch)
         }
     }
@@ -192,13 +196,16 @@ extension World {
         guard header.kind == .digest, header.status == .ok, let pool = host.pool else { return }
         let region = Geometry.region(ofByte: header.offset)
         let birth = Epoch(pool.memory(table).load(UInt64.self, 0))
-        if let least = host.restamped[region] {
+        // A reply does not say of which layer it is.
+        guard let layer = host.digestLayers.removeValue(forKey: header.tag) else { return }
+        let key = LayerRegion(layer, region)
+        if let least = host.restamped[key] {
             check(
                 16, birth >= least,
                 "\(host.name) gives region \(region) birth \(birth.rawValue), active at the"
                     + " install of e\(least.rawValue)")
         }
-        let written = host.lastWrite[region] ?? .zero
+        let written = host.lastWrite[key] ?? .zero
         check(
             17, birth >= written,
             "\(host.name) gives region \(region) birth \(birth.rawValue), written in"

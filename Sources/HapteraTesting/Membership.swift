@@ -179,6 +179,7 @@ extension World {
                 let other = ReplicaImage(
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
             else { continue }
+            compareLayers(invariant, what, (joiner, mine), (host, other), concerns)
             for sector in hotSectors {
                 let block = sector / Content.sectorsPerBlock
                 let region = UInt64(block / Geometry.blocksPerRegion)
@@ -194,6 +195,32 @@ extension World {
                         "invariant \(invariant): region \(region), \(what), differs at sector"
                             + " \(sector): \(joiner.name) #\(a), \(host.name) #\(b)")
                 }
+            }
+        }
+    }
+
+    /// Frozen layers are compared by themselves: what covers a block hides what is below.
+    private func compareLayers(
+        _ invariant: Int, _ what: String, _ a: (host: SimulatedReplica, image: ReplicaImage),
+        _ b: (host: SimulatedReplica, image: ReplicaImage), _ concerns: (UInt64) -> Bool
+    ) {
+        for id in b.image.layers.dropLast().map(\.id) {
+            guard let mine = a.image.layer(id), let other = b.image.layer(id) else {
+                // It promises the record in which the layer is, or will.
+                if a.image.layer(id) == nil, a.image.promise >= b.image.promise {
+                    fail("\(a.host.name) lacks layer \(id.rawValue)")
+                }
+                continue
+            }
+            for block in Set(hotSectors.map { $0 / Content.sectorsPerBlock }) {
+                guard concerns(UInt64(block / Geometry.blocksPerRegion)),
+                    !a.host.isWriting(block), !b.host.isWriting(block),
+                    mine.entries[block] != other.entries[block]
+                else { continue }
+                return fail(
+                    "invariant \(invariant): layer \(id.rawValue), \(what), differs in block"
+                        + " \(block): \(a.host.name) \(mine.entries[block]),"
+                        + " \(b.host.name) \(other.entries[block])")
             }
         }
     }

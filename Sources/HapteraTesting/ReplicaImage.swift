@@ -11,8 +11,15 @@ struct ReplicaImage {
         fileprivate(set) var activeRegions: [UInt64] = []
         fileprivate var births: [Epoch] = []
         fileprivate var logIndex: [UInt64] = []
+        /// By block: what it was before records that no flush is known to have covered.
+        fileprivate var bases: [Int: BlockEntry] = [:]
         fileprivate let data: RawMemory
 
+        /// What its table page says; an active region counts as written in the promised epoch.
+        func birth(_ region: UInt64, promise: Epoch) -> Epoch {
+            let birth = births[Int(region)]
+            return activeRegions.contains(region) ? max(promise, birth) : birth
+        }
         func isDoubtful(_ block: Int) -> Bool {
             entries[block].state == .data
                 && CRC32C.checksum(bytes(block)) != entries[block].checksum
@@ -49,13 +56,14 @@ struct ReplicaImage {
             layers.append(layer)
         }
         guard let (tail, capacity) = Self.header(log) else { return nil }
-        for index in tail..<tail + capacity {
+        let records = (tail..<tail + capacity).compactMap { index in
             let at = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size
-            guard let record = LogRecord(decoding: log, at: at), record.index == index else {
-                continue
-            }
-            replay(record)
+            return LogRecord(decoding: log, at: at).flatMap { $0.index == index ? $0 : nil }
         }
+        let covered = records.filter { $0.kind == .covered }.map(\.position).max() ?? 0
+        for record in records { replay(record, covered) }
+        // As opening does it after a power cut.
+        if isDurable { dropUnsynced() }
         look(from: top ?? manifest.head)
     }
 
@@ -101,7 +109,7 @@ struct ReplicaImage {
         return best.map { ($0.tail, $0.capacity) }
     }
 
-    private mutating func replay(_ record: LogRecord) {
+    private mutating func replay(_ record: LogRecord, _ covered: UInt64) {
         guard record.kind == .activate || record.kind == .entry,
             let place = layers.firstIndex(where: { $0.id == record.layer })
         else { return }
@@ -117,9 +125,30 @@ struct ReplicaImage {
         let entry = BlockEntry(state: record.state, checksum: record.checksum)
         let first = Int(record.position)
         for block in first..<min(first + Int(record.count), layers[place].entries.count) {
+            if record.index < covered {
+                layers[place].bases[block] = nil
+            } else if place > 0, layers[place].bases[block] == nil {
+                layers[place].bases[block] = layers[place].entries[block]
+            }
             layers[place].entries[block] = entry
         }
     }
+    private mutating func dropUnsynced() {
+        for place in layers.indices {
+            for (block, base) in layers[place].bases
+            where base.state != .data && layers[place].isDoubtful(block) {
+                layers[place].entries[block] = base
+            }
+        }
+    }
+
+    /// The same files, seen from another layer.
+    func seen(from top: LayerID) -> ReplicaImage {
+        var image = self
+        image.look(from: top)
+        return image
+    }
+    func layer(_ id: LayerID) -> Layer? { layers.first { $0.id == id } }
 
     private mutating func look(from top: LayerID) {
         entries = Array(repeating: .absent, count: layers.first?.entries.count ?? 0)
@@ -134,12 +163,9 @@ struct ReplicaImage {
 
     /// Of any layer.
     var activeRegions: Set<UInt64> { Set(layers.flatMap(\.activeRegions)) }
-    /// What the layers' table pages say; an active region counts as written in the promised epoch.
+    /// Of whichever layer it is latest in.
     func birth(_ region: UInt64) -> Epoch {
-        layers.map {
-            $0.activeRegions.contains(region)
-                ? max(promise, $0.births[Int(region)]) : $0.births[Int(region)]
-        }.max() ?? .zero
+        layers.map { $0.birth(region, promise: promise) }.max() ?? .zero
     }
 
     func isDoubtful(_ block: Int) -> Bool {

@@ -12,6 +12,7 @@ extension World {
             id: operations.count + 1, kind: draw.kind, flags: draw.flags, offset: draw.offset,
             length: draw.length, worker: worker, generation: generation)
         operation.startedAfter = acknowledgedEpoch
+        operation.begunAt = promises.acknowledgements
         operations.append(operation)
         history.append(.invoked(operation), step: timeline.step)
         promises.began(operation)

@@ -46,9 +46,11 @@ final class SimulatedReplica {
     var order: [StablePoint]
 
     /// Births an Install has raised: the epoch by region.
-    var restamped: [UInt64: Epoch] = [:]
+    /// Digests asked for, by tag.
+    var digestLayers: [UInt64: LayerID] = [:]
+    var restamped: [LayerRegion: Epoch] = [:]
     /// By region, the epoch of the last client's write it answered for.
-    var lastWrite: [UInt64: Epoch] = [:]
+    var lastWrite: [LayerRegion: Epoch] = [:]
     var dataWriteCount = 0
 
     struct DataRequest {
@@ -56,6 +58,7 @@ final class SimulatedReplica {
         var tag: UInt64
         var epoch: Epoch
         var sequence: SequenceNumber
+        var layer: LayerID
         var blocks: Range<UInt64>
         var values: [ValueID]
         /// Made by the engine to make copies equal, not by a client.

@@ -1,10 +1,133 @@
 import HapteraCore
 
+/// A snapshot somebody asked for.
+final class SimulatedSnapshot {
+    let name: String
+    /// What had been acknowledged when it was asked for.
+    let promised: [Int]
+    let losses: Int
+    /// Nil: not answered yet, or not taken.
+    var layer: LayerID?
+    /// What each of the world's hot sectors held when it was answered; none: nothing is known that
+    /// must still be so.
+    var values: [ValueID] = []
+
+    init(name: String, promised: [Int], losses: Int) {
+        self.name = name
+        self.promised = promised
+        self.losses = losses
+    }
+}
+
+// Snapshots under way with everything else (invariants 25 and 26).
 extension World {
+    func scheduleSnapshot() {
+        let pause = milliseconds(random.between(20, workload.snapshotPauseMilliseconds))
+        timeline.schedule(after: pause, .snapshot)
+    }
+
+    func requestSnapshot() {
+        guard isChaos, snapshots.count < workload.snapshotsMax else { return }
+        scheduleSnapshot()
+        guard let current = currentEngine, engines[current].isRunning,
+            engines[current].pausedUntil <= timeline.now, trueHistory == nil
+        else { return }
+        let snapshot = SimulatedSnapshot(
+            name: "s\(snapshots.count)", promised: promises.acknowledged, losses: promises.losses)
+        note("snapshot \(snapshot.name) is asked of \(engines[current].name)")
+        snapshots.append(snapshot)
+        step(
+            engines[current],
+            .takeSnapshot(
+                token: UInt64(snapshots.count - 1), name: snapshot.name, created: timeline.now))
+        deliverDisconnects()
+    }
+
     /// An engine answers a request for a snapshot.
     func snapshotTaken(
         _ engine: SimulatedEngine, _ token: UInt64, _ layer: LayerID, _ result: SnapshotResult
     ) {
-        note("\(engine.name): snapshot \(token) of layer \(layer.rawValue): \(result)")
+        let snapshot = snapshots[Int(token)]
+        note("\(engine.name): \(snapshot.name), layer \(layer.rawValue): \(result)")
+        guard result == .ok, trueHistory == nil else { return }
+        coverage.took(.snapshot)
+        check(
+            25, store.record.snapshot(named: snapshot.name)?.layer == layer,
+            "\(snapshot.name) is not in the record")
+        snapshot.layer = layer
+        for host in hosts
+        where store.record.contains(host) && !host.isRolledBack && host.core != nil {
+            guard
+                let image = ReplicaImage(
+                    host.disk, isDurable: true, sizeBytes: workload.sizeBytes, from: layer)
+            else { return fail("\(host.name): the files do not make sense") }
+            guard image.layer(layer) != nil else {
+                return fail("invariant 25: \(host.name) has not got layer \(layer.rawValue)")
+            }
+            look(at: snapshot, host, image)
+        }
+        if promises.losses == snapshot.losses { checkCausality(snapshot) }
+    }
+
+    /// 25: the same on every member, and everything acknowledged before it was asked for.
+    private func look(
+        at snapshot: SimulatedSnapshot, _ host: SimulatedReplica, _ image: ReplicaImage
+    ) {
+        if promises.losses == snapshot.losses {
+            compare(host, image, snapshot.promised, 25, "\(snapshot.name): lacks")
+        }
+        guard !faults.rot else { return }
+        let values = hotSectors.map { image.value(sector: $0, scratch: sectorBlock.memory) }
+        if snapshot.values.isEmpty { snapshot.values = values }
+        coverage.evaluated(25)
+        for (index, sector) in hotSectors.enumerated() where values[index] != snapshot.values[index]
+        {
+            return fail(
+                "invariant 25: \(host.name), \(snapshot.name) of layer"
+                    + " \(snapshot.layer?.rawValue ?? 0): sector \(sector) holds"
+                    + " #\(values[index]), was #\(snapshot.values[index])")
+        }
+    }
+
+    /// 26: with a write, everything that had been acknowledged before it was asked for.
+    private func checkCausality(_ snapshot: SimulatedSnapshot) {
+        guard !snapshot.values.isEmpty else { return }
+        var before = 0
+        for value in snapshot.values where value > 0 && value <= UInt64(operations.count) {
+            before = max(before, operations[Int(value) - 1].begunAt)
+        }
+        coverage.evaluated(26)
+        // The last write of each sector among those acknowledged by then.
+        var last: [Int: ClientOperation] = [:]
+        for operation in operations where operation.changesData {
+            let at = promises.acknowledgedAt(operation)
+            guard at > promises.lossAt, at <= before else { continue }
+            for sector in operation.sectors
+            where last[sector].map({ promises.acknowledgedAt($0) < at }) ?? true {
+                last[sector] = operation
+            }
+        }
+        for (index, sector) in hotSectors.enumerated() {
+            guard let operation = last[sector] else { continue }
+            guard !isAcceptable(snapshot.values[index], sector, operation.id) else { continue }
+            return fail(
+                "invariant 26: \(snapshot.name) lacks \(operation.text) at sector \(sector), and"
+                    + " has what was asked for after it")
+        }
+    }
+
+    /// 25, 33: what a snapshot holds never changes, on any member, over any crash.
+    func compareSnapshots(_ members: [SimulatedReplica], _ images: [ReplicaImage]) {
+        guard images.count == members.count, !faults.rot else { return }
+        for snapshot in snapshots where !snapshot.values.isEmpty {
+            guard let layer = snapshot.layer else { continue }
+            for (host, image) in zip(members, images) {
+                look(at: snapshot, host, image.seen(from: layer))
+            }
+        }
+    }
+    /// The volume goes on from an old copy: its snapshots are what that copy has.
+    func forgetSnapshots() {
+        for snapshot in snapshots { snapshot.values = [] }
     }
 }

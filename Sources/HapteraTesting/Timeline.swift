@@ -16,6 +16,8 @@ enum WorldEvent {
     /// A client worker does its next piece of work.
     case work(worker: Int)
     case fault
+    /// Somebody wants a snapshot.
+    case snapshot
     /// Trouble at the very moment something changed.
     case stageFault
     /// A client writes where nobody has.

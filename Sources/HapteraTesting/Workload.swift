@@ -17,6 +17,8 @@ final class ClientOperation {
     var isComplete = false
     /// Its client is gone, or got an error: nobody knows whether it happened.
     var isAbandoned = false
+    /// Acknowledgements there had been when it was first asked for.
+    var begunAt = 0
     /// The highest epoch anything had been answered in when it began.
     var startedAfter = Epoch.zero
     /// For a read: what each sector held.
@@ -78,6 +80,9 @@ struct Workload {
     let thinkMillisecondsMax: Int
     let depth: Int
     let workers: Int
+    /// Snapshots taken at most, and the longest time between two.
+    let snapshotsMax: Int
+    let snapshotPauseMilliseconds: Int
     /// Requests at most to an engine that was superseded.
     static let staleRequestsMax = 2
     static let staleReadsMax = 8
@@ -108,6 +113,8 @@ struct Workload {
         trimPermille = random.pick([0, 60, 200])
         fuaPermille = random.pick([0, 50, 300])
         thinkMillisecondsMax = random.pick([5, 40, 200])
+        snapshotsMax = random.pick([0, 0, 2, 5])
+        snapshotPauseMilliseconds = random.pick([300, 3000])
         (workers, depth) = random.pick([(1, 1), (1, 3), (2, 1), (2, 4), (4, 2), (3, 4)])
     }
 

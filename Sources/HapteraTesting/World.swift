@@ -61,6 +61,7 @@ package final class World {
     var isChaos = true
     /// No fault before this, nanoseconds.
     var calmUntil: UInt64 = 0
+    var snapshots: [SimulatedSnapshot] = []
     /// The replica that rot and the faults that go with it spare.
     let keeper: Int
     var pendingDisconnects: [(SimulatedEngine, ReplicaSlot)] = []
@@ -190,6 +191,7 @@ package final class World {
             timeline.schedule(after: milliseconds(random.below(50)), .work(worker: worker))
         }
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
+        if workload.snapshotsMax > 0 { scheduleSnapshot() }
     }
 
     private func runChaos() {
@@ -247,6 +249,7 @@ package final class World {
         case .startReplica(let index): startReplica(hosts[index])
         case .work(let worker): work(worker)
         case .fault: nextFault()
+        case .snapshot: requestSnapshot()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
         case .lateBytes(let index): deliverLate(engines[index])

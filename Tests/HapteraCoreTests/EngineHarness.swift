@@ -1,15 +1,25 @@
 @testable import HapteraCore
 
-/// A replica made of a dictionary: answers as a real one would, at once, unless told to misbehave.
+/// A replica made of dictionaries: answers as a real one would, at once, unless told to misbehave.
 final class FakeReplica {
+    typealias Blocks = [UInt64: (entry: BlockEntry, data: [UInt8])]
     let member: VolumeRecord.Member
     let size: UInt64
-    var blocks: [UInt64: (entry: BlockEntry, data: [UInt8])] = [:]
+    /// What each layer of its chain holds itself.
+    var layers: [LayerID: Blocks] = [LayerID(rawValue: 1): [:]]
+    /// Of the head.
+    var blocks: Blocks {
+        get { layers[head] ?? [:] }
+        set { layers[head] = newValue }
+    }
+    var head: LayerID { layers.keys.max() ?? .head }
     var promise = Epoch.zero
     var installed: VolumeRecord?
     var isUp = true
     var isRebooted = false
+    /// Its activity log: regions of the lowest layer, and of others.
     var active: [UInt64] = []
+    var activeAbove: [LayerRegion] = []
     /// What it flushed last, and what it was told everybody holds a mark of.
     var flushed = StablePoint.zero
     var stable = StablePoint.zero
@@ -22,6 +32,8 @@ final class FakeReplica {
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
     var errors: [UInt16: FrameStatus] = [:]
+    /// It answers a read of a damaged block with an error.
+    var verifies = false
     /// Regions that a stable point leaves out.
     var leftOut: [UInt64] = []
     /// Their answers, kept back.
@@ -31,6 +43,8 @@ final class FakeReplica {
     var unheard: [(header: FrameHeader, table: [UInt8], data: [UInt8])] = []
     /// Kinds received, in order.
     var seen: [FrameKind] = []
+    /// The same with their headers, but for what has none of interest.
+    var heard: [FrameHeader] = []
 
     init(_ id: UInt64, size: UInt64) {
         member = VolumeRecord.Member(
@@ -39,6 +53,21 @@ final class FakeReplica {
     }
 
     func entry(_ block: UInt64) -> BlockEntry { blocks[block]?.entry ?? .absent }
+    /// What a request means by a layer.
+    func named(_ layer: LayerID) -> LayerID { layer == .head ? head : layer }
+    /// The block as that layer holds it, or as it is seen from there.
+    func block(_ block: UInt64, in layer: LayerID, isMerged: Bool) -> Blocks.Value {
+        let own = layers[layer]?[block] ?? (BlockEntry(state: .absent), [])
+        guard isMerged, own.entry.state == .absent,
+            let below = layers.keys.filter({ $0 < layer }).max()
+        else { return own }
+        return self.block(block, in: below, isMerged: true)
+    }
+    func put(_ block: UInt64, _ bytes: [UInt8], in layer: LayerID) {
+        layers[layer, default: [:]][block] = (
+            BlockEntry(state: .data, checksum: checksum(of: bytes)), bytes
+        )
+    }
 }
 
 /// One engine core, fake replicas and a store, run to a standstill after every event.
@@ -124,22 +153,25 @@ final class EngineHarness {
         return submit(.write, offset, bytes.count, buffer)
     }
     @discardableResult
-    func read(_ offset: UInt64, _ count: Int, session: UInt32 = 0) -> UInt64 {
+    func read(
+        _ offset: UInt64, _ count: Int, session: UInt32 = 0, layer: LayerID = .head
+    ) -> UInt64 {
         guard let buffer = pool.allocate((Int(offset % 4096) + count + 4095) / 4096 * 4096) else {
             preconditionFailure("pool")
         }
-        return submit(.read, offset, count, buffer, session: session)
+        return submit(.read, offset, count, buffer, session: session, layer: layer)
     }
     @discardableResult
     func submit(
         _ kind: OperationKind, _ offset: UInt64 = 0, _ length: Int = 0, _ buffer: BufferID = .none,
-        flags: OperationFlags = [], session: UInt32 = 0
+        flags: OperationFlags = [], session: UInt32 = 0, layer: LayerID = .head
     ) -> UInt64 {
         nextUserData += 1
         var operation = Operation(
             kind: kind, flags: flags, offset: offset, length: length, buffer: buffer,
             userData: nextUserData)
         operation.session = session
+        operation.layer = layer
         operations[nextUserData] = operation
         run(.submit(operation))
         return nextUserData
@@ -195,6 +227,7 @@ final class EngineHarness {
         guard let fake = fakes.first(where: { self.slot($0) == slot }), fake.isUp else { return }
         guard !fake.isDeaf else { return fake.unheard.append((header, table, data)) }
         fake.seen.append(header.kind)
+        fake.heard.append(header)
         var reply = header.reply(.ok, epoch: fake.promise)
         var replyTable: [UInt8] = []
         var replyData: [UInt8] = []
@@ -259,6 +292,7 @@ final class EngineHarness {
     ) {
         let first = header.offset / 4096
         let count = UInt64(header.length) / 4096
+        let layer = fake.named(header.layer)
         switch header.kind {
         case .hello:
             replyTable = HelloReply(
@@ -267,6 +301,9 @@ final class EngineHarness {
             ).encoded()
         case .install:
             guard let request = InstallRequest(decoding: table) else { return }
+            for layer in request.record.layers where fake.layers[layer] == nil {
+                fake.layers[layer] = [:]
+            }
             let before = fake.promise
             fake.promise = request.record.epoch
             reply.epoch = fake.promise
@@ -276,18 +313,17 @@ final class EngineHarness {
                 stablePoint: fake.stable, promiseBefore: before,
                 leaseRemainingMilliseconds: fake.leaseRemaining,
                 activeRegions: fake.active.map { LayerRegion(LayerID(rawValue: 1), $0) }
+                    + fake.activeAbove
             ).encoded()
         case .write:
             for index in 0..<count {
                 let bytes = [UInt8](data[Int(index) * 4096..<Int(index + 1) * 4096])
-                fake.blocks[first + index] = (
-                    BlockEntry(state: .data, checksum: checksum(of: bytes)), bytes
-                )
+                fake.put(first + index, bytes, in: layer)
             }
         case .setState:
             let state = BlockState(rawValue: UInt8(header.auxiliary)) ?? .absent
             for index in first..<first + count {
-                fake.blocks[index] = (BlockEntry(state: state), [])
+                fake.layers[layer, default: [:]][index] = (BlockEntry(state: state), [])
             }
         case .flush:
             fake.flushed = StablePoint(epoch: header.epoch, sequence: header.sequence)
@@ -295,11 +331,17 @@ final class EngineHarness {
         case .stable:
             fake.stable = StablePoint(
                 epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag))
-        case .read: answerRead(fake, first, count, &replyTable, &replyData)
-        case .digest: replyTable = digest(fake, first, count)
+        case .read:
+            answerRead(fake, header, &replyTable, &replyData)
+            // As a replica that verifies what it reads.
+            if fake.verifies, !isIntact(replyTable, replyData) {
+                reply.status = .checksumMismatch
+                replyData = []
+            }
+        case .digest: replyTable = digest(fake, first, count, layer)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
-            for block in fake.blocks.keys
+            for block in fake.layers.values.flatMap(\.keys)
             where header.auxiliary <= fake.births[block / 256] ?? .max {
                 replyTable[Int(block / 256 / 8)] |= 1 << (block / 256 % 8)
             }
@@ -308,29 +350,39 @@ final class EngineHarness {
     }
 
     private func answerRead(
-        _ fake: FakeReplica, _ first: UInt64, _ count: UInt64, _ table: inout [UInt8],
-        _ data: inout [UInt8]
+        _ fake: FakeReplica, _ header: FrameHeader, _ table: inout [UInt8], _ data: inout [UInt8]
     ) {
+        let first = header.offset / 4096
+        let layer = fake.named(header.layer)
+        let isMerged = header.flags & FrameFlags.resync == 0
         var hasData = false
-        for block in first..<first + count {
-            let entry = fake.entry(block)
+        for index in first..<first + UInt64(header.length) / 4096 {
+            let (entry, bytes) = fake.block(index, in: layer, isMerged: isMerged)
             var writer = ByteWriter()
             writer.append(UInt64(entry.state.rawValue) | UInt64(entry.checksum) << 32)
             table += writer.bytes
             if entry.state == .data { hasData = true }
-            data +=
-                entry.state == .data
-                ? fake.blocks[block]?.data ?? [] : [UInt8](repeating: 0, count: 4096)
+            data += entry.state == .data ? bytes : [UInt8](repeating: 0, count: 4096)
         }
         if !hasData { data = [] }
     }
+    private func isIntact(_ table: [UInt8], _ data: [UInt8]) -> Bool {
+        let memory = MemoryBlock(count: table.count)
+        memory.memory.copy(from: table)
+        return (0..<data.count / 4096).allSatisfy { block in
+            let entry = BlockEntry(decoding: memory.memory, at: block * BlockEntry.size)
+            return entry?.state != .data
+                || entry?.checksum == checksum(of: [UInt8](data[block * 4096..<(block + 1) * 4096]))
+        }
+    }
 
-    private func digest(_ fake: FakeReplica, _ first: UInt64, _ count: UInt64) -> [UInt8] {
+    private func digest(
+        _ fake: FakeReplica, _ first: UInt64, _ count: UInt64, _ layer: LayerID
+    ) -> [UInt8] {
         let block = MemoryBlock(count: RegionDigest.size)
         block.memory.store(fake.births[first / 256] ?? 0, 0)
         for index in 0..<count {
-            let entry = fake.entry(first + index)
-            let data = fake.blocks[first + index]?.data ?? []
+            let (entry, data) = fake.block(first + index, in: layer, isMerged: false)
             let isDoubtful = entry.state == .data && checksum(of: data) != entry.checksum
             let low = UInt64(data.reduce(0) { ($0 &* 31) &+ UInt64($1) })
             RegionDigest.encode(

@@ -4,8 +4,9 @@
 // costs two digests. What it cannot hold is fetched whole and written, with no digest at all. Many
 // frames are on the way at once, so that neither disk nor wire waits for the other.
 //
-// A region found equal still counts as written when the member last wrote it: with an older birth
-// the joiner, a member by then, would keep the region from a replica that left in between.
+// All of it layer by layer. A region found equal still counts as written when the member last wrote
+// it: with an older birth the joiner, a member by then, would keep the region from a replica that
+// left in between.
 
 extension EngineCore {
     private static let copyFramesMax = 16
@@ -47,7 +48,8 @@ extension EngineCore {
                 to: content)
         }
         jobs[job].isFetched = true
-        jobs[job].isStampDue = true
+        // One layer's birth is the region's: what the upper ones do not hold takes no space there.
+        jobs[job].isStampDue = jobs[job].layer == record?.layers.first
         beginCopy(job)
     }
 
@@ -85,7 +87,7 @@ extension EngineCore {
             jobs[job].readsOut + jobs[job].writesOut == 0
         else { return }
         if jobs[job].isStampDue { return stamp(job) }
-        finish(job)
+        finishLayer(job)
     }
 
     /// Writes one block that is equal already, for the region's birth.
@@ -109,7 +111,6 @@ extension EngineCore {
             send(ReplicaSlot(jobs[job].source), copyHeader(job, .read, blocks))
         case .setState:
             var header = copyHeader(job, .setState, blocks)
-            header.flags = FrameFlags.resync
             header.auxiliary = UInt64(run.state.rawValue)
             header.sequence = nextSequence()
             jobs[job].blocksCopied += UInt64(run.count)
@@ -121,6 +122,8 @@ extension EngineCore {
 
     private func copyHeader(_ job: Int, _ kind: FrameKind, _ blocks: Range<Int>) -> FrameHeader {
         var header = FrameHeader(kind: kind)
+        header.flags = FrameFlags.resync
+        header.layer = jobs[job].layer
         header.tag = tag(Int(jobs[job].slot))
         header.offset =
             jobs[job].region * UInt64(Geometry.regionSize)
@@ -147,7 +150,6 @@ extension EngineCore {
             checksums.store(CRC32C.checksum(content), block * 4)
         }
         var header = copyHeader(job, .write, blocks)
-        header.flags = FrameFlags.resync
         header.sequence = nextSequence()
         header.dataLength = header.length
         header.tableLength = UInt32(blocks.count * 4)
@@ -181,6 +183,21 @@ extension EngineCore {
             if jobs[job].stage == .copying { continueCopy(job) } else { endDraining(job) }
         default: protocolError(slot)
         }
+    }
+
+    /// The joiner let an Install of this engine pass a write that waited for room in its activity
+    /// log, and refused it: the layer is begun again, and the joiner stays. False if it was none.
+    func copyRefused(_ slot: ReplicaSlot, _ refused: FrameHeader) -> Bool {
+        guard slot == joiner, refused.kind == .write || refused.kind == .setState,
+            let index = slotIndex(ofTag: refused.tag), slots[index].use == .job
+        else { return false }
+        let job = Int(slots[index].operation.userData)
+        guard jobs[job].stage == .copying || jobs[job].stage == .draining,
+            jobs[job].writesOut > 0
+        else { return false }
+        jobs[job].writesOut -= 1
+        if jobs[job].stage == .draining { endDraining(job) } else { restart(job) }
+        return true
     }
 
     private func receivedBlocks(

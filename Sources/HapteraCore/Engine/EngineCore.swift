@@ -14,6 +14,7 @@ package final class EngineCore {
     package internal(set) var record: VolumeRecord? {
         didSet {
             epoch = record?.epoch ?? .zero
+            head = record?.head ?? .head
             size = record?.size ?? 0
             minInSync = Int(record?.minInSync ?? 1)
             leaseNanoseconds = countedLease(record?.leaseMilliseconds ?? 0)
@@ -23,6 +24,9 @@ package final class EngineCore {
     package private(set) var epoch = Epoch.zero
     /// Bytes; zero until the record is known.
     package private(set) var size: UInt64 = 0
+    /// The layer that writes go to. It changes in the step that sends the record's Install to all
+    /// members, and so between the same two writes on each of them.
+    private(set) var head = LayerID.head
     private(set) var minInSync = 1
     /// What of a lease this engine relies on.
     private(set) var leaseNanoseconds: UInt64 = 0
@@ -110,6 +114,9 @@ package final class EngineCore {
     // Takeover.
     var unresolved: Set<UInt64> = []
     var unresolvedQueue: [UInt64] = []
+    /// Layers of unresolved regions in which members may differ, ascending. A region that is only
+    /// there to be repaired has none: it is looked at in every layer.
+    var suspectLayers: [UInt64: [LayerID]] = [:]
     /// Those of `unresolved` that are there to be repaired only.
     var damagedRegions: Set<UInt64> = []
     package internal(set) var blocksRepaired: UInt64 = 0
@@ -171,7 +178,16 @@ package final class EngineCore {
     package internal(set) var bytesRebuilt: UInt64 = 0
     var joinProgress = JoinProgress()
     var throttle = CopyThrottle()
-    /// Regions whose digests were compared, by resolution, repair or rebuild.
+    // Snapshots.
+    /// The first is under way, the others wait.
+    var snapshotRequests: [SnapshotRequest] = []
+    var snapshotStage = SnapshotStage.waiting
+    /// No slot below this one holds a write to a layer that is frozen now.
+    var snapshotCursor = 0
+    /// What is frozen up to here is known to be equal and durable on every member.
+    var finishedLayer = LayerID.head
+
+    /// Regions (each layer counts) whose digests were compared, by resolution, repair or rebuild.
     package internal(set) var regionsCompared: UInt64 = 0
     package internal(set) var regionsCopied: UInt64 = 0
     package internal(set) var lastRegionCopied: UInt64 = 0
@@ -241,7 +257,11 @@ package final class EngineCore {
     package func step(_ event: EngineEvent, now: Instant) {
         self.now = max(now, self.now)
         guard phase != .stopped else {
-            if case .submit(let operation) = event { refuse(operation) }
+            switch event {
+            case .submit(let operation): refuse(operation)
+            case .takeSnapshot(let token, _, _): answerSnapshot(token, .head, .notServing)
+            default: break
+            }
             return
         }
         switch event {
@@ -326,6 +346,7 @@ package final class EngineCore {
         removeFailedMembers()
         advanceJobs()
         advanceJoin()
+        if !snapshotRequests.isEmpty { advanceSnapshot() }
         advanceFlush()
         advanceDetach()
     }
@@ -339,6 +360,7 @@ package final class EngineCore {
             completeClient(index, .shuttingDown)
             release(index)
         }
+        abandonSnapshots()
         actions.append(.serving(false))
         actions.append(.stopped)
     }

@@ -141,7 +141,7 @@ extension EngineCore {
         note(.joinMapped(joiner, since: joinBase, regions: UInt64(neededCount)))
     }
 
-    private func markHeld(_ region: UInt64) {
+    func markHeld(_ region: UInt64) {
         held[Int(region / 64)] |= 1 << (region % 64)
     }
     /// False: the joiner has nothing there, not even what is to be overwritten.

@@ -35,7 +35,8 @@ extension EngineCore {
     /// equal before anyone, the write itself included, touches it again.
     private func markUnequal(_ index: Int) {
         guard !mutations.contains(.erroredWriteNotResolved) else { return }
-        addUnresolved(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
+        addUnresolved(
+            slots[index].firstBlock / UInt64(Geometry.blocksPerRegion), slots[index].layer)
     }
     private func holdForSpace(_ index: Int) {
         if slots[index].fullSince == .zero { slots[index].fullSince = now }
@@ -99,12 +100,14 @@ extension EngineCore {
             settleWrite(index)
             return true
         }
-        guard !slots[index].isAcknowledged else { return false }
+        if slots[index].isAcknowledged { return copyAgain(index, slot) }
         slots[index].wasPassed = true
         writePassed(refused, at: slot)
         var header = FrameHeader(kind: refused.kind)
         header.tag = refused.tag
         header.sequence = slots[index].sequence
+        // Where the others have it: the Install may have frozen that layer.
+        header.layer = layerToName(index)
         header.offset = refused.offset
         header.length = refused.length
         if slots[index].operation.flags.contains(.fua) { header.flags |= FrameFlags.fua }
@@ -122,6 +125,17 @@ extension EngineCore {
         header.dataLength = UInt32(blocks * Geometry.blockSize)
         header.tableChecksum = CRC32C.checksum(table(Int32(index)).slice(0, blocks * 4))
         send(slot, header, tableOf: Int32(index), buffer: slots[index].operation.buffer)
+        return true
+    }
+
+    /// The client has its answer, and its data back; the joiner gets the region with another copy.
+    private func copyAgain(_ index: Int, _ slot: ReplicaSlot) -> Bool {
+        guard slot == joiner, joinStage == .copying else { return false }
+        let region = slots[index].firstBlock / UInt64(Geometry.blocksPerRegion)
+        markNeeded(region)
+        markHeld(region)
+        slots[index].replied.insert(SlotSet(slot))
+        settleWrite(index)
         return true
     }
 }

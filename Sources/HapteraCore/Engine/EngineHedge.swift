@@ -62,6 +62,7 @@ extension EngineCore {
         header.tag = tag(other)
         header.offset = slots[other].operation.offset
         header.length = UInt32(length)
+        header.layer = slots[index].operation.layer
         replicas[best].reads += 1
         send(best, header)
     }

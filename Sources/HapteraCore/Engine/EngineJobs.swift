@@ -1,9 +1,14 @@
 // Making regions equal: the members after a takeover (T4), the joiner while it is filled (J).
 //
-// A job holds its region's lock, asks every participant for a digest, and treats the blocks that
-// differ run by run: read from one source, written to those who differ (a copy: see EngineCopy).
-// Whatever interrupts it - a
-// lost participant, a changed record - it keeps the lock and begins again with fresh digests.
+// A job holds its region's lock and goes through the layers that may differ, lowest first. In each
+// it asks every participant for a digest, and treats the blocks that differ run by run: read from
+// one source, written to those who differ (a copy: see EngineCopy). Every frame names the layer,
+// and means what that layer holds itself. Absent is a content like any other, and not the same as
+// zero: it shows the layers below.
+//
+// Whatever interrupts it - a lost participant, a changed record - it keeps the lock and begins the
+// layer again with fresh digests. The layers it has done stay equal under the lock, and those that
+// a snapshot adds meanwhile come last.
 
 extension EngineCore {
     func hasJob(_ region: UInt64) -> Bool {
@@ -87,6 +92,10 @@ extension EngineCore {
             slots[index].phase = .inFlight
         }
         guard isSettled, let source = chooseSource(job) else { return }
+        if jobs[job].layer == .head {
+            guard let lowest = nextLayer(job) else { return finish(job) }
+            jobs[job].layer = lowest
+        }
         var participants: SlotSet
         switch jobs[job].kind {
         case .resolve, .repair: participants = members
@@ -103,10 +112,28 @@ extension EngineCore {
         if jobs[job].kind == .copy, !isHeldByJoiner(jobs[job].region) { return fetch(job) }
         jobs[job].stage = .digesting
         var header = FrameHeader(kind: .digest)
+        header.layer = jobs[job].layer
         header.tag = tag(index)
         header.offset = jobs[job].region * UInt64(Geometry.regionSize)
         header.length = UInt32(blockCount(jobs[job].region) * Geometry.blockSize)
         while let slot = participants.popFirst() { send(slot, header) }
+    }
+
+    /// The lowest layer that the job has not done and in which its participants may differ.
+    private func nextLayer(_ job: Int) -> LayerID? {
+        let done = jobs[job].layer
+        if jobs[job].kind == .resolve, let suspects = suspectLayers[jobs[job].region] {
+            return suspects.first { $0 > done }
+        }
+        return record?.layer(above: done)
+    }
+    /// The participants are equal in this layer.
+    func finishLayer(_ job: Int) {
+        guard let next = nextLayer(job) else { return finish(job) }
+        jobs[job].layer = next
+        jobs[job].unfit = []
+        jobs[job].stage = .waiting
+        proceed(job)
     }
 
     /// Resolution prefers a member whose host has not restarted: a rebooted one may have lost
@@ -235,13 +262,15 @@ extension EngineCore {
         slots[index].generation &+= 1
         slots[index].sentAt = now
         var header = FrameHeader(kind: .read)
+        header.flags = FrameFlags.resync
+        header.layer = jobs[job].layer
         header.tag = tag(index)
         header.offset =
             jobs[job].region * UInt64(Geometry.regionSize)
             + UInt64(run.first * Geometry.blockSize)
         header.length = UInt32(run.count * Geometry.blockSize)
         switch run.action {
-        case .none: finish(job)
+        case .none: finishLayer(job)
         case .copy, .adopt:
             if run.action == .adopt {
                 header.kind = .adopt
@@ -252,7 +281,6 @@ extension EngineCore {
             send(ReplicaSlot(run.source), header)
         case .setState:
             header.kind = .setState
-            header.flags = FrameFlags.resync
             header.auxiliary = UInt64(run.state.rawValue)
             sendRun(job, &header, buffer: .none)
         case .impossible: preconditionFailure("only a copy gives up")
@@ -327,6 +355,7 @@ extension EngineCore {
         if run.action == .adopt { spareThoseThatHave(job, table) }
         var header = FrameHeader(kind: .write)
         header.flags = FrameFlags.resync
+        header.layer = jobs[job].layer
         header.tag = tag(index)
         header.offset =
             jobs[job].region * UInt64(Geometry.regionSize)

@@ -169,6 +169,8 @@ extension EngineCore {
 
     func submit(_ operation: Operation) {
         precondition(canSubmit)
+        precondition(
+            operation.layer == .head || operation.kind == .read || operation.kind == .status)
         var operation = operation
         switch operation.kind {
         case .flush, .status:

@@ -28,7 +28,19 @@ extension EngineCore {
         return best
     }
 
+    /// A snapshot is read like the volume itself, lock included: the frozen layer may still be
+    /// written to, by what was sent before the freeze or to make members equal. False if there is
+    /// no such snapshot: then the client has an error.
+    private func isLayerThere(_ index: Int) -> Bool {
+        let layer = slots[index].operation.layer
+        if layer == .head || layer < head && record?.isInChain(layer) == true { return true }
+        completeClient(index, .ioError)
+        release(index)
+        return false
+    }
+
     func sendRead(_ index: Int) {
+        guard isLayerThere(index) else { return }
         slots[index].phase = .inFlight
         slots[index].sentAt = now
         guard let source = chooseReader(index) else { return }
@@ -38,11 +50,13 @@ extension EngineCore {
         header.length =
             UInt32(slots[index].endBlock - slots[index].firstBlock)
             * UInt32(Geometry.blockSize)
+        header.layer = slots[index].operation.layer
         replicas[source].reads += 1
         send(source, header)
     }
 
     func sendStatus(_ index: Int) {
+        guard isLayerThere(index) else { return }
         slots[index].phase = .inFlight
         slots[index].sentAt = now
         guard let source = chooseReader(index) else { return }
@@ -50,6 +64,7 @@ extension EngineCore {
         header.tag = tag(index)
         header.offset = slots[index].operation.offset
         header.length = UInt32(min(slots[index].operation.length, EngineLimits.statusLengthMax))
+        header.layer = slots[index].operation.layer
         send(source, header)
     }
 
@@ -104,8 +119,10 @@ extension EngineCore {
         if !missing.isEmpty { sendFlush(index, to: missing) }
         // A flush of the engine's own answers nobody: the stable point moves though members are
         // missing, or logs would fill, the joiner's first, and none could come back.
+        let isSnapshots =
+            slots[index].use == .flush && slots[index].operation.userData == Self.snapshotFlush
         let mayEnd =
-            slots[index].use == .client
+            slots[index].use == .client || isSnapshots
             ? mayAcknowledge(slots[index].replied)
             : isEverywhere(slots[index].replied) && mayAnswer()
         guard mayEnd else { return }
@@ -118,6 +135,8 @@ extension EngineCore {
         }
         if slots[index].use == .client {
             completeClient(index, .ok)
+        } else if isSnapshots {
+            finishSnapshot()
         } else {
             isFlushInFlight = false
         }

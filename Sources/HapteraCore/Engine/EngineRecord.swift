@@ -146,6 +146,9 @@ extension EngineCore {
             installAll()
         case .detach:
             installAll()
+        case .snapshot:
+            installAll()
+            frozeHead()
         }
         if isVerifyingPromise { verifyPromise() }
     }

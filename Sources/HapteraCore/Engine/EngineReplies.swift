@@ -49,7 +49,13 @@ extension EngineCore {
     }
 
     private func receivedControl(_ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory) {
-        guard header.status == .ok else { return protocolError(slot) }
+        guard header.status == .ok else {
+            // A new layer's files need space, and a disk that takes them.
+            if header.status == .noSpace || header.status == .ioError {
+                return failReplica(slot, .failing(header.status))
+            }
+            return protocolError(slot)
+        }
         if header.kind == .hello {
             guard replicas[slot].link == .connected,
                 let reply = HelloReply(decoding: table.bytes())
@@ -75,7 +81,8 @@ extension EngineCore {
         // Refused for the Install behind it, which is this engine's own: it goes behind that. (The
         // refusal names the epoch of that Install, whose own reply is still to come.)
         if header.epoch <= replicas[slot].sentEpoch,
-            replicas[slot].installedEpoch < replicas[slot].sentEpoch, sendAgain(slot, header)
+            replicas[slot].installedEpoch < replicas[slot].sentEpoch,
+            sendAgain(slot, header) || copyRefused(slot, header)
         {
             return
         }

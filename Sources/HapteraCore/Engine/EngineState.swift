@@ -205,6 +205,8 @@ struct OperationSlot: BitwiseCopyable {
     var since = Instant.zero
     /// The epoch it was sent in.
     var epoch = Epoch.zero
+    /// Of what changes data: the head when it was sent. Sent again to one replica, it goes there.
+    var layer = LayerID.head
     /// When what is on the way was sent first, for the leases its answers renew.
     var sentAt = Instant.zero
     /// What was asked for is here and may not be answered yet, for want of a lease.
@@ -296,12 +298,14 @@ struct Job: BitwiseCopyable {
     var stage = Stage.free
     var kind = Kind.resolve
     var region: UInt64 = 0
+    /// The layer it is at, lowest first; those below are equal. `.head`: it has not begun.
+    var layer = LayerID.head
     var slot: Int32 = -1
     var participants = SlotSet()
     /// Whose answers the current stage still needs.
     var awaiting = SlotSet()
     var source: Int8 = -1
-    /// Members that cannot be copied from (a doubtful block): a copy tries another.
+    /// Members the layer cannot be copied from (a doubtful block): a copy tries another.
     var unfit = SlotSet()
     var nextBlock = 0
     var run = Run()
@@ -368,6 +372,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
     case promote
     case detach
     case reinstate
+    case snapshot
 
     var recorded: VolumeRecord.Change {
         switch self {
@@ -377,6 +382,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
         case .promote: .promotion
         case .detach: .detach
         case .reinstate: .reinstatement
+        case .snapshot: .snapshot
         }
     }
 }

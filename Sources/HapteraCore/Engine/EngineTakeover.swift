@@ -172,16 +172,8 @@ extension EngineCore {
         // Before anybody is asked: should this engine end, what tells them may not be there again.
         guard rolledBack.isEmpty else { return removeRolledBack(rolledBack) }
         guard mayRemoveOthers(members) else { return refuse() }
-        unresolved = []
-        if !isClean, !mutations.contains(.skipResolution) {
-            var rest = members
-            while let slot = rest.popFirst() {
-                for region in (installReplies[slot]?.activeRegions ?? []).map(\.region) {
-                    guard region < Geometry.regionCount(size: record.size) else { continue }
-                    unresolved.insert(region)
-                }
-            }
-        }
+        forgetUnresolved()
+        if !isClean, !mutations.contains(.skipResolution) { collectUnresolved(record) }
         unresolvedQueue = unresolved.sorted()
         unresolvedPosition = 0
         while urgentRegions.popFirst() != nil {}
@@ -205,7 +197,7 @@ extension EngineCore {
     }
 
     /// Tells what a takeover has done. What is resolved later, after an error, is not its.
-    private func noteResolved() {
+    func noteResolved() {
         guard let began = resolveBegan else { return }
         resolveBegan = nil
         lastTakeover = LastTakeover(
@@ -330,78 +322,6 @@ extension EngineCore {
         }
     }
 
-    /// Writes failed on every member and may be applied differently: the region is made equal
-    /// before anyone touches it again.
-    func addUnresolved(_ region: UInt64) {
-        if damagedRegions.remove(region) != nil {
-            erroredRegions.insert(region)
-            for job in 0..<jobsMax where jobs[job].kind == .repair {
-                if jobs[job].region == region { jobs[job].kind = .resolve }
-            }
-        }
-        guard unresolved.insert(region).inserted else { return }
-        erroredRegions.insert(region)
-        unresolvedQueue.append(region)
-        isResolving = true
-    }
-    /// What a takeover found active is equal. What came later does not keep a point from being
-    /// stable: its region is left out, and a write that waits for room may be what it waits for.
-    var isTakeoverResolved: Bool {
-        unresolved.count == damagedRegions.count + erroredRegions.count
-    }
-
-    /// A read had to go to another member: the damaged copy is rewritten under the region's lock.
-    func repair(_ region: UInt64) {
-        guard members.count > 1, unresolved.insert(region).inserted else { return }
-        damagedRegions.insert(region)
-        unresolvedQueue.append(region)
-        isResolving = true
-    }
-
-    func regionRepaired(_ region: UInt64, blocks: UInt64) {
-        blocksRepaired += blocks
-        damagedRegions.remove(region)
-        unresolved.remove(region)
-        note(.repaired(region: region, blocks: blocks))
-        if unresolved.isEmpty {
-            isResolving = false
-            noteResolved()
-        }
-        startAll()
-    }
-
-    func regionResolved(_ region: UInt64, blocks: UInt64) {
-        unresolved.remove(region)
-        erroredRegions.remove(region)
-        regionsResolved += 1
-        blocksResolved += blocks
-        guard unresolved.isEmpty else { return }
-        isResolving = false
-        unresolvedQueue.removeAll(keepingCapacity: true)
-        unresolvedPosition = 0
-        noteResolved()
-        flushDueAt = now
-        startAll()
-    }
-
-    /// The next region to resolve that no job has yet: those requests wait for come first.
-    func nextUnresolved() -> UInt64? {
-        while let region = urgentRegions.popFirst() {
-            if unresolved.contains(region), !hasJob(region) { return region }
-        }
-        // What is being copied to a joiner keeps its place: its turn comes after the copy. (Seed
-        // 110367. A copy that only waits may wait for what waits for this: seed 110362.)
-        for at in unresolvedPosition..<max(unresolvedPosition, unresolvedQueue.count) {
-            let region = unresolvedQueue[at]
-            let isOpen = unresolved.contains(region)
-            if isOpen, isBeingCopied(region) { continue }
-            unresolvedQueue.swapAt(at, unresolvedPosition)
-            unresolvedPosition += 1
-            if isOpen, !hasJob(region) { return region }
-        }
-        return nil
-    }
-
     /// Every member is gone. Nothing is removed and nothing is failed: what was on the way waits,
     /// and is sent again, in its old order, after the next takeover.
     func stall() {
@@ -412,10 +332,8 @@ extension EngineCore {
         actions.append(.serving(false))
         if joiner != nil { dropJoiner(retryMilliseconds: 0) }
         abandonJobs()
-        unresolved = []
-        damagedRegions = []
-        erroredRegions = []
-        isResolving = false
+        forgetUnresolved()
+        restartSnapshot()
         for index in 0..<slotsUsed {
             switch slots[index].use {
             case .free, .job: break
@@ -465,7 +383,7 @@ extension EngineCore {
         case .serving:
             if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }
             guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, now >= serveAfter,
-                hasReleased || !hasClientOperations
+                snapshotRequests.isEmpty, hasReleased || !hasClientOperations
             else { return }
             if record?.isClean == true {
                 stop(.detached)

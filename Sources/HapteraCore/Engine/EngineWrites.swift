@@ -143,12 +143,14 @@ extension EngineCore {
         slots[index].phase = .inFlight
         slots[index].sequence = sequence
         slots[index].epoch = epoch
+        slots[index].layer = head
         slots[index].sentAt = now
         slots[index].sent = targets
         slots[index].replied = SlotSet()
         slots[index].full = SlotSet()
         header.tag = tag(index)
         header.sequence = sequence
+        header.layer = layerToName(index)
         header.offset = slots[index].firstBlock * UInt64(Geometry.blockSize)
         header.length =
             UInt32(slots[index].endBlock - slots[index].firstBlock)

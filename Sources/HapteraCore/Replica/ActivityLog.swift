@@ -9,7 +9,7 @@
 ///          8     8  index     counts records for ever; its slot is index % capacity
 ///         16     4  layer     activate, entry, drained
 ///         20     4  crc       entry in state data: CRC32C of the block; otherwise zero
-///         24     8  position  activate, drained: region; entry: first block
+///         24     8  position  activate, drained: region; entry: first block; covered: an index
 ///     flushed and stable have the epoch in 16..<24 and the sequence number in 24..<32.
 package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
     package static let size = 32
@@ -24,6 +24,8 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
         case drained = 4
         /// Every member has flushed up to the point and holds a durable mark of it.
         case stable = 5
+        /// Records with an index below `position` are durable, and so is their data.
+        case covered = 6
     }
     package var kind: Kind
     package var state: BlockState = .absent
@@ -52,6 +54,9 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
     }
     package static func stable(_ point: StablePoint) -> LogRecord {
         LogRecord(kind: .stable, position: point.sequence.rawValue, epoch: point.epoch)
+    }
+    package static func covered(_ index: UInt64) -> LogRecord {
+        LogRecord(kind: .covered, position: index)
     }
     /// What a flushed or stable record says.
     private var isMark: Bool { kind == .flushed || kind == .stable }
@@ -119,7 +124,7 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///
 ///     offset  size  header slot (at 0 and, alternating, at 4096; counter % 2 picks the slot)
 ///          0     4  magic      "HPAL"
-///          4     4  format     2
+///          4     4  format     3
 ///          8     8  counter    the higher valid one wins
 ///         16     8  tail       records with a smaller index are no longer needed
 ///         24     8  capacity   records in the ring
@@ -129,13 +134,14 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///         56     8             its sequence number
 ///         64     4  checksum   CRC32C of bytes 0..<64
 ///
-/// Format 1 had no stable point and its checksum, of bytes 0..<48, at 48. It is still read.
+/// Format 2 knew no covered records. Format 1 had no stable point and its checksum, of bytes
+/// 0..<48, at 48. Both are still read.
 ///
 /// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail,
 /// so a replay that begins at whichever header survived finds every record it needs.
 package final class ActivityLog {
     package static let magic: UInt32 = 0x4c41_5048
-    package static let formatVersion: UInt32 = 2
+    package static let formatVersion: UInt32 = 3
     package static let ringOffset = 8192
     /// 16 MiB of records.
     package static let capacityDefault: UInt64 = 524_288
@@ -207,9 +213,21 @@ package final class ActivityLog {
             switch record.kind {
             case .flushed: flushed = max(flushed, record.point)
             case .stable: stable = max(stable, record.point)
+            case .covered: break
             case .activate, .entry, .drained: try body(record)
             }
         }
+    }
+    /// Up to which index, not included, records are known to be durable with their data.
+    package func findCovered() -> UInt64 {
+        var covered: UInt64 = 0
+        for index in durableTail..<durableTail + capacity {
+            guard let record = LogRecord(decoding: memory, at: offset(index)),
+                record.index == index, record.kind == .covered
+            else { continue }
+            covered = max(covered, record.position)
+        }
+        return covered
     }
 
     /// Records in use or promised.

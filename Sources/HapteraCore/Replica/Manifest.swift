@@ -37,19 +37,20 @@ package struct ReplicaIdentity: Equatable, Sendable {
 ///
 ///     offset  size  slot
 ///          0     4  magic      "HPMF"
-///          4     4  format     1
+///          4     4  format     2
 ///          8     8  counter    grows by one per change
 ///         16     4  length     bytes of the body
 ///         20     4  checksum   CRC32C of bytes 0..<20, then of the body
 ///         24        body       in this order, integers little-endian, texts and lists with a
 ///                              4-byte count: volume (16), name, replica (8), incarnation (8),
 ///                              size (8), promise (8), engine it was promised to (8), settled boot
-///                              (16), clean (1), layers, installed record (bytes, as a list)
+///                              (16), boot (16), clean (1), layers, installed record (bytes, as
+///                              a list)
 package struct Manifest: Equatable, Sendable {
     package static let slotSize = 64 << 10
     package static let fileSize = UInt64(2 * slotSize)
     package static let magic: UInt32 = 0x464d_5048
-    package static let formatVersion: UInt32 = 1
+    package static let formatVersion: UInt32 = 2
     private static let bodyOffset = 24
 
     package var counter: UInt64 = 0
@@ -58,6 +59,8 @@ package struct Manifest: Equatable, Sendable {
     package var promisedEngine: InstanceID = .none
     /// The boot during which this copy was last known to be equal to the others.
     package var settledBoot: BootID = .none
+    /// The boot during which it last promised anything: nothing was written since in any other.
+    package var boot: BootID = .none
     /// Everything was synced and nothing has been written since.
     package var isClean = true
     package var layers: [LayerID] = [LayerID(rawValue: 1)]
@@ -83,6 +86,8 @@ package struct Manifest: Equatable, Sendable {
         body.append(promisedEngine.rawValue)
         body.append(settledBoot.high)
         body.append(settledBoot.low)
+        body.append(boot.high)
+        body.append(boot.low)
         body.append(isClean ? 1 as UInt8 : 0)
         body.append(UInt32(layers.count))
         for layer in layers { body.append(layer.rawValue) }
@@ -128,6 +133,7 @@ package struct Manifest: Equatable, Sendable {
         promise = Epoch(r.read(UInt64.self))
         promisedEngine = InstanceID(rawValue: r.read(UInt64.self))
         settledBoot = BootID(high: r.read(UInt64.self), low: r.read(UInt64.self))
+        boot = BootID(high: r.read(UInt64.self), low: r.read(UInt64.self))
         let clean = r.read(UInt8.self)
         isClean = clean == 1
         layers = (0..<r.readCount(limit: 4096)).map { _ in LayerID(rawValue: r.read(UInt32.self)) }

@@ -106,6 +106,7 @@ extension ReplicaCore {
         proposal.promisedEngine = request.engine
         proposal.installed = request.record
         proposal.layers = request.record.layers
+        proposal.boot = options.bootID
         // A clean copy has lost nothing in a restart since.
         if proposal.isClean { proposal.settledBoot = options.bootID }
         // So has one that this very process has filled from the others until it became a member.

@@ -260,6 +260,8 @@ extension ReplicaCore {
             .entry(
                 layer: header.layer, block: header.offset / UInt64(Geometry.blockSize),
                 count: blocks.count, entry))
+        // What comes after it, and is torn, may have to give way to it.
+        if header.layer != chain.id(0) { freshEnd = log.nextIndex }
         for block in blocks {
             let old = cache.entry(frame, block).state
             let mayHoldSpace = old == .data || old == .zeroAllocated
@@ -300,6 +302,11 @@ extension ReplicaCore {
 
     /// Uses up one reserved record.
     private func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
+        if cache.frames[Int(frame)].layer != chain.id(0),
+            cache.entry(frame, block).state != .data
+        {
+            freshEnd = log.nextIndex + 1
+        }
         let first = cache.frames[Int(frame)].region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
             .entry(

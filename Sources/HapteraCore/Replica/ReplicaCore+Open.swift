@@ -140,6 +140,11 @@ package struct OpenedReplica {
     let chain: LayerChain
     private let storage: ReplicaStorage
     private let pair = MemoryBlock(count: TablePage.pairSize)
+    /// Records below are durable with their data.
+    private let covered: UInt64
+    /// By frame and block, of upper layers: what the last covered record or the page says, if newer
+    /// records follow.
+    private let bases = OpenedBases()
 
     package init(storage: ReplicaStorage, options: ReplicaOptions, isReadOnly: Bool = false)
         throws(StorageError)
@@ -172,11 +177,13 @@ package struct OpenedReplica {
         let pages = regions * UInt64(manifest.layers.count + 8) + 64
         cache = TableCache(frameCount: Int(min(UInt64(frameCount), pages)))
         chain = LayerChain(manifest.layers, regionCount: regions)
+        covered = manifest.layers.count > 1 ? log.findCovered() : 0
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
         guard !isReadOnly else { return }
         try makeSlots()
+        if manifest.boot != options.bootID { try dropUnsynced() }
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
         try findUnneeded()
@@ -258,7 +265,44 @@ package struct OpenedReplica {
         guard record.kind == .entry else { return }
         let first = Int(record.position % UInt64(Geometry.blocksPerRegion))
         let entry = BlockEntry(state: record.state, checksum: record.checksum)
-        for block in first..<first + Int(record.count) { cache.setEntry(frame, block, entry) }
+        let isUpper = record.layer != manifest.layers[0]
+        for block in first..<first + Int(record.count) {
+            if isUpper {
+                bases.note(
+                    frame, block, before: cache.entry(frame, block).state,
+                    isCovered: record.index < covered)
+            }
+            cache.setEntry(frame, block, entry)
+        }
+    }
+
+    /// The host has restarted: where a record says data that is not there, and no flush can have
+    /// covered the block's first data in its layer, the block is again what it was before.
+    private func dropUnsynced() throws(StorageError) {
+        let data = MemoryBlock(count: Geometry.blockSize)
+        for (frame, blocks) in bases.states {
+            let found = cache.frames[Int(frame)]
+            guard found.state == .active else { continue }
+            for (block, base) in blocks.sorted(by: { $0.key < $1.key }) where base != .data {
+                let entry = cache.entry(frame, block)
+                guard entry.state == .data else { continue }
+                let number = found.region * UInt64(Geometry.blocksPerRegion) + UInt64(block)
+                let count = try? storage.read(
+                    .data(found.layer), offset: number * UInt64(Geometry.blockSize),
+                    into: data.memory)
+                let isThere =
+                    count == Geometry.blockSize
+                    && CRC32C.checksum(data.memory) == entry.checksum
+                guard !isThere else { continue }
+                guard log.hasRoomForUpkeep else {
+                    throw StorageError(.damaged, "activity.log: no room for what was undone")
+                }
+                log.append(
+                    .entry(
+                        layer: found.layer, block: number, count: 1, BlockEntry(state: base)))
+                cache.setEntry(frame, block, BlockEntry(state: base))
+            }
+        }
     }
 
     /// The region's frame, its page read if need be.
@@ -297,6 +341,19 @@ package struct OpenedReplica {
             cache.frames[Int(frame)].lastWrite = last
             cache.frames[Int(frame)].dataTicket = 1
             frame = cache.nextActive(frame)
+        }
+    }
+}
+
+/// What blocks of upper layers were before the records that no flush is known to have covered.
+private final class OpenedBases {
+    private(set) var states: [Int32: [Int: BlockState]] = [:]
+
+    func note(_ frame: Int32, _ block: Int, before: BlockState, isCovered: Bool) {
+        if isCovered {
+            states[frame]?[block] = nil
+        } else if states[frame]?[block] == nil {
+            states[frame, default: [:]][block] = before
         }
     }
 }

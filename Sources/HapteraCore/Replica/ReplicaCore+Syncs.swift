@@ -1,4 +1,11 @@
 // What is durable: one sync at a time per file, each covering all that was written before it began.
+//
+// A write to a block that only lower layers hold leaves the block's flushed content where it is. So
+// if the power fails before a flush, and the write's record survives and its data does not, that
+// content must be seen again, and not the hole under the record (`OpenedReplica.dropUnsynced`). But
+// had a flush been answered, and then the block been written once more, it is in the hole's place.
+// To tell one from the other, a flush (or FUA) after a change of state stores a covered record when
+// data and entries are durable, and is answered when that record is.
 
 /// Counts what was written to a file, or to all layers' data or tables, and what of it a sync has
 /// covered.
@@ -96,6 +103,7 @@ extension ReplicaCore {
 
     private func waitForSync(_ slot: Int32, _ tickets: (UInt64, UInt64, UInt64)) {
         requests[Int(slot)].tickets = tickets
+        requests[Int(slot)].coverIndex = log.nextIndex
         push(slot, &awaitingSync)
         want(FileSync.log, tickets.0)
         want(FileSync.data, tickets.1)
@@ -111,12 +119,30 @@ extension ReplicaCore {
                 syncs[FileSync.table].durable >= tickets.2,
                 let slot = pop(&awaitingSync)
             else { return }
+            if !isCovered(slot) { continue }
             if requests[Int(slot)].header.kind == .flush {
                 flushed(slot)
             } else {
                 finish(slot, .ok)
             }
         }
+    }
+
+    /// False: it waits for the record that says what it has made durable.
+    private func isCovered(_ slot: Int32) -> Bool {
+        let index = requests[Int(slot)].coverIndex
+        if freshEnd > covered, index > covered, log.hasRoomForUpkeep,
+            !options.mutations.contains(.freshNotCovered)
+        {
+            log.append(.covered(index))
+            covered = index
+            coverTicket = log.storeCount
+        }
+        guard syncs[FileSync.log].durable < coverTicket else { return true }
+        requests[Int(slot)].tickets = (coverTicket, 0, 0)
+        push(slot, &awaitingSync)
+        want(FileSync.log, coverTicket)
+        return false
     }
 
     private func flushed(_ slot: Int32) {

@@ -123,6 +123,12 @@ extension ReplicaCore {
         cache.frames[Int(frame)].slotsTicket <= syncs[FileSync.table].durable
     }
 
+    /// Opening takes what a page says of an upper layer's block for durable with its data.
+    private func isRenewable(_ frame: Int32) -> Bool {
+        cache.frames[Int(frame)].layer == chain.id(0)
+            || cache.frames[Int(frame)].dataTicket <= syncs[FileSync.data].durable
+    }
+
     private func collect(isTick: Bool) {
         upkeep.count = 0
         upkeep.ticket = 0
@@ -147,6 +153,8 @@ extension ReplicaCore {
                 startDraining(frame)
             } else if !areSlotsDurable(frame) {
                 want(FileSync.table, cache.frames[Int(frame)].slotsTicket)
+            } else if !isRenewable(frame) {
+                want(FileSync.data, cache.frames[Int(frame)].dataTicket)
             } else if cache.frames[Int(frame)].state == .active, log.hasRoomForUpkeep {
                 cache.frames[Int(frame)].isRenewing = true
                 cache.frames[Int(frame)].pendingIndex = log.append(activation(of: frame))
@@ -188,7 +196,9 @@ extension ReplicaCore {
     private func writePages() {
         for place in 0..<upkeep.count {
             let frame = batch[place]
-            guard freeOperationCount > 8, let buffer = pool.allocate(TablePage.size) else {
+            guard isRenewable(frame), freeOperationCount > 8,
+                let buffer = pool.allocate(TablePage.size)
+            else {
                 cancel(place)
                 continue
             }

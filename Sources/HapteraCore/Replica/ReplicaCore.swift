@@ -105,6 +105,13 @@ package final class ReplicaCore {
     /// mark is below it was rolled back. Survives a restart; may lag. At most S.
     package internal(set) var knownStable: StablePoint
 
+    // Covered records: see ReplicaCore+Syncs.
+    var covered: UInt64 = 0
+    /// What a sync of the log has to cover before the last covered record is durable.
+    var coverTicket: UInt64 = 0
+    /// One past the last record that changed the state of a block of an upper layer.
+    var freshEnd: UInt64 = 0
+
     // Upkeep.
     var upkeep = Upkeep()
     let batch = FixedArray<Int32>(repeating: -1, count: Upkeep.batchMax)
@@ -273,6 +280,8 @@ struct Request: BitwiseCopyable {
     /// Flush: `parkCount` when it was admitted, and whether requests were parked then.
     var parkCount: UInt64 = 0
     var passesParked = false
+    /// Flush, FUA: the log's next index when its syncs were asked for.
+    var coverIndex: UInt64 = 0
     /// Syncs to wait for: of log, data, table.
     var tickets: (UInt64, UInt64, UInt64) = (0, 0, 0)
 

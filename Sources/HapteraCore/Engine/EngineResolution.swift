@@ -1,0 +1,116 @@
+// Regions in which members may differ: after a takeover, after a write that ended differently on
+// them, after a read that found a damaged block. Who resolves them is in EngineJobs.
+
+extension EngineCore {
+    /// T3: what the members' activity logs name.
+    func collectUnresolved(_ record: VolumeRecord) {
+        let chain = Set(record.layers)
+        let regions = Geometry.regionCount(size: record.size)
+        var rest = members
+        while let slot = rest.popFirst() {
+            for active in installReplies[slot]?.activeRegions ?? [] where active.region < regions {
+                unresolved.insert(active.region)
+                if chain.contains(active.layer) {
+                    suspect(active.region, active.layer)
+                } else {
+                    // Replicas name layers of the chain they have installed, which is this one.
+                    // Should one name another, the whole chain is looked at: slow, not wrong.
+                    for layer in record.layers { suspect(active.region, layer) }
+                }
+            }
+        }
+    }
+    private func suspect(_ region: UInt64, _ layer: LayerID) {
+        var layers = suspectLayers[region] ?? []
+        let at = layers.firstIndex { $0 >= layer } ?? layers.count
+        if at < layers.count, layers[at] == layer { return }
+        layers.insert(layer, at: at)
+        suspectLayers[region] = layers
+    }
+    func forgetUnresolved() {
+        unresolved = []
+        suspectLayers = [:]
+        damagedRegions = []
+        erroredRegions = []
+        isResolving = false
+    }
+
+    /// A write to this layer failed on every member and may be applied differently: the region is
+    /// made equal before anyone touches it again.
+    func addUnresolved(_ region: UInt64, _ layer: LayerID) {
+        // The head too: where the write goes when it is sent the next time.
+        suspect(region, layer)
+        suspect(region, head)
+        if damagedRegions.remove(region) != nil {
+            // The damage may be in any layer.
+            suspectLayers[region] = record?.layers
+            erroredRegions.insert(region)
+            for job in 0..<jobsMax where jobs[job].kind == .repair {
+                if jobs[job].region == region { jobs[job].kind = .resolve }
+            }
+        }
+        guard unresolved.insert(region).inserted else { return }
+        erroredRegions.insert(region)
+        unresolvedQueue.append(region)
+        isResolving = true
+    }
+    /// What a takeover found active is equal. What came later does not keep a point from being
+    /// stable: its region is left out, and a write that waits for room may be what it waits for.
+    var isTakeoverResolved: Bool {
+        unresolved.count == damagedRegions.count + erroredRegions.count
+    }
+
+    /// A read had to go to another member: the damaged copy is rewritten under the region's lock.
+    func repair(_ region: UInt64) {
+        guard members.count > 1, unresolved.insert(region).inserted else { return }
+        damagedRegions.insert(region)
+        unresolvedQueue.append(region)
+        isResolving = true
+    }
+
+    func regionRepaired(_ region: UInt64, blocks: UInt64) {
+        blocksRepaired += blocks
+        damagedRegions.remove(region)
+        unresolved.remove(region)
+        suspectLayers[region] = nil
+        note(.repaired(region: region, blocks: blocks))
+        if unresolved.isEmpty {
+            isResolving = false
+            noteResolved()
+        }
+        startAll()
+    }
+
+    func regionResolved(_ region: UInt64, blocks: UInt64) {
+        unresolved.remove(region)
+        suspectLayers[region] = nil
+        erroredRegions.remove(region)
+        regionsResolved += 1
+        blocksResolved += blocks
+        guard unresolved.isEmpty else { return }
+        isResolving = false
+        unresolvedQueue.removeAll(keepingCapacity: true)
+        unresolvedPosition = 0
+        noteResolved()
+        flushDueAt = now
+        startAll()
+    }
+
+    /// The next region to resolve that no job has yet: those requests wait for come first.
+    func nextUnresolved() -> UInt64? {
+        while let region = urgentRegions.popFirst() {
+            if unresolved.contains(region), !hasJob(region) { return region }
+        }
+        // What is being copied to a joiner keeps its place: its turn comes after the copy. (Seed
+        // 110367. A copy that only waits may wait for what waits for this: seed 110362.)
+        for at in unresolvedPosition..<max(unresolvedPosition, unresolvedQueue.count) {
+            let region = unresolvedQueue[at]
+            let isOpen = unresolved.contains(region)
+            if isOpen, isBeingCopied(region) { continue }
+            unresolvedQueue.swapAt(at, unresolvedPosition)
+            unresolvedPosition += 1
+            if isOpen, !hasJob(region) { return region }
+        }
+        return nil
+    }
+}
