@@ -19,6 +19,7 @@ package enum Presentation {
             ("engine", volume.hasEngine ? value(volume.engine) : .null),
             ("replicas", .list(volume.replicas.map { value($0) })),
             ("replicaCount", .number(UInt64(volume.replicaCount))),
+            ("snapshotCount", .number(UInt64(volume.snapshotCount))),
             ("settings", value(volume.settings)),
         ])
     }
@@ -108,9 +109,12 @@ package enum Presentation {
                 volume.name, VolumeSize.text(volume.sizeBytes), word(volume.state),
                 word(volume.robustness), volume.engine.node, "\(inSync)/\(volume.replicaCount)",
             ]
-            return wide ? row + ["\(volume.epoch)", volume.engine.uri, volume.id] : row
+            let more = [
+                "\(volume.epoch)", "\(volume.snapshotCount)", volume.engine.uri, volume.id,
+            ]
+            return wide ? row + more : row
         }
-        return TextTable(wide ? header + ["EPOCH", "URI", "ID"] : header, rows)
+        return TextTable(wide ? header + ["EPOCH", "SNAPSHOTS", "URI", "ID"] : header, rows)
     }
 
     package static func details(_ volume: Haptera_V1_Volume, wide: Bool) -> String {
@@ -121,6 +125,7 @@ package enum Presentation {
         ]
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
         lines.append("epoch:       \(volume.epoch)")
+        if volume.snapshotCount > 0 { lines.append("snapshots:   \(volume.snapshotCount)") }
         lines.append("settings:    \(line(volume.settings))")
         if volume.hasEngine {
             let engine = volume.engine

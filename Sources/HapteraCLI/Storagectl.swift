@@ -13,10 +13,9 @@ package struct Storagectl: AsyncParsableCommand {
             """,
         version: HapteraVersion.text,
         subcommands: [
-            ClusterCommand.self, StatusCommand.self, VolumeCommand.self, ReplicaCommand.self,
-            NodeCommand.self, StoreCommand.self, ChaosCommand.self, EventsCommand.self,
-            VersionCommand.self,
-            CompletionCommand.self,
+            ClusterCommand.self, StatusCommand.self, VolumeCommand.self, SnapshotCommand.self,
+            ReplicaCommand.self, NodeCommand.self, StoreCommand.self, ChaosCommand.self,
+            EventsCommand.self, VersionCommand.self, CompletionCommand.self,
         ])
     package init() {}
 

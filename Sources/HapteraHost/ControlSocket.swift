@@ -24,6 +24,12 @@ package enum ControlSocket {
         }
     }
 
+    /// The request was sent and no answer came: whether it was done is not known.
+    package struct NoAnswer: Error, CustomStringConvertible {
+        package var description: String
+        package init(description: String) { self.description = description }
+    }
+
     /// The same, blocking.
     package static func exchange(
         _ path: String, _ line: String, timeoutSeconds: Int
@@ -90,8 +96,16 @@ package enum ControlSocket {
             let count = unsafe part.withUnsafeMutableBytes {
                 unsafe recv(descriptor, $0.baseAddress, $0.count, 0)
             }
-            if count == 0 { throw HostError("\(path) closed before it had answered") }
-            guard count > 0 else { throw HostFiles.failure("read an answer from", path) }
+            if count == 0 {
+                throw NoAnswer(description: "\(path) closed before it had answered")
+            }
+            guard count > 0 else {
+                guard errno != EAGAIN else {
+                    throw NoAnswer(description: "\(path) did not answer in time")
+                }
+                throw NoAnswer(
+                    description: HostFiles.failure("read an answer from", path).description)
+            }
             reply += part[..<count]
             guard reply.count <= replySizeMax else {
                 throw HostError("the answer of \(path) is too long")

@@ -63,6 +63,8 @@ import Testing
         "replica rebuild-status v --watch",
         "replica replace v 00000000000000a1 --node n --wait",
         "replica delete v 00000000000000a1 --discard-kept --yes",
+        "snapshot create v", "snapshot create v Before-1.0", "snapshot list v --watch",
+        "snapshot show v s -o json",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -76,6 +78,8 @@ import Testing
         "cluster up", "cluster up --dir x --nodes 0", "events --limit 0", "nonsense",
         "completion tcsh", "volume update v", "volume update v --lease soon",
         "replica replace v a1", "replica delete v", "volume create v --size 1GiB --io-timeout -1",
+        "snapshot create", "snapshot create v .s", "snapshot create v a@b", "snapshot list",
+        "snapshot create V s", "snapshot show v",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

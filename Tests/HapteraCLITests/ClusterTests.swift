@@ -24,6 +24,11 @@ import Testing
         #expect(try bench.run("volume create vol --size 2GiB").status == 4)
         #expect(try bench.run("volume create wide --size 1GiB --replicas 4").status == 4)
         #expect(try bench.run("volume show other").status == 3)
+        #expect(try bench.run("snapshot list other").status == 3)
+        #expect(try bench.run("snapshot list vol -o json").output == "[]\n")
+        let early = try bench.run("snapshot create vol")
+        #expect(early.status == 4)
+        #expect(early.error.contains("attach it first: storagectl volume attach vol"))
         let attached = try bench.run("volume attach vol -o json")
         #expect(attached.status == 0, "\(attached.error)")
         #expect((attached.json["uri"] as? String)?.hasPrefix("nbd://127.0.0.1:") == true)
@@ -31,6 +36,17 @@ import Testing
             (attached.json["unixURI"] as? String)?.hasPrefix("nbd+unix:///vol?socket=/") == true)
         #expect(try bench.run("volume attach vol -o json").output == attached.output)
         #expect(try bench.run("volume delete vol").status == 4)
+        // The stand-in has no record to keep a snapshot in.
+        for (name, status, words) in [
+            ("refused", 4 as Int32, "no space for another layer"),
+            ("dropped", 5, "find out with 'storagectl snapshot list vol'"),
+            ("unrecorded", 5, "the record does not name it"),
+        ] {
+            let outcome = try bench.run("snapshot create vol \(name)")
+            #expect(outcome.status == status)
+            #expect(outcome.error.contains(words), "\(outcome.error)")
+        }
+        #expect(try bench.run("snapshot show vol refused").status == 3)
 
         let healthy = try bench.run("volume show vol -o json").json
         #expect(healthy["robustness"] as? String == "healthy")

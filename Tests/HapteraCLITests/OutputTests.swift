@@ -94,6 +94,7 @@ import Testing
                     }
                   ],
                   "replicaCount": 2,
+                  "snapshotCount": 0,
                   "settings": {
                     "minInSync": 1,
                     "ioTimeoutMilliseconds": 0,

@@ -601,12 +601,21 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .fault(newValue)}
   }
 
+  package var takeSnapshot: Haptera_V1_TakeSnapshot {
+    get {
+      if case .takeSnapshot(let v)? = task {return v}
+      return Haptera_V1_TakeSnapshot()
+    }
+    set {task = .takeSnapshot(newValue)}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum OneOf_Task: Equatable, Sendable {
     case inspect(Haptera_V1_InspectReplicas)
     case endEngine(Haptera_V1_EndEngine)
     case fault(Haptera_V1_InjectFault)
+    case takeSnapshot(Haptera_V1_TakeSnapshot)
 
   }
 
@@ -634,6 +643,28 @@ package nonisolated struct Haptera_V1_EndEngine: Sendable {
   // methods supported on all messages.
 
   package var volumeID: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// Has the engine of that attachment take a snapshot; answered when it is taken.
+package nonisolated struct Haptera_V1_TakeSnapshot: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volumeID: String = String()
+
+  package var clientGeneration: UInt64 = 0
+
+  package var name: String = String()
+
+  package var createdUnixMilliseconds: UInt64 = 0
+
+  /// How long the engine may take.
+  package var timeoutMilliseconds: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -738,6 +769,9 @@ package nonisolated struct Haptera_V1_AgentAnswer: Sendable {
 
   /// With the names of all directories: the engines whose processes run.
   package var engines: [Haptera_V1_RunningEngine] = []
+
+  /// With an error: the task may have been done all the same.
+  package var inDoubt: Bool = false
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1575,7 +1609,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1623,6 +1657,19 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .fault(v)
         }
       }()
+      case 5: try {
+        var v: Haptera_V1_TakeSnapshot?
+        var hadOneofValue = false
+        if let current = self.task {
+          hadOneofValue = true
+          if case .takeSnapshot(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.task = .takeSnapshot(v)
+        }
+      }()
       default: break
       }
     }
@@ -1648,6 +1695,10 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .fault?: try {
       guard case .fault(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 4)
+    }()
+    case .takeSnapshot?: try {
+      guard case .takeSnapshot(let v)? = self.task else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 5)
     }()
     case nil: break
     }
@@ -1722,6 +1773,56 @@ nonisolated extension Haptera_V1_EndEngine: SwiftProtobuf.Message, SwiftProtobuf
   }
 }
 
+nonisolated extension Haptera_V1_TakeSnapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".TakeSnapshot"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}name\0\u{3}created_unix_milliseconds\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.createdUnixMilliseconds) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volumeID.isEmpty {
+      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
+    }
+    if self.clientGeneration != 0 {
+      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
+    }
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 3)
+    }
+    if self.createdUnixMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.createdUnixMilliseconds, fieldNumber: 4)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 5)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_TakeSnapshot, rhs: Haptera_V1_TakeSnapshot) -> Bool {
+    if lhs.volumeID != rhs.volumeID {return false}
+    if lhs.clientGeneration != rhs.clientGeneration {return false}
+    if lhs.name != rhs.name {return false}
+    if lhs.createdUnixMilliseconds != rhs.createdUnixMilliseconds {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
 nonisolated extension Haptera_V1_InjectFault: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".InjectFault"
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}kind\0\u{3}volume_id\0\u{3}replica_id\0\u{1}random\0\u{1}milliseconds\0")
@@ -1778,7 +1879,7 @@ nonisolated extension Haptera_V1_InjectFault.Kind: SwiftProtobuf._ProtoNameProvi
 
 nonisolated extension Haptera_V1_AgentAnswer: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentAnswer"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}node_id\0\u{3}task_id\0\u{1}error\0\u{1}replicas\0\u{1}engines\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}node_id\0\u{3}task_id\0\u{1}error\0\u{1}replicas\0\u{1}engines\0\u{3}in_doubt\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1792,6 +1893,7 @@ nonisolated extension Haptera_V1_AgentAnswer: SwiftProtobuf.Message, SwiftProtob
       case 4: try { try decoder.decodeSingularStringField(value: &self.error) }()
       case 5: try { try decoder.decodeRepeatedMessageField(value: &self.replicas) }()
       case 6: try { try decoder.decodeRepeatedMessageField(value: &self.engines) }()
+      case 7: try { try decoder.decodeSingularBoolField(value: &self.inDoubt) }()
       default: break
       }
     }
@@ -1816,6 +1918,9 @@ nonisolated extension Haptera_V1_AgentAnswer: SwiftProtobuf.Message, SwiftProtob
     if !self.engines.isEmpty {
       try visitor.visitRepeatedMessageField(value: self.engines, fieldNumber: 6)
     }
+    if self.inDoubt != false {
+      try visitor.visitSingularBoolField(value: self.inDoubt, fieldNumber: 7)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1826,6 +1931,7 @@ nonisolated extension Haptera_V1_AgentAnswer: SwiftProtobuf.Message, SwiftProtob
     if lhs.error != rhs.error {return false}
     if lhs.replicas != rhs.replicas {return false}
     if lhs.engines != rhs.engines {return false}
+    if lhs.inDoubt != rhs.inDoubt {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

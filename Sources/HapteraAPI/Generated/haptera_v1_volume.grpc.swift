@@ -217,6 +217,45 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "CreateSnapshot" metadata.
+        package enum CreateSnapshot: Sendable {
+            /// Request type for "CreateSnapshot".
+            package typealias Input = Haptera_V1_CreateSnapshotRequest
+            /// Response type for "CreateSnapshot".
+            package typealias Output = Haptera_V1_Snapshot
+            /// Descriptor for "CreateSnapshot".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "CreateSnapshot",
+                type: .unary
+            )
+        }
+        /// Namespace for "ListSnapshots" metadata.
+        package enum ListSnapshots: Sendable {
+            /// Request type for "ListSnapshots".
+            package typealias Input = Haptera_V1_ListSnapshotsRequest
+            /// Response type for "ListSnapshots".
+            package typealias Output = Haptera_V1_ListSnapshotsResponse
+            /// Descriptor for "ListSnapshots".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "ListSnapshots",
+                type: .unary
+            )
+        }
+        /// Namespace for "GetSnapshot" metadata.
+        package enum GetSnapshot: Sendable {
+            /// Request type for "GetSnapshot".
+            package typealias Input = Haptera_V1_GetSnapshotRequest
+            /// Response type for "GetSnapshot".
+            package typealias Output = Haptera_V1_Snapshot
+            /// Descriptor for "GetSnapshot".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "GetSnapshot",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -233,7 +272,10 @@ package enum Haptera_V1_VolumeService: Sendable {
             DeleteReplica.descriptor,
             AcceptLoss.descriptor,
             SalvageVolume.descriptor,
-            RejoinReplica.descriptor
+            RejoinReplica.descriptor,
+            CreateSnapshot.descriptor,
+            ListSnapshots.descriptor,
+            GetSnapshot.descriptor
         ]
     }
 }
@@ -524,6 +566,58 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ReplicaRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "CreateSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_CreateSnapshotRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Snapshot` messages.
+        func createSnapshot(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_CreateSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot>
+
+        /// Handle the "ListSnapshots" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Oldest first.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ListSnapshotsRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_ListSnapshotsResponse` messages.
+        func listSnapshots(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ListSnapshotsRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ListSnapshotsResponse>
+
+        /// Handle the "GetSnapshot" method.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_GetSnapshotRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Snapshot` messages.
+        func getSnapshot(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_GetSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -798,6 +892,58 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_ReplicaRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "CreateSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_CreateSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Snapshot` message.
+        func createSnapshot(
+            request: GRPCCore.ServerRequest<Haptera_V1_CreateSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot>
+
+        /// Handle the "ListSnapshots" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Oldest first.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ListSnapshotsRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_ListSnapshotsResponse` message.
+        func listSnapshots(
+            request: GRPCCore.ServerRequest<Haptera_V1_ListSnapshotsRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ListSnapshotsResponse>
+
+        /// Handle the "GetSnapshot" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_GetSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Snapshot` message.
+        func getSnapshot(
+            request: GRPCCore.ServerRequest<Haptera_V1_GetSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot>
     }
 
     /// Simple service protocol for the "haptera.v1.VolumeService" service.
@@ -1071,6 +1217,58 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_ReplicaRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "CreateSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_CreateSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Snapshot` to respond with.
+        func createSnapshot(
+            request: Haptera_V1_CreateSnapshotRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Snapshot
+
+        /// Handle the "ListSnapshots" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Oldest first.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ListSnapshotsRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_ListSnapshotsResponse` to respond with.
+        func listSnapshots(
+            request: Haptera_V1_ListSnapshotsRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_ListSnapshotsResponse
+
+        /// Handle the "GetSnapshot" method.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_GetSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Snapshot` to respond with.
+        func getSnapshot(
+            request: Haptera_V1_GetSnapshotRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Snapshot
     }
 }
 
@@ -1243,6 +1441,39 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.CreateSnapshot.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_CreateSnapshotRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Snapshot>(),
+            handler: { request, context in
+                try await self.createSnapshot(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.ListSnapshots.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ListSnapshotsRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ListSnapshotsResponse>(),
+            handler: { request, context in
+                try await self.listSnapshots(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.GetSnapshot.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_GetSnapshotRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Snapshot>(),
+            handler: { request, context in
+                try await self.getSnapshot(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -1408,6 +1639,39 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
         let response = try await self.rejoinReplica(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func createSnapshot(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_CreateSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot> {
+        let response = try await self.createSnapshot(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func listSnapshots(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ListSnapshotsRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ListSnapshotsResponse> {
+        let response = try await self.listSnapshots(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func getSnapshot(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_GetSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot> {
+        let response = try await self.getSnapshot(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -1610,6 +1874,45 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
         return GRPCCore.ServerResponse<Haptera_V1_Volume>(
             message: try await self.rejoinReplica(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func createSnapshot(
+        request: GRPCCore.ServerRequest<Haptera_V1_CreateSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot> {
+        return GRPCCore.ServerResponse<Haptera_V1_Snapshot>(
+            message: try await self.createSnapshot(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func listSnapshots(
+        request: GRPCCore.ServerRequest<Haptera_V1_ListSnapshotsRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ListSnapshotsResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_ListSnapshotsResponse>(
+            message: try await self.listSnapshots(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func getSnapshot(
+        request: GRPCCore.ServerRequest<Haptera_V1_GetSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot> {
+        return GRPCCore.ServerResponse<Haptera_V1_Snapshot>(
+            message: try await self.getSnapshot(
                 request: request.message,
                 context: context
             ),
@@ -1965,6 +2268,73 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "CreateSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_CreateSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_CreateSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func createSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_CreateSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_CreateSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ListSnapshots" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Oldest first.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ListSnapshotsRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ListSnapshotsRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_ListSnapshotsResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func listSnapshots<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ListSnapshotsRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ListSnapshotsRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_ListSnapshotsResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ListSnapshotsResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "GetSnapshot" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_GetSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_GetSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func getSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_GetSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_GetSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result
         ) async throws -> Result where Result: Sendable
     }
 
@@ -2486,6 +2856,106 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "CreateSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_CreateSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_CreateSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func createSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_CreateSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_CreateSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.CreateSnapshot.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "ListSnapshots" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Oldest first.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ListSnapshotsRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ListSnapshotsRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_ListSnapshotsResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func listSnapshots<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ListSnapshotsRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ListSnapshotsRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_ListSnapshotsResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ListSnapshotsResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.ListSnapshots.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "GetSnapshot" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_GetSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_GetSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func getSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_GetSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_GetSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.GetSnapshot.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -2915,6 +3385,91 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReplicaRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "CreateSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+    /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+    /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_CreateSnapshotRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func createSnapshot<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_CreateSnapshotRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.createSnapshot(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_CreateSnapshotRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Snapshot>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ListSnapshots" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Oldest first.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ListSnapshotsRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func listSnapshots<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ListSnapshotsRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ListSnapshotsResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.listSnapshots(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ListSnapshotsRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ListSnapshotsResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "GetSnapshot" method.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_GetSnapshotRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func getSnapshot<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_GetSnapshotRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.getSnapshot(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_GetSnapshotRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Snapshot>(),
             options: options,
             onResponse: handleResponse
         )
@@ -3406,6 +3961,103 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.rejoinReplica(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "CreateSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
+    /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+    /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func createSnapshot<Result>(
+        _ message: Haptera_V1_CreateSnapshotRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_CreateSnapshotRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.createSnapshot(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ListSnapshots" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Oldest first.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func listSnapshots<Result>(
+        _ message: Haptera_V1_ListSnapshotsRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ListSnapshotsResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ListSnapshotsRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.listSnapshots(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "GetSnapshot" method.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func getSnapshot<Result>(
+        _ message: Haptera_V1_GetSnapshotRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_GetSnapshotRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.getSnapshot(
             request: request,
             options: options,
             onResponse: handleResponse

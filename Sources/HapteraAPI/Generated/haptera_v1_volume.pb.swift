@@ -343,6 +343,11 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._decisionInstance = newValue}
   }
 
+  package var snapshotCount: UInt32 {
+    get {_storage._snapshotCount}
+    set {_uniqueStorage()._snapshotCount = newValue}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -796,7 +801,8 @@ package nonisolated struct Haptera_V1_VolumeChange: Sendable {
 
   package var timeUnixMilliseconds: Int64 = 0
 
-  /// takeover, removal, join, promotion, detach, salvage, reconstruction, reinstatement, creation.
+  /// takeover, removal, join, promotion, detach, salvage, reconstruction, reinstatement, creation,
+  /// administration, snapshot.
   package var kind: String = String()
 
   /// What happened, for people.
@@ -937,6 +943,88 @@ package nonisolated struct Haptera_V1_SalvageVolumeResponse: Sendable {
   fileprivate var _volume: Haptera_V1_Volume? = nil
 }
 
+/// The volume as it was at one moment.
+package nonisolated struct Haptera_V1_Snapshot: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// 1 to 63 letters, digits, dots, hyphens and underscores; the first is no dot and no hyphen.
+  package var name: String = String()
+
+  package var volume: String = String()
+
+  /// The layer that was frozen for it.
+  package var layer: UInt32 = 0
+
+  /// When it was asked for.
+  package var createdUnixMilliseconds: Int64 = 0
+
+  /// Where it can be read; empty unless the volume is attached.
+  package var uri: String = String()
+
+  package var unixUri: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_CreateSnapshotRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  package var name: String = String()
+
+  /// How long the engine may take before the answer is DEADLINE_EXCEEDED; 0: a minute.
+  package var timeoutMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_ListSnapshotsRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_ListSnapshotsResponse: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var snapshots: [Haptera_V1_Snapshot] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_GetSnapshotRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  package var name: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
 // MARK: - Code below here is support for the SwiftProtobuf runtime.
 
 fileprivate nonisolated let _protobuf_package = "haptera.v1"
@@ -1009,7 +1097,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{2}\u{12}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{11}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1027,6 +1115,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _settings: Haptera_V1_VolumeSettings? = nil
     var _replicaCount: UInt32 = 0
     var _decisionInstance: UInt64 = 0
+    var _snapshotCount: UInt32 = 0
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1052,6 +1141,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _settings = source._settings
       _replicaCount = source._replicaCount
       _decisionInstance = source._decisionInstance
+      _snapshotCount = source._snapshotCount
     }
   }
 
@@ -1084,6 +1174,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 20: try { try decoder.decodeSingularMessageField(value: &_storage._settings) }()
         case 21: try { try decoder.decodeSingularUInt32Field(value: &_storage._replicaCount) }()
         case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
+        case 23: try { try decoder.decodeSingularUInt32Field(value: &_storage._snapshotCount) }()
         case 40: try { try decoder.decodeSingularBoolField(value: &_storage._scratch) }()
         default: break
         }
@@ -1139,6 +1230,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if _storage._decisionInstance != 0 {
         try visitor.visitSingularUInt64Field(value: _storage._decisionInstance, fieldNumber: 22)
       }
+      if _storage._snapshotCount != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._snapshotCount, fieldNumber: 23)
+      }
       if _storage._scratch != false {
         try visitor.visitSingularBoolField(value: _storage._scratch, fieldNumber: 40)
       }
@@ -1166,6 +1260,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._settings != rhs_storage._settings {return false}
         if _storage._replicaCount != rhs_storage._replicaCount {return false}
         if _storage._decisionInstance != rhs_storage._decisionInstance {return false}
+        if _storage._snapshotCount != rhs_storage._snapshotCount {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -2335,6 +2430,196 @@ nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, S
     if lhs.choices != rhs.choices {return false}
     if lhs.objection != rhs.objection {return false}
     if lhs._volume != rhs._volume {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".Snapshot"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 3: try { try decoder.decodeSingularUInt32Field(value: &self.layer) }()
+      case 4: try { try decoder.decodeSingularInt64Field(value: &self.createdUnixMilliseconds) }()
+      case 5: try { try decoder.decodeSingularStringField(value: &self.uri) }()
+      case 6: try { try decoder.decodeSingularStringField(value: &self.unixUri) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 2)
+    }
+    if self.layer != 0 {
+      try visitor.visitSingularUInt32Field(value: self.layer, fieldNumber: 3)
+    }
+    if self.createdUnixMilliseconds != 0 {
+      try visitor.visitSingularInt64Field(value: self.createdUnixMilliseconds, fieldNumber: 4)
+    }
+    if !self.uri.isEmpty {
+      try visitor.visitSingularStringField(value: self.uri, fieldNumber: 5)
+    }
+    if !self.unixUri.isEmpty {
+      try visitor.visitSingularStringField(value: self.unixUri, fieldNumber: 6)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_Snapshot, rhs: Haptera_V1_Snapshot) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.volume != rhs.volume {return false}
+    if lhs.layer != rhs.layer {return false}
+    if lhs.createdUnixMilliseconds != rhs.createdUnixMilliseconds {return false}
+    if lhs.uri != rhs.uri {return false}
+    if lhs.unixUri != rhs.unixUri {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".CreateSnapshotRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}name\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 2)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_CreateSnapshotRequest, rhs: Haptera_V1_CreateSnapshotRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.name != rhs.name {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ListSnapshotsRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ListSnapshotsRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ListSnapshotsRequest, rhs: Haptera_V1_ListSnapshotsRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ListSnapshotsResponse: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ListSnapshotsResponse"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}snapshots\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeRepeatedMessageField(value: &self.snapshots) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.snapshots.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.snapshots, fieldNumber: 1)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ListSnapshotsResponse, rhs: Haptera_V1_ListSnapshotsResponse) -> Bool {
+    if lhs.snapshots != rhs.snapshots {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_GetSnapshotRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".GetSnapshotRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}name\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_GetSnapshotRequest, rhs: Haptera_V1_GetSnapshotRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.name != rhs.name {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

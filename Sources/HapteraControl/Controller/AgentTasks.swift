@@ -8,6 +8,8 @@ package actor AgentTasks {
 
     private struct Pending {
         var node: String
+        /// Of the error if no answer comes.
+        var doubt: ControlError.Code
         var continuation: CheckedContinuation<Haptera_V1_AgentAnswer, any Error>
     }
     private var watches:
@@ -43,19 +45,32 @@ package actor AgentTasks {
     private func fail(_ node: String, _ reason: String) {
         for (id, task) in pending where task.node == node {
             pending[id] = nil
-            task.continuation.resume(throwing: Self.unanswered(node, reason))
+            task.continuation.resume(throwing: Self.unanswered(node, reason, task.doubt))
         }
     }
 
-    /// Asks a node and waits for its answer. Throws if it gives none in time, or says that it
-    /// failed.
-    package func ask(
-        _ node: String, timeout: Duration = .seconds(20),
-        _ fill: (inout Haptera_V1_AgentTask) -> Void
-    ) async throws -> Haptera_V1_AgentAnswer {
+    /// Throws if a task would not reach the node now.
+    package func requireConnected(_ node: String) throws {
+        _ = try connected(node)
+    }
+
+    private func connected(
+        _ node: String
+    ) throws -> AsyncStream<Haptera_V1_AgentTask>.Continuation {
         guard let watch = watches[node] else {
             throw Self.unanswered(node, "its agent is not connected")
         }
+        return watch.stream
+    }
+
+    /// Asks a node and waits for its answer. Throws if it gives none in time, or says that it
+    /// failed. `doubt`: the code if the task was sent and may have been done.
+    package func ask(
+        _ node: String, timeout: Duration = .seconds(20),
+        doubt: ControlError.Code = .unavailable,
+        _ fill: (inout Haptera_V1_AgentTask) -> Void
+    ) async throws -> Haptera_V1_AgentAnswer {
+        let stream = try connected(node)
         guard pending.count(where: { $0.value.node == node }) < Self.pendingMax else {
             throw Self.unanswered(node, "its agent has too much to do")
         }
@@ -71,18 +86,20 @@ package actor AgentTasks {
         defer { limit.cancel() }
         let request = task
         let answer = try await withCheckedThrowingContinuation { continuation in
-            pending[id] = Pending(node: node, continuation: continuation)
-            watch.stream.yield(request)
+            pending[id] = Pending(node: node, doubt: doubt, continuation: continuation)
+            stream.yield(request)
         }
         guard answer.error.isEmpty else {
-            throw ControlError(.precondition, "node \(node): \(answer.error)")
+            throw ControlError(
+                answer.inDoubt ? doubt : .precondition, "node \(node): \(answer.error)")
         }
         return answer
     }
 
     private func expire(_ id: UInt64) {
         guard let task = pending.removeValue(forKey: id) else { return }
-        task.continuation.resume(throwing: Self.unanswered(task.node, "it did not answer in time"))
+        task.continuation.resume(
+            throwing: Self.unanswered(task.node, "it did not answer in time", task.doubt))
     }
 
     /// An answer nobody waits for any more is dropped.
@@ -101,7 +118,9 @@ package actor AgentTasks {
         watches = [:]
     }
 
-    private static func unanswered(_ node: String, _ reason: String) -> ControlError {
-        ControlError(.unavailable, "node \(node) cannot be asked: \(reason)")
+    private static func unanswered(
+        _ node: String, _ reason: String, _ code: ControlError.Code = .unavailable
+    ) -> ControlError {
+        ControlError(code, "node \(node) cannot be asked: \(reason)")
     }
 }

@@ -251,7 +251,7 @@ package actor Controller {
     }
     /// A controller that has just started takes nodes for missing that have yet to report to it:
     /// then what they are needed for is not refused; whoever asks shall ask again.
-    private func knowingNodes<Result>(_ act: () async throws -> Result) async throws -> Result {
+    func knowingNodes<Result>(_ act: () async throws -> Result) async throws -> Result {
         do {
             return try await act()
         } catch let error as ControlError where error.code == .precondition {

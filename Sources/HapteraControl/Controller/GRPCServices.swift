@@ -159,6 +159,29 @@ extension VolumeService {
     }
 }
 
+extension VolumeService {
+    func createSnapshot(
+        request: Haptera_V1_CreateSnapshotRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Snapshot {
+        _ = try checked(request.volume)
+        return try await controller.createSnapshot(request)
+    }
+
+    func listSnapshots(
+        request: Haptera_V1_ListSnapshotsRequest, context: ServerContext
+    ) async throws -> Haptera_V1_ListSnapshotsResponse {
+        var response = Haptera_V1_ListSnapshotsResponse()
+        response.snapshots = try await controller.snapshots(of: try checked(request.volume))
+        return response
+    }
+
+    func getSnapshot(
+        request: Haptera_V1_GetSnapshotRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Snapshot {
+        try await controller.snapshot(request.name, of: try checked(request.volume))
+    }
+}
+
 extension ClusterService {
     func reconstructStore(
         request: Haptera_V1_ReconstructStoreRequest, context: ServerContext

@@ -30,7 +30,7 @@ struct RecordWords {
             if let joining = record.joining {
                 parts.append("\(replica(joining.replica)) joins: it is being filled")
             }
-        case .removal, .promotion, .administration: break
+        case .removal, .promotion, .administration, .snapshot: break
         }
         if record.change != .salvage {
             for member in left {
@@ -45,7 +45,7 @@ struct RecordWords {
                 ? "counts again: nothing was acknowledged without it" : "is in sync again"
             for member in came { parts.append("\(replica(member.replica)) \(how)") }
         }
-        if let before { parts += releases(record, before) }
+        if let before { parts += releases(record, before) + snapshots(record, before) }
         // A removal or promotion whose predecessor is forgotten.
         if parts.isEmpty { parts.append("\(record.change)") }
         return parts.joined(separator: "; ")
@@ -66,6 +66,12 @@ struct RecordWords {
             }
             return now.isKept ? nil : "\(replica(old.member.replica)) may be filled again"
         }
+    }
+
+    private func snapshots(_ record: VolumeRecord, _ before: VolumeRecord) -> [String] {
+        let taken = record.snapshots.filter { !before.snapshots.contains($0) }
+        let gone = before.snapshots.filter { !record.snapshots.contains($0) }
+        return taken.map { "took snapshot \($0.name)" } + gone.map { "gave up snapshot \($0.name)" }
     }
 
     static func words(_ reason: VolumeRecord.DepartureReason) -> String {

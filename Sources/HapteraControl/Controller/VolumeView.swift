@@ -56,6 +56,7 @@ package struct VolumeView: Sendable {
         message.replicas = stored.replicas.map(replica)
         message.settings = volume.settings.message
         message.replicaCount = UInt32(volume.replicaCount)
+        message.snapshotCount = UInt32(stored.record?.snapshots.count ?? 0)
         if let engine, engine.needsDecision { message.decisionInstance = engine.instance }
         (message.robustness, message.reason) = robustness(message.replicas)
         if let node = volume.attachedNode {

@@ -201,6 +201,21 @@ package actor EngineUnit {
             supervision.files.control, "accept-loss", timeoutSeconds: 5)
     }
 
+    /// Answers when the snapshot is taken. Whoever asks has named the attachment it saw: the
+    /// engine of another may serve clients who want no snapshot.
+    func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
+        guard supervision.isRunning, isOfThisAttachment, !settings.isDetached,
+            wanted.phase == .attach, settings.clientGeneration == request.clientGeneration
+        else { throw HostError("no engine serves the volume") }
+        // They become words of a line.
+        guard Names.isValidSnapshotName(request.name) else { throw HostError("no snapshot name") }
+        let seconds = max((request.timeoutMilliseconds + 999) / 1000, 1)
+        _ = try await context.host.request(
+            supervision.files.control,
+            "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)",
+            timeoutSeconds: Int(clamping: seconds))
+    }
+
     private func detach(now: Int64) async throws {
         if settings.isDetached, isOfThisAttachment, !supervision.isRunning { return }
         guard !supervision.isRunning else { return try await leave(now: now) }

@@ -88,6 +88,7 @@ package actor NodeAgent {
         }
     }
 
+    func engineUnit(_ volumeID: String) -> EngineUnit? { engines[volumeID] }
     func engineProcess(_ volumeID: String) async -> ProcessIdentity? {
         await engines[volumeID]?.process
     }

@@ -21,12 +21,33 @@ extension NodeAgent {
             case .endEngine(let request):
                 try await end(await engineProcess(request.volumeID))
             case .fault(let fault): try await inject(fault)
+            case .takeSnapshot(let request): try await takeSnapshot(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
+        } catch let error as ControlSocket.NoAnswer {
+            answer.error = "\(error)"
+            answer.inDoubt = true
         } catch {
             answer.error = "\(error)"
         }
         return answer
+    }
+
+    /// In an engine's error if it is none of the plain refusals.
+    private static let engineDoubt = "whether the snapshot is there"
+
+    /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on
+    /// looking after the process meanwhile.
+    private func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
+        guard let unit = engineUnit(request.volumeID) else {
+            throw HostError("it runs no engine of the volume")
+        }
+        do {
+            try await unit.takeSnapshot(request)
+        } catch let error as HostError where error.description.contains(Self.engineDoubt) {
+            // An engine that ends in the middle knows no more than one that does not answer.
+            throw ControlSocket.NoAnswer(description: error.description)
+        }
     }
 
     // MARK: Inspection

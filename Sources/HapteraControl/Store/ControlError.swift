@@ -8,6 +8,8 @@ package struct ControlError: Error, Equatable, Sendable, CustomStringConvertible
         case conflict
         case precondition
         case unavailable
+        /// Nobody knows whether it was done.
+        case inDoubt
     }
     package var code: Code
     package var message: String
@@ -28,6 +30,7 @@ extension ControlError: RPCErrorConvertible {
         case .conflict: .alreadyExists
         case .precondition: .failedPrecondition
         case .unavailable: .unavailable
+        case .inDoubt: .deadlineExceeded
         }
     }
     package var rpcErrorMessage: String { message }

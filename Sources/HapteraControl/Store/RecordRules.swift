@@ -51,6 +51,9 @@ package struct RecordRules {
                 return "the record counts in a replica that was not filled"
             }
         }
+        guard proposed.change == .snapshot || Self.keepsSnapshots(proposed, current) else {
+            return "the record gives up a snapshot"
+        }
         // What was deleted since need not be remembered.
         for kept in current.out where kept.isKept && known.contains(kept.member) {
             guard proposed.joining != kept.member,
@@ -58,6 +61,11 @@ package struct RecordRules {
             else { return "the record gives up a replica that is kept" }
         }
         return nil
+    }
+
+    /// Whatever else goes on, what somebody wanted kept stays.
+    private static func keepsSnapshots(_ new: VolumeRecord, _ old: VolumeRecord) -> Bool {
+        old.snapshots.allSatisfy(new.snapshots.contains)
     }
 
     private func objectionToSalvage(_ proposed: VolumeRecord) -> String? {
@@ -85,7 +93,8 @@ package struct RecordRules {
     /// Only who is out, and whether it is kept, may differ.
     private func objectionToDecision(_ proposed: VolumeRecord) -> String? {
         guard proposed.change == .administration, proposed.inSync == current.inSync,
-            proposed.joining == current.joining, proposed.lineage == current.lineage
+            proposed.joining == current.joining, proposed.lineage == current.lineage,
+            proposed.layers == current.layers, proposed.snapshots == current.snapshots
         else { return "a decision about a replica that is out changes nothing else" }
         let isSubset = proposed.out.allSatisfy { new in
             current.out.contains {

@@ -87,5 +87,9 @@ extension MetadataStore {
             let text = "replica \(joining.replica.text) is being filled, \(epoch)"
             try addEvent(db, "ReplicaJoining", subject, text, by: engine)
         }
+        for snapshot in new.snapshots where !old.snapshots.contains(snapshot) {
+            let text = "snapshot \(snapshot.name), layer \(snapshot.layer.rawValue), \(epoch)"
+            try addEvent(db, "SnapshotCreated", subject, text, by: engine)
+        }
     }
 }

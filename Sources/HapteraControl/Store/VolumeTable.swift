@@ -245,12 +245,15 @@ extension MetadataStore {
             }
             row.phase = .deleting
             try row.update(db)
+            let snapshots = try Self.stored(db, row).record?.snapshots.count ?? 0
             try db.execute(sql: "DELETE FROM records WHERE volumeID = ?", arguments: [row.id])
             try self.forgetHistory(db, row.id)
             try db.execute(
                 sql: "UPDATE replicas SET phase = 'remove', replaces = NULL WHERE volumeID = ?",
                 arguments: [row.id])
-            try self.addEvent(db, "VolumeDeleteRequested", "volume/\(name)", "")
+            try self.addEvent(
+                db, "VolumeDeleteRequested", "volume/\(name)",
+                snapshots == 0 ? "" : "with its \(snapshots) snapshots")
             return false
         }
     }

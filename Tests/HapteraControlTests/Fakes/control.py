@@ -13,6 +13,10 @@ def options(words):
     return values
 
 
+class Refusal(Exception):
+    """Answered as an error; without words, by hanging up."""
+
+
 def serve(path, answer, last):
     """Answers requests until the verb `last` has been answered."""
     if os.path.exists(path):
@@ -27,7 +31,16 @@ def serve(path, answer, last):
             if not words:
                 continue
             values = dict(word.split("=", 1) for word in words[1:])
-            reply = "ok\n" + "".join(f"{k}={v}\n" for k, v in answer(words[0], values).items())
-            connection.sendall((reply + "\n").encode())
+            try:
+                fields = answer(words[0], values)
+            except Refusal as refusal:
+                if refusal.args:
+                    connection.sendall(f"error {refusal}\n\n".encode())
+                continue
+            reply = "ok\n" + "".join(f"{k}={v}\n" for k, v in fields.items())
+            try:
+                connection.sendall((reply + "\n").encode())
+            except BrokenPipeError:
+                pass  # Whoever asked has given up.
             if words[0] == last:
                 return

@@ -1,0 +1,167 @@
+import ArgumentParser
+import Foundation
+import GRPCCore
+import HapteraAPI
+import HapteraHost
+
+package struct SnapshotCommand: AsyncParsableCommand {
+    package static let configuration = CommandConfiguration(
+        commandName: "snapshot", abstract: "Take snapshots of volumes and look at them.",
+        subcommands: [Create.self, List.self, Show.self])
+    package init() {}
+}
+
+/// A snapshot's name, checked where it is typed.
+package struct SnapshotArgument: Equatable, Sendable {
+    package var text: String
+    package init(typed: String) throws {
+        guard Names.isValidSnapshotName(typed) else {
+            throw ValidationError("'\(typed)' is no snapshot name: use \(Names.snapshotRule)")
+        }
+        text = typed
+    }
+
+    /// Tells when, in UTC; the random end keeps two of one second apart.
+    package init(generatedAt time: Date, random: UInt16) {
+        let digits = time.formatted(.iso8601).filter(\.isNumber)
+        let end = String(String(Int(random) + 0x10000, radix: 16).dropFirst())
+        text = "snap-\(digits.prefix(8))-\(digits.dropFirst(8))-\(end)"
+    }
+}
+
+extension SnapshotCommand {
+    package struct Create: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Take a snapshot of an attached volume; the same name again changes nothing.",
+            discussion: """
+                It holds everything that was answered before the command began, as a disk does \
+                after a power cut: flush file systems and databases first if that is not enough. \
+                It returns when every in-sync replica has it.
+                """)
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(
+            help: "The snapshot's name: \(Names.snapshotRule). One is made up without it.",
+            transform: SnapshotArgument.init(typed:))
+        package var name: SnapshotArgument?
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            // Chosen once: a request that is sent again must not take another one.
+            let name =
+                name ?? SnapshotArgument(generatedAt: .now, random: .random(in: 0 ... .max))
+            try await Session.run(options) { session in
+                let snapshot = try await session.createSnapshot(name.text, of: volume.text)
+                session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
+                    Presentation.taken(snapshot)
+                }
+            }
+        }
+    }
+
+    package struct List: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "List the snapshots of a volume, the newest last.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Flag(help: "List again whenever something changes.")
+        package var watch = false
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                try await session.list(watch: watch) {
+                    var request = Haptera_V1_ListSnapshotsRequest()
+                    request.volume = volume.text
+                    let snapshots = try await session.volumes.listSnapshots(
+                        request, options: session.watchOptions
+                    ).snapshots
+                    return (
+                        .list(snapshots.map { Presentation.value($0) }),
+                        names: snapshots.map(\.name).joined(separator: "\n"),
+                        Presentation.table(
+                            snapshots, now: .now, wide: options.output == .wide)
+                    )
+                }
+            }
+        }
+    }
+
+    package struct Show: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Show one snapshot, and where to read it.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(help: "The snapshot's name.", transform: SnapshotArgument.init(typed:))
+        package var name: SnapshotArgument
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                var request = Haptera_V1_GetSnapshotRequest()
+                request.volume = volume.text
+                request.name = name.text
+                let snapshot = try await session.volumes.getSnapshot(
+                    request, options: session.callOptions)
+                session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
+                    Presentation.details(snapshot, now: .now)
+                }
+            }
+        }
+    }
+}
+
+extension Session {
+    /// Time kept for the answers on their way back, so that the first to give up is the one that
+    /// knows most.
+    private static let snapshotMargin = Duration.seconds(4)
+
+    func createSnapshot(
+        _ name: String, of volume: String
+    ) async throws -> Haptera_V1_Snapshot {
+        let progress = Progress(options)
+        defer { progress.clear() }
+        progress.show("taking snapshot \(name) of \(volume)")
+        do {
+            return try await change {
+                let left = deadline - ContinuousClock.now - Self.snapshotMargin
+                var request = Haptera_V1_CreateSnapshotRequest()
+                request.volume = volume
+                request.name = name
+                request.timeoutMilliseconds = UInt64(max(left.components.seconds, 1)) * 1000
+                return try await volumes.createSnapshot(request, options: callOptions)
+            }
+        } catch let error as RPCError where error.code == .deadlineExceeded {
+            throw Self.snapshotDoubt(error, name, volume)
+        }
+    }
+
+    /// Neither done nor failed: what happened, and how to find out.
+    static func snapshotDoubt(
+        _ error: RPCError, _ name: String, _ volume: String
+    ) -> CommandFailure {
+        let isTheirs = error.message.hasPrefix("it is not known")
+        let words =
+            isTheirs
+            ? error.message
+            : "it is not known whether snapshot '\(name)' of volume '\(volume)' was taken: no "
+                + "answer came in time"
+        return CommandFailure(
+            .unavailable,
+            "\(words); find out with 'storagectl snapshot list \(volume)'; 'storagectl snapshot "
+                + "create \(volume) \(name)' takes it unless it is there, and returns when it is "
+                + "safe")
+    }
+}

@@ -1,0 +1,64 @@
+import Foundation
+import HapteraAPI
+import HapteraHost
+
+/// Snapshots as the CLI shows them.
+extension Presentation {
+    package static func value(_ snapshot: Haptera_V1_Snapshot) -> OutputValue {
+        .object([
+            ("name", .text(snapshot.name)),
+            ("volume", .text(snapshot.volume)),
+            ("created", time(snapshot.createdUnixMilliseconds)),
+            ("layer", .number(UInt64(snapshot.layer))),
+            ("uri", .optional(snapshot.uri)),
+            ("unixURI", .optional(snapshot.unixUri)),
+        ])
+    }
+
+    package static func table(
+        _ snapshots: [Haptera_V1_Snapshot], now: Date, wide: Bool
+    ) -> TextTable {
+        let header = ["NAME", "CREATED", "AGE", "LAYER"]
+        let rows = snapshots.map { snapshot in
+            let row = [
+                snapshot.name, created(snapshot), age(snapshot, now), "\(snapshot.layer)",
+            ]
+            return wide ? row + [snapshot.uri] : row
+        }
+        return TextTable(wide ? header + ["URI"] : header, rows)
+    }
+
+    package static func details(_ snapshot: Haptera_V1_Snapshot, now: Date) -> String {
+        var lines = [
+            "name:        \(snapshot.name)", "volume:      \(snapshot.volume)",
+            "created:     \(created(snapshot)) (\(age(snapshot, now)) ago)",
+            "layer:       \(snapshot.layer)",
+        ]
+        if snapshot.uri.isEmpty, snapshot.unixUri.isEmpty {
+            lines.append(
+                "attach the volume to read it: storagectl volume attach \(snapshot.volume)")
+        }
+        if !snapshot.uri.isEmpty { lines.append("uri:         \(snapshot.uri)") }
+        if !snapshot.unixUri.isEmpty { lines.append("unix uri:    \(snapshot.unixUri)") }
+        return lines.joined(separator: "\n")
+    }
+
+    /// What `snapshot create` says.
+    package static func taken(_ snapshot: Haptera_V1_Snapshot) -> String {
+        "snapshot \(snapshot.name) of volume \(snapshot.volume) is taken: \(created(snapshot)), "
+            + "layer \(snapshot.layer)"
+    }
+
+    /// UTC, whole seconds: for people.
+    private static func created(_ snapshot: Haptera_V1_Snapshot) -> String {
+        Date(timeIntervalSince1970: Double(snapshot.createdUnixMilliseconds / 1000))
+            .formatted(.iso8601)
+    }
+
+    /// Clocks of two hosts differ: what was taken a moment ago may seem to lie ahead.
+    private static func age(_ snapshot: Haptera_V1_Snapshot, _ now: Date) -> String {
+        let milliseconds = Int64(now.timeIntervalSince1970 * 1000)
+        return Durations.rough(
+            UInt64(clamping: milliseconds - snapshot.createdUnixMilliseconds))
+    }
+}

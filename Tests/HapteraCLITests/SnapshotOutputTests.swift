@@ -1,0 +1,119 @@
+import Foundation
+import GRPCCore
+import HapteraAPI
+import HapteraHost
+import Testing
+
+@testable import HapteraCLI
+
+/// As `OutputTests`: these texts change only with their documentation.
+@Suite struct SnapshotOutputTests {
+    /// Seconds since 1970 at 2026-11-28T17:30:05Z.
+    private static let time: Int64 = 1_795_887_005
+    private static let now = Date(timeIntervalSince1970: Double(time + 3725))
+
+    private static func snapshot(
+        _ name: String, layer: UInt32 = 1, age: Int64 = 3725, readable: Bool = true
+    ) -> Haptera_V1_Snapshot {
+        var snapshot = Haptera_V1_Snapshot()
+        snapshot.name = name
+        snapshot.volume = "vol"
+        snapshot.layer = layer
+        snapshot.createdUnixMilliseconds = (time + 3725 - age) * 1000 + 7
+        if readable {
+            snapshot.uri = "nbd://127.0.0.1:20000/vol@\(name)"
+            snapshot.unixUri = "nbd+unix:///vol@\(name)?socket=/d/e.nbd"
+        }
+        return snapshot
+    }
+
+    @Test func asJSON() {
+        #expect(
+            Presentation.value(Self.snapshot("s")).json() == """
+                {
+                  "name": "s",
+                  "volume": "vol",
+                  "created": "2026-11-28T17:30:05.007Z",
+                  "layer": 1,
+                  "uri": "nbd://127.0.0.1:20000/vol@s",
+                  "unixURI": "nbd+unix:///vol@s?socket=/d/e.nbd"
+                }
+                """)
+        #expect(
+            Presentation.value(Self.snapshot("s", readable: false)).json(pretty: false)
+                .hasSuffix(#""uri":null,"unixURI":null}"#))
+    }
+
+    @Test func asTable() {
+        let snapshots = [
+            Self.snapshot("daily", age: 90_060), Self.snapshot("s", layer: 12),
+            // The other host's clock is ahead.
+            Self.snapshot("new", layer: 13, age: -5),
+        ]
+        #expect(
+            Presentation.table(snapshots, now: Self.now, wide: false).text == """
+                NAME   CREATED               AGE    LAYER
+                daily  2026-11-27T17:31:10Z  1d 1h  1
+                s      2026-11-28T17:30:05Z  1h 2m  12
+                new    2026-11-28T18:32:15Z  0s     13
+                """)
+        #expect(
+            Presentation.table([snapshots[1]], now: Self.now, wide: true).text == """
+                NAME  CREATED               AGE    LAYER  URI
+                s     2026-11-28T17:30:05Z  1h 2m  12     nbd://127.0.0.1:20000/vol@s
+                """)
+    }
+
+    @Test func detailsSayWhereToRead() {
+        #expect(
+            Presentation.details(Self.snapshot("s"), now: Self.now) == """
+                name:        s
+                volume:      vol
+                created:     2026-11-28T17:30:05Z (1h 2m ago)
+                layer:       1
+                uri:         nbd://127.0.0.1:20000/vol@s
+                unix uri:    nbd+unix:///vol@s?socket=/d/e.nbd
+                """)
+        #expect(
+            Presentation.details(Self.snapshot("s", readable: false), now: Self.now)
+                .hasSuffix("attach the volume to read it: storagectl volume attach vol"))
+    }
+
+    @Test func whatCreateSays() {
+        #expect(
+            Presentation.taken(Self.snapshot("s"))
+                == "snapshot s of volume vol is taken: 2026-11-28T17:30:05Z, layer 1")
+    }
+
+    @Test func volumesSayHowManyTheyHave() {
+        var volume = Haptera_V1_Volume()
+        volume.name = "vol"
+        #expect(!Presentation.details(volume, wide: false).contains("snapshots:"))
+        volume.snapshotCount = 3
+        #expect(Presentation.details(volume, wide: false).contains("\nsnapshots:   3\n"))
+        #expect(Presentation.value(volume).json(pretty: false).contains(#""snapshotCount":3"#))
+    }
+
+    @Test func generatedNames() {
+        let time = Date(timeIntervalSince1970: Double(Self.time))
+        for (random, end) in [(UInt16(0xab12), "ab12"), (7, "0007")] {
+            let name = SnapshotArgument(generatedAt: time, random: random).text
+            #expect(name == "snap-20261128-173005-\(end)")
+            #expect(Names.isValidSnapshotName(name))
+        }
+    }
+
+    @Test func doubtSaysHowToFindOut() {
+        let ours = Session.snapshotDoubt(
+            RPCError(code: .deadlineExceeded, message: "timed out"), "s", "vol")
+        #expect(ours.status == .unavailable)
+        #expect(
+            ours.message
+                == "it is not known whether snapshot 's' of volume 'vol' was taken: no answer came "
+                + "in time; find out with 'storagectl snapshot list vol'; 'storagectl snapshot "
+                + "create vol s' takes it unless it is there, and returns when it is safe")
+        let theirs = Session.snapshotDoubt(
+            RPCError(code: .deadlineExceeded, message: "it is not known whether: why"), "s", "vol")
+        #expect(theirs.message.hasPrefix("it is not known whether: why; find out with"))
+    }
+}
