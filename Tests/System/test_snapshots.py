@@ -1,0 +1,151 @@
+"""Snapshots beside the live volume: what they hold, on every replica, whatever dies meanwhile."""
+
+import hashlib
+import random
+import subprocess
+import time
+
+import nbd
+
+from harness.cluster import BINARIES, MIB, control
+from harness.workload import BLOCK, History, Workload, check_all
+
+SIZE = 128 * MIB
+
+
+def connect(cluster, snapshot=None):
+    handle = nbd.NBD()
+    handle.set_export_name(f"volume@{snapshot}" if snapshot else "volume")
+    handle.connect_unix(str(cluster.engine.unix))
+    return handle
+
+
+def take(cluster, name):
+    return control(
+        cluster.engine.control, "snapshot", name=name, created=int(time.time() * 1000))
+
+
+def digest(cluster, snapshot=None):
+    """SHA-256 of the export, as a client reads it."""
+    handle, digest = connect(cluster, snapshot), hashlib.sha256()
+    for offset in range(0, cluster.size, MIB):
+        digest.update(handle.pread(MIB, offset))
+    handle.shutdown()
+    return digest.hexdigest()
+
+
+def offline_digest(replica, snapshot):
+    """SHA-256 of the snapshot as the stopped replica's files hold it."""
+    image = subprocess.run(
+        [BINARIES / "haptera-replica", "export", "--dir", replica.directory, "--snapshot",
+         snapshot, "--output", "-"], check=True, stdout=subprocess.PIPE).stdout
+    return hashlib.sha256(image).hexdigest()
+
+
+def test_snapshots_hold_what_was_written_before(context):
+    """Byte for byte against a model: partial blocks, trims, several layers, a new engine."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        chance = random.Random(context.seed)
+        model, kept = bytearray(SIZE), {}
+        live = connect(cluster)
+        for turn in range(5):
+            for _ in range(60):
+                offset = chance.randrange(SIZE // 512 - 64) * 512
+                if chance.random() < 0.2:
+                    offset, length = offset // BLOCK * BLOCK, 4 * BLOCK
+                    live.trim(length, offset)
+                    model[offset:offset + length] = bytes(length)
+                else:
+                    data = chance.randbytes(chance.randrange(1, 65) * 512)
+                    live.pwrite(data, offset)
+                    model[offset:offset + len(data)] = data
+            name = f"turn-{turn}"
+            assert "existed" not in take(cluster, name)
+            kept[name] = hashlib.sha256(model).hexdigest()
+            assert take(cluster, name)["existed"] == "1"
+            if turn == 2:
+                live.shutdown()
+                cluster.engine.process.kill()
+                cluster.start_engine(client_generation=2)
+                live = connect(cluster)
+        live.shutdown()
+        for name, expected in kept.items():
+            assert digest(cluster, name) == expected, f"{name} is not what it was"
+        assert digest(cluster) == hashlib.sha256(model).hexdigest()
+        cluster.check_copies()
+        for replica in cluster.replicas:
+            for name, expected in kept.items():
+                assert offline_digest(replica, name) == expected, f"{name} on {replica.number}"
+        return f"{len(kept)} snapshots equal to the model, on NBD and on {len(cluster.replicas)} copies"
+
+
+def test_snapshots_under_load_and_faults(context):
+    """Taken under load, with a replica away and the engine killed: none ever changes."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        history = History(SIZE // 2 // BLOCK)
+        load = Workload(history, cluster.engine.unix, context.seed).start()
+        load.wait_completed(1000)
+        kept, pauses = {}, []
+        away = cluster.replicas[2]
+
+        def snap(name):
+            load.reset_gap()
+            take(cluster, name)
+            load.wait_completed(300)
+            pauses.append(load.longest_gap)
+            kept[name] = digest(cluster, name)
+
+        snap("all")
+        snap("again")
+        away.process.kill()
+        cluster.engine.wait_state(away, "absent")
+        snap("without-1")
+        snap("without-2")
+        away.start()
+        cluster.engine.wait_state(away, "inSync")
+        snap("back")
+        error = load.stop()
+        assert error is None, f"the client got an error: {error}"
+        cluster.engine.process.kill()
+        cluster.start_engine(client_generation=2)
+        check_all(history, cluster.engine.unix)
+        for name, expected in kept.items():
+            assert digest(cluster, name) == expected, f"{name} has changed"
+        cluster.check_copies()
+        for replica in cluster.replicas:
+            for name, expected in kept.items():
+                assert offline_digest(replica, name) == expected, f"{name} on {replica.number}"
+        longest = max(pauses) * 1e3
+        return f"{len(kept)} snapshots, {load.completed} requests, longest gap {longest:.0f} ms"
+
+
+def test_a_snapshot_is_only_read(context):
+    """Writes are refused, unknown names too; the connection stays usable."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        live = connect(cluster)
+        live.pwrite(b"x" * BLOCK, 0)
+        take(cluster, "first")
+        live.pwrite(b"y" * BLOCK, 0)
+        handle = connect(cluster, "first")
+        assert handle.is_read_only()
+        handle.set_strict_mode(0)
+        for change in (lambda: handle.pwrite(b"z" * BLOCK, 0), lambda: handle.trim(BLOCK, 0)):
+            try:
+                change()
+                raise AssertionError("a snapshot was changed")
+            except nbd.Error as error:
+                assert error.errno in ("EPERM", "EINVAL"), error
+        assert handle.pread(BLOCK, 0) == b"x" * BLOCK
+        assert live.pread(BLOCK, 0) == b"y" * BLOCK
+        handle.shutdown()
+        live.shutdown()
+        try:
+            connect(cluster, "unheard-of")
+            raise AssertionError("an unknown snapshot is served")
+        except nbd.Error:
+            pass
+        cluster.check_copies()
+        return "read-only"
