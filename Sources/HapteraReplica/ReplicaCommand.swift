@@ -18,6 +18,7 @@ package enum ReplicaCommand {
     package static func run(_ words: [String]) -> Int32 {
         do {
             let arguments = try ReplicaArguments(words)
+            raiseFileLimit()
             switch arguments.verb {
             case "create": try create(arguments)
             case "serve": return try serve(arguments)
@@ -58,6 +59,16 @@ package enum ReplicaCommand {
         }
         try ReplicaCore.create(
             storage: DirectoryStorage(directory: directory, mode: .serve), identity: identity)
+    }
+
+    /// Two files per layer: as many as the system lets this process have.
+    private static func raiseFileLimit() {
+        var limit = rlimit()
+        let resource = __rlimit_resource_t(UInt32(RLIMIT_NOFILE.rawValue))
+        // SAFETY: `limit` is a local that outlives the calls.
+        guard unsafe getrlimit(resource, &limit) == 0 else { return }
+        limit.rlim_cur = limit.rlim_max
+        unsafe setrlimit(resource, &limit)
     }
 
     private static func serve(_ arguments: ReplicaArguments) throws -> Int32 {
