@@ -22,9 +22,10 @@ extension World {
         else { return }
         let peers = hosts.filter { $0 !== host && store.record.contains($0) }
         let known = peers.compactMap { $0.core?.knownStable }.max() ?? .zero
-        guard host.backupFlushed < known || host.backupPromise < store.record.promised else {
-            return
-        }
+        // With no other member it would be what there is: a loss that only its owner can accept.
+        guard !peers.isEmpty,
+            host.backupFlushed < known || host.backupPromise < store.record.promised
+        else { return }
         note("fault: \(host.name), a member, is put back as it was")
         killReplica(host, restartAfter: 1)
         host.disk.restore(backup)

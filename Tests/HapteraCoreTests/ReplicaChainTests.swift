@@ -236,17 +236,27 @@ import Testing
         // Remembered: the next process finds the same boot.
         #expect(try read(try reopened(), 0, 1)?.data == (boot == 1 ? nil : before))
     }
-    @Test func aTornRewriteOfFlushedDataIsDoubtful() throws {
+    /// Also if the block's first data was written by a process before (seed 200511).
+    @Test(arguments: [false, true])
+    func aTornRewriteOfFlushedDataIsDoubtful(isKilled: Bool) throws {
         let (bench, _, _) = try three()
-        bench.write(ReplicaBench.pattern(50), at: 0, epoch: 3, sequence: 9, flags: FrameFlags.fua)
+        if isKilled {
+            bench.write(ReplicaBench.pattern(49), at: 0, epoch: 3, sequence: 8)
+            try bench.run()
+            try bench.reopen()
+            _ = try bench.attach(epoch: 4)
+        }
+        let epoch = bench.core.promise.rawValue
+        bench.write(
+            ReplicaBench.pattern(50), at: 0, epoch: epoch, sequence: 9, flags: FrameFlags.fua)
         try bench.run()
-        bench.write(ReplicaBench.pattern(51), at: 0, epoch: 3, sequence: 10)
+        bench.write(ReplicaBench.pattern(51), at: 0, epoch: epoch, sequence: 10)
         try bench.run()
         let torn = try bench.disk.memory(.data(LayerID(rawValue: 3)))
         torn.copy(from: [UInt8](ReplicaBench.pattern(50)[0..<512]))
         let next = try ReplicaBench(
             disk: bench.disk, create: false, options: ReplicaBench.options(boot: 2))
-        _ = try next.attach(epoch: 4)
+        _ = try next.attach(epoch: 5)
         #expect(try read(next, 0, 1) == nil)
     }
 

@@ -141,7 +141,9 @@ package struct OpenedReplica {
     private let storage: ReplicaStorage
     private let pair = MemoryBlock(count: TablePage.pairSize)
     /// Records below are durable with their data.
-    private let covered: UInt64
+    let covered: UInt64
+    /// Some record of an upper layer is not: the next flush has to say what it covers.
+    var hasUncovered: Bool { !bases.states.isEmpty }
     /// By frame and block, of upper layers: what the last covered record or the page says, if newer
     /// records follow.
     private let bases = OpenedBases()

@@ -135,6 +135,9 @@ package final class ReplicaCore {
         size = identity.size
         regionCount = Geometry.regionCount(size: identity.size)
         chain = opened.chain
+        covered = opened.covered
+        // Of an earlier process: seed 200511.
+        freshEnd = opened.hasUncovered ? opened.log.nextIndex : 0
         log = opened.log
         cache = opened.cache
         flushedPoint = opened.log.flushed
