@@ -22,8 +22,8 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     case flush = 6
     /// Announces S = (`auxiliary` as epoch, `sequence`), and in `offset` (epoch) and `tag`
     /// (sequence) the point every member is known to hold a durable mark of; no reply. With a
-    /// `length`: the region at `offset` holds writes that S, announced by a frame right behind,
-    /// does not cover.
+    /// `length`: the region at `offset` holds writes to `layer` that S, announced by a frame right
+    /// behind, does not cover.
     case stable = 7
     /// `offset`: start of a region; of what `layer` itself holds. Reply: `RegionDigest`.
     case digest = 8

@@ -217,6 +217,7 @@ extension World {
         switch failure {
         case .syncFailed where faults.diskErrors: break
         case .manifestWriteFailed where faults.diskErrors: break
+        case .layerNotMade where faults.diskErrors: break
         case .tableUnreadable where faults.diskErrors || faults.rot: break
         default: fail("\(host.name) failed without a reason: \(failure)")
         }

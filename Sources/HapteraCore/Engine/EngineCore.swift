@@ -145,8 +145,8 @@ package final class EngineCore {
     var highestStable = SequenceNumber.zero
     var flushDueAt: Instant?
     var isFlushInFlight = false
-    /// What flushes under way do not cover at some replica: flush and region.
-    var passed: [(flush: SequenceNumber, region: UInt64)] = []
+    /// What flushes under way do not cover at some replica.
+    var passed: [(flush: SequenceNumber, region: LayerRegion)] = []
     var isLogPressed = false
     /// Not before this is a flush sent because a log is filling.
     var pressedFlushAfter = Instant.zero

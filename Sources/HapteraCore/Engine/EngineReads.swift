@@ -129,8 +129,12 @@ extension EngineCore {
         if slots[index].mayStabilise {
             let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
             if point > stablePoint {
-                leaveOut(point, to: slots[index].replied)
-                announce(point, to: slots[index].replied)
+                // The joiner nearly always answers later than the last member. It goes by its own
+                // syncs as well; without the point its activity log would never drain.
+                var told = slots[index].replied
+                if let joiner { told.insert(SlotSet(joiner)) }
+                leaveOut(point, to: told)
+                announce(point, to: told)
             }
         }
         if slots[index].use == .client {
@@ -147,7 +151,14 @@ extension EngineCore {
     /// durably what was written to them before it.
     private func leaveOut(_ point: StablePoint, to replied: SlotSet) {
         guard !passed.isEmpty || !erroredRegions.isEmpty else { return }
-        var regions = erroredRegions
+        // Not their other layers: what is frozen would stay in the logs for as long as there are
+        // writes to the head (seed 200142).
+        var regions: Set<LayerRegion> = []
+        for region in erroredRegions {
+            for layer in suspectLayers[region] ?? [head] {
+                regions.insert(LayerRegion(layer, region))
+            }
+        }
         for (flush, region) in passed where flush == point.sequence { regions.insert(region) }
         passed.removeAll { $0.flush <= point.sequence }
         if mutations.contains(.passedWritesNotLeftOut) { return }
@@ -155,8 +166,9 @@ extension EngineCore {
         header.auxiliary = point.epoch.rawValue
         header.sequence = point.sequence
         header.length = UInt32(Geometry.regionSize)
-        for region in regions.sorted() {
-            header.offset = region * UInt64(Geometry.regionSize)
+        for region in regions.sorted(by: { $0.packed < $1.packed }) {
+            header.layer = region.layer
+            header.offset = region.region * UInt64(Geometry.regionSize)
             var rest = replied
             while let slot = rest.popFirst() {
                 if isLive(slot) { send(slot, header, expectsReply: false) }
@@ -171,23 +183,32 @@ extension EngineCore {
         for other in 0..<slotsUsed where slots[other].isChanging {
             let isLater = slots[other].sequence > slots[index].sequence
             guard !isLater, !slots[other].replied.contains(slot) else { continue }
-            pass(index, slots[other].firstBlock)
+            pass(index, layerWritten(other), slots[other].firstBlock)
         }
     }
     /// The replica comes to the write of this header only now: flushes that it has not answered
     /// may have passed it.
     func writePassed(_ header: FrameHeader, at slot: ReplicaSlot) {
+        let layer = slotIndex(ofTag: header.tag).map(layerWritten) ?? head
         for index in 0..<slotsUsed
         where (slots[index].use == .flush || slots[index].use == .client && slots[index].isFlush)
             && slots[index].sent.contains(slot) && !slots[index].replied.contains(slot)
             && slots[index].sequence > header.sequence
         {
             slots[index].isPartial = true
-            pass(index, header.offset / UInt64(Geometry.blockSize))
+            pass(index, layer, header.offset / UInt64(Geometry.blockSize))
         }
     }
-    private func pass(_ flush: Int, _ block: UInt64) {
-        let region = block / UInt64(Geometry.blocksPerRegion)
+    /// Which layer the slot's writes on the way are for.
+    private func layerWritten(_ index: Int) -> LayerID {
+        guard slots[index].use == .job else {
+            return slots[index].layer == .head ? head : slots[index].layer
+        }
+        let layer = jobs[Int(slots[index].operation.userData)].layer
+        return layer == .head ? head : layer
+    }
+    private func pass(_ flush: Int, _ layer: LayerID, _ block: UInt64) {
+        let region = LayerRegion(layer, block / UInt64(Geometry.blocksPerRegion))
         let sequence = slots[flush].sequence
         if !passed.contains(where: { $0.flush == sequence && $0.region == region }) {
             passed.append((sequence, region))

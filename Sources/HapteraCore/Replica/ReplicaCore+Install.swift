@@ -214,7 +214,10 @@ extension ReplicaCore {
         let point = StablePoint(epoch: Epoch(header.auxiliary), sequence: header.sequence)
         // A point of an epoch not promised yet says nothing about this copy.
         guard point.epoch <= promise else { return }
-        if header.length > 0 { return leaveOut(Geometry.region(ofByte: header.offset), point) }
+        if header.length > 0 {
+            let region = Geometry.region(ofByte: header.offset)
+            return leaveOut(LayerRegion(header.layer, region), point)
+        }
         stablePoint = max(stablePoint, point)
         learn(StablePoint(epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag)))
         guard header.flags & FrameFlags.settled != 0, !hasSettledHere else { return }
@@ -228,13 +231,9 @@ extension ReplicaCore {
         if log.hasRoom(1) { log.append(.stable(point)) }
     }
     /// The region stays active past the point: some member has not got all that was written to it.
-    private func leaveOut(_ region: UInt64, _ point: StablePoint) {
-        guard region < regionCount else { return }
-        for index in 0..<chain.count {
-            guard let frame = cache.find(chain.id(index), region) else { continue }
-            cache.frames[Int(frame)].lastWrite = max(
-                cache.frames[Int(frame)].lastWrite, point.next)
-        }
+    private func leaveOut(_ region: LayerRegion, _ point: StablePoint) {
+        guard let frame = cache.find(region.layer, region.region) else { return }
+        cache.frames[Int(frame)].lastWrite = max(cache.frames[Int(frame)].lastWrite, point.next)
     }
     func pumpSettle() {
         guard isSettleWanted, !isManifestBusy, currentInstall < 0, shutdown == .none else { return }
