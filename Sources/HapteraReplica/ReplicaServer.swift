@@ -192,9 +192,11 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         }
     }
     private func register(_ layer: LayerID) throws(StorageError) {
-        for file in [ReplicaFile.data(layer), .table(layer)] where layerFiles[file] == nil {
+        // Labels are what faults are told by, whatever the layer.
+        for (file, label) in [(ReplicaFile.data(layer), "data"), (.table(layer), "table")]
+        where layerFiles[file] == nil {
             layerFiles[file] = reactor.register(
-                file: try storage.descriptor(file), label: "\(file)")
+                file: try storage.descriptor(file), label: label)
         }
     }
     /// Empty files, no byte of which is written: quick enough not to be an operation of the ring.
