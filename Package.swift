@@ -127,7 +127,8 @@ if !dataPlaneOnly {
         .target(
             name: "HapteraCLI",
             dependencies: grpc + [
-                "HapteraAPI", "HapteraHost", "HapteraTesting", arguments, grpcTransport,
+                "HapteraAPI", "HapteraCore", "HapteraHost", "HapteraTesting", arguments,
+                grpcTransport,
             ],
             swiftSettings: strict),
         .executableTarget(
@@ -143,7 +144,8 @@ if !dataPlaneOnly {
             exclude: ["Fakes"], swiftSettings: strict),
         .testTarget(
             name: "HapteraCLITests",
-            dependencies: ["HapteraCLI", "HapteraAPI", "HapteraHost", arguments] + grpc,
+            dependencies: ["HapteraCLI", "HapteraAPI", "HapteraCore", "HapteraHost", arguments]
+                + grpc,
             exclude: ["Fakes"], swiftSettings: strict),
     ]
 }

@@ -2,7 +2,7 @@ import ArgumentParser
 import Foundation
 import GRPCCore
 import HapteraAPI
-import HapteraHost
+import HapteraCore
 
 package struct SnapshotCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
@@ -15,8 +15,9 @@ package struct SnapshotCommand: AsyncParsableCommand {
 package struct SnapshotArgument: Equatable, Sendable {
     package var text: String
     package init(typed: String) throws {
-        guard Names.isValidSnapshotName(typed) else {
-            throw ValidationError("'\(typed)' is no snapshot name: use \(Names.snapshotRule)")
+        guard VolumeRecord.isValidSnapshotName(typed) else {
+            throw ValidationError(
+                "'\(typed)' is no snapshot name: use \(VolumeRecord.snapshotNameRule)")
         }
         text = typed
     }
@@ -43,7 +44,8 @@ extension SnapshotCommand {
         package var volume: Label
 
         @Argument(
-            help: "The snapshot's name: \(Names.snapshotRule). One is made up without it.",
+            help:
+                "The snapshot's name: \(VolumeRecord.snapshotNameRule). One is made up without it.",
             transform: SnapshotArgument.init(typed:))
         package var name: SnapshotArgument?
 

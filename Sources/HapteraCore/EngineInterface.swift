@@ -104,8 +104,8 @@ package enum EngineEvent {
     /// An administrator accepts that only rebooted members are left: go on from what they hold.
     case acceptLoss
     /// Freeze the head under this name (1 to `VolumeRecord.nameLengthMax` bytes), `created` in
-    /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers; a name that is
-    /// there already is answered at once with its layer.
+    /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers when every member
+    /// holds it durably; a name that is there already is brought to that, too.
     case takeSnapshot(token: UInt64, name: String, created: UInt64)
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach
@@ -162,6 +162,9 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
     case notServing
     /// The engine stopped before it was known whether the snapshot is there.
     case inDoubt
+
+    /// In the text of the engine's error if, and only if, the snapshot may be there all the same.
+    package static let doubtText = "whether the snapshot is there"
 }
 
 /// What happened, in terms an operator knows. Details are in `EngineCore`'s state.

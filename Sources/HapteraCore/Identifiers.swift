@@ -94,6 +94,24 @@ package struct LayerID: RawRepresentable, Hashable, Comparable, BitwiseCopyable,
     @inlinable package static func < (a: Self, b: Self) -> Bool { a.rawValue < b.rawValue }
 }
 
+/// A layer chain: ascending. Layers are many when snapshots are, and requests more: bisects.
+extension [LayerID] {
+    /// The place of the lowest layer above one that need not be in the chain; `count`: none is.
+    func index(above layer: LayerID) -> Int {
+        var (low, high) = (0, count)
+        while low < high {
+            let middle = (low + high) / 2
+            if self[middle] > layer { high = middle } else { low = middle + 1 }
+        }
+        return low
+    }
+    /// The layer's place; nil: it is none of the chain's.
+    func index(ofLayer layer: LayerID) -> Int? {
+        let above = index(above: layer)
+        return above > 0 && self[above - 1] == layer ? above - 1 : nil
+    }
+}
+
 /// One region of one layer.
 package struct LayerRegion: Hashable, BitwiseCopyable, Sendable {
     package var layer: LayerID

@@ -153,6 +153,8 @@ package struct VolumeRecord: Equatable, Sendable {
     package static let nameLengthMax = 63
     private static let listMax = 64
     private static let layersMax = 4096
+    /// What snapshots leave to changes that must never fail: replicas that leave, an endpoint.
+    private static let otherGrowth = 4096
     /// With names of average length they fit; `mayHold` says whether one more does.
     package static let snapshotsMax = 1024
 
@@ -283,7 +285,7 @@ package struct VolumeRecord: Equatable, Sendable {
     package func mayHold(snapshotNamed name: String) -> Bool {
         snapshots.count < Self.snapshotsMax && layers.count < Self.layersMax
             && head < .max
-            && encoded().count + 4 + 16 + name.utf8.count + 1024
+            && encoded().count + 4 + 16 + name.utf8.count + Self.otherGrowth
                 <= Self.encodedSizeMax
     }
 

@@ -18,13 +18,13 @@ final class SnapshotControl {
     }
 
     func take(_ request: ControlRequest) {
-        guard let name = request.arguments["name"], VolumeRecord.isSnapshotName(name),
+        guard let name = request.arguments["name"], VolumeRecord.isValidSnapshotName(name),
             let created = request.arguments["created"].flatMap({ UInt64($0) }),
             request.arguments.count == 2
         else {
             return request.fail(
                 "snapshot needs created=MILLISECONDS since 1970 and name=NAME, "
-                    + VolumeRecord.snapshotNameText)
+                    + VolumeRecord.snapshotNameRule)
         }
         nextToken += 1
         waiting[nextToken] = request
@@ -45,7 +45,7 @@ final class SnapshotControl {
                     + "for snapshots wait; try again")
         case .inDoubt:
             request.fail(
-                "the engine stopped before it knew whether the snapshot is there: ask the next "
+                "the engine stopped before it knew \(SnapshotResult.doubtText): ask the next "
                     + "engine for the same name again")
         }
     }
@@ -55,7 +55,7 @@ final class SnapshotControl {
         let requests = waiting.values
         waiting = [:]
         for request in requests {
-            request.fail("\(reason); whether the snapshot is there is not known: ask again")
+            request.fail("\(reason); \(SnapshotResult.doubtText) is not known: ask again")
         }
     }
 }

@@ -14,20 +14,6 @@ package enum Names {
     package static let labelRule =
         "1 to 63 lower-case letters, digits and hyphens, with no hyphen at either end"
 
-    /// Snapshots: what stands unquoted in a line, a path and the name of an export.
-    package static func isValidSnapshotName(_ name: String) -> Bool {
-        let bytes = Array(name.utf8)
-        guard (1...63).contains(bytes.count), let first = bytes.first else { return false }
-        return first != UInt8(ascii: ".") && first != UInt8(ascii: "-")
-            && bytes.allSatisfy { byte in
-                isAlphanumeric(byte) || (UInt8(ascii: "A")...UInt8(ascii: "Z")).contains(byte)
-                    || ".-_".utf8.contains(byte)
-            }
-    }
-
-    package static let snapshotRule =
-        "1 to 63 letters, digits, dots, hyphens and underscores, with no dot or hyphen in front"
-
     private static func isAlphanumeric(_ byte: UInt8) -> Bool {
         (UInt8(ascii: "a")...UInt8(ascii: "z")).contains(byte)
             || (UInt8(ascii: "0")...UInt8(ascii: "9")).contains(byte)

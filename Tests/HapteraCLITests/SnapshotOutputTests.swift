@@ -1,6 +1,7 @@
 import Foundation
 import GRPCCore
 import HapteraAPI
+import HapteraCore
 import HapteraHost
 import Testing
 
@@ -99,7 +100,7 @@ import Testing
         for (random, end) in [(UInt16(0xab12), "ab12"), (7, "0007")] {
             let name = SnapshotArgument(generatedAt: time, random: random).text
             #expect(name == "snap-20261128-173005-\(end)")
-            #expect(Names.isValidSnapshotName(name))
+            #expect(VolumeRecord.isValidSnapshotName(name))
         }
     }
 

@@ -185,6 +185,16 @@ extension EngineHarness {
         #expect(h.core.phase == .serving)
         h.take(5, name(number))
         #expect(h.result(5) == .tooMany)
+        // What must never fail still fits: as many that leave as there may be, and an endpoint.
+        var record = h.stored
+        record.engineEndpoint = String(repeating: "e", count: 255)
+        record.out = (0..<64).map {
+            .init(
+                member: .init(
+                    replica: ReplicaID(rawValue: 100 + $0), incarnation: Incarnation(rawValue: 1)),
+                leftEpoch: record.epoch, stablePoint: .zero)
+        }
+        #expect(VolumeRecord(decoding: record.encoded()) == record)
     }
 
     @Test func aFewWaitForTheOneUnderWay() {
@@ -206,10 +216,10 @@ extension EngineHarness {
     @Test func namesAreWords() {
         let longest = String(repeating: "a", count: 63)
         for name in ["a", "2024-01-01.daily_7", "_", longest] {
-            #expect(VolumeRecord.isSnapshotName(name))
+            #expect(VolumeRecord.isValidSnapshotName(name))
         }
         for name in ["", ".a", "-a", "a b", "a/b", "a:b", "a=b", "ä", "a\n", longest + "a"] {
-            #expect(!VolumeRecord.isSnapshotName(name))
+            #expect(!VolumeRecord.isValidSnapshotName(name))
         }
     }
 

@@ -116,6 +116,9 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         h.pass(milliseconds: 4000)
         #expect(h.core.isRefusing && h.core.phase == .installing)
         #expect(h.fakes[0].promise == Epoch(3))
+        // Told once: from "only rebooted members" alone nobody would know.
+        let told = h.notes.count { if case .replicaRolledBack = $0 { true } else { false } }
+        #expect(told == 1)
         h.run(.acceptLoss)
         #expect(h.core.phase == .serving && h.fakes[0].promise == h.stored.epoch)
     }

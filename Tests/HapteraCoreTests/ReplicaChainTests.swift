@@ -166,11 +166,34 @@ import Testing
         #expect(try read(bench, 0, 2)?.data == before + after)
     }
 
-    @Test func aLayerThatCannotBeMadeEndsTheReplica() throws {
+    /// A full disk costs the Install and nothing else: the copy is as it was, and so is the process.
+    @Test(arguments: [(-28, .noSpace), (-5, .ioError)] as [(Int, FrameStatus)])
+    func anInstallWhoseLayerCannotBeMadeIsRefused(error: Int, status: FrameStatus) throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        let data = ReplicaBench.pattern(5)
+        bench.write(data, at: 0)
+        try bench.run()
+        bench.fault = { action in
+            if case .create = action { error } else { nil }
+        }
+        let refused = bench.install(epoch: 2, layers: 2)
+        let behind = bench.write(data, at: 4096, epoch: 2)
+        try bench.run()
+        #expect(bench.status(refused) == status && bench.status(behind) == .staleEpoch)
+        #expect(bench.failure == nil && bench.core.layers.count == 1)
+        #expect(bench.core.promise == Epoch(1) && bench.pool.inUse == 0)
+        bench.fault = nil
+        let tag = bench.install(epoch: 3, layers: 2)
+        try bench.run()
+        #expect(bench.status(tag) == .ok && bench.core.layers.count == 2)
+        #expect(try read(bench, 0, 2, layer: 1)?.data == data + zero(1))
+    }
+    @Test func aLayerWhoseNameCannotBeSyncedEndsTheReplica() throws {
         let bench = try ReplicaBench()
         _ = try bench.attach()
         bench.fault = { action in
-            if case .create = action { -28 } else { nil }
+            if case .sync(.layers, _) = action { -28 } else { nil }
         }
         bench.install(epoch: 2, layers: 2)
         try bench.run()
@@ -235,6 +258,55 @@ import Testing
         #expect(seen?.data == (boot == 1 ? nil : before))
         // Remembered: the next process finds the same boot.
         #expect(try read(try reopened(), 0, 1)?.data == (boot == 1 ? nil : before))
+    }
+    /// A log that is as full as writes may make it, of writes that are all torn: the copy opens.
+    @Test func manyTornWritesNeedNoRoom() throws {
+        let (bench, lower, _) = try three()
+        for region in 0..<7 as Range<UInt64> {
+            bench.write(
+                ReplicaBench.pattern(region, blocks: 100),
+                at: region * UInt64(Geometry.regionSize), epoch: 3, sequence: region + 9)
+        }
+        func isLater(_ action: ReplicaAction) -> Bool {
+            if case .sync(let file, _) = action { file != .log } else { false }
+        }
+        while let next = bench.pending.firstIndex(where: { !isLater($0) }) {
+            bench.pending.swapAt(0, next)
+            try bench.performOne()
+        }
+        #expect(bench.core.log.used > 700)
+        try bench.disk.memory(.data(LayerID(rawValue: 3))).fill()
+        for epoch in [4, 5] as [UInt64] {
+            let next = try ReplicaBench(
+                disk: bench.disk, create: false, options: ReplicaBench.options(boot: 2))
+            _ = try next.attach(epoch: epoch)
+            #expect(try read(next, 0, 1)?.data == [UInt8](lower[0..<4096]))
+            #expect(try read(next, 6 * Geometry.blocksPerRegion, 100)?.data == zero(100))
+        }
+    }
+    /// A flush without its covered record would promise what a power cut takes back.
+    @Test func aFlushWaitsForRoomForItsRecord() throws {
+        let (bench, _, _) = try three()
+        let fua = bench.write(
+            ReplicaBench.pattern(50), at: 0, epoch: 3, sequence: 9, flags: FrameFlags.fua)
+        while bench.core.log.reserved == 0 { try bench.performOne() }
+        let log = bench.core.log
+        let taken = Int(log.capacity - log.used)
+        log.reserve(taken)
+        try bench.run()
+        #expect(bench.status(fua) == nil && !log.hasRoomForCovered)
+        log.unreserve(taken)
+        for round in 10..<30 as Range<UInt64> where bench.status(fua) == nil {
+            bench.write(
+                ReplicaBench.pattern(round, blocks: 100), at: UInt64(Geometry.regionSize),
+                epoch: 3, sequence: round)
+            try bench.run()
+            bench.send(.flush, epoch: 3, sequence: round)
+            try bench.run()
+            bench.send(.stable, epoch: 3, sequence: round, auxiliary: 3)
+            try bench.tick(milliseconds: 20_000)
+        }
+        #expect(bench.status(fua) == .ok)
     }
     /// Also if the block's first data was written by a process before (seed 200511).
     @Test(arguments: [false, true])

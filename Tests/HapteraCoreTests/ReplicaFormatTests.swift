@@ -127,6 +127,10 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
         log.reserve(room)
         #expect(!log.hasRoom(1))
         #expect(log.hasRoomForUpkeep)
+        // Upkeep leaves something to covered records, which end flushes.
+        while log.hasRoomForUpkeep { log.reserve(1) }
+        #expect(log.hasRoomForCovered && log.capacity - log.used == log.margin / 4)
+        log.unreserve(Int(log.used) - room)
         log.appendReserved(.activate(layer: layer, region: 1))
         log.unreserve(room - 1)
         #expect(log.used == 1)

@@ -34,6 +34,18 @@ def digest(cluster, snapshot=None):
     return digest.hexdigest()
 
 
+def stock_digests(cluster, snapshot):
+    """SHA-256 of the snapshot as `nbdcopy` and `qemu-img convert` write it to a file."""
+    source = f"nbd+unix:///volume@{snapshot}?socket={cluster.engine.unix}"
+    digests = []
+    for command in (["nbdcopy"], ["qemu-img", "convert", "-f", "raw", "-O", "raw"]):
+        copy = cluster.path / "copy.raw"
+        subprocess.run([*command, source, copy], check=True)
+        digests.append(hashlib.sha256(copy.read_bytes()).hexdigest())
+        copy.unlink()
+    return digests
+
+
 def offline_digest(replica, snapshot):
     """SHA-256 of the snapshot as the stopped replica's files hold it."""
     image = subprocess.run(
@@ -106,6 +118,9 @@ def test_snapshots_under_load_and_faults(context):
         away.start()
         cluster.engine.wait_state(away, "inSync")
         snap("back")
+        for name in ("again", "back"):
+            for found in stock_digests(cluster, name):
+                assert found == kept[name], f"a stock copy of {name} is not what the volume was"
         error = load.stop()
         assert error is None, f"the client got an error: {error}"
         cluster.engine.process.kill()

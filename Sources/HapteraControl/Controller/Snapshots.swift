@@ -1,6 +1,5 @@
 import HapteraAPI
 import HapteraCore
-import HapteraHost
 
 /// Snapshots as the volume's record names them. Only an engine takes one: its change of the record
 /// is the moment the snapshot is of, so that nothing here needs to remember that one was asked for.
@@ -67,9 +66,10 @@ extension Controller {
     }
 
     private static func check(_ name: String) throws {
-        guard Names.isValidSnapshotName(name) else {
+        guard VolumeRecord.isValidSnapshotName(name) else {
             throw ControlError(
-                .invalid, "'\(name.prefix(100))' is no snapshot name: use \(Names.snapshotRule)")
+                .invalid,
+                "'\(name.prefix(100))' is no snapshot name: use \(VolumeRecord.snapshotNameRule)")
         }
     }
 

@@ -208,7 +208,9 @@ package actor EngineUnit {
             wanted.phase == .attach, settings.clientGeneration == request.clientGeneration
         else { throw HostError("no engine serves the volume") }
         // They become words of a line.
-        guard Names.isValidSnapshotName(request.name) else { throw HostError("no snapshot name") }
+        guard VolumeRecord.isValidSnapshotName(request.name) else {
+            throw HostError("no snapshot name")
+        }
         let seconds = max((request.timeoutMilliseconds + 999) / 1000, 1)
         _ = try await context.host.request(
             supervision.files.control,

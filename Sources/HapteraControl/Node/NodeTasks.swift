@@ -33,9 +33,6 @@ extension NodeAgent {
         return answer
     }
 
-    /// In an engine's error if it is none of the plain refusals.
-    private static let engineDoubt = "whether the snapshot is there"
-
     /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on
     /// looking after the process meanwhile.
     private func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
@@ -44,7 +41,7 @@ extension NodeAgent {
         }
         do {
             try await unit.takeSnapshot(request)
-        } catch let error as HostError where error.description.contains(Self.engineDoubt) {
+        } catch let error as HostError where error.description.contains(SnapshotResult.doubtText) {
             // An engine that ends in the middle knows no more than one that does not answer.
             throw ControlSocket.NoAnswer(description: error.description)
         }

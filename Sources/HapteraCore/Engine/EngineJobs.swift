@@ -125,7 +125,9 @@ extension EngineCore {
         if jobs[job].kind == .resolve, let suspects = suspectLayers[jobs[job].region] {
             return suspects.first { $0 > done }
         }
-        return record?.layer(above: done)
+        guard let layers = record?.layers else { return nil }
+        let place = layers.index(above: done)
+        return place < layers.count ? layers[place] : nil
     }
     /// The participants are equal in this layer.
     func finishLayer(_ job: Int) {

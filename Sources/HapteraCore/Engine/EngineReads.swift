@@ -33,7 +33,9 @@ extension EngineCore {
     /// no such snapshot: then the client has an error.
     private func isLayerThere(_ index: Int) -> Bool {
         let layer = slots[index].operation.layer
-        if layer == .head || layer < head && record?.isInChain(layer) == true { return true }
+        if layer == .head || layer < head && record?.layers.index(ofLayer: layer) != nil {
+            return true
+        }
         completeClient(index, .ioError)
         release(index)
         return false

@@ -178,7 +178,7 @@ extension EngineCore {
 extension VolumeRecord {
     /// Letters, digits, `.`, `_` and `-`, so that a name is a word in a command, in a line of
     /// status and in an export's path; not first what would hide a file or look like an option.
-    package static func isSnapshotName(_ name: String) -> Bool {
+    package static func isValidSnapshotName(_ name: String) -> Bool {
         guard (1...nameLengthMax).contains(name.utf8.count), !name.hasPrefix("."),
             !name.hasPrefix("-")
         else { return false }
@@ -192,25 +192,6 @@ extension VolumeRecord {
             }
         }
     }
-    package static let snapshotNameText =
+    package static let snapshotNameRule =
         "1 to \(nameLengthMax) letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
-
-    /// Layers are many when snapshots are, and regions are more: bisects.
-    private func position(above layer: LayerID) -> Int {
-        var (low, high) = (0, layers.count)
-        while low < high {
-            let middle = (low + high) / 2
-            if layers[middle] > layer { high = middle } else { low = middle + 1 }
-        }
-        return low
-    }
-    /// The next layer of the chain above one that need not be in it; nil: none.
-    func layer(above layer: LayerID) -> LayerID? {
-        let position = position(above: layer)
-        return position < layers.count ? layers[position] : nil
-    }
-    func isInChain(_ layer: LayerID) -> Bool {
-        let position = position(above: layer)
-        return position > 0 && layers[position - 1] == layer
-    }
 }

@@ -232,33 +232,29 @@ extension EngineCore {
             return true
         }
         guard isLossAccepted else {
+            if !isRefusing { noteRolledBack(older) }
             refuse()
             return true
         }
-        var best = older
         var rest = older
+        guard var latest = rest.popFirst() else { return true }
         while let slot = rest.popFirst() {
-            guard let first = best.first, replicas[slot].promise > replicas[first].promise else {
-                continue
-            }
-            best = SlotSet(slot)
+            if replicas[slot].promise > replicas[latest].promise { latest = slot }
         }
-        guard let chosen = best.first else { return true }
-        if older != SlotSet(chosen) {
-            removeRolledBack(older.subtracting(SlotSet(chosen)))
-        } else {
-            install(chosen)
-        }
+        let others = older.subtracting(SlotSet(latest))
+        if others.isEmpty { install(latest) } else { removeRolledBack(others) }
         return true
     }
 
     private func removeRolledBack(_ gone: SlotSet) {
+        noteRolledBack(gone)
         var rest = gone
-        while let slot = rest.popFirst() {
-            replicas[slot].failure = .rolledBack
-            note(.replicaRolledBack(slot))
-        }
+        while let slot = rest.popFirst() { replicas[slot].failure = .rolledBack }
         proposeRemoval(gone)
+    }
+    private func noteRolledBack(_ older: SlotSet) {
+        var rest = older
+        while let slot = rest.popFirst() { note(.replicaRolledBack(slot)) }
     }
 
     // MARK: - Reinstatement
@@ -268,14 +264,12 @@ extension EngineCore {
     /// - A member P of the present in-sync set had not promised L or anything later before this
     ///   takeover. Who comes back into the set promises its joining first, so P has been in the set
     ///   in every epoch since L.
-    /// - In none of these epochs was anything acknowledged, flushed as stable, or filled: each
-    /// needs
+    /// - In none of these epochs was anything acknowledged, flushed as stable, or filled: each needs
     ///   every member's promise of the epoch, and P's was never given. This engine has not served
     ///   since it asked P.
     /// - So F holds all that was acknowledged; what else F, or the others, were sent before L is in
     ///   their activity logs, whose union is resolved next.
-    /// - F is as it was then: not filled since (its promise is below L), not set aside in a
-    /// salvage,
+    /// - F is as it was then: not filled since (its promise is below L), not set aside in a salvage,
     ///   no disk that failed it, and whether it was rolled back is asked as of any member.
     private func reinstate(_ promised: SlotSet) -> Bool {
         guard let record, let departure = record.out.first(where: { mayReinstate($0, promised) })

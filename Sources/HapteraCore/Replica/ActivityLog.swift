@@ -230,6 +230,20 @@ package final class ActivityLog {
         return covered
     }
 
+    /// Replaces entries that are in the ring by what `body` makes of them, each in its place and
+    /// under its index: a crash meanwhile leaves some of them as they were.
+    package func replaceEntries(_ body: (LogRecord) -> BlockEntry?) {
+        for index in durableTail..<nextIndex {
+            guard var record = LogRecord(decoding: memory, at: offset(index)),
+                record.index == index, record.kind == .entry, let entry = body(record)
+            else { continue }
+            record.state = entry.state
+            record.checksum = entry.checksum
+            record.encode(to: memory, at: offset(index))
+            storeCount += 1
+        }
+    }
+
     /// Records in use or promised.
     package var used: UInt64 { nextIndex - durableTail + reserved }
 
@@ -237,8 +251,10 @@ package final class ActivityLog {
     package var margin: UInt64 { min(capacity / 4, 16_384) }
 
     package func hasRoom(_ count: Int) -> Bool { used + UInt64(count) + margin <= capacity }
-    /// Room in the margin: for the records that make room.
-    package var hasRoomForUpkeep: Bool { used < capacity }
+    /// Room in the margin: for the records that make room. They leave a part of it to covered
+    /// records, without which no flush ends and so no region drains.
+    package var hasRoomForUpkeep: Bool { used + margin / 4 < capacity }
+    package var hasRoomForCovered: Bool { used < capacity }
 
     package func reserve(_ count: Int) { reserved += UInt64(count) }
     package func unreserve(_ count: Int) {

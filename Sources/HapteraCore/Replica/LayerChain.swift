@@ -4,13 +4,13 @@
 /// In memory a layer costs a bit per region: 128 KiB per TiB.
 struct LayerChain {
     private struct Layer {
-        var id: LayerID
         /// A bit per region: 1 if the layer's table or the log may know it.
         let map: FixedArray<UInt64>
         /// Written since the last sync of the file began, perhaps by an earlier process.
         var isDataUnsynced = true
         var isTableUnsynced = true
     }
+    private(set) var ids: [LayerID] = []
     private var layers: [Layer] = []
     private let regionCount: UInt64
     private(set) var head: LayerID
@@ -21,29 +21,20 @@ struct LayerChain {
         for id in ids { append(id) }
     }
 
-    var ids: [LayerID] { layers.map(\.id) }
-    var count: Int { layers.count }
-    func id(_ index: Int) -> LayerID { layers[index].id }
+    var count: Int { ids.count }
+    func id(_ index: Int) -> LayerID { ids[index] }
 
     /// A new, empty head.
     mutating func append(_ id: LayerID) {
         precondition(id > head)
-        layers.append(
-            Layer(id: id, map: FixedArray(repeating: 0, count: Int((regionCount + 63) / 64))))
+        ids.append(id)
+        layers.append(Layer(map: FixedArray(repeating: 0, count: Int((regionCount + 63) / 64))))
         head = id
     }
 
     /// The layer's place, nil if it is none of the chain's.
     func index(of id: LayerID) -> Int? {
-        if id == head { return layers.count - 1 }
-        // Ascending: halved until found.
-        var range = 0..<layers.count
-        while let middle = range.isEmpty ? nil : (range.lowerBound + range.upperBound) / 2 {
-            let found = layers[middle].id
-            if found == id { return middle }
-            range = found < id ? middle + 1..<range.upperBound : range.lowerBound..<middle
-        }
-        return nil
+        id == head ? count - 1 : ids.index(ofLayer: id)
     }
     private func existing(_ id: LayerID) -> Int {
         guard let index = index(of: id) else { preconditionFailure("no such layer") }
@@ -57,8 +48,10 @@ struct LayerChain {
     }
     func mayHold(_ id: LayerID, _ region: UInt64) -> Bool { mayHold(existing(id), region) }
     /// Any layer.
-    func mayHold(_ region: UInt64) -> Bool {
-        for index in layers.indices where mayHold(index, region) { return true }
+    func mayHold(_ region: UInt64) -> Bool { mayHold(region, upTo: count - 1) }
+    /// Any layer from the lowest to the one at `top`.
+    func mayHold(_ region: UInt64, upTo top: Int) -> Bool {
+        for index in 0...top where mayHold(index, region) { return true }
         return false
     }
     func mark(_ id: LayerID, _ region: UInt64) {

@@ -1,12 +1,10 @@
-// What is seen through the chain: read and status from a layer that has others below it.
+// What is seen through the chain: reads from a layer that has others below it.
 //
 // Layers are asked from the top; the first that holds a block is the one it is read from. What was
 // found is kept in the request, so that no page has to stay in memory: the engine lets nothing else
 // change these blocks meanwhile, and what is below the head does not change.
 
 extension ReplicaCore {
-    // MARK: read
-
     /// While layers are asked, an entry of the reply's table is the block's, with the place of its
     /// layer, counted from one, in bytes 1..<4; zero: not found yet.
     private func owner(_ table: RawMemory, _ block: Int) -> Int {
@@ -60,9 +58,6 @@ extension ReplicaCore {
         return isComplete
     }
 
-    private func state(_ table: RawMemory, _ block: Int) -> UInt8 {
-        table[block * BlockEntry.size]
-    }
     /// Data blocks of one layer that lie side by side.
     private func nextRun(_ table: RawMemory, from start: Int, count: Int) -> Range<Int>? {
         var first = start
@@ -88,6 +83,7 @@ extension ReplicaCore {
             let buffer = pool.allocate(Int(requests[index].header.length))
         else { return push(slot, &awaitingResources) }
         requests[index].buffer = buffer
+        requests[index].dataResult = Int(requests[index].header.length)
         requests[index].layersLeft = -1
         var next = 0
         while let run = nextRun(table, from: next, count: count) {
@@ -106,82 +102,8 @@ extension ReplicaCore {
     }
 
     private func answerChainRead(_ slot: Int32) {
-        let index = Int(slot)
-        let header = requests[index].header
-        let count = requests[index].blocks.count
-        let tableLength = count * BlockEntry.size
-        let table = pool.memory(requests[index].table).slice(0, tableLength)
-        for block in 0..<count { setOwner(table, block, 0) }
-        guard requests[index].buffer != .none else {
-            return finish(slot, .ok, table: takeTable(slot), tableLength: tableLength)
-        }
-        let data = pool.memory(requests[index].buffer)
-        for block in 0..<count {
-            let bytes = data.slice(block * Geometry.blockSize, Geometry.blockSize)
-            guard state(table, block) == BlockState.data.rawValue else {
-                bytes.fill()
-                continue
-            }
-            let isGood =
-                requests[index].dataResult >= 0
-                && CRC32C.checksum(bytes) == table.load(UInt32.self, block * BlockEntry.size + 4)
-            if !isGood, !options.mutations.contains(.readWithoutChecksum) {
-                let offset = header.offset + UInt64(block * Geometry.blockSize)
-                actions.append(.note(.checksumMismatch(offset: offset)))
-                return finish(
-                    slot, .checksumMismatch, table: takeTable(slot), tableLength: tableLength)
-            }
-        }
-        finish(
-            slot, .ok, table: takeTable(slot), tableLength: tableLength,
-            dataLength: Int(header.length))
-    }
-
-    // MARK: status
-
-    /// The request's buffer holds the entries of the region at hand, as far as they are known.
-    func resumeChainStatus(_ slot: Int32) {
-        let index = Int(slot)
-        let header = requests[index].header
-        if requests[index].buffer == .none {
-            guard let buffer = pool.allocate(4096) else { return push(slot, &awaitingResources) }
-            requests[index].buffer = buffer
-            requests[index].position = header.offset
-        }
-        let entries = pool.memory(requests[index].buffer).slice(0, TablePage.entriesSize)
-        let end = header.offset + UInt64(header.length)
-        let top = chain.index(of: header.layer) ?? 0
-        while requests[index].position < end {
-            let region = Geometry.region(ofByte: requests[index].position)
-            if requests[index].layersLeft == 0 {
-                entries.fill()
-                requests[index].layersLeft = Int32(top + 1)
-            }
-            while requests[index].layersLeft > 0 {
-                let place = Int(requests[index].layersLeft) - 1
-                if chain.mayHold(place, region) {
-                    let layer = chain.id(place)
-                    let known = cache.find(layer, region)
-                    if known.map({ cache.frames[Int($0)].state == .loading }) ?? true,
-                        !mayLoadForStatus(slot)
-                    {
-                        return answerStatus(slot)
-                    }
-                    guard let frame = residentFrame(slot, layer, region) else { return }
-                    overlay(cache.entries(frame), under: entries)
-                }
-                requests[index].layersLeft -= 1
-            }
-            let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
-            guard extend(slot, entries, to: regionEnd) else { break }
-        }
-        answerStatus(slot)
-    }
-
-    private func overlay(_ lower: RawMemory, under upper: RawMemory) {
-        for at in stride(from: 0, to: TablePage.entriesSize, by: BlockEntry.size)
-        where upper[at] == BlockState.absent.rawValue {
-            upper.store(lower.load(UInt64.self, at), at)
-        }
+        let table = pool.memory(requests[Int(slot)].table)
+        for block in 0..<requests[Int(slot)].blocks.count { setOwner(table, block, 0) }
+        answerFromTable(slot)
     }
 }

@@ -30,7 +30,7 @@ extension ReplicaCore {
     /// 1. nothing else is admitted; requests under way end, parked ones are refused -> old promise
     /// 2. births of active regions rise to e in memory                              -> old promise
     /// 3. files of layers that V has and this copy has not are made, empty, and synced with their
-    ///    names                                              -> old promise, files nobody looks at
+    ///    names; without space for them it is refused here   -> old promise, files nobody looks at
     /// 4. the manifest with e and V is written to the slot not in use               -> old or new
     /// 5. it is synced                                                              -> new promise,
     ///    and opening gives active regions the promise as birth: step 2 is not lost
@@ -134,12 +134,14 @@ extension ReplicaCore {
     }
     func layerStepEnded(_ operation: DiskOperation, _ result: Int) {
         let layer = operation.layer
-        guard result >= 0 else { return fail(.layerNotMade(layer, errno: Int32(-result))) }
         layerOperations -= 1
         guard operation.kind == .layerCreate else {
+            guard result >= 0 else { return fail(.layerNotMade(layer, errno: Int32(-result))) }
             if layerOperations == 0 { layersMade.append(layer) }
             return
         }
+        // Nothing is lost and nothing in doubt: with space again, the next Install makes them.
+        guard result >= 0 else { return endInstall(refusing: status(ofError: result)) }
         let files = [ReplicaFile.data(layer), .table(layer), .layers]
         for file in options.mutations.contains(.layerNamesNotSynced) ? [.data(layer)] : files {
             layerOperations += 1
@@ -163,14 +165,21 @@ extension ReplicaCore {
         hasPromisedHere = true
         leaseInstalled()
         actions.append(.note(.installed(promise)))
-        let isAlive = isConnected(slot)
-        if isAlive {
+        if isConnected(slot) {
             connections[connection].installedEpoch = promise
             let isAnswered = sendControl(slot, installReply().encoded())
             // The engine tries again on a new connection: the promise stands.
             if !isAnswered { actions.append(.close(connection: connection)) }
         }
-        free(slot)
+        endInstall()
+    }
+
+    /// The next one begins, and what was held behind this one runs.
+    private func endInstall(refusing status: FrameStatus? = nil) {
+        let slot = currentInstall
+        let connection = Int(requests[Int(slot)].connection)
+        let isAlive = isConnected(slot)
+        if let status { refuse(slot, status) } else { free(slot) }
         currentInstall = -1
         if isAlive { letGo(connection) }
         while currentInstall < 0, !waitingInstalls.isEmpty {

@@ -128,9 +128,11 @@ extension ReplicaCore {
 ///    activation that is not is active: its blocks may be doubtful, which reading finds out.
 /// 3. active regions get the promise as birth: they may have been written in any epoch up to it
 /// 4. active regions whose slots a power cut took get empty ones again     -> an empty page or none
-/// 5. log and table are synced: activations and pages that a killed process left unsynced are
+/// 5. if the host has restarted, records of upper layers whose data no flush covered and the disk
+///    has not are undone in the log (`dropUnsynced`)         -> the rest is found to be so again
+/// 6. log and table are synced: activations and pages that a killed process left unsynced are
 ///    relied upon from here, and the log's tail may pass the records of such pages
-/// 6. of regions in the log, blocks that need no space and have some are noted: a crash came before
+/// 7. of regions in the log, blocks that need no space and have some are noted: a crash came before
 ///    they were punched
 /// Nothing else is written, so a crash while opening changes nothing that is read.
 package struct OpenedReplica {
@@ -143,7 +145,7 @@ package struct OpenedReplica {
     /// Records below are durable with their data.
     let covered: UInt64
     /// Some record of an upper layer is not: the next flush has to say what it covers.
-    var hasUncovered: Bool { !bases.states.isEmpty }
+    var hasUncovered: Bool { bases.states.values.contains { !$0.isEmpty } }
     /// By frame and block, of upper layers: what the last covered record or the page says, if newer
     /// records follow.
     private let bases = OpenedBases()
@@ -185,7 +187,7 @@ package struct OpenedReplica {
         try finish()
         guard !isReadOnly else { return }
         try makeSlots()
-        if manifest.boot != options.bootID { try dropUnsynced() }
+        if manifest.boot != options.bootID { dropUnsynced() }
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
         try findUnneeded()
@@ -279,32 +281,40 @@ package struct OpenedReplica {
     }
 
     /// The host has restarted: where a record says data that is not there, and no flush can have
-    /// covered the block's first data in its layer, the block is again what it was before.
-    private func dropUnsynced() throws(StorageError) {
-        let data = MemoryBlock(count: Geometry.blockSize)
-        for (frame, blocks) in bases.states {
-            let found = cache.frames[Int(frame)]
-            guard found.state == .active else { continue }
+    /// covered the block's first data in its layer, the block is again what it was before. Its
+    /// records say so from here on, which takes no room in a log that may be full.
+    private func dropUnsynced() {
+        var dropped: [Int32: Set<Int>] = [:]
+        for (frame, blocks) in bases.states.sorted(by: { $0.key < $1.key })
+        where cache.frames[Int(frame)].state == .active {
             for (block, base) in blocks.sorted(by: { $0.key < $1.key }) where base != .data {
-                let entry = cache.entry(frame, block)
-                guard entry.state == .data else { continue }
-                let number = found.region * UInt64(Geometry.blocksPerRegion) + UInt64(block)
-                let count = try? storage.read(
-                    .data(found.layer), offset: number * UInt64(Geometry.blockSize),
-                    into: data.memory)
-                let isThere =
-                    count == Geometry.blockSize
-                    && CRC32C.checksum(data.memory) == entry.checksum
-                guard !isThere else { continue }
-                guard log.hasRoomForUpkeep else {
-                    throw StorageError(.damaged, "activity.log: no room for what was undone")
+                guard cache.entry(frame, block).state == .data, !isDataThere(frame, block) else {
+                    continue
                 }
-                log.append(
-                    .entry(
-                        layer: found.layer, block: number, count: 1, BlockEntry(state: base)))
                 cache.setEntry(frame, block, BlockEntry(state: base))
+                dropped[frame, default: []].insert(block)
             }
         }
+        guard !dropped.isEmpty else { return }
+        let blocksPerRegion = UInt64(Geometry.blocksPerRegion)
+        log.replaceEntries { record in
+            let block = Int(record.position % blocksPerRegion)
+            guard record.state == .data, record.index >= covered,
+                let frame = cache.find(record.layer, record.position / blocksPerRegion),
+                record.index >= cache.frames[Int(frame)].logIndex,
+                dropped[frame]?.contains(block) == true
+            else { return nil }
+            return cache.entry(frame, block)
+        }
+    }
+    private func isDataThere(_ frame: Int32, _ block: Int) -> Bool {
+        let found = cache.frames[Int(frame)]
+        let data = pair.memory.slice(0, Geometry.blockSize)
+        let number = found.region * UInt64(Geometry.blocksPerRegion) + UInt64(block)
+        let count = try? storage.read(
+            .data(found.layer), offset: number * UInt64(Geometry.blockSize), into: data)
+        return count == Geometry.blockSize
+            && CRC32C.checksum(data) == cache.entry(frame, block).checksum
     }
 
     /// The region's frame, its page read if need be.

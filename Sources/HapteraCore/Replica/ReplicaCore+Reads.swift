@@ -1,5 +1,5 @@
 // Read, digest and status: what looks at a copy. None of them activates a region. Here one layer is
-// looked at; what is seen through the chain is in ReplicaCore+Chain.
+// looked at; reads of what is seen through the chain are in ReplicaCore+Chain.
 
 extension ReplicaCore {
     /// Table page and data are fetched in parallel when the region is not in memory.
@@ -100,43 +100,61 @@ extension ReplicaCore {
         finish(slot, .ok, table: table, tableLength: length)
     }
 
-    /// Every data block is verified; nothing is sent of a range that holds a bad one.
     func answerRead(_ slot: Int32, _ frame: Int32) {
+        let blocks = requests[Int(slot)].blocks
+        let length = blocks.count * BlockEntry.size
+        pool.memory(requests[Int(slot)].table).copy(
+            from: cache.entries(frame).slice(blocks.lowerBound * BlockEntry.size, length))
+        answerFromTable(slot)
+    }
+
+    /// The reply's table holds the entries, and the buffer what was read if any of them is data.
+    /// Every data block is verified; nothing is sent of a range that holds a bad one.
+    func answerFromTable(_ slot: Int32) {
         let index = Int(slot)
-        let blocks = requests[index].blocks
-        let tableLength = blocks.count * BlockEntry.size
-        let table = requests[index].table
-        let first = blocks.lowerBound * BlockEntry.size
-        pool.memory(table).copy(from: cache.entries(frame).slice(first, tableLength))
-        guard holdsData(frame, blocks) else {
+        let header = requests[index].header
+        let count = requests[index].blocks.count
+        let tableLength = count * BlockEntry.size
+        let table = pool.memory(requests[index].table)
+        guard holdsData(table, count) else {
             return finish(slot, .ok, table: takeTable(slot), tableLength: tableLength)
         }
-        let header = requests[index].header
-        // What the disk cannot read is no better than what it reads wrongly: damaged.
-        guard requests[index].dataResult == Int(header.length) else {
-            actions.append(.note(.checksumMismatch(offset: header.offset)))
+        if let block = firstDamaged(slot, table) {
+            let offset = header.offset + UInt64(block * Geometry.blockSize)
+            actions.append(.note(.checksumMismatch(offset: offset)))
             return finish(
                 slot, .checksumMismatch, table: takeTable(slot), tableLength: tableLength)
-        }
-        let data = pool.memory(requests[index].buffer)
-        for block in blocks {
-            let place = (block - blocks.lowerBound) * Geometry.blockSize
-            let bytes = data.slice(place, Geometry.blockSize)
-            let entry = cache.entry(frame, block)
-            if entry.state != .data {
-                bytes.fill()
-            } else if CRC32C.checksum(bytes) != entry.checksum,
-                !options.mutations.contains(.readWithoutChecksum)
-            {
-                actions.append(.note(.checksumMismatch(offset: header.offset + UInt64(place))))
-                return finish(
-                    slot, .checksumMismatch, table: takeTable(slot), tableLength: tableLength)
-            }
         }
         finish(
             slot, .ok, table: takeTable(slot), tableLength: tableLength,
             dataLength: Int(header.length))
     }
+    /// Blocks without data are zeroed on the way.
+    private func firstDamaged(_ slot: Int32, _ table: RawMemory) -> Int? {
+        // What the disk cannot read is no better than what it reads wrongly: damaged.
+        guard requests[Int(slot)].dataResult == Int(requests[Int(slot)].header.length) else {
+            return 0
+        }
+        let data = pool.memory(requests[Int(slot)].buffer)
+        for block in 0..<requests[Int(slot)].blocks.count {
+            let bytes = data.slice(block * Geometry.blockSize, Geometry.blockSize)
+            if state(table, block) != BlockState.data.rawValue {
+                bytes.fill()
+            } else if CRC32C.checksum(bytes)
+                != table.load(UInt32.self, block * BlockEntry.size + 4),
+                !options.mutations.contains(.readWithoutChecksum)
+            {
+                return block
+            }
+        }
+        return nil
+    }
+    private func holdsData(_ table: RawMemory, _ count: Int) -> Bool {
+        for block in 0..<count where state(table, block) == BlockState.data.rawValue { return true }
+        return false
+    }
+    /// In a reply's table.
+    func state(_ table: RawMemory, _ block: Int) -> UInt8 { table[block * BlockEntry.size] }
 
     // MARK: digest
 
@@ -207,33 +225,58 @@ extension ReplicaCore {
     /// Pages one status request may have read.
     private static let statusLoadsMax = 64
 
+    /// The request's buffer holds the entries of the region at hand, as far as they are known.
     func resumeStatus(_ slot: Int32) {
         let index = Int(slot)
+        let header = requests[index].header
         guard reserveTable(slot, 4096) else { return }
-        guard requests[index].header.layer == chain.id(0) else { return resumeChainStatus(slot) }
-        let end = requests[index].header.offset + UInt64(requests[index].header.length)
-        if requests[index].extents == 0 { requests[index].position = requests[index].header.offset }
-        let layer = chain.id(0)
+        if requests[index].buffer == .none {
+            guard let buffer = pool.allocate(4096) else { return push(slot, &awaitingResources) }
+            requests[index].buffer = buffer
+            requests[index].position = header.offset
+        }
+        let entries = pool.memory(requests[index].buffer).slice(0, TablePage.entriesSize)
+        let end = header.offset + UInt64(header.length)
+        let top = chain.index(of: header.layer) ?? 0
         while requests[index].position < end {
             let region = Geometry.region(ofByte: requests[index].position)
             let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
-            if !chain.mayHold(0, region) {
-                guard extend(slot, .absent, to: regionEnd) else { break }
-                continue
+            if requests[index].layersLeft == 0 {
+                guard chain.mayHold(region, upTo: top) else {
+                    guard extend(slot, .absent, to: regionEnd) else { break }
+                    continue
+                }
+                entries.fill()
+                requests[index].layersLeft = Int32(top + 1)
             }
-            if let frame = cache.find(layer, region), cache.frames[Int(frame)].state != .loading {
-                guard extend(slot, cache.entries(frame), to: regionEnd) else { break }
-                continue
+            while requests[index].layersLeft > 0 {
+                let place = Int(requests[index].layersLeft) - 1
+                if chain.mayHold(place, region) {
+                    let layer = chain.id(place)
+                    let isKnown = cache.find(layer, region).map {
+                        cache.frames[Int($0)].state != .loading
+                    }
+                    guard isKnown == true || mayLoadForStatus(slot) else {
+                        return answerStatus(slot)
+                    }
+                    guard let frame = residentFrame(slot, layer, region) else { return }
+                    overlay(cache.entries(frame), under: entries)
+                }
+                requests[index].layersLeft -= 1
             }
-            guard mayLoadForStatus(slot) else { break }
-            guard let frame = residentFrame(slot, layer, region) else { return }
-            precondition(cache.frames[Int(frame)].state != .loading)
+            guard extend(slot, entries, to: regionEnd) else { break }
         }
         answerStatus(slot)
     }
+    private func overlay(_ lower: RawMemory, under upper: RawMemory) {
+        for at in stride(from: 0, to: TablePage.entriesSize, by: BlockEntry.size)
+        where upper[at] == BlockState.absent.rawValue {
+            upper.store(lower.load(UInt64.self, at), at)
+        }
+    }
 
     /// Counts a page to be read; false: what is known is answer enough.
-    func mayLoadForStatus(_ slot: Int32) -> Bool {
+    private func mayLoadForStatus(_ slot: Int32) -> Bool {
         let index = Int(slot)
         if requests[index].extents > 0, requests[index].loads >= Self.statusLoadsMax {
             return false
@@ -241,14 +284,14 @@ extension ReplicaCore {
         requests[index].loads += 1
         return true
     }
-    func answerStatus(_ slot: Int32) {
+    private func answerStatus(_ slot: Int32) {
         finish(
             slot, .ok, table: takeTable(slot),
             tableLength: Int(requests[Int(slot)].extents) * Self.extentSize)
     }
 
     /// Goes on with what a region's entries say.
-    func extend(_ slot: Int32, _ entries: RawMemory, to end: UInt64) -> Bool {
+    private func extend(_ slot: Int32, _ entries: RawMemory, to end: UInt64) -> Bool {
         while requests[Int(slot)].position < end {
             let position = requests[Int(slot)].position
             let block = Int(position % UInt64(Geometry.regionSize)) / Geometry.blockSize
@@ -259,7 +302,7 @@ extension ReplicaCore {
         return true
     }
     /// False: the table is full.
-    func extend(_ slot: Int32, _ state: BlockState, to end: UInt64) -> Bool {
+    private func extend(_ slot: Int32, _ state: BlockState, to end: UInt64) -> Bool {
         let index = Int(slot)
         let memory = pool.memory(requests[index].table)
         let length = end - requests[index].position

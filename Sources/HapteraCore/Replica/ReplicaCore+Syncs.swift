@@ -119,7 +119,7 @@ extension ReplicaCore {
                 syncs[FileSync.table].durable >= tickets.2,
                 let slot = pop(&awaitingSync)
             else { return }
-            if !isCovered(slot) { continue }
+            guard isCovered(slot) else { continue }
             if requests[Int(slot)].header.kind == .flush {
                 flushed(slot)
             } else {
@@ -131,9 +131,11 @@ extension ReplicaCore {
     /// False: it waits for the record that says what it has made durable.
     private func isCovered(_ slot: Int32) -> Bool {
         let index = requests[Int(slot)].coverIndex
-        if freshEnd > covered, index > covered, log.hasRoomForUpkeep,
-            !options.mutations.contains(.freshNotCovered)
-        {
+        if freshEnd > covered, index > covered, !options.mutations.contains(.freshNotCovered) {
+            guard log.hasRoomForCovered else {
+                push(slot, &awaitingRoom)
+                return false
+            }
             log.append(.covered(index))
             covered = index
             coverTicket = log.storeCount
@@ -143,6 +145,12 @@ extension ReplicaCore {
         push(slot, &awaitingSync)
         want(FileSync.log, coverTicket)
         return false
+    }
+
+    /// The log's tail has moved.
+    func retryCovering() {
+        while let slot = pop(&awaitingRoom) { push(slot, &awaitingSync) }
+        completeSynced()
     }
 
     private func flushed(_ slot: Int32) {

@@ -101,6 +101,7 @@ extension ReplicaCore {
             guard syncs[FileSync.log].durable >= upkeep.ticket else { return false }
             log.tailBecameDurable(upkeep.tail)
             upkeep.phase = .idle
+            retryCovering()
         }
         return true
     }

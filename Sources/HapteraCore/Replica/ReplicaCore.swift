@@ -55,6 +55,8 @@ package final class ReplicaCore {
     var awaitingMutations = SlotQueue()
     /// For syncs.
     var awaitingSync = SlotQueue()
+    /// Synced, and for the log to have room for the record that says so.
+    var awaitingRoom = SlotQueue()
     /// Frames whose activation waits for a sync of the log, in order.
     let activations = ValueQueue<Int32>(capacity: 1024)
     /// Frames whose slots in the table are being made.

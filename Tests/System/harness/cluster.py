@@ -118,6 +118,13 @@ class Process:
         fields = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def wakeups(self):
+        """Times a thread of it has slept and was woken."""
+        statuses = pathlib.Path(f"/proc/{self.pid}/task").glob("*/status")
+        return sum(int(line.split()[1]) for status in statuses
+                   for line in status.read_text().splitlines()
+                   if line.startswith("voluntary_ctxt_switches:"))
+
     def rss_bytes(self):
         for line in pathlib.Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
