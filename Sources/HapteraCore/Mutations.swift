@@ -112,10 +112,9 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     // tailMovedAfterOpen (ReplicaHardeningTests), passedWritesNotLeftOut, erroredWriteNotResolved
     // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests),
     // noLeaseMargin and noLeaseCheck (EngineLeaseTests), snapshotWritesUnlayered and
-    // snapshotBeforeFlush (EngineSnapshotTests).
+    // snapshotBeforeFlush (EngineSnapshotTests), sameEpochIsSameRecord (EngineCoreTests).
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
-        ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),

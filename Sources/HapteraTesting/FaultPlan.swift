@@ -120,7 +120,6 @@ struct FaultPlan {
         (.rollBackNotRecorded, [.restoreReplica, .killReplica, .engineCrash]),
         (.joinKept, [.salvage, .cutConnection]),
         (.recordOlderIgnored, [.restoreStore]),
-        (.sameEpochIsSameRecord, [.restoreStore]),
         (.inFlightRegionsNotCopied, [.cutConnection]),
         (.joinerKeepsRequests, [.cutConnection, .slowDisk]),
         (.noJoinerLock, [.cutConnection, .slowDisk]),

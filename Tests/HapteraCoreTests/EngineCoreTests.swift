@@ -282,6 +282,25 @@ import Testing
         #expect(h.core.stopReason == .recordOlderThanReplica)
     }
 
+    /// A store restored from an old copy has come to the epoch that the replicas promised, with
+    /// another record. (`sameEpochIsSameRecord`: it is served; 1000 seeds do not come to there.)
+    @Test func anotherRecordOfThePromisedEpochStopsTheEngine() {
+        for (isCareless, isOther) in [(false, true), (false, false), (true, true)] {
+            let h = EngineHarness()
+            if isCareless { h.core.mutations = .sameEpochIsSameRecord }
+            h.fakes[1].promise = h.stored.epoch
+            h.fakes[1].installed = h.stored
+            if isOther { h.fakes[1].installed?.nonce += 1 }
+            let before = h.stored
+            h.start()
+            if isOther, !isCareless {
+                #expect(h.core.stopReason == .recordOlderThanReplica && h.stored == before)
+            } else {
+                #expect(h.core.phase == .serving)
+            }
+        }
+    }
+
     /// A restored store agrees with every claim: engines that claim and stop, one after the other,
     /// would pass the promises in the end.
     @Test(arguments: [2, 3]) func nothingIsClaimedBeforeTheReplicasWereHeard(members: Int) {
