@@ -107,6 +107,9 @@ package enum EngineEvent {
     /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers when every member
     /// holds it durably; a name that is there already is brought to that, too.
     case takeSnapshot(token: UInt64, name: String, created: UInt64)
+    /// Take the snapshot of this name out of the record; `EngineAction.snapshotDeleted` with `token`
+    /// answers when it is. Reads of it that were submitted before end first, later ones fail.
+    case deleteSnapshot(token: UInt64, name: String)
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach
 }
@@ -140,6 +143,8 @@ package enum EngineAction: BitwiseCopyable {
         userData: UInt64, OperationResult, buffer: BufferID, tableLength: Int32, isHole: Bool)
     /// The snapshot is in the record, on every member, and durable there; or is not, and why.
     case snapshotTaken(token: UInt64, LayerID, SnapshotResult)
+    /// The record names the snapshot no more; or does, and why.
+    case snapshotDeleted(token: UInt64, DeletionResult)
     /// Read the record; `EngineEvent.store` answers.
     case storeGet
     /// Swap in `EngineCore.proposedRecord` if the store's epoch is `expected`.
@@ -165,6 +170,17 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
 
     /// In the text of the engine's error if, and only if, the snapshot may be there all the same.
     package static let doubtText = "whether the snapshot is there"
+    package static let deletionDoubtText = "whether the snapshot was deleted"
+}
+
+package enum DeletionResult: UInt8, BitwiseCopyable, Sendable {
+    case ok
+    /// No snapshot has that name.
+    case notThere
+    /// The volume is not served at present, or is being detached, or too many requests wait.
+    case notServing
+    /// The engine stopped before it was known whether the snapshot is gone.
+    case inDoubt
 }
 
 /// What happened, in terms an operator knows. Details are in `EngineCore`'s state.
@@ -205,6 +221,7 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     /// It answers much later than the others, and leaves the in-sync set for a while.
     case replicaSlow(ReplicaSlot)
     case snapshotTaken(LayerID, Epoch)
+    case snapshotDeleted(LayerID, Epoch)
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }
 

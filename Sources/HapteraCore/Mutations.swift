@@ -112,7 +112,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     // tailMovedAfterOpen (ReplicaHardeningTests), passedWritesNotLeftOut, erroredWriteNotResolved
     // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests),
     // noLeaseMargin and noLeaseCheck (EngineLeaseTests), snapshotWritesUnlayered and
-    // snapshotBeforeFlush (EngineSnapshotTests), sameEpochIsSameRecord (EngineCoreTests).
+    // snapshotBeforeFlush (EngineSnapshotTests), sameEpochIsSameRecord (EngineCoreTests),
+    // restartedReplicaForgetsLease (ReplicaLeaseTests).
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
@@ -131,7 +132,6 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("flushWhileResolving", .flushWhileResolving),
         ("drainBeforeLogSync", .drainBeforeLogSync),
         ("noLeaseWait", .noLeaseWait),
-        ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
         ("trimRoundedOutwards", .trimRoundedOutwards),
         ("timedOutWriteUnlocked", .timedOutWriteUnlocked),
         ("acceptRolledBackMember", .acceptRolledBackMember),

@@ -48,6 +48,9 @@ package enum ReplicaAction: BitwiseCopyable {
     /// Make the layer's data and table files, sparse and of their sizes, or find them made and
     /// never written to. Not durable before syncs of both, and of `.layers`.
     case create(LayerID, token: UInt64)
+    /// Delete the layer's files, which the manifest does not name any more. Nothing depends on its
+    /// being durable.
+    case remove(LayerID, token: UInt64)
     /// Give the range's space back (fallocate PUNCH_HOLE | KEEP_SIZE).
     case punch(ReplicaFile, offset: UInt64, length: UInt64, token: UInt64)
     /// Send a reply. The table is in `tableBuffer` at 0 (header.tableLength bytes; `.none` if 0),
@@ -86,6 +89,10 @@ package protocol ReplicaStorage: AnyObject {
     func size(_ file: ReplicaFile) throws(StorageError) -> UInt64
     /// Creates an empty file of `size` bytes (sparse), or fails if it exists.
     func create(_ file: ReplicaFile, size: UInt64) throws(StorageError)
+    /// Deletes the layer's files, as far as they are there. Not durable before a sync of the names.
+    func remove(_ layer: LayerID) throws(StorageError)
+    /// Layers that have any file.
+    func layersPresent() throws(StorageError) -> [LayerID]
     /// Makes created files' names durable.
     func syncDirectories() throws(StorageError)
     /// Ranges of the file that hold data (SEEK_DATA / SEEK_HOLE), at or after `offset`; nil: none.
@@ -99,6 +106,11 @@ package protocol ReplicaStorage: AnyObject {
 }
 
 extension ReplicaStorage {
+    /// For those that are never asked to.
+    package func remove(_ layer: LayerID) throws(StorageError) {
+        throw StorageError(.unsupported, "layer \(layer.rawValue) cannot be deleted here")
+    }
+    package func layersPresent() throws(StorageError) -> [LayerID] { [] }
     /// Makes a layer's files of a volume of `size` bytes, or finds them as an earlier making left
     /// them: nothing is written to a layer before it is in the manifest. Durable after syncs of
     /// both and of the directories.

@@ -78,6 +78,7 @@ package struct VolumeRecord: Equatable, Sendable {
         case reinstatement = 8
         /// A decision about a replica that is out.
         case administration = 9
+        /// One was taken, or one was deleted: snapshots and layers say which.
         case snapshot = 10
     }
     /// The volume as it was when `layer` was frozen: what the chain up to it holds.

@@ -57,6 +57,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private func listen() {
         let server = server ?? NBDServer(reactor: reactor, device: shell)
         self.server = server
+        snapshots.readerCount = { [unowned server] in server.readerCount(of: $0) }
         let now = Clock.monotonic()
         let limit = listenUntil ?? now.adding(milliseconds: Listener.takenMilliseconds)
         listenUntil = limit
@@ -159,6 +160,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             shell.run(.acceptLoss)
             request.reply()
         case "snapshot": snapshots.take(request)
+        case "delete-snapshot": snapshots.delete(request)
         case "detach":
             detaching.append(request)
             leave()

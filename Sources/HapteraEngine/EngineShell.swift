@@ -23,6 +23,8 @@ final class EngineShell: BlockDevice, CompletionHandler {
     var onStopped: (StopReason) -> Void = { _ in }
     /// A snapshot asked for with this token was taken, or not.
     var onSnapshot: (UInt64, LayerID, SnapshotResult) -> Void = { _, _, _ in }
+    /// A snapshot whose deletion was asked for with this token is gone, or not.
+    var onDeletion: (UInt64, DeletionResult) -> Void = { _, _ in }
     weak var frontend: (any BlockDeviceFrontend)?
     var zeroesFastWithoutHole: Bool { true }
 
@@ -147,6 +149,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
                 isHole: isHole)
         case .snapshotTaken(let token, let layer, let result):
             onSnapshot(token, layer, result)
+        case .snapshotDeleted(let token, let result): onDeletion(token, result)
         case .storeGet: store.get()
         case .storeCompareAndSwap(let expected):
             store.compareAndSwap(expected: expected, core.proposedRecord)

@@ -187,6 +187,8 @@ extension EngineShell {
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
         case .snapshotTaken(let layer, let epoch):
             Log.info("snapshot taken", volume, ("layer", String(layer.rawValue)), at(epoch))
+        case .snapshotDeleted(let layer, let epoch):
+            Log.info("snapshot deleted", volume, ("layer", String(layer.rawValue)), at(epoch))
         case .rebuildProgress(let slot, let done, let total):
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),

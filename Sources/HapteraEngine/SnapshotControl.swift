@@ -1,13 +1,18 @@
 import HapteraCore
 import HapteraIO
 
-/// The control verb `snapshot name=NAME created=MS`: asks the core, and answers when it does.
+/// The control verbs `snapshot name=NAME created=MS` and `delete-snapshot name=NAME`: ask the core,
+/// and answer when it does.
 ///
 /// The reply is `ok` with `layer`, and with `existed=1` if a snapshot of that name was there: so a
-/// caller that got no answer, or one in doubt, asks again.
+/// caller that got no answer, or one in doubt, asks again. So does the caller of a deletion, whose
+/// reply is `ok`, with `existed=0` if there was none of that name.
 final class SnapshotControl {
     private let shell: EngineShell
     private var waiting: [UInt64: ControlRequest] = [:]
+    private var waitingDeletions: [UInt64: ControlRequest] = [:]
+    /// Clients that read the snapshot of a layer.
+    var readerCount: (LayerID) -> Int = { _ in 0 }
     private var nextToken: UInt64 = 0
 
     init(shell: EngineShell) {
@@ -15,6 +20,7 @@ final class SnapshotControl {
         shell.onSnapshot = { [unowned self] token, layer, result in
             answer(token, layer, result)
         }
+        shell.onDeletion = { [unowned self] token, result in answer(token, result) }
     }
 
     func take(_ request: ControlRequest) {
@@ -50,12 +56,54 @@ final class SnapshotControl {
         }
     }
 
+    func delete(_ request: ControlRequest) {
+        guard let name = request.arguments["name"], VolumeRecord.isValidSnapshotName(name),
+            request.arguments.count == 1
+        else {
+            return request.fail("delete-snapshot needs name=NAME, " + VolumeRecord.snapshotNameRule)
+        }
+        if let there = shell.snapshots.first(where: { $0.name == name }) {
+            let readers = readerCount(there.layer)
+            guard readers == 0 else {
+                return request.fail(
+                    "snapshot '\(name)' is in use: \(readers) "
+                        + (readers == 1
+                            ? "client reads it; disconnect it first"
+                            : "clients read it; disconnect them first"))
+            }
+        }
+        nextToken += 1
+        waitingDeletions[nextToken] = request
+        shell.run(.deleteSnapshot(token: nextToken, name: name))
+    }
+
+    private func answer(_ token: UInt64, _ result: DeletionResult) {
+        guard let request = waitingDeletions.removeValue(forKey: token) else { return }
+        switch result {
+        case .ok: request.reply()
+        case .notThere: request.reply([("existed", "0")])
+        case .notServing:
+            request.fail(
+                "the snapshot was not deleted: the volume is not served at present, or too many "
+                    + "requests wait; try again")
+        case .inDoubt:
+            request.fail(
+                "the engine stopped before it knew \(SnapshotResult.deletionDoubtText): ask the "
+                    + "next engine again")
+        }
+    }
+
     /// The process ends without the core's answers.
     func abandon(_ reason: String) {
         let requests = waiting.values
         waiting = [:]
         for request in requests {
             request.fail("\(reason); \(SnapshotResult.doubtText) is not known: ask again")
+        }
+        let deletions = waitingDeletions.values
+        waitingDeletions = [:]
+        for request in deletions {
+            request.fail("\(reason); \(SnapshotResult.deletionDoubtText) is not known: ask again")
         }
     }
 }

@@ -235,6 +235,40 @@ package final class DirectoryStorage: ReplicaStorage {
         }
     }
 
+    /// Nobody uses their descriptors any more.
+    package func remove(_ layer: LayerID) throws(StorageError) {
+        for file in [ReplicaFile.data(layer), .table(layer)] {
+            if let fd = descriptors.removeValue(forKey: file) { Glibc.close(fd) }
+            // SAFETY: the string outlives the call.
+            guard unsafe unlink(path(file)) == 0 || errno == ENOENT else {
+                throw failure("delete", file)
+            }
+        }
+    }
+
+    package func layersPresent() throws(StorageError) -> [LayerID] {
+        // SAFETY: the stream is this function's own until it is closed; an entry is used before the
+        // next is read.
+        guard let folder = unsafe opendir("\(directory)/layers") else {
+            throw failure("list", .layers)
+        }
+        defer { unsafe closedir(folder) }
+        var found: Set<LayerID> = []
+        while let entry = unsafe readdir(folder) {
+            let name = unsafe withUnsafePointer(to: &entry.pointee.d_name) { start in
+                unsafe start.withMemoryRebound(to: CChar.self, capacity: 256) {
+                    unsafe String(cString: $0)
+                }
+            }
+            for suffix in [".data", ".table"] where name.hasSuffix(suffix) {
+                guard let number = UInt32(name.dropLast(suffix.count)) else { continue }
+                let layer = LayerID(rawValue: number)
+                if name == String(number) + suffix { found.insert(layer) }
+            }
+        }
+        return found.sorted()
+    }
+
     package func syncDirectories() throws(StorageError) {
         for path in ["\(directory)/layers", directory, "\(directory)/.."] {
             do throws(IOError) {

@@ -164,6 +164,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             case .sync(let file, let token):
                 reactor.sync(fileID(file), handler: id, token: token)
             case .create(let layer, let token): create(layer, token)
+            case .remove(let layer, let token): remove(layer, token)
             case .punch(let file, let offset, let length, let token):
                 reactor.punch(
                     fileID(file), offset: offset, length: length, handler: id, token: token)
@@ -210,6 +211,22 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             result = error.result
         }
         step(.disk(token: token, result: result))
+    }
+
+    /// What they held is gone from them region by region: as quick.
+    private func remove(_ layer: LayerID, _ token: UInt64) {
+        for file in [ReplicaFile.data(layer), .table(layer)] {
+            guard let id = layerFiles.removeValue(forKey: file) else { continue }
+            if lastFile.name == file { lastFile = (.log, log) }
+            reactor.unregister(id)
+        }
+        do throws(StorageError) {
+            try storage.remove(layer)
+            Log.info("layer deleted", ("layer", String(layer.rawValue)))
+        } catch {
+            Log.warn(error.message, ("layer", String(layer.rawValue)))
+        }
+        step(.disk(token: token, result: 0))
     }
 
     private func reply(

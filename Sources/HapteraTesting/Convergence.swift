@@ -79,6 +79,7 @@ extension World {
         return engine.isServing && engine.isSettled && store.record.engine == engine.instance
             && hosts.allSatisfy { store.record.contains($0) } && unanswered.isEmpty
             && engine.core.unresolvedCount == 0
+            && hosts.allSatisfy { $0.core?.retiredLayerCount == 0 }
     }
 
     private var why: String {

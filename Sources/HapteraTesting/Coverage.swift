@@ -22,6 +22,7 @@ package struct Coverage: Sendable {
         case lossAccepted
         case reconstruction
         case snapshot
+        case deletion
     }
     /// Those of `docs/replication.md`.
     package static let numbers = Array(1...33)

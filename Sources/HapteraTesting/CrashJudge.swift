@@ -88,6 +88,7 @@ struct CrashJudge {
         case .create(let layer, let token):
             try image.createLayer(layer, size: CrashHost.size)
             return (token, 0)
+        case .remove(_, let token): return (token, 0)
         case .sync(let file, let token):
             if file == .layers { return (token, 0) }
             try image.sync(file)

@@ -53,6 +53,7 @@ extension CrashReplay {
         case .create(let layer, let own):
             token = own
             try disk.createLayer(layer, size: CrashHost.size)
+        case .remove(_, let own): token = own
         case .sync(.layers, let own):
             token = own
             try disk.syncDirectories()

@@ -165,7 +165,7 @@ final class FuzzHost {
                 try files.createLayer(layer, size: core.size)
             } catch { preconditionFailure(error.message) }
             step(.disk(token: token, result: 0))
-        case .sync(_, let token): step(.disk(token: token, result: 0))
+        case .remove(_, let token), .sync(_, let token): step(.disk(token: token, result: 0))
         case .punch(let file, let offset, let length, let token):
             files.memory(file).slice(Int(offset), Int(length)).fill()
             step(.disk(token: token, result: 0))

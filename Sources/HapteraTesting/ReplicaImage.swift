@@ -14,6 +14,8 @@ struct ReplicaImage {
         /// By block: what it was before records that no flush is known to have covered.
         fileprivate var bases: [Int: BlockEntry] = [:]
         fileprivate let data: RawMemory
+        /// Where blocks are that a retired layer still holds for this one.
+        fileprivate var elsewhere: [Int: RawMemory] = [:]
 
         /// What its table page says; an active region counts as written in the promised epoch.
         func birth(_ region: UInt64, promise: Epoch) -> Epoch {
@@ -25,11 +27,25 @@ struct ReplicaImage {
                 && CRC32C.checksum(bytes(block)) != entries[block].checksum
         }
         fileprivate func bytes(_ block: Int) -> RawMemory {
-            data.slice(block * Geometry.blockSize, Geometry.blockSize)
+            (elsewhere[block] ?? data).slice(block * Geometry.blockSize, Geometry.blockSize)
+        }
+        /// Takes in the layer below, which is retired.
+        fileprivate mutating func inherit(_ lower: Layer) {
+            for block in entries.indices
+            where entries[block].state == .absent && lower.entries[block].state != .absent {
+                entries[block] = lower.entries[block]
+                elsewhere[block] = lower.elsewhere[block] ?? lower.data
+            }
+            for region in lower.activeRegions where !activeRegions.contains(region) {
+                activeRegions.append(region)
+            }
+            for region in births.indices {
+                births[region] = max(births[region], lower.births[region])
+            }
         }
     }
     private(set) var promise = Epoch.zero
-    /// Lowest first.
+    /// Those the record names, lowest first.
     private(set) var layers: [Layer] = []
     /// As seen from the head, and which layer that is of; -1: of none.
     private(set) var entries: [BlockEntry] = []
@@ -64,6 +80,7 @@ struct ReplicaImage {
         for record in records { replay(record, covered) }
         // As opening does it after a power cut.
         if isDurable { dropUnsynced() }
+        fold(manifest.retiredLayers)
         look(from: top ?? manifest.head)
     }
 
@@ -140,6 +157,14 @@ struct ReplicaImage {
                 layers[place].entries[block] = base
             }
         }
+    }
+
+    /// Retired layers count as their heirs'.
+    private mutating func fold(_ retired: [LayerID]) {
+        for place in layers.indices.dropLast() where retired.contains(layers[place].id) {
+            layers[place + 1].inherit(layers[place])
+        }
+        layers.removeAll { retired.contains($0.id) }
     }
 
     /// The same files, seen from another layer.

@@ -42,6 +42,7 @@ final class SimulatedDisk: ReplicaStorage {
         case sync(before: UInt64, snapshot: [(sector: Int, bytes: [UInt8])])
         case punch
         case create(LayerID)
+        case remove(LayerID)
         /// Of names: what there is when it begins.
         case syncNames([ReplicaFile])
     }
@@ -56,6 +57,8 @@ final class SimulatedDisk: ReplicaStorage {
 
     private let random: RandomSource
     private(set) var files: [SimulatedFile] = []
+    /// Deleted since names were last synced: a power cut may bring them back.
+    private var unlinked: [SimulatedFile] = []
     private var operations: [Operation] = []
     private var nextOperation: UInt64 = 0
     private var nextOrder: UInt64 = 0
@@ -113,6 +116,9 @@ final class SimulatedDisk: ReplicaStorage {
         case .create(let layer, let token):
             operation = Operation(
                 id: 0, file: .layers, kind: .create(layer), offset: 0, length: 0, token: token)
+        case .remove(let layer, let token):
+            operation = Operation(
+                id: 0, file: .layers, kind: .remove(layer), offset: 0, length: 0, token: token)
         case .sync(.layers, let token):
             operation = Operation(
                 id: 0, file: .layers, kind: .syncNames(files.map(\.name)), offset: 0, length: 0,
@@ -171,7 +177,7 @@ final class SimulatedDisk: ReplicaStorage {
         case .punch:
             land(file, offset: operation.offset, bytes: [], length: operation.length)
             result = 0
-        case .create, .syncNames: preconditionFailure("is about no file")
+        case .create, .remove, .syncNames: preconditionFailure("is about no file")
         }
         return DiskCompletion(token: operation.token, result: result)
     }
@@ -184,8 +190,12 @@ final class SimulatedDisk: ReplicaStorage {
                 try createLayer(layer, size: volumeSize)
                 return 0
             } catch { return error.result }
+        case .remove(let layer):
+            unlink(layer)
+            return 0
         case .syncNames(let names):
             for file in files where names.contains(file.name) { file.isNameDurable = true }
+            unlinked = []
             return 0
         default: return nil
         }
@@ -297,6 +307,8 @@ final class SimulatedDisk: ReplicaStorage {
             }
             file.cutPower(keepPermille: keepPermille, torn: torn, random)
         }
+        files += unlinked.filter { _ in random.permille(500) }
+        unlinked = []
         // A name that was not synced is gone, or is there, perhaps without the file's size.
         files.removeAll { !$0.isNameDurable && random.permille(500) }
         for index in files.indices where !files[index].isNameDurable && random.permille(500) {
@@ -315,6 +327,7 @@ final class SimulatedDisk: ReplicaStorage {
     func backup() -> Backup { Backup(files: files.map(\.copy)) }
     /// Puts a copy back. The process must be gone.
     func restore(_ backup: Backup) {
+        unlinked = []
         files = backup.files.map(\.copy)
         operations = []
         hasFailedSync = false
@@ -322,6 +335,7 @@ final class SimulatedDisk: ReplicaStorage {
     /// A new, empty disk.
     func replace() {
         files = []
+        unlinked = []
         operations = []
         hasFailedSync = false
         trouble = DiskTrouble()
@@ -360,9 +374,24 @@ final class SimulatedDisk: ReplicaStorage {
         }
         files.append(SimulatedFile(name: file, size: Int(size)))
     }
+    private func unlink(_ layer: LayerID) {
+        let isOf = { (file: SimulatedFile) in
+            file.name == .data(layer) || file.name == .table(layer)
+        }
+        unlinked += files.filter(isOf)
+        files.removeAll(where: isOf)
+    }
+    func remove(_ layer: LayerID) throws(StorageError) {
+        try countCall()
+        unlink(layer)
+    }
+    func layersPresent() throws(StorageError) -> [LayerID] {
+        files.compactMap { if case .data(let layer) = $0.name { layer } else { nil } }
+    }
     func syncDirectories() throws(StorageError) {
         try countCall()
         for file in files { file.isNameDurable = true }
+        unlinked = []
     }
     func nextAllocated(_ file: ReplicaFile, from offset: UInt64) throws(StorageError)
         -> Range<UInt64>?

@@ -180,6 +180,7 @@ extension World {
                 isHole: isHole)
         case .snapshotTaken(let token, let layer, let result):
             snapshotTaken(engine, token, layer, result)
+        case .snapshotDeleted(let token, let result): snapshotDeleted(engine, token, result)
         case .storeGet:
             store.get(engine: engine.index)
         case .storeCompareAndSwap(let expected):

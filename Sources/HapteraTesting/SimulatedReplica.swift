@@ -245,7 +245,7 @@ extension World {
     private func perform(_ action: ReplicaAction, _ host: SimulatedReplica) {
         guard let pool = host.pool else { return }
         switch action {
-        case .read, .write, .sync, .punch, .create:
+        case .read, .write, .sync, .punch, .create, .remove:
             guard let submitted = host.disk.submit(action, pool: pool) else { return }
             traceDisk(host, action)
             observeDiskAction(host, action)

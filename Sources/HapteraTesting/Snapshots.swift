@@ -8,6 +8,8 @@ final class SimulatedSnapshot {
     let losses: Int
     /// Nil: not answered yet, or not taken.
     var layer: LayerID?
+    /// Its deletion was asked for: from here on it may be gone.
+    var isDeleted = false
     /// What each of the world's hot sectors held when it was answered; none: nothing is known that
     /// must still be so.
     var values: [ValueID] = []
@@ -27,7 +29,19 @@ extension World {
     }
 
     func requestSnapshot() {
-        guard isChaos, snapshots.count < workload.snapshotsMax else { return }
+        guard isChaos else { return }
+        if let victim = snapshots.indices.filter({ mayDelete(snapshots[$0]) }).last,
+            random.permille(workload.deletionPermille)
+        {
+            scheduleSnapshot()
+            return requestDeletion(random.permille(500) ? victim : random.below(victim + 1))
+        }
+        guard snapshots.count < workload.snapshotsMax else {
+            if snapshots.contains(where: mayDelete), workload.deletionPermille > 0 {
+                scheduleSnapshot()
+            }
+            return
+        }
         scheduleSnapshot()
         guard let current = currentEngine, engines[current].isRunning,
             engines[current].pausedUntil <= timeline.now, trueHistory == nil
@@ -41,6 +55,30 @@ extension World {
             .takeSnapshot(
                 token: UInt64(snapshots.count - 1), name: snapshot.name, created: timeline.now))
         deliverDisconnects()
+    }
+
+    private func mayDelete(_ snapshot: SimulatedSnapshot) -> Bool {
+        snapshot.layer != nil && !snapshot.isDeleted
+    }
+    private func requestDeletion(_ token: Int) {
+        let snapshot = snapshots[token]
+        guard let current = currentEngine, engines[current].isRunning,
+            engines[current].pausedUntil <= timeline.now, trueHistory == nil, mayDelete(snapshot)
+        else { return }
+        note("deletion of \(snapshot.name) is asked of \(engines[current].name)")
+        snapshot.isDeleted = true
+        snapshot.values = []
+        step(engines[current], .deleteSnapshot(token: UInt64(token), name: snapshot.name))
+        deliverDisconnects()
+    }
+    func snapshotDeleted(_ engine: SimulatedEngine, _ token: UInt64, _ result: DeletionResult) {
+        let snapshot = snapshots[Int(token)]
+        note("\(engine.name): deletion of \(snapshot.name): \(result)")
+        guard result == .ok, trueHistory == nil else { return }
+        coverage.took(.deletion)
+        check(
+            25, store.record.snapshot(named: snapshot.name) == nil,
+            "\(snapshot.name) is in the record, though it was deleted")
     }
 
     /// An engine answers a request for a snapshot.

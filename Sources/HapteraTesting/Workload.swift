@@ -83,6 +83,8 @@ struct Workload {
     /// Snapshots taken at most, and the longest time between two.
     let snapshotsMax: Int
     let snapshotPauseMilliseconds: Int
+    /// That a snapshot is deleted in place of another being taken.
+    let deletionPermille: Int
     /// Requests at most to an engine that was superseded.
     static let staleRequestsMax = 2
     static let staleReadsMax = 8
@@ -115,6 +117,7 @@ struct Workload {
         thinkMillisecondsMax = random.pick([5, 40, 200])
         snapshotsMax = random.pick([0, 0, 2, 5])
         snapshotPauseMilliseconds = random.pick([300, 3000])
+        deletionPermille = random.pick([0, 300, 700])
         (workers, depth) = random.pick([(1, 1), (1, 3), (2, 1), (2, 4), (4, 2), (3, 4)])
     }
 

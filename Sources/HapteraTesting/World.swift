@@ -138,6 +138,7 @@ package final class World {
             "writes \(file) \(offset)+\(length)"
         case .sync(let file, _): "syncs \(file)"
         case .create(let layer, _): "makes layer \(layer.rawValue)"
+        case .remove(let layer, _): "deletes layer \(layer.rawValue)"
         case .punch(let file, let offset, let length, _): "punches \(file) \(offset)+\(length)"
         default: ""
         }

@@ -85,6 +85,7 @@ final class EngineHarness {
     var reads: [UInt64: [UInt8]] = [:]
     var notes: [EngineNote] = []
     var snapshots: [UInt64: (layer: LayerID, result: SnapshotResult)] = [:]
+    var deletions: [UInt64: DeletionResult] = [:]
     private var events: [EngineEvent] = []
     private var operations: [UInt64: Operation] = [:]
     private var late:
@@ -201,6 +202,7 @@ final class EngineHarness {
             pool.release(buffer)
         case .snapshotTaken(let token, let layer, let result):
             snapshots[token] = (layer, result)
+        case .snapshotDeleted(let token, let result): deletions[token] = result
         case .storeGet: events.append(.store(isStoreDown ? .unavailable : .record(stored)))
         case .storeCompareAndSwap(let expected): swap(expected)
         case .note(let note): notes.append(note)

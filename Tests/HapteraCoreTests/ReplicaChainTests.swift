@@ -134,14 +134,19 @@ import Testing
         let write = bench.write(ReplicaBench.pattern(1), at: 0, epoch: 3, layer: 9)
         try bench.run()
         #expect(bench.status(read) == .invalid && bench.status(write) == .invalid)
-        // A record that lacks a layer of the copy's.
-        var record = bench.record(epoch: 5)
-        record.layers = [LayerID(rawValue: 1), LayerID(rawValue: 3)]
-        record.snapshots = []
-        let request = InstallRequest(engine: InstanceID(rawValue: 1), record: record)
-        let install = bench.send(.install, epoch: 5, table: request.encoded())
-        try bench.run()
-        #expect(bench.status(install) == .invalid)
+        // Records that lack the copy's head, or name a layer that it gave up.
+        func install(_ epoch: UInt64, _ layers: [UInt32]) throws -> FrameStatus? {
+            var record = bench.record(epoch: epoch)
+            record.layers = layers.map(LayerID.init)
+            record.snapshots = []
+            let request = InstallRequest(engine: InstanceID(rawValue: 1), record: record)
+            let tag = bench.send(.install, epoch: epoch, table: request.encoded())
+            try bench.run()
+            return bench.status(tag)
+        }
+        #expect(try install(5, [1, 2]) == .invalid)
+        #expect(try install(6, [1, 3]) == .ok)
+        #expect(try install(7, [1, 2, 3]) == .invalid)
     }
 
     @Test func damageInALowerLayerIsNotServed() throws {

@@ -88,6 +88,14 @@ final class ReplicaTestDisk: ReplicaStorage {
         try change()
         files[name] = File(size: size)
     }
+    func remove(_ layer: LayerID) throws(StorageError) {
+        try change()
+        files[.data(layer)] = nil
+        files[.table(layer)] = nil
+    }
+    func layersPresent() throws(StorageError) -> [LayerID] {
+        files.keys.compactMap { if case .data(let layer) = $0 { layer } else { nil } }.sorted()
+    }
     func syncDirectories() throws(StorageError) {
         try change()
         namesDurable = Set(files.keys)
@@ -153,7 +161,7 @@ final class ReplicaBench {
     let disk: ReplicaTestDisk
     private static let limits = BufferPool.Limits(small: 600, medium: 200, large: 16)
     private(set) var pool = BufferPool(limits: limits)
-    private let options: ReplicaOptions
+    private(set) var options: ReplicaOptions
     private(set) var core: ReplicaCore
     var now = Instant(rawValue: 1_000_000_000)
     var replies: [(connection: Int, header: FrameHeader, table: [UInt8], data: [UInt8])] = []
@@ -195,7 +203,8 @@ final class ReplicaBench {
     }
 
     /// The process has ended, and the next one opens the same files.
-    func reopen() throws(StorageError) {
+    func reopen(boot: UInt64? = nil) throws(StorageError) {
+        if let boot { options.bootID = BootID(high: 0, low: boot) }
         pending = []
         pool = BufferPool(limits: Self.limits)
         var again = options
@@ -210,7 +219,7 @@ final class ReplicaBench {
     private func drain() {
         while let action = core.actions.popFirst() {
             switch action {
-            case .read, .write, .sync, .punch, .create: pending.append(action)
+            case .read, .write, .sync, .punch, .create, .remove: pending.append(action)
             case .reply(let connection, let header, let table, let data, let offset):
                 take(connection, header, table, data, offset)
             case .close(let connection): closed.insert(connection)
@@ -258,6 +267,12 @@ final class ReplicaBench {
             token = own
             if result == nil {
                 try disk.createLayer(layer, size: core.size)
+                result = 0
+            }
+        case .remove(let layer, let own):
+            token = own
+            if result == nil {
+                try disk.remove(layer)
                 result = 0
             }
         case .sync(.layers, let own):
@@ -331,14 +346,16 @@ final class ReplicaBench {
     }
     func status(_ tag: UInt64) -> FrameStatus? { reply(tag)?.header.status }
 
+    /// Layers of snapshots that records do not name any more.
+    var deleted: Set<UInt32> = []
     /// As many layers as the copy has, or more.
     func record(epoch: UInt64, engine: UInt64 = 1, layers: Int = 0) -> VolumeRecord {
         var record = VolumeRecord(
             volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
             size: core.identity.size, inSync: [core.identity.member])
         record.engine = InstanceID(rawValue: engine)
-        let count = max(layers, core.layers.count)
-        record.layers = (1...UInt32(count)).map(LayerID.init)
+        let top = max(UInt32(layers), core.headLayer.rawValue)
+        record.layers = (1...top).filter { !deleted.contains($0) }.map(LayerID.init)
         record.snapshots = record.layers.dropLast().map {
             .init(layer: $0, name: "s\($0.rawValue)", created: 1)
         }

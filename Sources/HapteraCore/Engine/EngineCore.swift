@@ -182,6 +182,9 @@ package final class EngineCore {
     /// The first is under way, the others wait.
     var snapshotRequests: [SnapshotRequest] = []
     var snapshotStage = SnapshotStage.waiting
+    var deletionRequests: [DeletionRequest] = []
+    /// Of the deletion that is proposed: nothing reads it any more.
+    var deletedLayer = LayerID.head
     /// No slot below this one holds a write to a layer that is frozen now.
     var snapshotCursor = 0
     /// What is frozen up to here is known to be equal and durable on every member.
@@ -260,6 +263,7 @@ package final class EngineCore {
             switch event {
             case .submit(let operation): refuse(operation)
             case .takeSnapshot(let token, _, _): answerSnapshot(token, .head, .notServing)
+            case .deleteSnapshot(let token, _): answerDeletion(token, .notServing)
             default: break
             }
             return
@@ -281,6 +285,7 @@ package final class EngineCore {
         case .detach: isDetaching = true
         case .takeSnapshot(let token, let name, let created):
             takeSnapshot(token, name: name, created: created)
+        case .deleteSnapshot(let token, let name): deleteSnapshot(token, name: name)
         case .cancel(let session): cancel(session)
         case .acceptLoss: acceptLoss()
         }
@@ -347,6 +352,7 @@ package final class EngineCore {
         advanceJobs()
         advanceJoin()
         if !snapshotRequests.isEmpty { advanceSnapshot() }
+        if !deletionRequests.isEmpty { advanceDeletion() }
         advanceFlush()
         advanceDetach()
     }
@@ -361,6 +367,7 @@ package final class EngineCore {
             release(index)
         }
         abandonSnapshots()
+        abandonDeletions()
         actions.append(.serving(false))
         actions.append(.stopped)
     }

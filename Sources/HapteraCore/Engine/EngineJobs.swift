@@ -168,6 +168,20 @@ extension EngineCore {
         jobs[job].stage = .waiting
         slots[Int(jobs[job].slot)].generation &+= 1
     }
+    /// What a job asked waited for a merge of the region, and an Install came: it is asked again.
+    func jobRefused(_ refused: FrameHeader) -> Bool {
+        switch refused.kind {
+        case .digest, .read, .adopt: break
+        default: return false
+        }
+        guard let index = slotIndex(ofTag: refused.tag), slots[index].use == .job else {
+            return false
+        }
+        let job = Int(slots[index].operation.userData)
+        if refused.kind == .read, jobs[job].stage == .copying { jobs[job].readsOut -= 1 }
+        restart(job)
+        return true
+    }
     func abandonJobs(_ kind: Job.Kind? = nil) {
         for job in 0..<jobsMax where jobs[job].stage != .free {
             guard kind == nil || jobs[job].kind == kind else { continue }

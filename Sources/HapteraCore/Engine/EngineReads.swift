@@ -33,7 +33,10 @@ extension EngineCore {
     /// no such snapshot: then the client has an error.
     private func isLayerThere(_ index: Int) -> Bool {
         let layer = slots[index].operation.layer
-        if layer == .head || layer < head && record?.layers.index(ofLayer: layer) != nil {
+        if layer == .head
+            || layer < head && layer != deletedLayer
+                && record?.layers.index(ofLayer: layer) != nil
+        {
             return true
         }
         completeClient(index, .ioError)

@@ -149,6 +149,9 @@ extension EngineCore {
         case .snapshot:
             installAll()
             frozeHead()
+        case .deleteSnapshot:
+            installAll()
+            deletedSnapshot()
         }
         if isVerifyingPromise { verifyPromise() }
     }

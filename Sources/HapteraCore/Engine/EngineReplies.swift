@@ -82,7 +82,7 @@ extension EngineCore {
         // refusal names the epoch of that Install, whose own reply is still to come.)
         if header.epoch <= replicas[slot].sentEpoch,
             replicas[slot].installedEpoch < replicas[slot].sentEpoch,
-            sendAgain(slot, header) || copyRefused(slot, header)
+            sendAgain(slot, header) || copyRefused(slot, header) || jobRefused(header)
         {
             return
         }

@@ -10,8 +10,9 @@ extension EngineCore {
         while let slot = rest.popFirst() {
             for active in installReplies[slot]?.activeRegions ?? [] where active.region < regions {
                 unresolved.insert(active.region)
-                if chain.contains(active.layer) {
-                    suspect(active.region, active.layer)
+                let layer = remaining(active.layer)
+                if chain.contains(layer) {
+                    suspect(active.region, layer)
                 } else {
                     // Replicas name layers of the chain they have installed, which is this one.
                     // Should one name another, the whole chain is looked at: slow, not wrong.
@@ -20,7 +21,7 @@ extension EngineCore {
             }
         }
     }
-    private func suspect(_ region: UInt64, _ layer: LayerID) {
+    func suspect(_ region: UInt64, _ layer: LayerID) {
         var layers = suspectLayers[region] ?? []
         let at = layers.firstIndex { $0 >= layer } ?? layers.count
         if at < layers.count, layers[at] == layer { return }

@@ -123,7 +123,7 @@ extension EngineCore {
 
     /// Whether a write to a layer that is frozen now is on the way, be it to the joiner only. A
     /// slot that holds none gets none any more, so none is looked at again.
-    private func hasWritesBelowHead() -> Bool {
+    func hasWritesBelowHead() -> Bool {
         while snapshotCursor < slotsUsed {
             let index = snapshotCursor
             if slots[index].use == .client, slots[index].phase == .inFlight,

@@ -373,6 +373,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
     case detach
     case reinstate
     case snapshot
+    case deleteSnapshot
 
     var recorded: VolumeRecord.Change {
         switch self {
@@ -382,7 +383,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
         case .promote: .promotion
         case .detach: .detach
         case .reinstate: .reinstatement
-        case .snapshot: .snapshot
+        case .snapshot, .deleteSnapshot: .snapshot
         }
     }
 }

@@ -377,7 +377,8 @@ extension EngineCore {
         case .serving:
             if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }
             guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, now >= serveAfter,
-                snapshotRequests.isEmpty, hasReleased || !hasClientOperations
+                snapshotRequests.isEmpty, deletionRequests.isEmpty,
+                hasReleased || !hasClientOperations
             else { return }
             if record?.isClean == true {
                 stop(.detached)

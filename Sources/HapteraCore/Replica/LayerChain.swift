@@ -1,7 +1,11 @@
 /// The layers of a copy, lowest first; the last is the head, all others are frozen. A block that a
 /// layer does not hold is the next lower layer's; below the lowest, everything reads zero.
 ///
-/// In memory a layer costs a bit per region: 128 KiB per TiB.
+/// A layer whose snapshot was deleted is retired: the record does not name it any more, and what it
+/// holds belongs to the next layer above that is not, its heir. The two count as one, whether a
+/// region has been merged (`ReplicaCore+Merge`) or not.
+///
+/// In memory a layer costs a bit per region, a retired one two: 128 KiB per TiB.
 struct LayerChain {
     private struct Layer {
         /// A bit per region: 1 if the layer's table or the log may know it.
@@ -9,9 +13,12 @@ struct LayerChain {
         /// Written since the last sync of the file began, perhaps by an earlier process.
         var isDataUnsynced = true
         var isTableUnsynced = true
+        /// Retired: a bit per region, 1 if nothing of it is left here.
+        var merged: FixedArray<UInt64>?
     }
     private(set) var ids: [LayerID] = []
     private var layers: [Layer] = []
+    private(set) var retiredCount = 0
     private let regionCount: UInt64
     private(set) var head: LayerID
 
@@ -32,6 +39,57 @@ struct LayerChain {
         head = id
     }
 
+    // MARK: retired layers
+
+    mutating func retire(_ id: LayerID) {
+        let index = existing(id)
+        precondition(id < head && layers[index].merged == nil)
+        layers[index].merged = FixedArray(repeating: 0, count: layers[index].map.count)
+        retiredCount += 1
+    }
+    /// Nothing of it is left, in files or in memory.
+    mutating func remove(_ id: LayerID) {
+        let index = existing(id)
+        precondition(layers[index].merged != nil)
+        ids.remove(at: index)
+        layers.remove(at: index)
+        retiredCount -= 1
+    }
+    func isRetired(_ index: Int) -> Bool { layers[index].merged != nil }
+    /// The layer that what this one holds belongs to: itself, if it is not retired.
+    func heir(of id: LayerID) -> LayerID {
+        var index = existing(id)
+        while isRetired(index) { index += 1 }
+        return ids[index]
+    }
+    /// The nearest retired layer of which the one at `index` is heir that still holds something of
+    /// the region.
+    func unmerged(under index: Int, _ region: UInt64) -> Int? {
+        guard retiredCount > 0 else { return nil }
+        var lower = index - 1
+        while lower >= 0, isRetired(lower) {
+            if mayHold(lower, region) { return lower }
+            lower -= 1
+        }
+        return nil
+    }
+    func markMerged(_ id: LayerID, _ region: UInt64) {
+        layers[existing(id)].merged?[Int(region / 64)] |= 1 << (region % 64)
+    }
+    /// The first region, at `start` or later, that a retired layer may still hold something of.
+    func nextUnmerged(_ index: Int, from start: UInt64) -> UInt64? {
+        guard let merged = layers[index].merged else { return nil }
+        var word = Int(start / 64)
+        var mask = ~UInt64(0) << (start % 64)
+        while word < merged.count {
+            let left = layers[index].map[word] & ~merged[word] & mask
+            if left != 0 { return UInt64(word * 64 + left.trailingZeroBitCount) }
+            mask = ~0
+            word += 1
+        }
+        return nil
+    }
+
     /// The layer's place, nil if it is none of the chain's.
     func index(of id: LayerID) -> Int? {
         id == head ? count - 1 : ids.index(ofLayer: id)
@@ -44,9 +102,18 @@ struct LayerChain {
     // MARK: which regions a layer may know
 
     func mayHold(_ index: Int, _ region: UInt64) -> Bool {
+        let word = Int(region / 64)
+        guard let merged = layers[index].merged else {
+            return layers[index].map[word] >> (region % 64) & 1 != 0
+        }
+        return layers[index].map[word] & ~merged[word] & 1 << (region % 64) != 0
+    }
+    /// Whether there may be a page of the region, if only for its birth.
+    func mayKnow(_ index: Int, _ region: UInt64) -> Bool {
         layers[index].map[Int(region / 64)] >> (region % 64) & 1 != 0
     }
     func mayHold(_ id: LayerID, _ region: UInt64) -> Bool { mayHold(existing(id), region) }
+    func mayKnow(_ id: LayerID, _ region: UInt64) -> Bool { mayKnow(existing(id), region) }
     /// Any layer.
     func mayHold(_ region: UInt64) -> Bool { mayHold(region, upTo: count - 1) }
     /// Any layer from the lowest to the one at `top`.

@@ -69,6 +69,11 @@ package struct Manifest: Equatable, Sendable {
     package init(identity: ReplicaIdentity) { self.identity = identity }
 
     package var head: LayerID { layers[layers.count - 1] }
+    /// Of deleted snapshots, and not merged yet.
+    package var retiredLayers: [LayerID] {
+        guard let installed else { return [] }
+        return layers.filter { installed.layers.index(ofLayer: $0) == nil }
+    }
     package var slotOffset: UInt64 { UInt64(slot * Self.slotSize) }
     /// Where it is written first; then the other slot gets the same.
     package var slot: Int { Int(counter % 2) }

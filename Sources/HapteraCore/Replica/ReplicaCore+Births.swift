@@ -58,11 +58,14 @@ extension ReplicaCore {
         let first = Geometry.region(ofByte: header.offset)
         let end = min(first + UInt64(header.length), regionCount)
         // `extents` is zero until the request has begun.
-        if requests[index].extents == 0 {
+        let isNew = requests[index].extents == 0
+        if isNew { _ = emptyMap(slot) }
+        // From the start again when a layer has gone: its births are its heir's now.
+        if isNew || requests[index].serial != UInt64(merge.removals) {
             requests[index].extents = 1
+            requests[index].serial = UInt64(merge.removals)
             requests[index].position = first
             requests[index].layersLeft = Int32(chain.count)
-            _ = emptyMap(slot)
         }
         while requests[index].operationsLeft < Self.readsPerRequestMax {
             guard isConnected(slot), requests[index].layersLeft > 0 else { break }
@@ -87,11 +90,11 @@ extension ReplicaCore {
     /// The next run of regions worth reading: it begins and ends with one that may be in the table.
     private func nextPiece(_ layer: Int, from start: UInt64, _ end: UInt64) -> Range<UInt64>? {
         var first = start
-        while first < end, !chain.mayHold(layer, first) { first += 1 }
+        while first < end, !chain.mayKnow(layer, first) { first += 1 }
         guard first < end else { return nil }
         var last = first
         for region in first..<min(end, first + UInt64(Self.regionsPerRead))
-        where chain.mayHold(layer, region) { last = region }
+        where chain.mayKnow(layer, region) { last = region }
         return first..<last + 1
     }
 

@@ -2,7 +2,8 @@
 //
 // Layers are asked from the top; the first that holds a block is the one it is read from. What was
 // found is kept in the request, so that no page has to stay in memory: the engine lets nothing else
-// change these blocks meanwhile, and what is below the head does not change.
+// change these blocks meanwhile, and what is below the head does not change, except by a merge of a
+// deleted layer: a read that one has met begins again.
 
 extension ReplicaCore {
     /// While layers are asked, an entry of the reply's table is the block's, with the place of its
@@ -20,9 +21,11 @@ extension ReplicaCore {
         let (header, blocks) = (requests[index].header, requests[index].blocks)
         guard reserveTable(slot, blocks.count * BlockEntry.size) else { return }
         let table = pool.memory(requests[index].table).slice(0, blocks.count * BlockEntry.size)
+        let serial = chainSerial(requests[index].region)
         // `extents` is zero until the request has begun.
-        if requests[index].extents == 0 {
+        if requests[index].extents == 0 || requests[index].serial != serial {
             requests[index].extents = 1
+            requests[index].serial = serial
             table.fill()
             requests[index].layersLeft = Int32((chain.index(of: header.layer) ?? 0) + 1)
         }
@@ -102,6 +105,11 @@ extension ReplicaCore {
     }
 
     private func answerChainRead(_ slot: Int32) {
+        if requests[Int(slot)].serial != chainSerial(requests[Int(slot)].region) {
+            release(requests[Int(slot)].buffer)
+            requests[Int(slot)].buffer = .none
+            return resumeChainRead(slot)
+        }
         let table = pool.memory(requests[Int(slot)].table)
         for block in 0..<requests[Int(slot)].blocks.count { setOwner(table, block, 0) }
         answerFromTable(slot)

@@ -53,7 +53,7 @@ extension ReplicaCore {
         }
         let member = identity.member
         guard epoch.rawValue < 1 << 62, request.record.size == size,
-            request.record.layers.starts(with: chain.ids),
+            isChainLawful(request.record),
             (request.record.inSync + [request.record.joining].compactMap { $0 }).allSatisfy({
                 $0.replica != member.replica || $0 == member
             })
@@ -70,6 +70,15 @@ extension ReplicaCore {
             connections[other].installedEpoch = .zero
         }
         refuseParked(.staleEpoch)
+        refuseAwaitingMerge(.staleEpoch)
+    }
+
+    /// Layers may have been added above this copy's, and any of its own be deleted.
+    private func isChainLawful(_ record: VolumeRecord) -> Bool {
+        guard record.head >= chain.head else { return false }
+        return record.layers.allSatisfy { layer in
+            layer > chain.head || chain.index(of: layer).map { !chain.isRetired($0) } ?? false
+        }
     }
 
     /// Its engine has made another connection since: what still arrives here, late, must not take
@@ -89,7 +98,9 @@ extension ReplicaCore {
     /// Step 2 on, once nothing is under way. Tried at the end of every step.
     func pumpInstall() {
         guard currentInstall >= 0, manifestProposal == nil else { return }
-        guard startedCount == 0 || options.mutations.contains(.installWithoutDrain) else { return }
+        guard startedCount == 0 || options.mutations.contains(.installWithoutDrain),
+            !isMergeCopying
+        else { return }
         guard let request = decodedInstalls[currentInstall] else { return }
         let ticket = installTicket ?? log.storeCount
         installTicket = ticket
@@ -105,7 +116,7 @@ extension ReplicaCore {
         proposal.promise = request.record.epoch
         proposal.promisedEngine = request.engine
         proposal.installed = request.record
-        proposal.layers = request.record.layers
+        proposal.layers += request.record.layers.filter { $0 > chain.head }
         proposal.boot = options.bootID
         // A clean copy has lost nothing in a restart since.
         if proposal.isClean { proposal.settledBoot = options.bootID }
@@ -122,7 +133,7 @@ extension ReplicaCore {
     /// Whether the files of the layers that the record adds are durable. What was written before
     /// this Install is in the head as it was, what comes after it in the new one.
     private func areLayersMade(_ record: VolumeRecord) -> Bool {
-        for layer in record.layers.dropFirst(chain.count) where !layersMade.contains(layer) {
+        for layer in record.layers where layer > chain.head && !layersMade.contains(layer) {
             guard layerOperations == 0 else { return false }
             layerOperations = 1
             let token = startOperation(.layerCreate, index: 0)
@@ -205,8 +216,11 @@ extension ReplicaCore {
         var regions: [LayerRegion] = []
         var frame = cache.oldestActive
         while frame >= 0 {
-            regions.append(
-                LayerRegion(cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region))
+            let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
+            // Once it is merged its heir's region says all there is to say.
+            if chain.mayHold(layer, region) {
+                regions.append(LayerRegion(chain.heir(of: layer), region))
+            }
             frame = cache.nextActive(frame)
         }
         return InstallReply(
@@ -241,8 +255,14 @@ extension ReplicaCore {
     }
     /// The region stays active past the point: some member has not got all that was written to it.
     private func leaveOut(_ region: LayerRegion, _ point: StablePoint) {
-        guard let frame = cache.find(region.layer, region.region) else { return }
-        cache.frames[Int(frame)].lastWrite = max(cache.frames[Int(frame)].lastWrite, point.next)
+        guard var place = chain.index(of: region.layer) else { return }
+        repeat {
+            if let frame = cache.find(chain.id(place), region.region) {
+                let last = cache.frames[Int(frame)].lastWrite
+                cache.frames[Int(frame)].lastWrite = max(last, point.next)
+            }
+            place -= 1
+        } while place >= 0 && chain.isRetired(place)
     }
     func pumpSettle() {
         guard isSettleWanted, !isManifestBusy, currentInstall < 0, shutdown == .none else { return }
@@ -304,9 +324,17 @@ extension ReplicaCore {
         }
         manifest = made
         manifestProposal = nil
-        for layer in made.layers.dropFirst(chain.count) { chain.append(layer) }
-        layersMade = []
+        adoptChain(made)
         isSecondSlotDue = true
         if manifestPurpose == .settle { isSettleWanted = false }
+    }
+    private func adoptChain(_ made: Manifest) {
+        for layer in made.layers where layer > chain.head { chain.append(layer) }
+        layersMade = []
+        for layer in merge.leaving { layerLeft(layer) }
+        merge.leaving = []
+        for layer in made.retiredLayers where !chain.isRetired(chain.index(of: layer) ?? 0) {
+            chain.retire(layer)
+        }
     }
 }

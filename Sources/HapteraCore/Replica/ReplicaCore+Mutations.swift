@@ -31,7 +31,7 @@ extension ReplicaCore {
     /// A frame for a region not in memory: loading, or clean if it was never written. Nil: no room.
     func bringIn(_ layer: LayerID, _ region: UInt64) -> Int32? {
         guard let frame = cache.allocate(layer, region) else { return nil }
-        guard chain.mayHold(layer, region) else {
+        guard chain.mayKnow(layer, region) else {
             cache.entries(frame).fill()
             cache.frames[Int(frame)].state = .clean
             shelve(frame)
@@ -54,7 +54,9 @@ extension ReplicaCore {
         guard result == TablePage.pairSize else {
             var queue = cache.frames[Int(frame)].waiters
             cache.frames[Int(frame)].waiters = SlotQueue()
+            let region = cache.frames[Int(frame)].region
             cache.release(frame)
+            mergeFailed(region, .ioError)
             while let slot = pop(&queue) {
                 requests[Int(slot)].status = .ioError
                 if requests[Int(slot)].operationsLeft == 0 { finish(slot, .ioError) }
@@ -68,7 +70,9 @@ extension ReplicaCore {
 
     func resumeMutation(_ slot: Int32) {
         let layer = requests[Int(slot)].header.layer
+        if awaitsMerge(slot) { return }
         guard let frame = residentFrame(slot, layer, requests[Int(slot)].region) else { return }
+        if cache.frames[Int(frame)].isMerging { return wait(slot, on: frame) }
         switch cache.frames[Int(frame)].state {
         case .clean:
             if changesNothing(slot, frame) { return finishDurably(slot) }
@@ -108,13 +112,16 @@ extension ReplicaCore {
             actions.append(.note(.logFull))
             return push(slot, &awaitingLog)
         }
-        if cache.frames[Int(frame)].hasSlots {
-            log.reserve(1)
-            appendActivation(frame)
-        } else if !makeSlots(frame) {
-            return push(slot, &awaitingResources)
-        }
+        guard beginActivation(frame) else { return push(slot, &awaitingResources) }
         resumeAfterActivation(slot, frame)
+    }
+    /// Of a clean region, for whose activation there is room in the log. False: no buffer now.
+    func beginActivation(_ frame: Int32) -> Bool {
+        guard cache.frames[Int(frame)].state == .clean else { return true }
+        guard cache.frames[Int(frame)].hasSlots else { return makeSlots(frame) }
+        log.reserve(1)
+        appendActivation(frame)
+        return true
     }
 
     private func resumeAfterActivation(_ slot: Int32, _ frame: Int32) {
@@ -157,6 +164,7 @@ extension ReplicaCore {
             var queue = cache.frames[Int(frame)].waiters
             cache.frames[Int(frame)].waiters = SlotQueue()
             while let slot = pop(&queue) { finish(slot, status(ofError: result)) }
+            mergeFailed(cache.frames[Int(frame)].region, status(ofError: result))
             return shelve(frame)
         }
         cache.frames[Int(frame)].hasSlots = true
@@ -301,7 +309,7 @@ extension ReplicaCore {
     }
 
     /// Uses up one reserved record.
-    private func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
+    func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
         if cache.frames[Int(frame)].layer != chain.id(0),
             cache.entry(frame, block).state != .data
         {

@@ -134,6 +134,7 @@ extension ReplicaCore {
 ///    relied upon from here, and the log's tail may pass the records of such pages
 /// 7. of regions in the log, blocks that need no space and have some are noted: a crash came before
 ///    they were punched
+/// 8. files of layers that have left the manifest are deleted
 /// Nothing else is written, so a crash while opening changes nothing that is read.
 package struct OpenedReplica {
     package let manifest: Manifest
@@ -180,8 +181,10 @@ package struct OpenedReplica {
         // Enough for all there is, and for some layers that are still to come.
         let pages = regions * UInt64(manifest.layers.count + 8) + 64
         cache = TableCache(frameCount: Int(min(UInt64(frameCount), pages)))
-        chain = LayerChain(manifest.layers, regionCount: regions)
+        var chain = LayerChain(manifest.layers, regionCount: regions)
+        for layer in manifest.retiredLayers where layer < manifest.head { chain.retire(layer) }
         covered = manifest.layers.count > 1 ? log.findCovered() : 0
+        self.chain = chain
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
@@ -191,6 +194,11 @@ package struct OpenedReplica {
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
         try findUnneeded()
+        // Files that a crash has kept of layers that had left the manifest.
+        for layer in try storage.layersPresent()
+        where layer < manifest.head && chain.index(of: layer) == nil {
+            try storage.remove(layer)
+        }
     }
 
     private static func expect(_ storage: ReplicaStorage, _ file: ReplicaFile, size: UInt64)
@@ -244,6 +252,8 @@ package struct OpenedReplica {
         let region =
             record.kind == .entry
             ? record.position / UInt64(Geometry.blocksPerRegion) : record.position
+        // Of a layer that was deleted since: what it held is in its heir.
+        if chain.index(of: record.layer) == nil, record.layer < manifest.head { return }
         guard region < regions, chain.index(of: record.layer) != nil else {
             throw StorageError(
                 .damaged, "activity.log: record \(record.index) is about no region of this volume")

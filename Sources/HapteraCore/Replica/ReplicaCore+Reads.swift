@@ -8,7 +8,11 @@ extension ReplicaCore {
         let header = requests[index].header
         let region = requests[index].region
         let isOwn = header.flags & FrameFlags.resync != 0
-        guard isOwn || header.layer == chain.id(0) else { return resumeChainRead(slot) }
+        // One that has begun to ask layers goes on so, though others be removed below.
+        guard isOwn || header.layer == chain.id(0) && requests[index].extents == 0 else {
+            return resumeChainRead(slot)
+        }
+        if isOwn, requests[index].buffer == .none, awaitsMerge(slot) { return }
         let known = cache.find(header.layer, region)
         if requests[index].buffer != .none {
             // The page has come; perhaps the data has, too.
@@ -162,6 +166,7 @@ extension ReplicaCore {
         let index = Int(slot)
         let layer = requests[index].header.layer
         let region = requests[index].region
+        if awaitsMerge(slot) { return }
         guard let frame = residentFrame(slot, layer, region) else { return }
         // `residentFrame` returns nil having queued the request, and so do these.
         guard reserveTable(slot, RegionDigest.size) else { return }
@@ -241,6 +246,8 @@ extension ReplicaCore {
         while requests[index].position < end {
             let region = Geometry.region(ofByte: requests[index].position)
             let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
+            if requests[index].serial != chainSerial(region) { requests[index].layersLeft = 0 }
+            requests[index].serial = chainSerial(region)
             if requests[index].layersLeft == 0 {
                 guard chain.mayHold(region, upTo: top) else {
                     guard extend(slot, .absent, to: regionEnd) else { break }

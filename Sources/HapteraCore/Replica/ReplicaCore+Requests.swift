@@ -124,9 +124,7 @@ extension ReplicaCore {
         startedCount += 1
         // Asked now: an Install before it on its connection may have made the layer.
         if requests[index].header.layer == .head { requests[index].header.layer = chain.head }
-        guard chain.index(of: requests[index].header.layer) != nil else {
-            return finish(slot, .invalid)
-        }
+        guard isLayerLawful(requests[index].header) else { return finish(slot, .invalid) }
         switch requests[index].header.kind {
         case .write:
             guard payloadMatches(slot) else { return finish(slot, .checksumMismatch) }
@@ -135,6 +133,16 @@ extension ReplicaCore {
         default: break
         }
         resume(slot)
+    }
+
+    /// A layer that is retired counts as its heir, and can't be meant. (A point may have left out
+    /// what it holds.)
+    private func isLayerLawful(_ header: FrameHeader) -> Bool {
+        switch header.kind {
+        case .write, .setState, .adopt, .read, .digest, .status:
+            return chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
+        default: return true
+        }
     }
 
     /// Goes on with a request as far as it goes: at first, and when what it waited for is there.
@@ -152,7 +160,7 @@ extension ReplicaCore {
         case .regionMap: resumeRegionMap(slot)
         case .flush:
             requests[index].parkCount = parkCount
-            requests[index].passesParked = !parked.isEmpty
+            requests[index].passesParked = !parked.isEmpty || !merge.waiting.isEmpty
             push(slot, &awaitingMutations)
         case .stable:
             takeStable(requests[index].header)
@@ -262,19 +270,24 @@ extension ReplicaCore {
         guard currentInstall < 0, shutdown == .none else {
             return finish(slot, shutdown == .none ? .staleEpoch : .unavailable)
         }
-        unlinkMutation(slot)
-        startedCount -= 1
-        parkCount += 1
-        requests[Int(slot)].phase = .parked
-        requests[Int(slot)].wasParked = true
+        setAside(slot)
         push(slot, &parked)
+    }
+    /// From here on it counts as not begun.
+    func setAside(_ slot: Int32) {
+        startedCount -= 1
+        requests[Int(slot)].phase = .parked
+        guard requests[Int(slot)].isMutation else { return }
+        unlinkMutation(slot)
+        parkCount += 1
+        requests[Int(slot)].wasParked = true
     }
     private func unpark(_ slot: Int32) {
         requests[Int(slot)].phase = .started
         startedCount += 1
         requests[Int(slot)].number = nextNumber
         nextNumber += 1
-        linkMutation(slot)
+        if requests[Int(slot)].wasParked { linkMutation(slot) }
     }
     /// An Install or a shutdown answers them: nothing of an older epoch may run later.
     func refuseParked(_ status: FrameStatus) {
@@ -381,6 +394,9 @@ extension ReplicaCore {
         case .manifestWrite: manifestWritten(ended, result)
         case .manifestSync: manifestSynced(result)
         case .layerCreate, .layerSync: layerStepEnded(ended, result)
+        case .layerRemove: layerRemoved()
+        case .mergeRead: mergeRead(Int(ended.index), result)
+        case .mergeWrite: mergeWritten(Int(ended.index), result)
         }
     }
 

@@ -130,21 +130,26 @@ extension ReplicaCore {
 
     /// False: it waits for the record that says what it has made durable.
     private func isCovered(_ slot: Int32) -> Bool {
-        let index = requests[Int(slot)].coverIndex
+        guard let ticket = cover(upTo: requests[Int(slot)].coverIndex) else {
+            push(slot, &awaitingRoom)
+            return false
+        }
+        guard syncs[FileSync.log].durable < ticket else { return true }
+        requests[Int(slot)].tickets = (ticket, 0, 0)
+        push(slot, &awaitingSync)
+        want(FileSync.log, ticket)
+        return false
+    }
+    /// Records below `index` are durable with their data: has a record say so, if it matters.
+    /// Returns what a sync of the log has to cover before it is durable; nil: no room for it now.
+    func cover(upTo index: UInt64) -> UInt64? {
         if freshEnd > covered, index > covered, !options.mutations.contains(.freshNotCovered) {
-            guard log.hasRoomForCovered else {
-                push(slot, &awaitingRoom)
-                return false
-            }
+            guard log.hasRoomForCovered else { return nil }
             log.append(.covered(index))
             covered = index
             coverTicket = log.storeCount
         }
-        guard syncs[FileSync.log].durable < coverTicket else { return true }
-        requests[Int(slot)].tickets = (coverTicket, 0, 0)
-        push(slot, &awaitingSync)
-        want(FileSync.log, coverTicket)
-        return false
+        return coverTicket
     }
 
     /// The log's tail has moved.

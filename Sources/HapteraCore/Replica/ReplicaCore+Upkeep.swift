@@ -54,9 +54,10 @@ extension ReplicaCore {
         upkeep.isTickDue = true
         punchBudget = Upkeep.punchesPerTick
         startPunch()
+        tickMerges()
     }
 
-    private var isLogFilling: Bool { log.used * 2 > log.capacity }
+    private var isLogFilling: Bool { log.used * 2 > log.capacity || merge.needsRoom }
     private var isCrowded: Bool { cache.activeCount * 4 > activeRegionsMax * 3 }
     /// Tells the engine that a flush is due.
     var isUnderPressure: Bool {
@@ -110,7 +111,7 @@ extension ReplicaCore {
 
     private func canDrain(_ frame: Int32) -> Bool {
         let found = cache.frames[Int(frame)]
-        guard found.state == .active, !found.isRenewing, found.writes == 0,
+        guard found.state == .active, !found.isRenewing, !found.isMerging, found.writes == 0,
             found.waiters.isEmpty
         else { return false }
         if options.mutations.contains(.drainWithoutFlush) { return true }
@@ -156,7 +157,9 @@ extension ReplicaCore {
                 want(FileSync.table, cache.frames[Int(frame)].slotsTicket)
             } else if !isRenewable(frame) {
                 want(FileSync.data, cache.frames[Int(frame)].dataTicket)
-            } else if cache.frames[Int(frame)].state == .active, log.hasRoomForUpkeep {
+            } else if cache.frames[Int(frame)].state == .active,
+                !cache.frames[Int(frame)].isMerging, log.hasRoomForUpkeep
+            {
                 cache.frames[Int(frame)].isRenewing = true
                 cache.frames[Int(frame)].pendingIndex = log.append(activation(of: frame))
                 addToBatch(frame)
@@ -348,6 +351,7 @@ extension ReplicaCore {
         self.now = now
         shutdown = .finishing
         refuseParked(.unavailable)
+        refuseAwaitingMerge(.unavailable)
         for slot in waitingInstalls { refuse(slot, .unavailable) }
         waitingInstalls = []
         pumpFlushes()
@@ -356,7 +360,9 @@ extension ReplicaCore {
 
     func pumpShutdown() {
         if shutdown == .finishing {
-            guard startedCount == 0, currentInstall < 0, !isManifestBusy else { return }
+            guard startedCount == 0, currentInstall < 0, !isManifestBusy, !isMergeCopying else {
+                return
+            }
             for file in 0..<3 { want(file, written(file)) }
             shutdown = .syncing
         }

@@ -2,8 +2,8 @@
 /// the `ReplicaAction`s it appended, in order.
 ///
 /// The parts, each an extension in a file of its own: opening and replay; frames in and replies
-/// out; install; mutations (write, setState, adopt) with activation; reads; syncs; upkeep
-/// (draining, the log's tail, punching) and shutdown. All memory is taken at init: requests, disk
+/// out; install; mutations (write, setState, adopt) with activation; reads; syncs; merges of deleted
+/// layers; upkeep (draining, the log's tail, punching) and shutdown. All memory is taken at init: requests, disk
 /// operations and regions live in fixed arrays, and what finds no room waits in order.
 package final class ReplicaCore {
     package let actions = ValueQueue<ReplicaAction>(capacity: 1024)
@@ -117,6 +117,8 @@ package final class ReplicaCore {
     // Upkeep.
     var upkeep = Upkeep()
     let batch = FixedArray<Int32>(repeating: -1, count: Upkeep.batchMax)
+    var merge = MergeState()
+    let mergeJobs = FixedArray(repeating: MergeJob(), count: MergeJob.jobsMax)
     var punchRun: Range<Int>?
     var punchingFrame: Int32 = -1
     var punchBudget = 0
@@ -157,7 +159,8 @@ package final class ReplicaCore {
     /// Reads need frames, too.
     private var activeFramesMax: Int { max(1, cache.frames.count - 16) }
     var activeRegionsMax: Int { min(options.activeRegionsMax, activeFramesMax) }
-    var activeRegionsForCopies: Int { min(options.activeRegionsForCopies, activeFramesMax) }
+    var activeRegionsForCopies: Int { activeRegionsForMerges - MergeJob.jobsMax }
+    var activeRegionsForMerges: Int { min(options.activeRegionsForCopies, activeFramesMax) }
 
     /// False: the shell stops reading from its connections until a step made it true again.
     package var canAccept: Bool { freeRequestCount > 0 }
@@ -168,6 +171,8 @@ package final class ReplicaCore {
     package var headLayer: LayerID { chain.head }
     /// The layer chain, lowest first.
     package var layers: [LayerID] { chain.ids }
+    /// Layers of deleted snapshots that are still there.
+    package var retiredLayerCount: Int { chain.retiredCount }
     package var activeRegionCount: Int { cache.activeCount }
     package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
     package var isShutDown: Bool { shutdown == .done }
@@ -192,6 +197,7 @@ package final class ReplicaCore {
         pumpInstall()
         pumpSecondSlot()
         pumpSettle()
+        pumpMerges()
         pumpUpkeep()
         if shutdown != .none { pumpShutdown() }
     }
@@ -265,6 +271,8 @@ struct Request: BitwiseCopyable {
     /// The frame it keeps in memory.
     var frame: Int32 = -1
     var dataResult = 0
+    /// Reads through the chain, status, births: `chainSerial` when it began.
+    var serial: UInt64 = 0
     /// Status, births, and a digest read block by block: how far it has come.
     var position: UInt64 = 0
     /// Digest: blocks the disk cannot read.
@@ -327,6 +335,10 @@ struct DiskOperation: BitwiseCopyable {
         case manifestSync
         case layerCreate
         case layerSync
+        case layerRemove
+        /// Index: the merge's job.
+        case mergeRead
+        case mergeWrite
     }
     var kind = Kind.free
     /// Request, frame, file or place in the batch, by kind.
@@ -344,6 +356,8 @@ enum ManifestPurpose: UInt8, BitwiseCopyable {
     case install
     case settle
     case shutdown
+    /// Of an empty layer.
+    case removal
 }
 
 enum ShutdownPhase: UInt8, BitwiseCopyable {

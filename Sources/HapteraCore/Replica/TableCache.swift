@@ -76,6 +76,9 @@ package struct TableFrame: BitwiseCopyable, Sendable {
     package var isTorn = false
     /// Active, and renewing its activation so that the log's tail can move.
     package var isRenewing = false
+    /// What a retired layer holds of the region is moved, from here or to here: no write starts,
+    /// and the region stays in the log.
+    package var isMerging = false
     package var version: UInt64 = 0
     package var birth: Epoch = .zero
     /// Page's logIndex as loaded: used by replay.

@@ -36,6 +36,8 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// It has entered the export of a snapshot, where nothing can be changed: it fences nobody, and
     /// need not be fenced.
     private(set) var isReader = false
+    /// Of the snapshot.
+    var layer: LayerID { session.export.layer }
     /// Its peer hung up before what it asked was taken: all of it may since have been asked again
     /// on another connection, so it changes nothing any more.
     private var isFenced = false

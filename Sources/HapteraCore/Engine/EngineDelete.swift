@@ -1,0 +1,97 @@
+// Deleting a snapshot: a change of the record takes its name and its layer out, and the Install that
+// follows makes every replica count what the layer holds as the next layer's. What they then do with
+// it is their own affair (ReplicaCore+Merge): to the engine the layer is gone.
+//
+// A crash before the change is recorded leaves the snapshot, one after it the next takeover to
+// install the record.
+
+struct DeletionRequest {
+    var token: UInt64
+    var name: String
+    /// The change was sent to the store: the snapshot may be gone.
+    var isProposed = false
+}
+
+extension EngineCore {
+    private static let deletionsWaitingMax = 16
+
+    func deleteSnapshot(_ token: UInt64, name: String) {
+        guard phase == .serving, !isDetaching, let record,
+            deletionRequests.count < Self.deletionsWaitingMax
+        else { return answerDeletion(token, .notServing) }
+        guard record.snapshot(named: name) != nil else {
+            return answerDeletion(token, .notThere)
+        }
+        deletionRequests.append(DeletionRequest(token: token, name: name))
+    }
+    func answerDeletion(_ token: UInt64, _ result: DeletionResult) {
+        actions.append(.snapshotDeleted(token: token, result))
+    }
+
+    /// After every event, while there is a request.
+    func advanceDeletion() {
+        guard let request = deletionRequests.first, !request.isProposed else { return }
+        if isDetaching {
+            return answerDeletion(deletionRequests.removeFirst().token, .notServing)
+        }
+        guard phase == .serving, let record, isSettled, !isStoreBusy, !isResolving, !hasReleased,
+            snapshotStage == .waiting, joinStage != .flushing, joinStage != .promoting
+        else { return }
+        guard let layer = record.snapshot(named: request.name)?.layer else {
+            return answerDeletion(deletionRequests.removeFirst().token, .notThere)
+        }
+        // What is on its way to a frozen layer names it.
+        guard !hasWritesBelowHead(), !isBeingRead(layer) else { return }
+        deletionRequests[0].isProposed = true
+        deletedLayer = layer
+        propose(.deleteSnapshot) { next in
+            next.snapshots.removeAll { $0.layer == layer }
+            next.layers.removeAll { $0 == layer }
+        }
+    }
+    private func isBeingRead(_ layer: LayerID) -> Bool {
+        for index in 0..<slotsUsed
+        where slots[index].use == .client || slots[index].use == .hedge {
+            if slots[index].operation.layer == layer { return true }
+        }
+        return false
+    }
+
+    /// The record says so, and everybody was told: what was the layer's is its heir's.
+    func deletedSnapshot() {
+        guard let record, !deletionRequests.isEmpty else { return }
+        let request = deletionRequests.removeFirst()
+        note(.snapshotDeleted(deletedLayer, record.epoch))
+        forgetLayer(deletedLayer)
+        deletedLayer = .head
+        answerDeletion(request.token, .ok)
+    }
+    /// Jobs at the layer or its heir begin the heir again: what they have compared was one of two
+    /// halves. Those above have made both equal.
+    private func forgetLayer(_ layer: LayerID) {
+        let heir = remaining(layer)
+        for job in 0..<jobsMax where jobs[job].stage != .free {
+            guard jobs[job].layer == layer || jobs[job].layer == heir else { continue }
+            jobs[job].layer = heir
+            if jobs[job].stage != .waiting { restart(job) }
+        }
+        for (region, layers) in suspectLayers where layers.contains(layer) {
+            suspectLayers[region] = nil
+            for suspected in layers { suspect(region, remaining(suspected)) }
+        }
+    }
+    /// The layer itself if the record names it, or the one that has what it held.
+    func remaining(_ layer: LayerID) -> LayerID {
+        guard let layers = record?.layers else { return layer }
+        let place = layers.index(above: layer)
+        if place > 0, layers[place - 1] == layer { return layer }
+        return place < layers.count ? layers[place] : layer
+    }
+
+    func abandonDeletions() {
+        for request in deletionRequests {
+            answerDeletion(request.token, request.isProposed ? .inDoubt : .notServing)
+        }
+        deletionRequests = []
+    }
+}
