@@ -107,8 +107,9 @@ package enum EngineEvent {
     /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers when every member
     /// holds it durably; a name that is there already is brought to that, too.
     case takeSnapshot(token: UInt64, name: String, created: UInt64)
-    /// Take the snapshot of this name out of the record; `EngineAction.snapshotDeleted` with `token`
-    /// answers when it is. Reads of it that were submitted before end first, later ones fail.
+    /// Take the snapshot of this name out of the record; `EngineAction.snapshotDeleted` with
+    /// `token` answers when it is. Reads of it that were submitted before end first, later ones
+    /// fail.
     case deleteSnapshot(token: UInt64, name: String)
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach

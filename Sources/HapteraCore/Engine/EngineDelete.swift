@@ -1,6 +1,6 @@
-// Deleting a snapshot: a change of the record takes its name and its layer out, and the Install that
-// follows makes every replica count what the layer holds as the next layer's. What they then do with
-// it is their own affair (ReplicaCore+Merge): to the engine the layer is gone.
+// Deleting a snapshot: a change of the record takes its name and its layer out, and the Install
+// that follows makes every replica count what the layer holds as the next layer's. What they then
+// do with it is their own affair (ReplicaCore+Merge): to the engine the layer is gone.
 //
 // A crash before the change is recorded leaves the snapshot, one after it the next takeover to
 // install the record.

@@ -2,9 +2,10 @@
 /// the `ReplicaAction`s it appended, in order.
 ///
 /// The parts, each an extension in a file of its own: opening and replay; frames in and replies
-/// out; install; mutations (write, setState, adopt) with activation; reads; syncs; merges of deleted
-/// layers; upkeep (draining, the log's tail, punching) and shutdown. All memory is taken at init: requests, disk
-/// operations and regions live in fixed arrays, and what finds no room waits in order.
+/// out; install; mutations (write, setState, adopt) with activation; reads; syncs; merges of
+/// deleted layers; upkeep (draining, the log's tail, punching) and shutdown. All memory is taken at
+/// init: requests, disk operations and regions live in fixed arrays, and what finds no room waits
+/// in order.
 package final class ReplicaCore {
     package let actions = ValueQueue<ReplicaAction>(capacity: 1024)
     package let identity: ReplicaIdentity
