@@ -165,6 +165,7 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
 
     /// In the text of the engine's error if, and only if, the snapshot may be there all the same.
     package static let doubtText = "whether the snapshot is there"
+    package static let deletionDoubtText = "whether the snapshot was deleted"
 }
 
 /// What happened, in terms an operator knows. Details are in `EngineCore`'s state.
