@@ -6,8 +6,8 @@ import HapteraCore
 
 package struct SnapshotCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
-        commandName: "snapshot", abstract: "Take snapshots of volumes and look at them.",
-        subcommands: [Create.self, List.self, Show.self])
+        commandName: "snapshot", abstract: "Take, look at and delete snapshots of volumes.",
+        subcommands: [Create.self, List.self, Show.self, Delete.self])
     package init() {}
 }
 
@@ -123,6 +123,41 @@ extension SnapshotCommand {
             }
         }
     }
+
+    package struct Delete: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Delete a snapshot of an attached volume; the volume stays as it is.",
+            discussion: """
+                It returns at once; the space comes back in the background, on every replica. It \
+                is refused while a client reads the snapshot.
+                """)
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(help: "The snapshot's name.", transform: SnapshotArgument.init(typed:))
+        package var name: SnapshotArgument
+
+        @Flag(help: "Do not ask.")
+        package var yes = false
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                try session.confirm(
+                    "Snapshot \(name.text) of volume \(volume.text) is deleted, with what only it "
+                        + "holds.", "Delete it?", yes: yes)
+                try await session.deleteSnapshot(name.text, of: volume.text)
+                session.say(
+                    Presentation.deletion(name.text, of: volume.text), quiet: name.text
+                ) { _ in
+                    Presentation.deleted(name.text, of: volume.text)
+                }
+            }
+        }
+    }
 }
 
 extension Session {
@@ -138,11 +173,10 @@ extension Session {
         progress.show("taking snapshot \(name) of \(volume)")
         do {
             return try await change {
-                let left = deadline - ContinuousClock.now - Self.snapshotMargin
                 var request = Haptera_V1_CreateSnapshotRequest()
                 request.volume = volume
                 request.name = name
-                request.timeoutMilliseconds = UInt64(max(left.components.seconds, 1)) * 1000
+                request.timeoutMilliseconds = snapshotTimeoutMilliseconds
                 return try await volumes.createSnapshot(request, options: callOptions)
             }
         } catch let error as RPCError where error.code == .deadlineExceeded {
@@ -150,20 +184,66 @@ extension Session {
         }
     }
 
+    func deleteSnapshot(_ name: String, of volume: String) async throws {
+        let progress = Progress(options)
+        defer { progress.clear() }
+        progress.show("deleting snapshot \(name) of \(volume)")
+        var attempts = 0
+        do {
+            _ = try await change { () -> Haptera_V1_DeleteSnapshotResponse in
+                attempts += 1
+                var request = Haptera_V1_DeleteSnapshotRequest()
+                request.volume = volume
+                request.name = name
+                request.timeoutMilliseconds = snapshotTimeoutMilliseconds
+                return try await volumes.deleteSnapshot(request, options: callOptions)
+            }
+        } catch let error as RPCError where error.code == .deadlineExceeded {
+            throw Self.deletionDoubt(error, name, volume)
+        } catch let error as RPCError where error.code == .notFound && attempts > 1 {
+            throw Self.goneMeanwhile(error)
+        }
+    }
+
+    private var snapshotTimeoutMilliseconds: UInt64 {
+        let left = deadline - ContinuousClock.now - Self.snapshotMargin
+        return UInt64(max(left.components.seconds, 1)) * 1000
+    }
+
     /// Neither done nor failed: what happened, and how to find out.
     static func snapshotDoubt(
         _ error: RPCError, _ name: String, _ volume: String
+    ) -> CommandFailure {
+        doubt(
+            error, name, volume, was: "taken",
+            "'storagectl snapshot create \(volume) \(name)' takes it unless it is there, and "
+                + "returns when it is safe")
+    }
+
+    static func deletionDoubt(
+        _ error: RPCError, _ name: String, _ volume: String
+    ) -> CommandFailure {
+        doubt(error, name, volume, was: "deleted", "deleting it again is harmless")
+    }
+
+    private static func doubt(
+        _ error: RPCError, _ name: String, _ volume: String, was done: String, _ advice: String
     ) -> CommandFailure {
         let isTheirs = error.message.hasPrefix("it is not known")
         let words =
             isTheirs
             ? error.message
-            : "it is not known whether snapshot '\(name)' of volume '\(volume)' was taken: no "
+            : "it is not known whether snapshot '\(name)' of volume '\(volume)' was \(done): no "
                 + "answer came in time"
         return CommandFailure(
             .unavailable,
-            "\(words); find out with 'storagectl snapshot list \(volume)'; 'storagectl snapshot "
-                + "create \(volume) \(name)' takes it unless it is there, and returns when it is "
-                + "safe")
+            "\(words); find out with 'storagectl snapshot list \(volume)'; \(advice)")
+    }
+
+    /// The answer to an earlier request was lost on its way, and with it whether that was the one.
+    static func goneMeanwhile(_ error: RPCError) -> CommandFailure {
+        CommandFailure(
+            .notFound,
+            "\(error.message); this command asked more than once, and may have deleted it before")
     }
 }

@@ -49,6 +49,15 @@ extension Presentation {
             + "layer \(snapshot.layer)"
     }
 
+    /// What `snapshot delete` says.
+    package static func deleted(_ name: String, of volume: String) -> String {
+        "snapshot \(name) of volume \(volume) deleted"
+    }
+
+    package static func deletion(_ name: String, of volume: String) -> OutputValue {
+        .object([("name", .text(name)), ("volume", .text(volume)), ("deleted", .flag(true))])
+    }
+
     /// UTC, whole seconds: for people.
     private static func created(_ snapshot: Haptera_V1_Snapshot) -> String {
         Date(timeIntervalSince1970: Double(snapshot.createdUnixMilliseconds / 1000))

@@ -13,6 +13,12 @@ extension MutationSet {
     /// F: answer a flush without saying in the log what it has made durable. (Caught by simulated
     /// worlds with snapshots.)
     package static let freshNotCovered = MutationSet(rawValue: 1 << 62)
+    /// Merges: give what is read of a deleted layer up without having it durable in its heir.
+    package static let mergeNotDurable = MutationSet(rawValue: 1 << 60)
+    /// Merges: leave the heir's birth as it is.
+    package static let mergeLosesBirth = MutationSet(rawValue: 1 << 61)
+    /// Merges: answer for a layer while a deleted one below it still holds some of it.
+    package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
     /// Of a single copy: caught by replaying crashes, not all of them by simulated worlds, where
     /// other copies help out.

@@ -124,6 +124,11 @@ extension EngineShell {
     }
 
     /// One log line per event an operator may want to know of.
+    private func report(_ what: String, _ layer: LayerID, _ epoch: Epoch) {
+        Log.info(
+            what, ("volume", name), ("layer", String(layer.rawValue)),
+            ("epoch", String(epoch.rawValue)))
+    }
     func log(_ note: EngineNote) {
         func id(_ slot: ReplicaSlot) -> (String, String) { ("replica", core.replicaID(slot).text) }
         func at(_ epoch: Epoch) -> (String, String) { ("epoch", String(epoch.rawValue)) }
@@ -185,10 +190,8 @@ extension EngineShell {
                 ("latencyMicroseconds", String(latency.average)))
         case .protocolError(let slot):
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
-        case .snapshotTaken(let layer, let epoch):
-            Log.info("snapshot taken", volume, ("layer", String(layer.rawValue)), at(epoch))
-        case .snapshotDeleted(let layer, let epoch):
-            Log.info("snapshot deleted", volume, ("layer", String(layer.rawValue)), at(epoch))
+        case .snapshotTaken(let layer, let epoch): report("snapshot taken", layer, epoch)
+        case .snapshotDeleted(let layer, let epoch): report("snapshot deleted", layer, epoch)
         case .rebuildProgress(let slot, let done, let total):
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),

@@ -314,6 +314,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             ("activeRegions", String(core.activeRegionCount)),
             ("allocatedBytes", String(storage.allocatedBytes())),
             ("logUsedPercent", String(core.logUsedPercent)),
+            ("layers", String(core.layers.count)),
+            ("retiredLayers", String(core.retiredLayerCount)),
             ("state", stopDeadline == nil ? "serving" : "stopping"),
             ("address", listener?.address.text ?? ""),
             ("directory", storage.directory), ("io", reactor.backendName),

@@ -25,6 +25,14 @@ import Testing
         #expect(command.options.quiet)
     }
 
+    @Test func snapshotDeleteAsksUnlessTold() throws {
+        let command = try parse(SnapshotCommand.Delete.self, "snapshot delete vol Before-1.0")
+        #expect(command.volume.text == "vol")
+        #expect(command.name.text == "Before-1.0")
+        #expect(!command.yes)
+        #expect(try parse(SnapshotCommand.Delete.self, "snapshot delete vol s --yes").yes)
+    }
+
     /// A value that begins with a hyphen is a wrong value, not a missing one.
     @Test(arguments: [
         ("volume create v --size -2GiB", "'-2GiB' is no volume size"),
@@ -64,7 +72,7 @@ import Testing
         "replica replace v 00000000000000a1 --node n --wait",
         "replica delete v 00000000000000a1 --discard-kept --yes",
         "snapshot create v", "snapshot create v Before-1.0", "snapshot list v --watch",
-        "snapshot show v s -o json",
+        "snapshot show v s -o json", "snapshot delete v s", "snapshot delete v s --yes -o json",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -79,7 +87,8 @@ import Testing
         "completion tcsh", "volume update v", "volume update v --lease soon",
         "replica replace v a1", "replica delete v", "volume create v --size 1GiB --io-timeout -1",
         "snapshot create", "snapshot create v .s", "snapshot create v a@b", "snapshot list",
-        "snapshot create V s", "snapshot show v",
+        "snapshot create V s", "snapshot show v", "snapshot delete v", "snapshot delete V s",
+        "snapshot delete v .s", "snapshot delete v s t",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

@@ -47,6 +47,8 @@ import Testing
             #expect(outcome.error.contains(words), "\(outcome.error)")
         }
         #expect(try bench.run("snapshot show vol refused").status == 3)
+        #expect(try bench.run("snapshot delete vol refused --yes").status == 3)
+        #expect(try bench.run("snapshot delete other s --yes").status == 3)
 
         let healthy = try bench.run("volume show vol -o json").json
         #expect(healthy["robustness"] as? String == "healthy")

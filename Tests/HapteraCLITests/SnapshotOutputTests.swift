@@ -86,6 +86,18 @@ import Testing
                 == "snapshot s of volume vol is taken: 2026-11-28T17:30:05Z, layer 1")
     }
 
+    @Test func whatDeleteSays() {
+        #expect(Presentation.deleted("s", of: "vol") == "snapshot s of volume vol deleted")
+        #expect(
+            Presentation.deletion("s", of: "vol").json() == """
+                {
+                  "name": "s",
+                  "volume": "vol",
+                  "deleted": true
+                }
+                """)
+    }
+
     @Test func volumesSayHowManyTheyHave() {
         var volume = Haptera_V1_Volume()
         volume.name = "vol"
@@ -116,5 +128,33 @@ import Testing
         let theirs = Session.snapshotDoubt(
             RPCError(code: .deadlineExceeded, message: "it is not known whether: why"), "s", "vol")
         #expect(theirs.message.hasPrefix("it is not known whether: why; find out with"))
+    }
+
+    @Test func doubtAboutADeletionSaysHowToFindOut() {
+        let ours = Session.deletionDoubt(
+            RPCError(code: .deadlineExceeded, message: "timed out"), "s", "vol")
+        #expect(ours.status == .unavailable)
+        #expect(
+            ours.message
+                == "it is not known whether snapshot 's' of volume 'vol' was deleted: no answer "
+                + "came in time; find out with 'storagectl snapshot list vol'; deleting it again "
+                + "is harmless")
+        let theirs = Session.deletionDoubt(
+            RPCError(code: .deadlineExceeded, message: "it is not known whether: why"), "s", "vol")
+        #expect(
+            theirs.message
+                == "it is not known whether: why; find out with 'storagectl snapshot list vol'; "
+                + "deleting it again is harmless")
+    }
+
+    /// A controller that restarts may answer the request that is sent again only.
+    @Test func aSnapshotThatIsGoneAtTheSecondRequest() {
+        let failure = Session.goneMeanwhile(
+            RPCError(code: .notFound, message: "volume 'vol' has no snapshot 's'"))
+        #expect(failure.status == .notFound)
+        #expect(
+            failure.message
+                == "volume 'vol' has no snapshot 's'; this command asked more than once, and may "
+                + "have deleted it before")
     }
 }

@@ -14,9 +14,13 @@ import Testing
     /// What the engine of the stand-in does when it is asked.
     enum Engine {
         case obeys
+        /// Says so, and does nothing.
+        case claims
         case refuses
         /// No answer, though it goes on.
         case obeysInSilence
+        /// The same, and somebody else takes a snapshot of that name before anyone has looked.
+        case isOvertaken
         case isSilent
     }
 
@@ -25,6 +29,7 @@ import Testing
         let controller: Controller
         let engine = Mutex(Engine.obeys)
         let asked = Mutex<[Haptera_V1_TakeSnapshot]>([])
+        let askedToDelete = Mutex<[Haptera_V1_DeleteSnapshot]>([])
 
         /// Three replicas on nodes a, b, c; the engine on a, unless it is not attached.
         init(attached: Bool = true) async throws {
@@ -76,19 +81,29 @@ import Testing
         }
 
         private func perform(_ task: Haptera_V1_AgentTask) async throws {
-            let request = task.takeSnapshot
-            asked.withLock { $0.append(request) }
             var answer = Haptera_V1_AgentAnswer()
             answer.name = "a"
             answer.taskID = task.id
-            switch engine.withLock({ $0 }) {
-            case .obeys: try await add(request.name, created: request.createdUnixMilliseconds)
-            case .refuses: answer.error = "no space for another layer"
-            case .obeysInSilence:
-                try await add(request.name, created: request.createdUnixMilliseconds)
-                answer.error = "no answer"
-                answer.inDoubt = true
-            case .isSilent:
+            let engine = engine.withLock { $0 }
+            switch task.task {
+            case .takeSnapshot(let request):
+                asked.withLock { $0.append(request) }
+                if engine == .obeys || engine == .obeysInSilence {
+                    try await add(request.name, created: request.createdUnixMilliseconds)
+                }
+                if engine == .refuses { answer.error = "no space for another layer" }
+            case .deleteSnapshot(let request):
+                askedToDelete.withLock { $0.append(request) }
+                if [.obeys, .obeysInSilence, .isOvertaken].contains(engine) {
+                    try await remove(request.name)
+                }
+                if engine == .isOvertaken { try await add(request.name, created: 1) }
+                if engine == .refuses {
+                    answer.error = "2 clients read the snapshot; disconnect them first"
+                }
+            default: Issue.record("asked for something else: \(task)")
+            }
+            if [.obeysInSilence, .isOvertaken, .isSilent].contains(engine) {
                 answer.error = "no answer"
                 answer.inDoubt = true
             }
@@ -120,6 +135,14 @@ import Testing
                 $0.isClean = false
                 $0.snapshots.append(.init(layer: $0.head, name: name, created: created))
                 $0.layers.append(LayerID(rawValue: $0.head.rawValue + 1))
+            }
+            #expect(result == .swapped)
+        }
+
+        /// As the engine does it.
+        func remove(_ name: String) async throws {
+            let result = try await swap(.snapshot) { record in
+                record.snapshots.removeAll { $0.name == name }
             }
             #expect(result == .swapped)
         }

@@ -13,6 +13,16 @@ final class FakeReplica {
         set { layers[head] = newValue }
     }
     var head: LayerID { layers.keys.max() ?? .head }
+    /// What deleted layers held is their heirs'.
+    func merge(into chain: [LayerID]) {
+        for layer in layers.keys.sorted().reversed() where !chain.contains(layer) {
+            guard let heir = chain.first(where: { $0 > layer }) else { continue }
+            let held = layers.removeValue(forKey: layer) ?? [:]
+            layers[heir, default: [:]].merge(held) { own, lower in
+                own.entry.state == .absent ? lower : own
+            }
+        }
+    }
     var promise = Epoch.zero
     var installed: VolumeRecord?
     var isUp = true
@@ -306,6 +316,7 @@ final class EngineHarness {
             for layer in request.record.layers where fake.layers[layer] == nil {
                 fake.layers[layer] = [:]
             }
+            fake.merge(into: request.record.layers)
             let before = fake.promise
             fake.promise = request.record.epoch
             reply.epoch = fake.promise

@@ -171,7 +171,7 @@ import Testing
         #expect(try read(bench, 0, 2)?.data == before + after)
     }
 
-    /// A full disk costs the Install and nothing else: the copy is as it was, and so is the process.
+    /// A full disk costs the Install and nothing else: the copy is as it was, the process too.
     @Test(arguments: [(-28, .noSpace), (-5, .ioError)] as [(Int, FrameStatus)])
     func anInstallWhoseLayerCannotBeMadeIsRefused(error: Int, status: FrameStatus) throws {
         let bench = try ReplicaBench()

@@ -7,7 +7,7 @@ import time
 
 import nbd
 
-from harness.cluster import BINARIES, MIB, control
+from harness.cluster import BINARIES, MIB, ControlError, control, wait_for
 from harness.workload import BLOCK, History, Workload, check_all
 
 SIZE = 128 * MIB
@@ -134,6 +134,70 @@ def test_snapshots_under_load_and_faults(context):
                 assert offline_digest(replica, name) == expected, f"{name} on {replica.number}"
         longest = max(pauses) * 1e3
         return f"{len(kept)} snapshots, {load.completed} requests, longest gap {longest:.0f} ms"
+
+
+def test_snapshots_deleted_under_faults(context):
+    """Deleted under load, with a replica killed while it merges, one away, and the engine killed:
+    what is left never changes, and every replica gives layers and space back by itself."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        history = History(SIZE // 2 // BLOCK)
+        load = Workload(history, cluster.engine.unix, context.seed).start()
+        kept, gaps = {}, []
+
+        def delete(name):
+            load.reset_gap()
+            assert "existed" not in control(cluster.engine.control, "delete-snapshot", name=name)
+            load.wait_completed(300)
+            gaps.append(load.longest_gap)
+            kept.pop(name, None)
+
+        for turn in range(6):
+            load.wait_completed(500)
+            take(cluster, f"s{turn}")
+            kept[f"s{turn}"] = digest(cluster, f"s{turn}")
+        reader = connect(cluster, "s1")
+        refusal = expect_refusal(cluster, "s1")
+        assert "1 client reads it" in refusal, refusal
+        reader.shutdown()
+        time.sleep(0.2)
+        delete("s1")
+        delete("s0")  # the lowest
+        away = cluster.replicas[1]
+        away.process.kill()
+        cluster.engine.wait_state(away, "absent")
+        delete("s3")
+        delete("s5")  # right below the head
+        away.start()
+        cluster.engine.wait_state(away, "inSync")
+        assert control(cluster.engine.control, "delete-snapshot", name="s3")["existed"] == "0"
+        error = load.stop()
+        assert error is None, f"the client got an error: {error}"
+        cluster.engine.process.kill()
+        cluster.start_engine(client_generation=2)
+        check_all(history, cluster.engine.unix)
+        for replica in cluster.replicas:
+            wait_for(
+                lambda: replica.status()["retiredLayers"] == "0",
+                f"replica {replica.number} to be done with deleted layers", 60)
+            assert replica.status()["layers"] == str(len(kept) + 1), replica.status()
+        for name, expected in kept.items():
+            assert digest(cluster, name) == expected, f"{name} has changed"
+        cluster.check_copies()
+        for replica in cluster.replicas:
+            files = sorted(path.name for path in (replica.directory / "layers").iterdir())
+            assert len(files) == 2 * (len(kept) + 1), files
+            for name, expected in kept.items():
+                assert offline_digest(replica, name) == expected, f"{name} on {replica.number}"
+        return f"{len(kept)} of 6 left, {load.completed} requests, longest gap {max(gaps) * 1e3:.0f} ms"
+
+
+def expect_refusal(cluster, name):
+    try:
+        control(cluster.engine.control, "delete-snapshot", name=name)
+        raise AssertionError("a snapshot in use was deleted")
+    except ControlError as error:
+        return str(error)
 
 
 def test_a_snapshot_is_only_read(context):

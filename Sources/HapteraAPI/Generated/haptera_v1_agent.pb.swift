@@ -609,6 +609,14 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .takeSnapshot(newValue)}
   }
 
+  package var deleteSnapshot: Haptera_V1_DeleteSnapshot {
+    get {
+      if case .deleteSnapshot(let v)? = task {return v}
+      return Haptera_V1_DeleteSnapshot()
+    }
+    set {task = .deleteSnapshot(newValue)}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum OneOf_Task: Equatable, Sendable {
@@ -616,6 +624,7 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     case endEngine(Haptera_V1_EndEngine)
     case fault(Haptera_V1_InjectFault)
     case takeSnapshot(Haptera_V1_TakeSnapshot)
+    case deleteSnapshot(Haptera_V1_DeleteSnapshot)
 
   }
 
@@ -662,6 +671,26 @@ package nonisolated struct Haptera_V1_TakeSnapshot: Sendable {
   package var name: String = String()
 
   package var createdUnixMilliseconds: UInt64 = 0
+
+  /// How long the engine may take.
+  package var timeoutMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// Has the engine of that attachment delete a snapshot; answered when the record does not name it.
+package nonisolated struct Haptera_V1_DeleteSnapshot: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volumeID: String = String()
+
+  package var clientGeneration: UInt64 = 0
+
+  package var name: String = String()
 
   /// How long the engine may take.
   package var timeoutMilliseconds: UInt64 = 0
@@ -1609,7 +1638,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1670,6 +1699,19 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .takeSnapshot(v)
         }
       }()
+      case 6: try {
+        var v: Haptera_V1_DeleteSnapshot?
+        var hadOneofValue = false
+        if let current = self.task {
+          hadOneofValue = true
+          if case .deleteSnapshot(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.task = .deleteSnapshot(v)
+        }
+      }()
       default: break
       }
     }
@@ -1699,6 +1741,10 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .takeSnapshot?: try {
       guard case .takeSnapshot(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 5)
+    }()
+    case .deleteSnapshot?: try {
+      guard case .deleteSnapshot(let v)? = self.task else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 6)
     }()
     case nil: break
     }
@@ -1817,6 +1863,51 @@ nonisolated extension Haptera_V1_TakeSnapshot: SwiftProtobuf.Message, SwiftProto
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.name != rhs.name {return false}
     if lhs.createdUnixMilliseconds != rhs.createdUnixMilliseconds {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_DeleteSnapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".DeleteSnapshot"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}name\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volumeID.isEmpty {
+      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
+    }
+    if self.clientGeneration != 0 {
+      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
+    }
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 3)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_DeleteSnapshot, rhs: Haptera_V1_DeleteSnapshot) -> Bool {
+    if lhs.volumeID != rhs.volumeID {return false}
+    if lhs.clientGeneration != rhs.clientGeneration {return false}
+    if lhs.name != rhs.name {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true

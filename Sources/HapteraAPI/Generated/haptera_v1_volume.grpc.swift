@@ -256,6 +256,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "DeleteSnapshot" metadata.
+        package enum DeleteSnapshot: Sendable {
+            /// Request type for "DeleteSnapshot".
+            package typealias Input = Haptera_V1_DeleteSnapshotRequest
+            /// Response type for "DeleteSnapshot".
+            package typealias Output = Haptera_V1_DeleteSnapshotResponse
+            /// Descriptor for "DeleteSnapshot".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "DeleteSnapshot",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -275,7 +288,8 @@ package enum Haptera_V1_VolumeService: Sendable {
             RejoinReplica.descriptor,
             CreateSnapshot.descriptor,
             ListSnapshots.descriptor,
-            GetSnapshot.descriptor
+            GetSnapshot.descriptor,
+            DeleteSnapshot.descriptor
         ]
     }
 }
@@ -618,6 +632,27 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_GetSnapshotRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot>
+
+        /// Handle the "DeleteSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_DeleteSnapshotRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_DeleteSnapshotResponse` messages.
+        func deleteSnapshot(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -944,6 +979,27 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_GetSnapshotRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot>
+
+        /// Handle the "DeleteSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_DeleteSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_DeleteSnapshotResponse` message.
+        func deleteSnapshot(
+            request: GRPCCore.ServerRequest<Haptera_V1_DeleteSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>
     }
 
     /// Simple service protocol for the "haptera.v1.VolumeService" service.
@@ -1269,6 +1325,27 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_GetSnapshotRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Snapshot
+
+        /// Handle the "DeleteSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_DeleteSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_DeleteSnapshotResponse` to respond with.
+        func deleteSnapshot(
+            request: Haptera_V1_DeleteSnapshotRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_DeleteSnapshotResponse
     }
 }
 
@@ -1474,6 +1551,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.DeleteSnapshot.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_DeleteSnapshotRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteSnapshotResponse>(),
+            handler: { request, context in
+                try await self.deleteSnapshot(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -1672,6 +1760,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot> {
         let response = try await self.getSnapshot(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func deleteSnapshot(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse> {
+        let response = try await self.deleteSnapshot(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -1913,6 +2012,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot> {
         return GRPCCore.ServerResponse<Haptera_V1_Snapshot>(
             message: try await self.getSnapshot(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func deleteSnapshot(
+        request: GRPCCore.ServerRequest<Haptera_V1_DeleteSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>(
+            message: try await self.deleteSnapshot(
                 request: request.message,
                 context: context
             ),
@@ -2335,6 +2447,32 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "DeleteSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_DeleteSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_DeleteSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_DeleteSnapshotResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func deleteSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_DeleteSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_DeleteSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_DeleteSnapshotResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
     }
 
@@ -2956,6 +3094,43 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "DeleteSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_DeleteSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_DeleteSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_DeleteSnapshotResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func deleteSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_DeleteSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_DeleteSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_DeleteSnapshotResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.DeleteSnapshot.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -3470,6 +3645,38 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_GetSnapshotRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Snapshot>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "DeleteSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+    /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+    /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+    /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_DeleteSnapshotRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func deleteSnapshot<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_DeleteSnapshotRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.deleteSnapshot(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteSnapshotRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_DeleteSnapshotResponse>(),
             options: options,
             onResponse: handleResponse
         )
@@ -4058,6 +4265,42 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.getSnapshot(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "DeleteSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+    /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
+    /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+    /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func deleteSnapshot<Result>(
+        _ message: Haptera_V1_DeleteSnapshotRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_DeleteSnapshotRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.deleteSnapshot(
             request: request,
             options: options,
             onResponse: handleResponse

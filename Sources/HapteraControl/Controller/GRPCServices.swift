@@ -180,6 +180,14 @@ extension VolumeService {
     ) async throws -> Haptera_V1_Snapshot {
         try await controller.snapshot(request.name, of: try checked(request.volume))
     }
+
+    func deleteSnapshot(
+        request: Haptera_V1_DeleteSnapshotRequest, context: ServerContext
+    ) async throws -> Haptera_V1_DeleteSnapshotResponse {
+        _ = try checked(request.volume)
+        try await controller.deleteSnapshot(request)
+        return Haptera_V1_DeleteSnapshotResponse()
+    }
 }
 
 extension ClusterService {

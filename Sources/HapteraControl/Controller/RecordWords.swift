@@ -71,7 +71,11 @@ struct RecordWords {
     private func snapshots(_ record: VolumeRecord, _ before: VolumeRecord) -> [String] {
         let taken = record.snapshots.filter { !before.snapshots.contains($0) }
         let gone = before.snapshots.filter { !record.snapshots.contains($0) }
-        return taken.map { "took snapshot \($0.name)" } + gone.map { "gave up snapshot \($0.name)" }
+        // Nobody asked for it when the copy to go on from never had the snapshot.
+        let isLost = record.change == .salvage || record.change == .reconstruction
+        let end = isLost ? "gave up" : "deleted"
+        return taken.map { "took snapshot \($0.name)" }
+            + gone.map { "\(end) snapshot \($0.name)" }
     }
 
     static func words(_ reason: VolumeRecord.DepartureReason) -> String {

@@ -1,8 +1,9 @@
 import HapteraAPI
 import HapteraCore
 
-/// Snapshots as the volume's record names them. Only an engine takes one: its change of the record
-/// is the moment the snapshot is of, so that nothing here needs to remember that one was asked for.
+/// Snapshots as the volume's record names them. Only an engine takes or deletes one: its change of
+/// the record is the moment the snapshot is of, or ends at, so that nothing here needs to remember
+/// what was asked for.
 extension Controller {
     static let snapshotTimeouts: ClosedRange<UInt64> = 1000...3_600_000
     static let snapshotTimeoutDefault: UInt64 = 60_000
@@ -19,10 +20,7 @@ extension Controller {
     ) async throws -> Haptera_V1_Snapshot {
         try Self.check(snapshot)
         guard let found = try await existing(snapshot, of: name) else {
-            throw ControlError(
-                .notFound,
-                "volume '\(name)' has no snapshot '\(snapshot)'; see 'storagectl snapshot list "
-                    + "\(name)'")
+            throw Self.unknown(snapshot, of: name)
         }
         return found
     }
@@ -36,7 +34,7 @@ extension Controller {
         try Self.check(request.name)
         let (stored, node) = try await knowingNodes {
             let stored = try await store.volume(named: request.volume)
-            return (stored, try snapshotNode(stored, name: request.name))
+            return (stored, try nodeThatTakes(request.name, of: stored))
         }
         let isNamed = stored.record?.snapshot(named: request.name) != nil
         if let node {
@@ -50,12 +48,47 @@ extension Controller {
             do {
                 try await take(request, stored, on: node)
             } catch let error as ControlError where error.code == .inDoubt {
-                throw await doubt(request, error.message)
+                throw await doubtIfTaken(request, error.message)
             }
             changes.notify()
         }
         if let found = try await existing(request.name, of: request.volume) { return found }
-        throw await doubt(request, "its engine says so, and the record does not name it")
+        throw await doubtIfTaken(request, "its engine says so, and the record does not name it")
+    }
+
+    /// Answers when the record does not name the snapshot any more. Its space comes back later: the
+    /// replicas see to that by themselves.
+    package func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshotRequest) async throws {
+        try Self.check(request.name)
+        let (stored, snapshot, node) = try await knowingNodes {
+            let stored = try await store.volume(named: request.volume)
+            guard let snapshot = stored.record?.snapshot(named: request.name) else {
+                throw Self.unknown(request.name, of: request.volume)
+            }
+            return (stored, snapshot, try nodeThatDeletes(from: stored))
+        }
+        try await tasks.requireConnected(node)
+        try await store.addEvent(
+            "SnapshotDeletionRequested", "volume/\(request.volume)", "snapshot \(request.name)",
+            by: Caller.current)
+        changes.notify()
+        var failure: ControlError?
+        do {
+            try await delete(request, stored, on: node)
+        } catch let error as ControlError {
+            failure = error
+        }
+        changes.notify()
+        // Gone is gone, whatever was answered. One of the same name taken since is another.
+        if let record = try? await store.volume(named: request.volume).record,
+            !record.snapshots.contains(snapshot)
+        {
+            return
+        }
+        if let failure, failure.code != .inDoubt { throw failure }
+        throw await doubt(
+            request.name, of: request.volume, was: "deleted",
+            failure?.message ?? "its engine says so", ifNamed: "the volume names it still")
     }
 
     private func existing(
@@ -73,46 +106,73 @@ extension Controller {
         }
     }
 
-    /// The node whose engine can take it, or nil if nobody needs to. Throws where asking that
-    /// engine would lead nowhere.
-    private func snapshotNode(_ stored: StoredVolume, name: String) throws -> String? {
+    private static func unknown(_ snapshot: String, of volume: String) -> ControlError {
+        ControlError(
+            .notFound,
+            "volume '\(volume)' has no snapshot '\(snapshot)'; see 'storagectl snapshot list "
+                + "\(volume)'")
+    }
+
+    private static func refused(_ reason: String) -> ControlError {
+        ControlError(.precondition, reason)
+    }
+
+    /// The node whose engine can take it, or nil if nobody needs to.
+    private func nodeThatTakes(_ name: String, of stored: StoredVolume) throws -> String? {
         let volume = stored.volume.name
-        func refused(_ reason: String) -> ControlError { ControlError(.precondition, reason) }
-        let now = view(stored)
         let isNamed = stored.record?.snapshot(named: name) != nil
-        guard stored.volume.phase != .deleting else {
-            throw refused("volume '\(volume)' is being deleted")
-        }
-        guard let node = stored.volume.attachedNode else {
+        guard let node = try servingNode(stored) else {
             // An engine that left in order has flushed.
             if isNamed, stored.record?.isClean == true { return nil }
             let attach = "attach it first: storagectl volume attach \(volume)"
-            throw refused(
+            throw Self.refused(
                 isNamed
                     ? "volume '\(volume)' names a snapshot '\(name)', and its engine ended before "
                         + "it said that every replica has it; to be sure, \(attach)"
                     : "volume '\(volume)' is not attached, and only its engine can take a "
                         + "snapshot: \(attach)")
         }
+        guard isNamed || stored.record?.mayHold(snapshotNamed: name) == true else {
+            throw Self.refused(
+                "volume '\(volume)' has \(view(stored).snapshotCount) snapshots: its record cannot "
+                    + "hold another one")
+        }
+        return node
+    }
+
+    private func nodeThatDeletes(from stored: StoredVolume) throws -> String {
+        let volume = stored.volume.name
+        guard let node = try servingNode(stored) else {
+            throw Self.refused(
+                "volume '\(volume)' is not attached, and only its engine can delete a snapshot: "
+                    + "attach it first: storagectl volume attach \(volume)")
+        }
+        return node
+    }
+
+    /// The node whose engine can be asked, or nil if the volume is not attached. Throws where that
+    /// would lead nowhere.
+    private func servingNode(_ stored: StoredVolume) throws -> String? {
+        let volume = stored.volume.name
+        let now = view(stored)
+        guard stored.volume.phase != .deleting else {
+            throw Self.refused("volume '\(volume)' is being deleted")
+        }
+        guard let node = stored.volume.attachedNode else { return nil }
         guard now.state == .attached else {
-            throw refused(
+            throw Self.refused(
                 now.state == .detaching
                     ? "volume '\(volume)' is being detached; wait until it is, then attach it again"
                     : "volume '\(volume)' is still being attached; try again when it is, see "
                         + "'storagectl volume show \(volume)'")
         }
         guard observedNodes[node]?.isReady == true else {
-            throw refused(
+            throw Self.refused(
                 "node \(node), which runs the engine of volume '\(volume)', is not heard of: bring "
                     + "it back; see 'storagectl node list'")
         }
         guard now.robustness != .faulted else {
-            throw refused("volume '\(volume)' serves nobody: \(now.reason)")
-        }
-        guard isNamed || stored.record?.mayHold(snapshotNamed: name) == true else {
-            throw refused(
-                "volume '\(volume)' has \(now.snapshotCount) snapshots: its record cannot hold "
-                    + "another one")
+            throw Self.refused("volume '\(volume)' serves nobody: \(now.reason)")
         }
         return node
     }
@@ -120,15 +180,9 @@ extension Controller {
     private func take(
         _ request: Haptera_V1_CreateSnapshotRequest, _ stored: StoredVolume, on node: String
     ) async throws {
-        let wanted =
-            request.timeoutMilliseconds == 0
-            ? Self.snapshotTimeoutDefault : request.timeoutMilliseconds
-        let timeout = min(
-            max(wanted, Self.snapshotTimeouts.lowerBound), Self.snapshotTimeouts.upperBound)
+        let timeout = Self.timeout(request.timeoutMilliseconds)
         let created = UInt64(clamping: store.clock())
-        // The agent gives up first: it knows more of why.
-        let patience = Duration.milliseconds(timeout) + .seconds(2)
-        _ = try await tasks.ask(node, timeout: patience, doubt: .inDoubt) {
+        _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
             $0.takeSnapshot.volumeID = stored.volume.id
             $0.takeSnapshot.clientGeneration = UInt64(stored.volume.clientGeneration)
             $0.takeSnapshot.name = request.name
@@ -137,21 +191,50 @@ extension Controller {
         }
     }
 
-    private func doubt(
+    private func delete(
+        _ request: Haptera_V1_DeleteSnapshotRequest, _ stored: StoredVolume, on node: String
+    ) async throws {
+        let timeout = Self.timeout(request.timeoutMilliseconds)
+        _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
+            $0.deleteSnapshot.volumeID = stored.volume.id
+            $0.deleteSnapshot.clientGeneration = UInt64(stored.volume.clientGeneration)
+            $0.deleteSnapshot.name = request.name
+            $0.deleteSnapshot.timeoutMilliseconds = timeout
+        }
+    }
+
+    /// How long an engine may take, milliseconds.
+    private static func timeout(_ wanted: UInt64) -> UInt64 {
+        guard wanted != 0 else { return snapshotTimeoutDefault }
+        return min(max(wanted, snapshotTimeouts.lowerBound), snapshotTimeouts.upperBound)
+    }
+
+    /// The agent gives up first: it knows more of why.
+    private static func patience(_ timeout: UInt64) -> Duration {
+        Duration.milliseconds(timeout) + .seconds(2)
+    }
+
+    private func doubtIfTaken(
         _ request: Haptera_V1_CreateSnapshotRequest, _ reason: String
     ) async -> ControlError {
-        let volume = request.volume
+        await doubt(
+            request.name, of: request.volume, was: "taken", reason,
+            ifNamed: "the volume names it, but not every replica may have all of it yet")
+    }
+
+    /// `done`: what it is not known to be. `ifNamed`: what to add if the record names it.
+    private func doubt(
+        _ snapshot: String, of volume: String, was done: String, _ reason: String, ifNamed: String
+    ) async -> ControlError {
         var words =
-            "it is not known whether snapshot '\(request.name)' of volume '\(volume)' was taken: "
+            "it is not known whether snapshot '\(snapshot)' of volume '\(volume)' was \(done): "
             + reason
         guard let stored = try? await store.volume(named: volume) else {
             return ControlError(.inDoubt, words)
         }
         let trouble = view(stored).reason
         if !trouble.isEmpty { words += " (\(trouble))" }
-        if stored.record?.snapshot(named: request.name) != nil {
-            words += "; the volume names it, but not every replica may have all of it yet"
-        }
+        if stored.record?.snapshot(named: snapshot) != nil { words += "; \(ifNamed)" }
         return ControlError(.inDoubt, words)
     }
 

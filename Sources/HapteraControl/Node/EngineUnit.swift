@@ -201,21 +201,37 @@ package actor EngineUnit {
             supervision.files.control, "accept-loss", timeoutSeconds: 5)
     }
 
-    /// Answers when the snapshot is taken. Whoever asks has named the attachment it saw: the
-    /// engine of another may serve clients who want no snapshot.
+    /// Answers when the snapshot is taken.
     func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
-        guard supervision.isRunning, isOfThisAttachment, !settings.isDetached,
-            wanted.phase == .attach, settings.clientGeneration == request.clientGeneration
-        else { throw HostError("no engine serves the volume") }
-        // They become words of a line.
-        guard VolumeRecord.isValidSnapshotName(request.name) else {
-            throw HostError("no snapshot name")
-        }
-        let seconds = max((request.timeoutMilliseconds + 999) / 1000, 1)
+        try requireServing(request.clientGeneration, snapshot: request.name)
         _ = try await context.host.request(
             supervision.files.control,
             "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)",
-            timeoutSeconds: Int(clamping: seconds))
+            timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
+    }
+
+    /// Answers when the record does not name the snapshot any more, or never did.
+    func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshot) async throws {
+        try requireServing(request.clientGeneration, snapshot: request.name)
+        _ = try await context.host.request(
+            supervision.files.control, "delete-snapshot name=\(request.name)",
+            timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
+    }
+
+    /// Whoever asks has named the attachment it saw: the engine of another may serve clients who
+    /// did not ask for this.
+    private func requireServing(_ clientGeneration: UInt64, snapshot: String) throws {
+        guard supervision.isRunning, isOfThisAttachment, !settings.isDetached,
+            wanted.phase == .attach, settings.clientGeneration == clientGeneration
+        else { throw HostError("no engine serves the volume") }
+        // It becomes a word of a line.
+        guard VolumeRecord.isValidSnapshotName(snapshot) else {
+            throw HostError("no snapshot name")
+        }
+    }
+
+    private static func seconds(_ milliseconds: UInt64) -> Int {
+        Int(clamping: max((milliseconds + 999) / 1000, 1))
     }
 
     private func detach(now: Int64) async throws {

@@ -22,6 +22,7 @@ extension NodeAgent {
                 try await end(await engineProcess(request.volumeID))
             case .fault(let fault): try await inject(fault)
             case .takeSnapshot(let request): try await takeSnapshot(request)
+            case .deleteSnapshot(let request): try await deleteSnapshot(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
         } catch let error as ControlSocket.NoAnswer {
@@ -33,15 +34,29 @@ extension NodeAgent {
         return answer
     }
 
-    /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on
-    /// looking after the process meanwhile.
     private func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
-        guard let unit = engineUnit(request.volumeID) else {
+        try await askEngine(of: request.volumeID, doubt: SnapshotResult.doubtText) {
+            try await $0.takeSnapshot(request)
+        }
+    }
+
+    private func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshot) async throws {
+        try await askEngine(of: request.volumeID, doubt: SnapshotResult.deletionDoubtText) {
+            try await $0.deleteSnapshot(request)
+        }
+    }
+
+    /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on
+    /// looking after the process meanwhile. `doubt`: in the engine's error if it does not know.
+    private func askEngine(
+        of volumeID: String, doubt: String, _ ask: (EngineUnit) async throws -> Void
+    ) async throws {
+        guard let unit = engineUnit(volumeID) else {
             throw HostError("it runs no engine of the volume")
         }
         do {
-            try await unit.takeSnapshot(request)
-        } catch let error as HostError where error.description.contains(SnapshotResult.doubtText) {
+            try await ask(unit)
+        } catch let error as HostError where error.description.contains(doubt) {
             // An engine that ends in the middle knows no more than one that does not answer.
             throw ControlSocket.NoAnswer(description: error.description)
         }

@@ -91,5 +91,9 @@ extension MetadataStore {
             let text = "snapshot \(snapshot.name), layer \(snapshot.layer.rawValue), \(epoch)"
             try addEvent(db, "SnapshotCreated", subject, text, by: engine)
         }
+        for snapshot in old.snapshots where !new.snapshots.contains(snapshot) {
+            let text = "snapshot \(snapshot.name), layer \(snapshot.layer.rawValue), \(epoch)"
+            try addEvent(db, "SnapshotDeleted", subject, text, by: engine)
+        }
     }
 }

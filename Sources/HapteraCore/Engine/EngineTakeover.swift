@@ -264,13 +264,13 @@ extension EngineCore {
     /// - A member P of the present in-sync set had not promised L or anything later before this
     ///   takeover. Who comes back into the set promises its joining first, so P has been in the set
     ///   in every epoch since L.
-    /// - In none of these epochs was anything acknowledged, flushed as stable, or filled: each needs
-    ///   every member's promise of the epoch, and P's was never given. This engine has not served
-    ///   since it asked P.
+    /// - In none of these epochs was anything acknowledged, flushed as stable, or filled: each
+    ///   needs every member's promise of the epoch, and P's was never given. This engine has not
+    ///   served since it asked P.
     /// - So F holds all that was acknowledged; what else F, or the others, were sent before L is in
     ///   their activity logs, whose union is resolved next.
-    /// - F is as it was then: not filled since (its promise is below L), not set aside in a salvage,
-    ///   no disk that failed it, and whether it was rolled back is asked as of any member.
+    /// - F is as it was then: not filled since (its promise is below L), not set aside in a
+    ///   salvage, no disk that failed it, and whether it was rolled back is asked as of any member.
     private func reinstate(_ promised: SlotSet) -> Bool {
         guard let record, let departure = record.out.first(where: { mayReinstate($0, promised) })
         else { return false }

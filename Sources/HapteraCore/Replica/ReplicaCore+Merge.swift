@@ -63,7 +63,7 @@ struct MergeJob: BitwiseCopyable {
     /// Regions begun in the background per tick (100 ms), beside requests and without any.
     static let perBusyTick = 4
     static let perIdleTick = 32
-    static let retryMilliseconds: UInt64 = 1000
+    static let retryMilliseconds: UInt64 = 100
 }
 
 /// What merging has on its way.
@@ -71,6 +71,8 @@ struct MergeState {
     /// Requests for regions that are not merged.
     var waiting = SlotQueue()
     var budget = 0
+    /// Behind the last region whose merge failed: others may need no space.
+    var cursor: UInt64 = 0
     /// One waits for room in the log.
     var needsRoom = false
     /// Whether layers are empty is asked once a tick.
@@ -88,52 +90,6 @@ struct MergeState {
 }
 
 extension ReplicaCore {
-    /// Changes when something that a read through the chain relies on does.
-    func chainSerial(_ region: UInt64) -> UInt64 {
-        UInt64(merge.removals) << 32 | UInt64(merge.serials[Int(region % 256)])
-    }
-
-    // MARK: requests that wait
-
-    /// True: the request waits until its region is merged.
-    func awaitsMerge(_ slot: Int32) -> Bool {
-        guard chain.retiredCount > 0 else { return false }
-        let header = requests[Int(slot)].header
-        guard
-            header.kind == .digest || header.kind == .adopt
-                || header.flags & FrameFlags.resync != 0,
-            let place = chain.index(of: header.layer),
-            chain.unmerged(under: place, requests[Int(slot)].region) != nil
-        else { return false }
-        guard currentInstall < 0, shutdown == .none else {
-            finish(slot, shutdown == .none ? .staleEpoch : .unavailable)
-            return true
-        }
-        setAside(slot)
-        push(slot, &merge.waiting)
-        return true
-    }
-    func refuseAwaitingMerge(_ status: FrameStatus) {
-        while let slot = pop(&merge.waiting) { refuse(slot, status) }
-    }
-    /// Those whose region is merged go on; the others wait again.
-    private func retryAwaitingMerge() {
-        var waiting = merge.waiting
-        merge.waiting = SlotQueue()
-        while let slot = pop(&waiting) { resume(slot) }
-    }
-    private func refuseAwaitingMerge(of region: UInt64, _ status: FrameStatus) {
-        var waiting = merge.waiting
-        merge.waiting = SlotQueue()
-        while let slot = pop(&waiting) {
-            if requests[Int(slot)].region == region {
-                refuse(slot, status)
-            } else {
-                push(slot, &merge.waiting)
-            }
-        }
-    }
-
     // MARK: jobs
 
     func tickMerges() {
@@ -199,11 +155,13 @@ extension ReplicaCore {
         }
     }
     private func nextToMerge() -> (LayerID, UInt64)? {
-        for index in 0..<chain.count where chain.isRetired(index) {
-            var start: UInt64 = 0
-            while let region = chain.nextUnmerged(index, from: start) {
-                if !isMerging(region) { return (chain.heir(of: chain.id(index)), region) }
-                start = region + 1
+        for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
+            for index in 0..<chain.count where chain.isRetired(index) {
+                var start = from
+                while start < regionCount, let region = chain.nextUnmerged(index, from: start) {
+                    if !isMerging(region) { return (chain.heir(of: chain.id(index)), region) }
+                    start = region + 1
+                }
             }
         }
         return nil
@@ -401,11 +359,14 @@ extension ReplicaCore {
             mergeJobs[job].reserved -= 1
         }
         let (from, to) = (Int(lower), Int(upper))
-        cache.frames[to].birth = max(cache.frames[to].birth, cache.frames[from].birth)
+        if !options.mutations.contains(.mergeLosesBirth) {
+            cache.frames[to].birth = max(cache.frames[to].birth, cache.frames[from].birth)
+        }
         cache.frames[to].lastWrite = max(cache.frames[to].lastWrite, cache.frames[from].lastWrite)
         cache.frames[to].lastUse = now
         cache.move(upper, to: .active)
         unlock(job)
+        if options.mutations.contains(.mergeNotDurable) { return clear(job) }
         mergeJobs[job].stage = .syncing
         mergeJobs[job].tickets = (log.storeCount, syncs[FileSync.data].written)
         mergeJobs[job].coverIndex = log.nextIndex
@@ -490,86 +451,7 @@ extension ReplicaCore {
         letGo(job)
         mergeJobs[job].stage = .free
         merge.notBefore = now.adding(milliseconds: MergeJob.retryMilliseconds)
+        merge.cursor = mergeJobs[job].region + 1
         refuseAwaitingMerge(of: mergeJobs[job].region, status)
-    }
-
-    // MARK: layers that are empty
-
-    private func removeLayers() {
-        deleteFiles()
-        guard merge.isRemovalDue, merge.leaving.isEmpty, currentInstall < 0, !isManifestBusy,
-            shutdown == .none
-        else { return }
-        merge.isRemovalDue = false
-        let empty = emptyLayers()
-        guard !empty.isEmpty else { return }
-        var proposal = manifest
-        proposal.layers.removeAll(where: empty.contains)
-        writeManifest(proposal, .removal)
-        // Nil: no buffer at present.
-        if manifestProposal != nil { merge.leaving = empty }
-    }
-
-    /// Retired layers of which nothing is left: no region, and none in memory that must drain.
-    private func emptyLayers() -> [LayerID] {
-        var empty: [LayerID] = []
-        for index in 0..<chain.count where chain.isRetired(index) {
-            let layer = chain.id(index)
-            if chain.nextUnmerged(index, from: 0) == nil, forgetFrames(of: layer) {
-                empty.append(layer)
-            }
-        }
-        return empty
-    }
-    private func forgetFrames(of layer: LayerID) -> Bool {
-        var isForgotten = true
-        for frame in 0..<cache.frames.count
-        where cache.frames[frame].layer == layer && cache.frames[frame].state != .free {
-            let list = cache.list(of: Int32(frame))
-            if cache.frames[frame].state == .clean, cache.frames[frame].pins == 0,
-                list == .clean || list == .punch
-            {
-                cache.release(Int32(frame))
-            } else {
-                isForgotten = false
-            }
-        }
-        return isForgotten
-    }
-
-    /// The manifest does not name it any more.
-    func layerLeft(_ layer: LayerID) {
-        guard let index = chain.index(of: layer) else { return }
-        chain.remove(layer)
-        merge.removals &+= 1
-        for file in [FileSync.data, FileSync.table] where syncs[file].nextLayer > index {
-            syncs[file].nextLayer -= 1
-        }
-        var barrier: [UInt64] = []
-        for operation in 0..<operations.count where operations[operation].kind != .free {
-            barrier.append(
-                UInt64(operation) | UInt64(operations[operation].generation) << 32)
-        }
-        merge.deletions.append((layer, barrier))
-    }
-
-    private func deleteFiles() {
-        guard !merge.isDeleting, let first = merge.deletions.first, freeOperationCount > 8 else {
-            return
-        }
-        merge.deletions[0].barrier.removeAll { token in
-            let id = Int(token & 0xffff_ffff)
-            return operations[id].kind == .free
-                || UInt64(operations[id].generation) != token >> 32
-        }
-        guard merge.deletions[0].barrier.isEmpty else { return }
-        merge.isDeleting = true
-        let token = startOperation(.layerRemove, index: 0)
-        actions.append(.remove(first.layer, token: token))
-    }
-    /// Files that could not be deleted are, when the copy is opened the next time.
-    func layerRemoved() {
-        merge.isDeleting = false
-        merge.deletions.removeFirst()
     }
 }

@@ -1,0 +1,132 @@
+// Retired layers beside their merges (ReplicaCore+Merge): requests that wait until a region is
+// merged, and layers that leave when nothing of them is left.
+
+extension ReplicaCore {
+    /// Changes when something that a read through the chain relies on does.
+    func chainSerial(_ region: UInt64) -> UInt64 {
+        UInt64(merge.removals) << 32 | UInt64(merge.serials[Int(region % 256)])
+    }
+
+    // MARK: requests that wait
+
+    /// True: the request waits until its region is merged.
+    func awaitsMerge(_ slot: Int32) -> Bool {
+        guard chain.retiredCount > 0, !options.mutations.contains(.unmergedIsAnswered) else {
+            return false
+        }
+        let header = requests[Int(slot)].header
+        guard
+            header.kind == .digest || header.kind == .adopt
+                || header.flags & FrameFlags.resync != 0,
+            let place = chain.index(of: header.layer),
+            chain.unmerged(under: place, requests[Int(slot)].region) != nil
+        else { return false }
+        guard currentInstall < 0, shutdown == .none else {
+            finish(slot, shutdown == .none ? .staleEpoch : .unavailable)
+            return true
+        }
+        setAside(slot)
+        push(slot, &merge.waiting)
+        return true
+    }
+    func refuseAwaitingMerge(_ status: FrameStatus) {
+        while let slot = pop(&merge.waiting) { refuse(slot, status) }
+    }
+    /// Those whose region is merged go on; the others wait again.
+    func retryAwaitingMerge() {
+        var waiting = merge.waiting
+        merge.waiting = SlotQueue()
+        while let slot = pop(&waiting) { resume(slot) }
+    }
+    func refuseAwaitingMerge(of region: UInt64, _ status: FrameStatus) {
+        var waiting = merge.waiting
+        merge.waiting = SlotQueue()
+        while let slot = pop(&waiting) {
+            if requests[Int(slot)].region == region {
+                refuse(slot, status)
+            } else {
+                push(slot, &merge.waiting)
+            }
+        }
+    }
+
+    // MARK: layers that are empty
+
+    func removeLayers() {
+        deleteFiles()
+        guard merge.isRemovalDue, merge.leaving.isEmpty, currentInstall < 0, !isManifestBusy,
+            shutdown == .none
+        else { return }
+        merge.isRemovalDue = false
+        let empty = emptyLayers()
+        guard !empty.isEmpty else { return }
+        var proposal = manifest
+        proposal.layers.removeAll(where: empty.contains)
+        writeManifest(proposal, .removal)
+        // Nil: no buffer at present.
+        if manifestProposal != nil { merge.leaving = empty }
+    }
+
+    /// Retired layers of which nothing is left: no region, and none in memory that must drain.
+    private func emptyLayers() -> [LayerID] {
+        var empty: [LayerID] = []
+        for index in 0..<chain.count where chain.isRetired(index) {
+            let layer = chain.id(index)
+            if chain.nextUnmerged(index, from: 0) == nil, forgetFrames(of: layer) {
+                empty.append(layer)
+            }
+        }
+        return empty
+    }
+    private func forgetFrames(of layer: LayerID) -> Bool {
+        var isForgotten = true
+        for frame in 0..<cache.frames.count
+        where cache.frames[frame].layer == layer && cache.frames[frame].state != .free {
+            let list = cache.list(of: Int32(frame))
+            if cache.frames[frame].state == .clean, cache.frames[frame].pins == 0,
+                list == .clean || list == .punch
+            {
+                cache.release(Int32(frame))
+            } else {
+                isForgotten = false
+            }
+        }
+        return isForgotten
+    }
+
+    /// The manifest does not name it any more.
+    func layerLeft(_ layer: LayerID) {
+        guard let index = chain.index(of: layer) else { return }
+        chain.remove(layer)
+        merge.removals &+= 1
+        for file in [FileSync.data, FileSync.table] where syncs[file].nextLayer > index {
+            syncs[file].nextLayer -= 1
+        }
+        var barrier: [UInt64] = []
+        for operation in 0..<operations.count where operations[operation].kind != .free {
+            barrier.append(
+                UInt64(operation) | UInt64(operations[operation].generation) << 32)
+        }
+        merge.deletions.append((layer, barrier))
+    }
+
+    private func deleteFiles() {
+        guard !merge.isDeleting, let first = merge.deletions.first, freeOperationCount > 8 else {
+            return
+        }
+        merge.deletions[0].barrier.removeAll { token in
+            let id = Int(token & 0xffff_ffff)
+            return operations[id].kind == .free
+                || UInt64(operations[id].generation) != token >> 32
+        }
+        guard merge.deletions[0].barrier.isEmpty else { return }
+        merge.isDeleting = true
+        let token = startOperation(.layerRemove, index: 0)
+        actions.append(.remove(first.layer, token: token))
+    }
+    /// Files that could not be deleted are, when the copy is opened the next time.
+    func layerRemoved() {
+        merge.isDeleting = false
+        merge.deletions.removeFirst()
+    }
+}
