@@ -316,6 +316,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             ("logUsedPercent", String(core.logUsedPercent)),
             ("layers", String(core.layers.count)),
             ("retiredLayers", String(core.retiredLayerCount)),
+            ("mergedRegions", String(core.mergedRegions)),
+            ("mergedBytes", String(core.mergedBytes)),
             ("state", stopDeadline == nil ? "serving" : "stopping"),
             ("address", listener?.address.text ?? ""),
             ("directory", storage.directory), ("io", reactor.backendName),

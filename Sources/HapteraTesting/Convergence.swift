@@ -87,6 +87,11 @@ extension World {
         return
             "\(engines[current].name) \(engines[current].core.phase), \(names(store.record)),"
             + " \(unanswered.count) unanswered"
+            + hosts.compactMap { host in
+                host.core.map { core in
+                    core.retiredLayerCount == 0 ? "" : ", \(host.name): \(core.mergeText)"
+                }
+            }.joined()
     }
 
     /// Reads everything that was ever used, flushes, detaches in order, and looks at the disks.

@@ -159,6 +159,26 @@ import Testing
         #expect(bench.pool.inUse == 0)
     }
 
+    /// Seed 500543: what cannot be read now is not lost over it.
+    @Test func anUnreadableBlockDelaysAMerge() throws {
+        let (bench, seen) = try three()
+        bench.deleted = [1]
+        bench.fault = { action in
+            if case .read(.data, _, _, _, _, _) = action { -5 } else { nil }
+        }
+        try install(bench)
+        let tag = bench.send(.digest, epoch: 4, flags: FrameFlags.resync, layer: 2)
+        try bench.run()
+        try settle(bench)
+        #expect(bench.status(tag) == .ioError && bench.failure == nil)
+        bench.fault = nil
+        #expect(bench.core.retiredLayerCount == 1)
+        #expect(try read(bench, 0, 8) == seen[3])
+        try settle(bench)
+        #expect(bench.core.retiredLayerCount == 0)
+        #expect(try read(bench, 0, 8) == seen[3])
+    }
+
     /// The power fails after any change of the disk: what was flushed is there, in every layer.
     @Test(arguments: [0, 50, 100]) func anyCutWhileALayerGoesIsLawful(keepPercent: Int) throws {
         for cut in stride(from: 1, to: 2000, by: 7) {

@@ -12,7 +12,8 @@
 //    durable                                                       or Y's is there for good
 // 5. X's entries are recorded as absent                         -> as 3, or merged
 // 6. X's space is given back once its region has drained
-// A block goes over as it is, entry and bytes: one that is damaged stays known to be.
+// A block goes over as it is, entry and bytes: one that is damaged stays known to be. One that
+// cannot be read stays where it is, and its region with it.
 //
 // A layer of which nothing is left leaves the manifest; then its files are deleted. A crash in
 // between leaves files that opening deletes.
@@ -53,16 +54,17 @@ struct MergeJob: BitwiseCopyable {
         get { Int(runStart)..<Int(runEnd) }
         set { (runStart, runEnd) = (Int32(newValue.lowerBound), Int32(newValue.upperBound)) }
     }
-    var isBlockwise = false
     var reserved = 0
     var buffer = BufferID.none
     var tickets: (UInt64, UInt64) = (0, 0)
     var coverIndex: UInt64 = 0
 
     static let jobsMax = 8
-    /// Regions begun in the background per tick (100 ms), beside requests and without any.
-    static let perBusyTick = 4
+    /// Regions begun in the background per tick (100 ms): one at a time beside requests, which are
+    /// felt by whoever waits for the disk; more when there were fewer than this since the last.
+    static let perBusyTick = 1
     static let perIdleTick = 32
+    static let idleRequests: UInt64 = 4
     static let retryMilliseconds: UInt64 = 100
 }
 
@@ -71,6 +73,11 @@ struct MergeState {
     /// Requests for regions that are not merged.
     var waiting = SlotQueue()
     var budget = 0
+    var isBusy = false
+    /// `nextNumber` at the last tick.
+    var lastNumber: UInt64 = 0
+    var regionsMerged: UInt64 = 0
+    var bytesMoved: UInt64 = 0
     /// Behind the last region whose merge failed: others may need no space.
     var cursor: UInt64 = 0
     /// One waits for room in the log.
@@ -93,7 +100,9 @@ extension ReplicaCore {
     // MARK: jobs
 
     func tickMerges() {
-        merge.budget = startedCount > 0 ? MergeJob.perBusyTick : MergeJob.perIdleTick
+        merge.isBusy = nextNumber - merge.lastNumber > MergeJob.idleRequests
+        merge.lastNumber = nextNumber
+        merge.budget = merge.isBusy ? MergeJob.perBusyTick : MergeJob.perIdleTick
         merge.isRemovalDue = true
     }
 
@@ -113,6 +122,11 @@ extension ReplicaCore {
             return true
         }
         return false
+    }
+    private var runningJobs: Int {
+        var count = 0
+        for job in 0..<mergeJobs.count where mergeJobs[job].stage != .free { count += 1 }
+        return count
     }
     private var freeJob: Int? {
         for job in 0..<mergeJobs.count where mergeJobs[job].stage == .free { return job }
@@ -145,7 +159,7 @@ extension ReplicaCore {
         guard merge.budget > 0, shutdown == .none, currentInstall < 0, now >= merge.notBefore,
             !isUnderPressure
         else { return }
-        while merge.budget > 0, let job = freeJob {
+        while merge.budget > 0, !merge.isBusy || runningJobs == 0, let job = freeJob {
             guard let (heir, region) = nextToMerge() else {
                 merge.budget = 0
                 return
@@ -230,6 +244,7 @@ extension ReplicaCore {
         else { return nil }
         mergeJobs[job][keyPath: path] = frame
         cache.frames[Int(frame)].pins += 1
+        cache.frames[Int(frame)].isHeldForMerge = true
         if cache.list(of: frame) == .clean { cache.move(frame, to: .none) }
         return frame
     }
@@ -239,6 +254,7 @@ extension ReplicaCore {
             guard frame >= 0 else { continue }
             mergeJobs[job][keyPath: path] = -1
             cache.frames[Int(frame)].pins -= 1
+            cache.frames[Int(frame)].isHeldForMerge = false
             shelve(frame)
         }
     }
@@ -297,14 +313,12 @@ extension ReplicaCore {
         }
         mergeJobs[job].missing = missing
         mergeJobs[job].left = data
-        mergeJobs[job].isBlockwise = false
         mergeJobs[job].stage = .copying
         copyNext(job)
     }
 
     private func copyNext(_ job: Int) {
-        guard var run = mergeJobs[job].left.firstRun() else { return record(job) }
-        if mergeJobs[job].isBlockwise { run = run.lowerBound..<run.lowerBound + 1 }
+        guard let run = mergeJobs[job].left.firstRun() else { return record(job) }
         mergeJobs[job].run = run
         let token = startOperation(.mergeRead, index: Int32(job))
         actions.append(
@@ -320,16 +334,8 @@ extension ReplicaCore {
 
     func mergeRead(_ job: Int, _ result: Int) {
         let run = mergeJobs[job].run
-        guard result == length(run) else {
-            guard run.count == 1 else {
-                // One bad sector costs its own block.
-                mergeJobs[job].isBlockwise = true
-                return copyNext(job)
-            }
-            // Y gets the entry, and no bytes that match it: damaged, as it was here.
-            copied(job, run)
-            return copyNext(job)
-        }
+        // What the disk does not give today it may give tomorrow: nothing is given up (seed 500543).
+        guard result == length(run) else { return fail(job, .ioError) }
         let token = startOperation(.mergeWrite, index: Int32(job))
         actions.append(
             .write(
@@ -345,6 +351,7 @@ extension ReplicaCore {
         guard result == length(run) else {
             return fail(job, status(ofError: result))
         }
+        merge.bytesMoved += UInt64(length(run))
         copied(job, run)
         copyNext(job)
     }
@@ -426,6 +433,7 @@ extension ReplicaCore {
     private func emptied(_ job: Int) {
         let region = mergeJobs[job].region
         chain.markMerged(mergeJobs[job].layer, region)
+        merge.regionsMerged += 1
         merge.serials[Int(region % 256)] &+= 1
         letGo(job)
         mergeJobs[job].stage = .waiting

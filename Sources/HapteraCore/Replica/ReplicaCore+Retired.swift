@@ -129,4 +129,19 @@ extension ReplicaCore {
         merge.isDeleting = false
         merge.deletions.removeFirst()
     }
+
+    /// What is left to merge, and why it may not get on: for logs.
+    package var mergeText: String {
+        var stages: [String] = []
+        for job in 0..<mergeJobs.count where mergeJobs[job].stage != .free {
+            let (lower, upper) = (mergeJobs[job].lower, mergeJobs[job].upper)
+            let frames = [lower, upper].map { frame in
+                frame < 0 ? "none" : "\(cache.frames[Int(frame)].state)"
+            }
+            stages.append(
+                "\(mergeJobs[job].stage) \(mergeJobs[job].region) \(frames.joined(separator: "/"))")
+        }
+        return "\(chain.retiredCount) retired layers, log \(logUsedPercent) %, "
+            + "\(cache.activeCount) active of \(activeRegionsMax), \(stages)"
+    }
 }

@@ -112,7 +112,7 @@ extension ReplicaCore {
     private func canDrain(_ frame: Int32) -> Bool {
         let found = cache.frames[Int(frame)]
         guard found.state == .active, !found.isRenewing, !found.isMerging, found.writes == 0,
-            found.waiters.isEmpty
+            !found.isHeldForMerge, found.waiters.isEmpty
         else { return false }
         if options.mutations.contains(.drainWithoutFlush) { return true }
         guard areSlotsDurable(frame) else { return false }

@@ -174,6 +174,9 @@ package final class ReplicaCore {
     package var layers: [LayerID] { chain.ids }
     /// Layers of deleted snapshots that are still there.
     package var retiredLayerCount: Int { chain.retiredCount }
+    /// What merging them has done since the process started.
+    package var mergedRegions: UInt64 { merge.regionsMerged }
+    package var mergedBytes: UInt64 { merge.bytesMoved }
     package var activeRegionCount: Int { cache.activeCount }
     package var logUsedPercent: Int { Int(log.used * 100 / log.capacity) }
     package var isShutDown: Bool { shutdown == .done }

@@ -79,6 +79,8 @@ package struct TableFrame: BitwiseCopyable, Sendable {
     /// What a retired layer holds of the region is moved, from here or to here: no write starts,
     /// and the region stays in the log.
     package var isMerging = false
+    /// A merge is about to begin, and both its regions must be in the log at once: it stays there.
+    package var isHeldForMerge = false
     package var version: UInt64 = 0
     package var birth: Epoch = .zero
     /// Page's logIndex as loaded: used by replay.
