@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,20 @@
 #include <unistd.h>
 
 static int checked(int result) { return result < 0 ? -errno : result; }
+
+static void *close_one(void *fd) {
+    close((int)(intptr_t)fd);
+    return NULL;
+}
+
+void haptera_close_in_background(int fd) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, close_one, (void *)(intptr_t)fd) == 0) {
+        pthread_detach(thread);
+    } else {
+        close(fd);
+    }
+}
 
 int haptera_eventfd(void) { return checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
 

@@ -381,7 +381,7 @@ extension ReplicaCore {
         want(FileSync.data, mergeJobs[job].tickets.1)
         advance(job)
     }
-    /// Writes to Y's region go on. (X's frame stays as it is: nobody writes to it.)
+    /// Writes to Y's region go on.
     private func unlock(_ job: Int) {
         release(mergeJobs[job].buffer)
         mergeJobs[job].buffer = .none
