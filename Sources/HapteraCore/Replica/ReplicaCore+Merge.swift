@@ -334,7 +334,7 @@ extension ReplicaCore {
 
     func mergeRead(_ job: Int, _ result: Int) {
         let run = mergeJobs[job].run
-        // What the disk does not give today it may give tomorrow: nothing is given up (seed 500543).
+        // What the disk does not give now it may give later: nothing is given up (seed 500543).
         guard result == length(run) else { return fail(job, .ioError) }
         let token = startOperation(.mergeWrite, index: Int32(job))
         actions.append(
