@@ -40,8 +40,7 @@ var targets: [Target] = [
     .target(
         name: "HapteraEngine", dependencies: ["HapteraCore", "HapteraIO"], swiftSettings: hot),
     .target(
-        name: "HapteraReplica", dependencies: ["HapteraCore", "HapteraIO", "CHaptera"],
-        swiftSettings: hot),
+        name: "HapteraReplica", dependencies: ["HapteraCore", "HapteraIO"], swiftSettings: hot),
     .target(
         name: "HapteraTesting", dependencies: ["HapteraCore", "HapteraIO"], swiftSettings: strict),
     .executableTarget(

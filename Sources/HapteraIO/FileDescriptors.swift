@@ -12,6 +12,9 @@ package enum FileDescriptors {
         guard fd >= 0 else { throw IOError(errno: -fd, "cannot open \(path)") }
         return fd
     }
+    /// Closes it on a thread of its own: the last descriptor of a deleted file gives its space
+    /// back, which takes the file system seconds if the file is large.
+    package static func closeInBackground(_ fd: Int32) { haptera_close_in_background(fd) }
     /// Takes the file's space now.
     package static func allocate(_ fd: Int32, length: UInt64) throws(IOError) {
         let result = haptera_fallocate(fd, 0, 0, Int64(length))

@@ -1,4 +1,3 @@
-import CHaptera
 import Glibc
 import HapteraCore
 import HapteraIO
@@ -242,7 +241,7 @@ package final class DirectoryStorage: ReplicaStorage {
             // Open, so that deleting the name does not have to wait for the space.
             let fd = try? descriptor(file)
             descriptors[file] = nil
-            defer { if let fd { haptera_close_in_background(fd) } }
+            defer { if let fd { FileDescriptors.closeInBackground(fd) } }
             // SAFETY: the string outlives the call.
             guard unsafe unlink(path(file)) == 0 || errno == ENOENT else {
                 throw failure("delete", file)

@@ -47,8 +47,7 @@ struct haptera_completion {
 // Completions of cancel requests carry this and mean nothing.
 #define HAPTERA_USER_DATA_NONE UINT64_MAX
 
-// Closes the descriptor on a thread of its own: the last one of a deleted file gives its space
-// back, which takes the file system seconds if the file is large.
+// Closes the descriptor on a thread of its own.
 void haptera_close_in_background(int fd);
 
 // System calls and constants that Swift's C library module does not show. Descriptors are
