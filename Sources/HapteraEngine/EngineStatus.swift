@@ -123,12 +123,12 @@ extension EngineShell {
         ]
     }
 
-    /// One log line per event an operator may want to know of.
     private func report(_ what: String, _ layer: LayerID, _ epoch: Epoch) {
         Log.info(
             what, ("volume", name), ("layer", String(layer.rawValue)),
             ("epoch", String(epoch.rawValue)))
     }
+    /// One log line per event an operator may want to know of.
     func log(_ note: EngineNote) {
         func id(_ slot: ReplicaSlot) -> (String, String) { ("replica", core.replicaID(slot).text) }
         func at(_ epoch: Epoch) -> (String, String) { ("epoch", String(epoch.rawValue)) }

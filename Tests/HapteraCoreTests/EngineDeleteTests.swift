@@ -16,15 +16,10 @@ extension EngineHarness {
 @Suite struct EngineDeleteTests {
     private func block(_ byte: UInt8) -> [UInt8] { [UInt8](repeating: byte, count: 4096) }
 
-    /// A volume with snapshots "a" of layer one and "b" of layer two, and something in each layer.
+    /// With something in each layer.
     private func layered(members: Int = 3) -> EngineHarness {
-        let h = EngineHarness(members: members)
-        h.stored.layers = [one, two, three]
-        h.stored.snapshots = [
-            .init(layer: one, name: "a", created: 1), .init(layer: two, name: "b", created: 2),
-        ]
+        let h = EngineHarness.layered(members: members)
         for fake in h.fakes.prefix(members) {
-            fake.layers = [one: [:], two: [:], three: [:]]
             fake.put(0, block(1), in: one)
             fake.put(1, block(2), in: two)
             fake.put(2, block(3), in: three)

@@ -405,3 +405,20 @@ final class EngineHarness {
         return block.memory.bytes()
     }
 }
+
+extension EngineHarness {
+    /// A volume with a chain of three layers, two of them snapshots, "a" and "b".
+    static func layered(members: Int = 3) -> EngineHarness {
+        let h = EngineHarness(members: members)
+        let layers = (1...3).map { LayerID(rawValue: $0) }
+        h.stored.layers = layers
+        h.stored.snapshots = [
+            .init(layer: layers[0], name: "a", created: 1),
+            .init(layer: layers[1], name: "b", created: 2),
+        ]
+        for fake in h.fakes.prefix(members) {
+            fake.layers = [layers[0]: [:], layers[1]: [:], layers[2]: [:]]
+        }
+        return h
+    }
+}

@@ -10,16 +10,6 @@ private let three = LayerID(rawValue: 3)
 @Suite struct EngineLayerTests {
     private func block(_ byte: UInt8) -> [UInt8] { [UInt8](repeating: byte, count: 4096) }
 
-    /// A volume with a chain of three layers, two of them snapshots.
-    private func layered(members: Int = 3) -> EngineHarness {
-        let h = EngineHarness(members: members)
-        h.stored.layers = [one, two, three]
-        h.stored.snapshots = [
-            .init(layer: one, name: "a", created: 1), .init(layer: two, name: "b", created: 2),
-        ]
-        for fake in h.fakes.prefix(members) { fake.layers = [one: [:], two: [:], three: [:]] }
-        return h
-    }
     private func set(_ fake: FakeReplica, _ layer: LayerID, _ block: UInt64, _ state: BlockState) {
         fake.layers[layer, default: [:]][block] = (BlockEntry(state: state), [])
     }
@@ -38,7 +28,7 @@ private let three = LayerID(rawValue: 3)
     }
 
     @Test func aTakeoverResolvesTheLayersThatLogsName() {
-        let h = layered()
+        let h = EngineHarness.layered()
         h.stored.isClean = false
         h.fakes[1].activeAbove = [LayerRegion(two, 1)]
         h.fakes[0].put(256, block(1), in: two)
@@ -57,7 +47,7 @@ private let three = LayerID(rawValue: 3)
     }
 
     @Test func severalLayersOfARegionAreResolvedInOrder() {
-        let h = layered()
+        let h = EngineHarness.layered()
         h.stored.isClean = false
         h.fakes[0].activeAbove = [LayerRegion(three, 0)]
         h.fakes[1].active = [0]
@@ -83,7 +73,7 @@ private let three = LayerID(rawValue: 3)
 
     @Test func aJoinerWithAShorterChainGetsAllLayers() {
         for holdsSomething in [true, false] {
-            let h = layered(members: 2)
+            let h = EngineHarness.layered(members: 2)
             for fake in h.fakes.prefix(2) { fill(fake) }
             if holdsSomething {
                 h.fakes[2].put(3, block(9), in: one)
@@ -101,7 +91,7 @@ private let three = LayerID(rawValue: 3)
     }
 
     @Test func absentAndZeroOverDataAreToldApart() {
-        let h = layered(members: 2)
+        let h = EngineHarness.layered(members: 2)
         for fake in h.fakes.prefix(2) { fill(fake) }
         h.fakes[2].layers = h.fakes[0].layers
         // Data and zero where the members show through, and the other way round.
@@ -117,7 +107,7 @@ private let three = LayerID(rawValue: 3)
     }
 
     @Test func aDamagedBlockOfAFrozenLayerIsRepairedThere() {
-        let h = layered()
+        let h = EngineHarness.layered()
         for fake in h.fakes {
             fill(fake)
             fake.verifies = true
@@ -136,7 +126,7 @@ private let three = LayerID(rawValue: 3)
 
     /// A write that is acknowledged cannot be sent again: its region is copied once more.
     @Test func aSnapshotDoesNotCostTheJoinerThatParkedAnAcknowledgedWrite() {
-        let h = layered(members: 2)
+        let h = EngineHarness.layered(members: 2)
         for fake in h.fakes.prefix(2) { fill(fake) }
         let joiner = h.fakes[2]
         joiner.mute = [FrameKind.write.rawValue]
@@ -162,7 +152,7 @@ private let three = LayerID(rawValue: 3)
     /// The copy has a layer more to do than when it began, and the joiner is not lost over it:
     /// an Install of the engine's own passed writes that waited for room in its activity log.
     @Test func aSnapshotWhileAJoinerIsFilledDoesNotInterruptIt() {
-        let h = layered(members: 2)
+        let h = EngineHarness.layered(members: 2)
         for fake in h.fakes.prefix(2) { fill(fake) }
         h.fakes[2].mute = [FrameKind.write.rawValue]
         h.start()

@@ -255,7 +255,10 @@ extension ReplicaCore {
     }
     /// The region stays active past the point: some member has not got all that was written to it.
     private func leaveOut(_ region: LayerRegion, _ point: StablePoint) {
-        guard var place = chain.index(of: region.layer) else { return }
+        // Wherever of the two it is, if the layer was deleted since.
+        guard chain.index(of: region.layer) != nil,
+            var place = chain.index(of: chain.heir(of: region.layer))
+        else { return }
         repeat {
             if let frame = cache.find(chain.id(place), region.region) {
                 let last = cache.frames[Int(frame)].lastWrite

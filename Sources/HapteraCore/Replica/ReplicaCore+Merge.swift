@@ -355,6 +355,18 @@ extension ReplicaCore {
         copied(job, run)
         copyNext(job)
     }
+    /// What is there under absent entries gives its space back when the region has drained.
+    private func abandonCopies(_ job: Int) {
+        let upper = Int(mergeJobs[job].upper)
+        for block in 0..<Geometry.blocksPerRegion
+        where mergeJobs[job].missing[block]
+            && (!mergeJobs[job].left[block] || mergeJobs[job].run.contains(block))
+        {
+            cache.frames[upper].unneeded[block] = true
+        }
+        // Nobody else may want this, and the region drains behind it.
+        want(FileSync.data, cache.frames[upper].dataTicket)
+    }
     private func copied(_ job: Int, _ run: Range<Int>) {
         for block in run { mergeJobs[job].left[block] = false }
     }
@@ -456,9 +468,12 @@ extension ReplicaCore {
         retryAwaitingMerge()
     }
     private func fail(_ job: Int, _ status: FrameStatus) {
+        if mergeJobs[job].stage == .copying { abandonCopies(job) }
         letGo(job)
         mergeJobs[job].stage = .free
-        merge.notBefore = now.adding(milliseconds: MergeJob.retryMilliseconds)
+        // The same again: it drains meanwhile, and gives back what it took.
+        let isAgain = merge.cursor == mergeJobs[job].region + 1
+        merge.notBefore = now.adding(milliseconds: MergeJob.retryMilliseconds * (isAgain ? 10 : 1))
         merge.cursor = mergeJobs[job].region + 1
         refuseAwaitingMerge(of: mergeJobs[job].region, status)
     }
