@@ -62,7 +62,10 @@ int haptera_signalfd_read(int fd) {
     return count == sizeof info ? (int)info.ssi_signo : -EAGAIN;
 }
 
-void haptera_ignore_sigpipe(void) { signal(SIGPIPE, SIG_IGN); }
+void haptera_ignore_signals(void) {
+  signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);
+}
 
 void haptera_drain(int fd) {
     uint64_t count;

@@ -176,7 +176,7 @@ extension Session {
                 var request = Haptera_V1_CreateSnapshotRequest()
                 request.volume = volume
                 request.name = name
-                request.timeoutMilliseconds = snapshotTimeoutMilliseconds
+                request.timeoutMilliseconds = engineTimeoutMilliseconds
                 return try await volumes.createSnapshot(request, options: callOptions)
             }
         } catch let error as RPCError where error.code == .deadlineExceeded {
@@ -195,7 +195,7 @@ extension Session {
                 var request = Haptera_V1_DeleteSnapshotRequest()
                 request.volume = volume
                 request.name = name
-                request.timeoutMilliseconds = snapshotTimeoutMilliseconds
+                request.timeoutMilliseconds = engineTimeoutMilliseconds
                 return try await volumes.deleteSnapshot(request, options: callOptions)
             }
         } catch let error as RPCError where error.code == .deadlineExceeded {
@@ -205,7 +205,7 @@ extension Session {
         }
     }
 
-    private var snapshotTimeoutMilliseconds: UInt64 {
+    var engineTimeoutMilliseconds: UInt64 {
         let left = deadline - ContinuousClock.now - Self.snapshotMargin
         return UInt64(max(left.components.seconds, 1)) * 1000
     }

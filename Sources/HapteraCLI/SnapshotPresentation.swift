@@ -10,6 +10,7 @@ extension Presentation {
             ("volume", .text(snapshot.volume)),
             ("created", time(snapshot.createdUnixMilliseconds)),
             ("layer", .number(UInt64(snapshot.layer))),
+            ("sizeBytes", .number(snapshot.sizeBytes)),
             ("uri", .optional(snapshot.uri)),
             ("unixURI", .optional(snapshot.unixUri)),
         ])
@@ -18,10 +19,11 @@ extension Presentation {
     package static func table(
         _ snapshots: [Haptera_V1_Snapshot], now: Date, wide: Bool
     ) -> TextTable {
-        let header = ["NAME", "CREATED", "AGE", "LAYER"]
+        let header = ["NAME", "CREATED", "AGE", "LAYER", "SIZE"]
         let rows = snapshots.map { snapshot in
             let row = [
                 snapshot.name, created(snapshot), age(snapshot, now), "\(snapshot.layer)",
+                VolumeSize.text(snapshot.sizeBytes),
             ]
             return wide ? row + [snapshot.uri] : row
         }
@@ -33,6 +35,7 @@ extension Presentation {
             "name:        \(snapshot.name)", "volume:      \(snapshot.volume)",
             "created:     \(created(snapshot)) (\(age(snapshot, now)) ago)",
             "layer:       \(snapshot.layer)",
+            "size:        \(VolumeSize.text(snapshot.sizeBytes)) (\(snapshot.sizeBytes) bytes)",
         ]
         if snapshot.uri.isEmpty, snapshot.unixUri.isEmpty {
             lines.append(

@@ -111,6 +111,9 @@ package enum EngineEvent {
     /// `token` answers when it is. Reads of it that were submitted before end first, later ones
     /// fail.
     case deleteSnapshot(token: UInt64, name: String)
+    /// Let the volume grow to this size, a valid one; `EngineAction.resized` with `token` answers
+    /// when every member has it.
+    case resize(token: UInt64, size: UInt64)
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach
 }
@@ -146,6 +149,10 @@ package enum EngineAction: BitwiseCopyable {
     case snapshotTaken(token: UInt64, LayerID, SnapshotResult)
     /// The record names the snapshot no more; or does, and why.
     case snapshotDeleted(token: UInt64, DeletionResult)
+    /// The volume is as large as was asked, or is not, and why; `by`: the replica that cannot.
+    case resized(token: UInt64, ResizeResult, by: ReplicaSlot)
+    /// `EngineCore.size` is another now.
+    case sizeChanged
     /// Read the record; `EngineEvent.store` answers.
     case storeGet
     /// Swap in `EngineCore.proposedRecord` if the store's epoch is `expected`.
@@ -172,6 +179,7 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
     /// In the text of the engine's error if, and only if, the snapshot may be there all the same.
     package static let doubtText = "whether the snapshot is there"
     package static let deletionDoubtText = "whether the snapshot was deleted"
+    package static let resizeDoubtText = "whether the volume has grown"
 }
 
 package enum DeletionResult: UInt8, BitwiseCopyable, Sendable {
@@ -181,6 +189,24 @@ package enum DeletionResult: UInt8, BitwiseCopyable, Sendable {
     /// The volume is not served at present, or is being detached, or too many requests wait.
     case notServing
     /// The engine stopped before it was known whether the snapshot is gone.
+    case inDoubt
+}
+
+package enum ResizeResult: UInt8, BitwiseCopyable, Sendable {
+    case ok
+    /// It was as large already.
+    case exists
+    /// A volume never shrinks.
+    case smaller
+    /// A replica's disk is full.
+    case noSpace
+    /// A replica cannot be that large.
+    case refused
+    /// The record has no room for another size of its layers.
+    case tooMany
+    /// The volume is not served at present, or is being detached, or too many requests wait.
+    case notServing
+    /// The engine stopped before it was known whether the volume has grown.
     case inDoubt
 }
 
@@ -223,6 +249,8 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case replicaSlow(ReplicaSlot)
     case snapshotTaken(LayerID, Epoch)
     case snapshotDeleted(LayerID, Epoch)
+    /// Bytes.
+    case resized(UInt64, Epoch)
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }
 

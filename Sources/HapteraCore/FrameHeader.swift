@@ -41,6 +41,9 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// Resolution found every copy of the blocks doubtful: take the bytes that are there as data
     /// (`auxiliary` 0). Sent to one replica, which answers like `read`; the others get a `write`.
     case adopt = 12
+    /// The volume is about to grow to `offset` bytes: make room for it in the head, durably. The
+    /// volume's size stays what it is until an Install says otherwise.
+    case prepareSize = 13
 
     // Engine to record service.
     /// `HelloRequest` for the store is not needed: the volume's id is the control payload (16

@@ -20,6 +20,11 @@ extension MutationSet {
     /// Merges: answer for a layer while a deleted one below it still holds some of it.
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
+    /// G: answer for room in the head's files that no sync has made durable.
+    package static let growthNotSynced = MutationSet(rawValue: 1 << 38)
+    /// G: record a size that no replica was asked about. (Judged by `EngineResizeTests`.)
+    package static let growthUnprepared = MutationSet(rawValue: 1 << 39)
+
     /// Of a single copy: caught by replaying crashes, not all of them by simulated worlds, where
     /// other copies help out.
     package static let crashReplay: [(name: String, mutation: MutationSet)] = [

@@ -133,6 +133,14 @@
     }
     deinit { unsafe base.deallocate() }
 
+    /// A longer copy, `value` behind its end.
+    package func extended(to count: Int, with value: Element) -> FixedArray<Element> {
+        precondition(count >= self.count)
+        let longer = FixedArray(repeating: value, count: count)
+        for index in 0..<self.count { longer[index] = self[index] }
+        return longer
+    }
+
     @inlinable package subscript(_ index: Int) -> Element {
         @inlinable @inline(__always) unsafeAddress {
             precondition(index >= 0 && index < count)

@@ -45,9 +45,12 @@ package enum ReplicaAction: BitwiseCopyable {
     /// fdatasync: what was written (for the log: stored in its mapping) before this action is
     /// durable when it ends with 0.
     case sync(ReplicaFile, token: UInt64)
-    /// Make the layer's data and table files, sparse and of their sizes, or find them made and
-    /// never written to. Not durable before syncs of both, and of `.layers`.
-    case create(LayerID, token: UInt64)
+    /// Make the layer's data and table files, sparse, for a volume of `size` bytes, or find them
+    /// made and never written to. Not durable before syncs of both, and of `.layers`.
+    case create(LayerID, size: UInt64, token: UInt64)
+    /// Let the layer's data and table files have room for a volume of `size` bytes: they never
+    /// shrink. Not durable before syncs of both.
+    case extend(LayerID, size: UInt64, token: UInt64)
     /// Delete the layer's files, which the manifest does not name any more. Nothing depends on its
     /// being durable.
     case remove(LayerID, token: UInt64)
@@ -89,6 +92,8 @@ package protocol ReplicaStorage: AnyObject {
     func size(_ file: ReplicaFile) throws(StorageError) -> UInt64
     /// Creates an empty file of `size` bytes (sparse), or fails if it exists.
     func create(_ file: ReplicaFile, size: UInt64) throws(StorageError)
+    /// Makes the file that long, sparse, if it is shorter.
+    func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError)
     /// Deletes the layer's files, as far as they are there. Not durable before a sync of the names.
     func remove(_ layer: LayerID) throws(StorageError)
     /// Layers that have any file.
@@ -107,6 +112,10 @@ package protocol ReplicaStorage: AnyObject {
 
 extension ReplicaStorage {
     /// For those that are never asked to.
+    package func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
+        guard try self.size(file) < size else { return }
+        throw StorageError(.unsupported, "\(file): cannot grow here")
+    }
     package func remove(_ layer: LayerID) throws(StorageError) {
         throw StorageError(.unsupported, "layer \(layer.rawValue) cannot be deleted here")
     }
@@ -116,16 +125,24 @@ extension ReplicaStorage {
     /// both and of the directories.
     package func createLayer(_ layer: LayerID, size: UInt64) throws(StorageError) {
         for (file, bytes) in [
-            (ReplicaFile.data(layer), size), (.table(layer), ReplicaCore.tableSize(size)),
+            (ReplicaFile.data(layer), ReplicaCore.dataSize(size)),
+            (.table(layer), ReplicaCore.tableSize(size)),
         ] {
             do throws(StorageError) {
                 try create(file, size: bytes)
             } catch {
-                guard error.code == .exists, try self.size(file) == bytes,
-                    try nextAllocated(file, from: 0) == nil
-                else { throw error }
+                guard error.code == .exists, try nextAllocated(file, from: 0) == nil else {
+                    throw error
+                }
+                // Perhaps before the volume grew.
+                try extend(file, size: bytes)
             }
         }
+    }
+    /// Gives a layer's files room for a volume of `size` bytes.
+    package func extendLayer(_ layer: LayerID, size: UInt64) throws(StorageError) {
+        try extend(.data(layer), size: ReplicaCore.dataSize(size))
+        try extend(.table(layer), size: ReplicaCore.tableSize(size))
     }
 }
 

@@ -80,6 +80,8 @@ package struct VolumeRecord: Equatable, Sendable {
         case administration = 9
         /// One was taken, or one was deleted: snapshots and layers say which.
         case snapshot = 10
+        /// The volume grew.
+        case resize = 11
     }
     /// The volume as it was when `layer` was frozen: what the chain up to it holds.
     package struct Snapshot: Equatable, Sendable {
@@ -106,11 +108,23 @@ package struct VolumeRecord: Equatable, Sendable {
         }
     }
 
+    /// The volume grew while `head` was its head: layers below that one are as large as it was.
+    package struct Growth: Equatable, Sendable {
+        package var head: LayerID
+        /// Bytes, before it.
+        package var sizeBefore: UInt64
+        package init(head: LayerID, sizeBefore: UInt64) {
+            self.head = head
+            self.sizeBefore = sizeBefore
+        }
+    }
+
     package var volume: VolumeID
     /// The user's name for it: for messages; the id decides.
     package var name: String
     package var epoch: Epoch
     package var nonce: UInt64
+    /// Bytes, whole blocks. It only grows.
     package var size: UInt64
     package var engine: InstanceID = .none
     package var engineEndpoint: String = ""
@@ -134,6 +148,8 @@ package struct VolumeRecord: Equatable, Sendable {
     package var layers: [LayerID] = [LayerID(rawValue: 1)]
     /// Oldest first; each of another layer of the chain, none of the head.
     package var snapshots: [Snapshot] = []
+    /// Oldest first, as far as a layer below is left.
+    package var growths: [Growth] = []
 
     package init(
         volume: VolumeID, name: String, epoch: Epoch, nonce: UInt64, size: UInt64, inSync: [Member]
@@ -146,7 +162,9 @@ package struct VolumeRecord: Equatable, Sendable {
         self.inSync = inSync
     }
 
+    /// Of a record without growths, which is what those before volumes grew can read.
     package static let formatVersion: UInt32 = 3
+    package static let formatVersionGrown: UInt32 = 4
     package static let leaseMillisecondsDefault: UInt32 = 500
     package static let leaseMillisecondsMax: UInt32 = 600_000
     package static let magic: UInt32 = 0x5645_5248
@@ -162,15 +180,16 @@ package struct VolumeRecord: Equatable, Sendable {
     /// Bytes, in this order, integers little-endian: magic "HREV" (4), format version (4), volume
     /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), promised (8),
     /// leaseMilliseconds (4), minInSync (1), clean (1), change (1), name (text), endpoint (text),
-    /// inSync, joining (list of 0 or 1), out, lineage, layers, snapshots (each a 4-byte count, then
-    /// its elements), CRC32C of all before it (4). A member is replica (8) and incarnation (8); an
-    /// element of out: member, leftEpoch (8), stable point (epoch 8, sequence 8), partedEpoch (8),
-    /// reason (1), kept (1); a fork: epoch (8), survivor (8), partedEpoch (8); a layer: its id (4);
-    /// a snapshot: layer (4), created (8), name (text).
+    /// inSync, joining (list of 0 or 1), out, lineage, layers, snapshots, growths (each a 4-byte
+    /// count, then its elements), CRC32C of all before it (4). A member is replica (8) and
+    /// incarnation (8); an element of out: member, leftEpoch (8), stable point (epoch 8, sequence
+    /// 8), partedEpoch (8), reason (1), kept (1); a fork: epoch (8), survivor (8), partedEpoch (8);
+    /// a layer: its id (4); a snapshot: layer (4), created (8), name (text); a growth: head (4),
+    /// size before (8). Version 3 has no growths, not even a count; version 4 has some.
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(Self.magic)
-        w.append(Self.formatVersion)
+        w.append(growths.isEmpty ? Self.formatVersion : Self.formatVersionGrown)
         w.append(volume.high)
         w.append(volume.low)
         w.append(epoch.rawValue)
@@ -213,6 +232,13 @@ package struct VolumeRecord: Equatable, Sendable {
             w.append(snapshot.created)
             w.append(text: snapshot.name)
         }
+        if !growths.isEmpty {
+            w.append(UInt32(growths.count))
+            for growth in growths {
+                w.append(growth.head.rawValue)
+                w.append(growth.sizeBefore)
+            }
+        }
         w.append(checksum(of: w.bytes))
         return w.bytes
     }
@@ -223,7 +249,9 @@ package struct VolumeRecord: Equatable, Sendable {
         var tail = ByteReader([UInt8](bytes.suffix(4)))
         guard tail.read(UInt32.self) == checksum(of: [UInt8](bytes.dropLast(4))) else { return nil }
         var r = ByteReader([UInt8](bytes.dropLast(4)))
-        guard r.read(UInt32.self) == Self.magic, r.read(UInt32.self) == Self.formatVersion else {
+        guard r.read(UInt32.self) == Self.magic else { return nil }
+        let version = r.read(UInt32.self)
+        guard version == Self.formatVersion || version == Self.formatVersionGrown else {
             return nil
         }
         volume = VolumeID(high: r.read(UInt64.self), low: r.read(UInt64.self))
@@ -263,8 +291,15 @@ package struct VolumeRecord: Equatable, Sendable {
                 created: r.read(UInt64.self)
             ).named(r.readText(limit: Self.nameLengthMax))
         }
+        if version == Self.formatVersionGrown {
+            growths = (0..<r.readCount(limit: Self.listMax)).map { _ in
+                Growth(
+                    head: LayerID(rawValue: r.read(UInt32.self)), sizeBefore: r.read(UInt64.self))
+            }
+            isSane = isSane && !growths.isEmpty
+        }
         guard r.isValid, r.remaining == 0, isSane, !inSync.isEmpty, isChainSane,
-            size > 0, size <= Geometry.volumeSizeMax, size % UInt64(Geometry.blockSize) == 0
+            areGrowthsSane, Self.isValidSize(size)
         else { return nil }
     }
 
@@ -277,6 +312,18 @@ package struct VolumeRecord: Equatable, Sendable {
         return snapshots.allSatisfy { frozen.contains($0.layer) && !$0.name.isEmpty }
             && Set(snapshots.map(\.layer)).count == snapshots.count
             && Set(snapshots.map(\.name)).count == snapshots.count
+    }
+    /// Each at a later head and to a larger size than the one before.
+    private var areGrowthsSane: Bool {
+        var (head, size) = (LayerID.head, UInt64(0))
+        for growth in growths {
+            guard growth.head > head, growth.head <= self.head, growth.sizeBefore > size,
+                growth.sizeBefore < self.size,
+                growth.sizeBefore % UInt64(Geometry.blockSize) == 0
+            else { return false }
+            (head, size) = (growth.head, growth.sizeBefore)
+        }
+        return true
     }
     package var head: LayerID { layers[layers.count - 1] }
     package func snapshot(named name: String) -> Snapshot? {

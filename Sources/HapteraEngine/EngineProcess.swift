@@ -8,6 +8,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private let reactor: Reactor
     private let shell: EngineShell
     private let snapshots: SnapshotControl
+    private let resizes: ResizeControl
     private var server: NBDServer?
     private var control: ControlServer?
     private var signals: SignalWatcher?
@@ -35,6 +36,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         reactor = try Reactor(backend: Backend.fromEnvironment())
         shell = EngineShell(reactor: reactor, options: options)
         snapshots = SnapshotControl(shell: shell)
+        resizes = ResizeControl(shell: shell)
     }
 
     private func start() throws(IOError) {
@@ -122,6 +124,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     /// Answers whoever waits for the detach, then stops.
     private func end(_ failure: String?) {
         snapshots.abandon(failure ?? "the engine stopped")
+        resizes.abandon(failure ?? "the engine stopped")
         let waiting = detaching
         detaching = []
         guard let last = waiting.last else {
@@ -161,6 +164,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             request.reply()
         case "snapshot": snapshots.take(request)
         case "delete-snapshot": snapshots.delete(request)
+        case "resize": resizes.resize(request)
         case "detach":
             detaching.append(request)
             leave()

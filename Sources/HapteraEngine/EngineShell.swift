@@ -25,6 +25,8 @@ final class EngineShell: BlockDevice, CompletionHandler {
     var onSnapshot: (UInt64, LayerID, SnapshotResult) -> Void = { _, _, _ in }
     /// A snapshot whose deletion was asked for with this token is gone, or not.
     var onDeletion: (UInt64, DeletionResult) -> Void = { _, _ in }
+    /// A growth asked for with this token is there, or not: for that replica's sake, if for one's.
+    var onResize: (UInt64, ResizeResult, ReplicaID) -> Void = { _, _, _ in }
     weak var frontend: (any BlockDeviceFrontend)?
     var zeroesFastWithoutHole: Bool { true }
 
@@ -32,6 +34,9 @@ final class EngineShell: BlockDevice, CompletionHandler {
     var size: UInt64 { core.size }
     var isReadOnly: Bool { options.isReadOnly }
     var snapshots: [VolumeRecord.Snapshot] { core.record?.snapshots ?? [] }
+    func size(of snapshot: VolumeRecord.Snapshot) -> UInt64 {
+        core.record?.size(of: snapshot.layer) ?? core.size
+    }
     var canSubmit: Bool { core.canSubmit }
 
     init(reactor: Reactor, options: EngineOptions) {
@@ -150,6 +155,9 @@ final class EngineShell: BlockDevice, CompletionHandler {
         case .snapshotTaken(let token, let layer, let result):
             onSnapshot(token, layer, result)
         case .snapshotDeleted(let token, let result): onDeletion(token, result)
+        case .resized(let token, let result, let slot):
+            onResize(token, result, core.replicaID(slot))
+        case .sizeChanged: frontend?.sizeChanged()
         case .storeGet: store.get()
         case .storeCompareAndSwap(let expected):
             store.compareAndSwap(expected: expected, core.proposedRecord)

@@ -192,6 +192,10 @@ extension EngineShell {
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
         case .snapshotTaken(let layer, let epoch): report("snapshot taken", layer, epoch)
         case .snapshotDeleted(let layer, let epoch): report("snapshot deleted", layer, epoch)
+        case .resized(let size, let epoch):
+            Log.info(
+                "volume resized", volume, ("size", String(size)),
+                ("epoch", String(epoch.rawValue)))
         case .rebuildProgress(let slot, let done, let total):
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),

@@ -10,13 +10,14 @@ package final class SignalWatcher: CompletionHandler {
     private var id = HandlerID.none
     private let onSignal: (Int32) -> Void
 
-    /// Also makes the process ignore SIGPIPE. The reactor keeps the watcher for its life.
+    /// Also makes the process ignore SIGPIPE and SIGXFSZ, which say what calls return anyway. The
+    /// reactor keeps the watcher for its life.
     package init(
         reactor: Reactor, signals: [Int32] = [SIGTERM, SIGINT], onSignal: @escaping (Int32) -> Void
     ) throws(IOError) {
         self.reactor = reactor
         self.onSignal = onSignal
-        haptera_ignore_sigpipe()
+        haptera_ignore_signals()
         // SAFETY: the array outlives the call.
         fd = unsafe haptera_signalfd(signals, Int32(signals.count))
         guard fd >= 0 else { throw IOError(errno: -fd, "cannot watch signals") }

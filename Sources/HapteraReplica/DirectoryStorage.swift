@@ -223,6 +223,13 @@ package final class DirectoryStorage: ReplicaStorage {
         }
     }
 
+    package func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
+        guard try self.size(file) < size else { return }
+        guard ftruncate(try descriptor(file), off_t(size)) == 0 else {
+            throw failure("extend", file)
+        }
+    }
+
     /// A file without a byte is what a creation cut short leaves: it is taken for new.
     private func openNew(_ file: ReplicaFile) throws(StorageError) -> Int32 {
         do throws(StorageError) {

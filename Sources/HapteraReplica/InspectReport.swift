@@ -48,7 +48,7 @@ package struct InspectReport {
             ("name", .text(manifest.identity.name)),
             ("replica", .text(manifest.identity.replica.text)),
             ("incarnation", .text(hexadecimal(manifest.identity.incarnation.rawValue))),
-            ("sizeBytes", .number(manifest.identity.size)),
+            ("sizeBytes", .number(manifest.size)),
             ("promise", .number(manifest.promise.rawValue)),
             ("promisedEngine", .text(hexadecimal(manifest.promisedEngine.rawValue))),
             ("clean", .flag(manifest.isClean)),

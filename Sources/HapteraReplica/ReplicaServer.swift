@@ -163,7 +163,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
                     fileID(file), from: memory, offset: offset, handler: id, token: token)
             case .sync(let file, let token):
                 reactor.sync(fileID(file), handler: id, token: token)
-            case .create(let layer, let token): create(layer, token)
+            case .create(let layer, let size, let token): create(layer, size, token)
+            case .extend(let layer, let size, let token): extend(layer, size, token)
             case .remove(let layer, let token): remove(layer, token)
             case .punch(let file, let offset, let length, let token):
                 reactor.punch(
@@ -201,11 +202,24 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         }
     }
     /// Empty files, no byte of which is written: quick enough not to be an operation of the ring.
-    private func create(_ layer: LayerID, _ token: UInt64) {
+    private func create(_ layer: LayerID, _ size: UInt64, _ token: UInt64) {
         var result = 0
         do throws(StorageError) {
-            try storage.createLayer(layer, size: core.size)
+            try storage.createLayer(layer, size: size)
             try register(layer)
+        } catch {
+            Log.error(error.message, ("layer", String(layer.rawValue)))
+            result = error.result
+        }
+        step(.disk(token: token, result: result))
+    }
+
+    /// Nothing but numbers changes: as quick.
+    private func extend(_ layer: LayerID, _ size: UInt64, _ token: UInt64) {
+        var result = 0
+        do throws(StorageError) {
+            try storage.extendLayer(layer, size: size)
+            Log.info("room for a larger volume", ("size", String(size)))
         } catch {
             Log.error(error.message, ("layer", String(layer.rawValue)))
             result = error.result

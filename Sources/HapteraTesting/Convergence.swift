@@ -76,6 +76,10 @@ extension World {
             attach(to: engines[engines.count - 1])
             return false
         }
+        if store.record.size < workload.sizeBytes {
+            grow(engine)
+            return false
+        }
         return engine.isServing && engine.isSettled && store.record.engine == engine.instance
             && hosts.allSatisfy { store.record.contains($0) } && unanswered.isEmpty
             && engine.core.unresolvedCount == 0

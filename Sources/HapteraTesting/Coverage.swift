@@ -23,6 +23,7 @@ package struct Coverage: Sendable {
         case reconstruction
         case snapshot
         case deletion
+        case growth
     }
     /// Those of `docs/replication.md`.
     package static let numbers = Array(1...33)

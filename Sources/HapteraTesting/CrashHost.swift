@@ -51,7 +51,7 @@ final class CrashHost {
     }
     private func handle(_ action: ReplicaAction) {
         switch action {
-        case .read, .write, .sync, .punch, .create, .remove: perform(action)
+        case .read, .write, .sync, .punch, .create, .extend, .remove: perform(action)
         case .reply(let connection, let header, let table, let buffer, let offset):
             var reply = Reply(header: header, table: [], data: [])
             if header.tableLength > 0 {

@@ -85,8 +85,8 @@ struct CrashJudge {
         case .write(let file, let offset, let length, let buffer, let at, let token):
             try image.write(file, offset: offset, from: pool.memory(buffer).slice(at, length))
             return (token, length)
-        case .create(let layer, let token):
-            try image.createLayer(layer, size: CrashHost.size)
+        case .create(let layer, let size, let token):
+            try image.createLayer(layer, size: size)
             return (token, 0)
         case .remove(_, let token): return (token, 0)
         case .sync(let file, let token):

@@ -50,9 +50,9 @@ extension CrashReplay {
         case .write(let file, let offset, let length, _, _, let own):
             token = own
             result = try write(file, offset: offset, length: length, token: own)
-        case .create(let layer, let own):
+        case .create(let layer, let size, let own):
             token = own
-            try disk.createLayer(layer, size: CrashHost.size)
+            try disk.createLayer(layer, size: size)
         case .remove(_, let own): token = own
         case .sync(.layers, let own):
             token = own

@@ -327,7 +327,7 @@ extension World {
         else { return }
         let cluster = random.pick(workload.clusters)
         let block = Int(cluster.lowerBound) + random.below(cluster.count)
-        guard file.allocated[block] else { return }
+        guard block < file.allocated.count, file.allocated[block] else { return }
         note("fault: block \(block) of \(host.name) rots")
         file.rot(
             byte: block * Geometry.blockSize + random.below(Geometry.blockSize),

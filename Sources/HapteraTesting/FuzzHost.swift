@@ -39,6 +39,15 @@ final class FuzzFiles: ReplicaStorage {
     func create(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
         files[file] = MemoryBlock(count: Int(size))
     }
+    /// No larger than a fuzzer's memory.
+    func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
+        let old = memory(file)
+        guard old.count < size else { return }
+        guard size <= 64 << 20 else { throw StorageError(.io(errno: 27), "\(file): too large") }
+        let longer = MemoryBlock(count: Int(size))
+        longer.memory.copy(from: old, at: 0)
+        files[file] = longer
+    }
     func syncDirectories() throws(StorageError) {}
     func nextAllocated(_ file: ReplicaFile, from offset: UInt64) throws(StorageError) -> Range<
         UInt64
@@ -160,11 +169,16 @@ final class FuzzHost {
         case .write(let file, let offset, let length, let buffer, let at, let token):
             files.memory(file).copy(from: pool.memory(buffer).slice(at, length), at: Int(offset))
             step(.disk(token: token, result: length))
-        case .create(let layer, let token):
+        case .create(let layer, let size, let token):
             do throws(StorageError) {
-                try files.createLayer(layer, size: core.size)
+                try files.createLayer(layer, size: size)
             } catch { preconditionFailure(error.message) }
             step(.disk(token: token, result: 0))
+        case .extend(let layer, let size, let token):
+            do throws(StorageError) {
+                try files.extendLayer(layer, size: size)
+                step(.disk(token: token, result: 0))
+            } catch { step(.disk(token: token, result: error.result)) }
         case .remove(_, let token), .sync(_, let token): step(.disk(token: token, result: 0))
         case .punch(let file, let offset, let length, let token):
             files.memory(file).slice(Int(offset), Int(length)).fill()

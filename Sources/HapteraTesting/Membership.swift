@@ -121,7 +121,7 @@ extension World {
         case .detach: coverage.took(.detach)
         case .salvage: coverage.took(.salvage)
         case .reinstatement: coverage.took(.reinstatement)
-        case .creation, .reconstruction, .administration, .snapshot: break
+        case .creation, .reconstruction, .administration, .snapshot, .resize: break
         }
     }
 

@@ -90,8 +90,14 @@ struct ReplicaImage {
         let blocks = Int(sizeBytes) / Geometry.blockSize
         var layer = Layer(id: id, entries: Array(repeating: .absent, count: blocks), data: data)
         for region in 0..<Geometry.regionCount(size: sizeBytes) {
-            let pair = table.slice(
-                Int(TablePage.pairOffset(region: region)), TablePage.pairSize)
+            let at = Int(TablePage.pairOffset(region: region))
+            guard at + TablePage.pairSize <= table.count else {
+                // The volume was smaller.
+                layer.logIndex.append(0)
+                layer.births.append(.zero)
+                continue
+            }
+            let pair = table.slice(at, TablePage.pairSize)
             switch TablePage.loadPair(pair, layer: id, region: region) {
             case .neverWritten:
                 layer.logIndex.append(0)

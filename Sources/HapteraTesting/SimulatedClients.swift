@@ -49,19 +49,22 @@ extension World {
                 && unanswered.contains {
                     $0.offset < end && draw.offset < $0.offset + UInt64($0.length)
                 }
-            if waiting < most, !isDisputed {
+            if waiting < most, !isDisputed, isWithin(stale, draw.offset, draw.length) {
                 submit(newOperation(draw, worker: -1), to: stale)
                 return
             }
         }
-        let operation = newOperation(workload.draw(random), worker: worker)
-        submit(operation, to: engines[current])
+        let draw = workload.draw(random)
+        guard isWithin(engines[current], draw.offset, draw.length) else { return }
+        submit(newOperation(draw, worker: worker), to: engines[current])
     }
 
     func writeFreshBlock() {
-        guard isChaos, let current = currentEngine, let block = workload.freshBlocks.popLast()
-        else { return }
         let size = Geometry.blockSize
+        guard isChaos, let current = currentEngine, let last = workload.freshBlocks.last,
+            isWithin(engines[current], last * UInt64(size), size),
+            let block = workload.freshBlocks.popLast()
+        else { return }
         let operation = newOperation((.write, [], block * UInt64(size), size), worker: 0)
         submit(operation, to: engines[current])
     }

@@ -41,7 +41,8 @@ final class SimulatedDisk: ReplicaStorage {
         case write([UInt8])
         case sync(before: UInt64, snapshot: [(sector: Int, bytes: [UInt8])])
         case punch
-        case create(LayerID)
+        case create(LayerID, size: UInt64)
+        case extend(LayerID, size: UInt64)
         case remove(LayerID)
         /// Of names: what there is when it begins.
         case syncNames([ReplicaFile])
@@ -113,9 +114,14 @@ final class SimulatedDisk: ReplicaStorage {
             operation = Operation(
                 id: 0, file: file, kind: .write(bytes), offset: Int(offset), length: length,
                 token: token)
-        case .create(let layer, let token):
+        case .create(let layer, let size, let token):
             operation = Operation(
-                id: 0, file: .layers, kind: .create(layer), offset: 0, length: 0, token: token)
+                id: 0, file: .layers, kind: .create(layer, size: size), offset: 0, length: 0,
+                token: token)
+        case .extend(let layer, let size, let token):
+            operation = Operation(
+                id: 0, file: .layers, kind: .extend(layer, size: size), offset: 0, length: 0,
+                token: token)
         case .remove(let layer, let token):
             operation = Operation(
                 id: 0, file: .layers, kind: .remove(layer), offset: 0, length: 0, token: token)
@@ -177,7 +183,7 @@ final class SimulatedDisk: ReplicaStorage {
         case .punch:
             land(file, offset: operation.offset, bytes: [], length: operation.length)
             result = 0
-        case .create, .remove, .syncNames: preconditionFailure("is about no file")
+        case .create, .extend, .remove, .syncNames: preconditionFailure("is about no file")
         }
         return DiskCompletion(token: operation.token, result: result)
     }
@@ -185,9 +191,16 @@ final class SimulatedDisk: ReplicaStorage {
     /// An operation about files' names has ended; nil: it is none.
     private func completeNames(_ operation: Operation) -> Int? {
         switch operation.kind {
-        case .create(let layer):
+        case .create(let layer, let size):
             do throws(StorageError) {
-                try createLayer(layer, size: volumeSize)
+                try createLayer(layer, size: size)
+                return 0
+            } catch { return error.result }
+        case .extend(let layer, let size):
+            do throws(StorageError) {
+                // Now and then a file system takes no file as large as that.
+                if random.permille(100) { throw StorageError(.io(errno: 27), "too large") }
+                try extendLayer(layer, size: size)
                 return 0
             } catch { return error.result }
         case .remove(let layer):
@@ -200,10 +213,6 @@ final class SimulatedDisk: ReplicaStorage {
         default: return nil
         }
     }
-    private var volumeSize: UInt64 {
-        UInt64(files.first { if case .data = $0.name { true } else { false } }?.size ?? 0)
-    }
-
     private func land(_ file: SimulatedFile, offset: Int, bytes: [UInt8], length: Int) {
         file.land(.init(order: nextOrder, offset: offset, bytes: bytes, length: length))
         nextOrder += 1
@@ -277,6 +286,7 @@ final class SimulatedDisk: ReplicaStorage {
     private func read(_ file: SimulatedFile, _ operation: Operation, into memory: RawMemory) -> Int
     {
         let available = max(0, min(operation.length, file.size - operation.offset))
+        guard available > 0 else { return 0 }
         memory.copy(from: file.current.slice(operation.offset, available))
         for other in operations where other.file == operation.file {
             guard case .write(let bytes) = other.kind else { continue }
@@ -387,6 +397,12 @@ final class SimulatedDisk: ReplicaStorage {
     }
     func layersPresent() throws(StorageError) -> [LayerID] {
         files.compactMap { if case .data(let layer) = $0.name { layer } else { nil } }
+    }
+    func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
+        let file = try existing(file)
+        guard file.size < Int(size) else { return }
+        file.extend(to: Int(size), order: nextOrder)
+        nextOrder += 1
     }
     func syncDirectories() throws(StorageError) {
         try countCall()

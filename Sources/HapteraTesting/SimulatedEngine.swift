@@ -181,6 +181,8 @@ extension World {
         case .snapshotTaken(let token, let layer, let result):
             snapshotTaken(engine, token, layer, result)
         case .snapshotDeleted(let token, let result): snapshotDeleted(engine, token, result)
+        case .resized(let token, let result, _): resized(engine, token, result)
+        case .sizeChanged: break
         case .storeGet:
             store.get(engine: engine.index)
         case .storeCompareAndSwap(let expected):

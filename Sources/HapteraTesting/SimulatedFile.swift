@@ -26,6 +26,8 @@ final class SimulatedFile {
     private var currentBlock: MemoryBlock
     private var durableBlock: MemoryBlock
     private(set) var unsynced: [Unsynced] = []
+    /// Sizes it was given without a byte being written, and in which order.
+    private var unsyncedSizes: [(order: UInt64, size: Int)] = []
     /// Ranges a failed sync has thrown out of the cache's care: no later sync makes them durable.
     private var abandoned: [Range<Int>] = []
     var isMapped = false
@@ -69,6 +71,14 @@ final class SimulatedFile {
         allocated += [Bool](repeating: false, count: (end * 2 + 4095) / 4096 - allocated.count)
     }
 
+    /// Makes it longer.
+    func extend(to end: Int, order: UInt64) {
+        precondition(end > size)
+        grow(to: end)
+        size = end
+        unsyncedSizes.append((order, end))
+    }
+
     func land(_ write: Unsynced) {
         let end = write.offset + write.length
         grow(to: end)
@@ -94,6 +104,10 @@ final class SimulatedFile {
             durableSize = max(durableSize, write.bytes.isEmpty ? 0 : write.offset + write.length)
         }
         unsynced = rest
+        for change in unsyncedSizes where change.order < order {
+            durableSize = max(durableSize, change.size)
+        }
+        unsyncedSizes.removeAll { $0.order < order }
     }
 
     private func apply(_ write: Unsynced, toDurable range: Range<Int>) {
@@ -140,6 +154,10 @@ final class SimulatedFile {
         for range in touched {
             current.copy(from: durable.slice(range.lowerBound, range.count), at: range.lowerBound)
         }
+        for change in unsyncedSizes where random.permille(500) {
+            durableSize = max(durableSize, change.size)
+        }
+        unsyncedSizes = []
         size = durableSize
         unsynced = []
         abandoned = []

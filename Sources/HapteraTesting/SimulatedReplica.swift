@@ -144,7 +144,7 @@ extension World {
     func createReplica(_ host: SimulatedReplica) {
         let identity = ReplicaIdentity(
             volume: volume, name: "sim", replica: host.id, incarnation: host.incarnation,
-            size: workload.sizeBytes)
+            size: store.record.size)
         if faults.cutsDuringOpen { host.disk.callsUntilCut = random.below(24) }
         for _ in 0..<2 {
             do throws(StorageError) {
@@ -245,7 +245,7 @@ extension World {
     private func perform(_ action: ReplicaAction, _ host: SimulatedReplica) {
         guard let pool = host.pool else { return }
         switch action {
-        case .read, .write, .sync, .punch, .create, .remove:
+        case .read, .write, .sync, .punch, .create, .extend, .remove:
             guard let submitted = host.disk.submit(action, pool: pool) else { return }
             traceDisk(host, action)
             observeDiskAction(host, action)

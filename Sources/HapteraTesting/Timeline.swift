@@ -18,6 +18,8 @@ enum WorldEvent {
     case fault
     /// Somebody wants a snapshot.
     case snapshot
+    /// Somebody wants the volume to grow.
+    case growth
     /// Trouble at the very moment something changed.
     case stageFault
     /// A client writes where nobody has.

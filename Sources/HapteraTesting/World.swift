@@ -33,6 +33,7 @@ package final class World {
     let store: SimulatedStore
     let volume: VolumeID
     var workload: Workload
+    var growth: SimulatedGrowth
     let faults: FaultPlan
     let leases: SimulatedLeases
     private(set) var hosts: [SimulatedReplica] = []
@@ -82,6 +83,7 @@ package final class World {
         let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)
+        growth = SimulatedGrowth(seed: seed, size: size)
         hotSectors = Set(
             (Array(workload.clusters.joined()) + workload.freshBlocks).flatMap {
                 let first = Int($0) * Content.sectorsPerBlock
@@ -103,7 +105,7 @@ package final class World {
         self.hosts = hosts
         store = SimulatedStore(
             record: VolumeRecord(
-                volume: volume, name: "sim", epoch: Epoch(1), nonce: 1, size: size,
+                volume: volume, name: "sim", epoch: Epoch(1), nonce: 1, size: growth.first,
                 inSync: hosts.map { .init(replica: $0.id, incarnation: $0.incarnation) }),
             timeline: timeline, random: random.fork())
         network.latencyMax = random.pick([100, 600, 20_000])
@@ -137,7 +139,8 @@ package final class World {
         case .write(let file, let offset, let length, _, _, _):
             "writes \(file) \(offset)+\(length)"
         case .sync(let file, _): "syncs \(file)"
-        case .create(let layer, _): "makes layer \(layer.rawValue)"
+        case .create(let layer, _, _): "makes layer \(layer.rawValue)"
+        case .extend(_, let size, _): "makes room for \(size) bytes"
         case .remove(let layer, _): "deletes layer \(layer.rawValue)"
         case .punch(let file, let offset, let length, _): "punches \(file) \(offset)+\(length)"
         default: ""
@@ -193,6 +196,7 @@ package final class World {
         }
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
         if workload.snapshotsMax > 0 { scheduleSnapshot() }
+        if !growth.sizes.isEmpty { timeline.schedule(after: growth.pause(), .growth) }
     }
 
     private func runChaos() {
@@ -251,6 +255,7 @@ package final class World {
         case .work(let worker): work(worker)
         case .fault: nextFault()
         case .snapshot: requestSnapshot()
+        case .growth: requestGrowth()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
         case .lateBytes(let index): deliverLate(engines[index])

@@ -30,6 +30,7 @@ import Testing
         let engine = Mutex(Engine.obeys)
         let asked = Mutex<[Haptera_V1_TakeSnapshot]>([])
         let askedToDelete = Mutex<[Haptera_V1_DeleteSnapshot]>([])
+        let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
 
         /// Three replicas on nodes a, b, c; the engine on a, unless it is not attached.
         init(attached: Bool = true) async throws {
@@ -100,6 +101,15 @@ import Testing
                 if engine == .isOvertaken { try await add(request.name, created: 1) }
                 if engine == .refuses {
                     answer.error = "2 clients read the snapshot; disconnect them first"
+                }
+            case .growVolume(let request):
+                askedToGrow.withLock { $0.append(request) }
+                if engine == .obeys || engine == .obeysInSilence {
+                    let result = try await swap(.resize) { $0.grow(to: request.sizeBytes) }
+                    #expect(result == .swapped)
+                }
+                if engine == .refuses {
+                    answer.error = "replica 1 has no space to grow; the volume keeps its size"
                 }
             default: Issue.record("asked for something else: \(task)")
             }

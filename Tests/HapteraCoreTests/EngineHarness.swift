@@ -4,7 +4,9 @@
 final class FakeReplica {
     typealias Blocks = [UInt64: (entry: BlockEntry, data: [UInt8])]
     let member: VolumeRecord.Member
-    let size: UInt64
+    var size: UInt64
+    /// What it has been asked to make room for.
+    var room: UInt64 = 0
     /// What each layer of its chain holds itself.
     var layers: [LayerID: Blocks] = [LayerID(rawValue: 1): [:]]
     /// Of the head.
@@ -96,6 +98,7 @@ final class EngineHarness {
     var notes: [EngineNote] = []
     var snapshots: [UInt64: (layer: LayerID, result: SnapshotResult)] = [:]
     var deletions: [UInt64: DeletionResult] = [:]
+    var resizes: [UInt64: (result: ResizeResult, by: ReplicaSlot)] = [:]
     private var events: [EngineEvent] = []
     private var operations: [UInt64: Operation] = [:]
     private var late:
@@ -213,6 +216,8 @@ final class EngineHarness {
         case .snapshotTaken(let token, let layer, let result):
             snapshots[token] = (layer, result)
         case .snapshotDeleted(let token, let result): deletions[token] = result
+        case .resized(let token, let result, let slot): resizes[token] = (result, slot)
+        case .sizeChanged: break
         case .storeGet: events.append(.store(isStoreDown ? .unavailable : .record(stored)))
         case .storeCompareAndSwap(let expected): swap(expected)
         case .note(let note): notes.append(note)
@@ -319,6 +324,7 @@ final class EngineHarness {
             fake.merge(into: request.record.layers)
             let before = fake.promise
             fake.promise = request.record.epoch
+            fake.size = request.record.size
             reply.epoch = fake.promise
             replyTable = InstallReply(
                 instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted,
@@ -351,6 +357,7 @@ final class EngineHarness {
                 reply.status = .checksumMismatch
                 replyData = []
             }
+        case .prepareSize: fake.room = header.offset
         case .digest: replyTable = digest(fake, first, count, layer)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)

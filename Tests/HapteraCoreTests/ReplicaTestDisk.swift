@@ -19,15 +19,34 @@ struct TestRandom {
 final class ReplicaTestDisk: ReplicaStorage {
     private static let sector = 512
     private final class File {
-        let now: MemoryBlock
-        let durable: MemoryBlock
-        let size: UInt64
+        var now: MemoryBlock
+        var durable: MemoryBlock
+        var size: UInt64
+        var durableSize: UInt64
         /// Sectors that may differ from what is durable.
         var dirty: Set<Int> = []
         init(size: UInt64) {
             now = MemoryBlock(count: Int(size))
             durable = MemoryBlock(count: Int(size))
             self.size = size
+            durableSize = size
+        }
+        func extend(to size: UInt64) {
+            for block in [\File.now, \.durable] {
+                let longer = MemoryBlock(count: Int(size))
+                longer.memory.slice(0, Int(self.size)).copy(from: self[keyPath: block].memory)
+                self[keyPath: block] = longer
+            }
+            self.size = size
+        }
+        /// What no sync has made longer may be as short as it was.
+        func shrink() {
+            let lost = Int(durableSize)..<Int(size)
+            for block in [now, durable] {
+                block.memory.slice(lost.lowerBound, lost.count).fill()
+            }
+            size = durableSize
+            dirty = dirty.filter { $0 * 512 < Int(durableSize) }
         }
         func markAll(_ range: Range<Int>) {
             guard !range.isEmpty else { return }
@@ -81,6 +100,13 @@ final class ReplicaTestDisk: ReplicaStorage {
         if name == .log { file.markAll(0..<Int(file.size)) }
         for sector in file.dirty { file.keep(sector) }
         file.dirty = []
+        file.durableSize = file.size
+    }
+    func extend(_ name: ReplicaFile, size: UInt64) throws(StorageError) {
+        let file = try file(name)
+        guard file.size < size else { return }
+        try change()
+        file.extend(to: size)
     }
     func size(_ name: ReplicaFile) throws(StorageError) -> UInt64 { try file(name).size }
     func create(_ name: ReplicaFile, size: UInt64) throws(StorageError) {
@@ -132,6 +158,8 @@ final class ReplicaTestDisk: ReplicaStorage {
                 files[name] = nil
                 continue
             }
+            if file.durableSize < file.size, random.chance(50) { file.shrink() }
+            file.durableSize = file.size
             if name == .log { markLogChanges(file) }
             for sector in file.dirty.sorted() {
                 if random.chance(keepPercent) { file.keep(sector) } else { file.forget(sector) }
@@ -219,7 +247,7 @@ final class ReplicaBench {
     private func drain() {
         while let action = core.actions.popFirst() {
             switch action {
-            case .read, .write, .sync, .punch, .create, .remove: pending.append(action)
+            case .read, .write, .sync, .punch, .create, .extend, .remove: pending.append(action)
             case .reply(let connection, let header, let table, let data, let offset):
                 take(connection, header, table, data, offset)
             case .close(let connection): closed.insert(connection)
@@ -263,10 +291,16 @@ final class ReplicaBench {
                 try disk.write(file, offset: offset, from: pool.memory(buffer).slice(at, length))
                 result = length
             }
-        case .create(let layer, let own):
+        case .create(let layer, let size, let own):
             token = own
             if result == nil {
-                try disk.createLayer(layer, size: core.size)
+                try disk.createLayer(layer, size: size)
+                result = 0
+            }
+        case .extend(let layer, let size, let own):
+            token = own
+            if result == nil {
+                try disk.extendLayer(layer, size: size)
                 result = 0
             }
         case .remove(let layer, let own):
@@ -352,7 +386,7 @@ final class ReplicaBench {
     func record(epoch: UInt64, engine: UInt64 = 1, layers: Int = 0) -> VolumeRecord {
         var record = VolumeRecord(
             volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
-            size: core.identity.size, inSync: [core.identity.member])
+            size: core.size, inSync: [core.identity.member])
         record.engine = InstanceID(rawValue: engine)
         let top = max(UInt32(layers), core.headLayer.rawValue)
         record.layers = (1...top).filter { !deleted.contains($0) }.map(LayerID.init)

@@ -58,7 +58,7 @@ int haptera_timerfd(void);                        // CLOCK_BOOTTIME
 void haptera_timerfd_set(int fd, uint64_t nanoseconds); // absolute; 0 disarms
 int haptera_signalfd(const int *signals, int count); // blocks the signals in this thread
 int haptera_signalfd_read(int fd);                // a signal's number, or -EAGAIN
-void haptera_ignore_sigpipe(void);
+void haptera_ignore_signals(void);
 void haptera_drain(int fd);                       // of an eventfd or timerfd
 int haptera_accept(int fd);                       // close-on-exec, blocking
 // A stream socket that listens, or begins to connect. Host names may block while they are resolved;

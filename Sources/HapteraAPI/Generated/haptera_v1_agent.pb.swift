@@ -617,6 +617,14 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .deleteSnapshot(newValue)}
   }
 
+  package var growVolume: Haptera_V1_GrowVolume {
+    get {
+      if case .growVolume(let v)? = task {return v}
+      return Haptera_V1_GrowVolume()
+    }
+    set {task = .growVolume(newValue)}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum OneOf_Task: Equatable, Sendable {
@@ -625,6 +633,7 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     case fault(Haptera_V1_InjectFault)
     case takeSnapshot(Haptera_V1_TakeSnapshot)
     case deleteSnapshot(Haptera_V1_DeleteSnapshot)
+    case growVolume(Haptera_V1_GrowVolume)
 
   }
 
@@ -691,6 +700,26 @@ package nonisolated struct Haptera_V1_DeleteSnapshot: Sendable {
   package var clientGeneration: UInt64 = 0
 
   package var name: String = String()
+
+  /// How long the engine may take.
+  package var timeoutMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// Has the engine of that attachment let the volume grow; answered when every member has the size.
+package nonisolated struct Haptera_V1_GrowVolume: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volumeID: String = String()
+
+  package var clientGeneration: UInt64 = 0
+
+  package var sizeBytes: UInt64 = 0
 
   /// How long the engine may take.
   package var timeoutMilliseconds: UInt64 = 0
@@ -1638,7 +1667,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1712,6 +1741,19 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .deleteSnapshot(v)
         }
       }()
+      case 7: try {
+        var v: Haptera_V1_GrowVolume?
+        var hadOneofValue = false
+        if let current = self.task {
+          hadOneofValue = true
+          if case .growVolume(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.task = .growVolume(v)
+        }
+      }()
       default: break
       }
     }
@@ -1745,6 +1787,10 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .deleteSnapshot?: try {
       guard case .deleteSnapshot(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 6)
+    }()
+    case .growVolume?: try {
+      guard case .growVolume(let v)? = self.task else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 7)
     }()
     case nil: break
     }
@@ -1908,6 +1954,51 @@ nonisolated extension Haptera_V1_DeleteSnapshot: SwiftProtobuf.Message, SwiftPro
     if lhs.volumeID != rhs.volumeID {return false}
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.name != rhs.name {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_GrowVolume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".GrowVolume"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{3}size_bytes\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volumeID.isEmpty {
+      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
+    }
+    if self.clientGeneration != 0 {
+      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
+    }
+    if self.sizeBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.sizeBytes, fieldNumber: 3)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_GrowVolume, rhs: Haptera_V1_GrowVolume) -> Bool {
+    if lhs.volumeID != rhs.volumeID {return false}
+    if lhs.clientGeneration != rhs.clientGeneration {return false}
+    if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true

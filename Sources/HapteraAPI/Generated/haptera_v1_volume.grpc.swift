@@ -269,6 +269,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "ResizeVolume" metadata.
+        package enum ResizeVolume: Sendable {
+            /// Request type for "ResizeVolume".
+            package typealias Input = Haptera_V1_ResizeVolumeRequest
+            /// Response type for "ResizeVolume".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "ResizeVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "ResizeVolume",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -289,7 +302,8 @@ package enum Haptera_V1_VolumeService: Sendable {
             CreateSnapshot.descriptor,
             ListSnapshots.descriptor,
             GetSnapshot.descriptor,
-            DeleteSnapshot.descriptor
+            DeleteSnapshot.descriptor,
+            ResizeVolume.descriptor
         ]
     }
 }
@@ -653,6 +667,27 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteSnapshotRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse>
+
+        /// Handle the "ResizeVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+        /// > have grown, or still grow; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ResizeVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func resizeVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ResizeVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -1000,6 +1035,27 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_DeleteSnapshotRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>
+
+        /// Handle the "ResizeVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+        /// > have grown, or still grow; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ResizeVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func resizeVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_ResizeVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
     }
 
     /// Simple service protocol for the "haptera.v1.VolumeService" service.
@@ -1346,6 +1402,27 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_DeleteSnapshotRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_DeleteSnapshotResponse
+
+        /// Handle the "ResizeVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+        /// > have grown, or still grow; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ResizeVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func resizeVolume(
+            request: Haptera_V1_ResizeVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
     }
 }
 
@@ -1562,6 +1639,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.ResizeVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ResizeVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.resizeVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -1771,6 +1859,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse> {
         let response = try await self.deleteSnapshot(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func resizeVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ResizeVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.resizeVolume(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2025,6 +2124,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse> {
         return GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>(
             message: try await self.deleteSnapshot(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func resizeVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_ResizeVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.resizeVolume(
                 request: request.message,
                 context: context
             ),
@@ -2473,6 +2585,32 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_DeleteSnapshotResponse>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ResizeVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+        /// > have grown, or still grow; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ResizeVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ResizeVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func resizeVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ResizeVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ResizeVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
         ) async throws -> Result where Result: Sendable
     }
 
@@ -3131,6 +3269,43 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "ResizeVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+        /// > have grown, or still grow; asking again is harmless.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ResizeVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ResizeVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func resizeVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ResizeVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ResizeVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.ResizeVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -3677,6 +3852,38 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteSnapshotRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_DeleteSnapshotResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ResizeVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+    /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+    /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+    /// > have grown, or still grow; asking again is harmless.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ResizeVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func resizeVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ResizeVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.resizeVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ResizeVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
             options: options,
             onResponse: handleResponse
         )
@@ -4301,6 +4508,42 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.deleteSnapshot(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ResizeVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
+    /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+    /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
+    /// > have grown, or still grow; asking again is harmless.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func resizeVolume<Result>(
+        _ message: Haptera_V1_ResizeVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ResizeVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.resizeVolume(
             request: request,
             options: options,
             onResponse: handleResponse

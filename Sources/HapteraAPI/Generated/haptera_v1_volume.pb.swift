@@ -965,6 +965,27 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
 
   package var unixUri: String = String()
 
+  /// Of the volume when it was taken.
+  package var sizeBytes: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_ResizeVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  /// A multiple of 4096, not below the volume's size.
+  package var sizeBytes: UInt64 = 0
+
+  /// How long the engine may take before the answer is DEADLINE_EXCEEDED; 0: a minute.
+  package var timeoutMilliseconds: UInt64 = 0
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -2464,7 +2485,7 @@ nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, S
 
 nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Snapshot"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2478,6 +2499,7 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
       case 4: try { try decoder.decodeSingularInt64Field(value: &self.createdUnixMilliseconds) }()
       case 5: try { try decoder.decodeSingularStringField(value: &self.uri) }()
       case 6: try { try decoder.decodeSingularStringField(value: &self.unixUri) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
       default: break
       }
     }
@@ -2502,6 +2524,9 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if !self.unixUri.isEmpty {
       try visitor.visitSingularStringField(value: self.unixUri, fieldNumber: 6)
     }
+    if self.sizeBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.sizeBytes, fieldNumber: 7)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2512,6 +2537,47 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if lhs.createdUnixMilliseconds != rhs.createdUnixMilliseconds {return false}
     if lhs.uri != rhs.uri {return false}
     if lhs.unixUri != rhs.unixUri {return false}
+    if lhs.sizeBytes != rhs.sizeBytes {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ResizeVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ResizeVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if self.sizeBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.sizeBytes, fieldNumber: 2)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ResizeVolumeRequest, rhs: Haptera_V1_ResizeVolumeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.sizeBytes != rhs.sizeBytes {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -188,6 +188,13 @@ extension VolumeService {
         try await controller.deleteSnapshot(request)
         return Haptera_V1_DeleteSnapshotResponse()
     }
+
+    func resizeVolume(
+        request: Haptera_V1_ResizeVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        _ = try checked(request.name)
+        return try await controller.resizeVolume(request)
+    }
 }
 
 extension ClusterService {

@@ -1,4 +1,5 @@
 import HapteraCore
+import HapteraHost
 
 /// Volume records in words, for people.
 struct RecordWords {
@@ -30,7 +31,7 @@ struct RecordWords {
             if let joining = record.joining {
                 parts.append("\(replica(joining.replica)) joins: it is being filled")
             }
-        case .removal, .promotion, .administration, .snapshot: break
+        case .removal, .promotion, .administration, .snapshot, .resize: break
         }
         if record.change != .salvage {
             for member in left {
@@ -45,7 +46,13 @@ struct RecordWords {
                 ? "counts again: nothing was acknowledged without it" : "is in sync again"
             for member in came { parts.append("\(replica(member.replica)) \(how)") }
         }
-        if let before { parts += releases(record, before) + snapshots(record, before) }
+        if let before {
+            parts += releases(record, before) + snapshots(record, before)
+            if record.size > before.size {
+                parts.append(
+                    "grew from \(VolumeSize.text(before.size)) to \(VolumeSize.text(record.size))")
+            }
+        }
         // A removal or promotion whose predecessor is forgotten.
         if parts.isEmpty { parts.append("\(record.change)") }
         return parts.joined(separator: "; ")

@@ -12,7 +12,9 @@ extension Controller {
     package func snapshots(of name: String) async throws -> [Haptera_V1_Snapshot] {
         let stored = try await store.volume(named: name)
         let volume = view(stored)
-        return (stored.record?.snapshots ?? []).map { Self.message($0, of: volume) }
+        return (stored.record?.snapshots ?? []).map {
+            Self.message($0, of: volume, stored.record)
+        }
     }
 
     package func snapshot(
@@ -95,7 +97,9 @@ extension Controller {
         _ snapshot: String, of name: String
     ) async throws -> Haptera_V1_Snapshot? {
         let stored = try await store.volume(named: name)
-        return stored.record?.snapshot(named: snapshot).map { Self.message($0, of: view(stored)) }
+        return stored.record?.snapshot(named: snapshot).map {
+            Self.message($0, of: view(stored), stored.record)
+        }
     }
 
     private static func check(_ name: String) throws {
@@ -113,7 +117,7 @@ extension Controller {
                 + "\(volume)'")
     }
 
-    private static func refused(_ reason: String) -> ControlError {
+    static func refused(_ reason: String) -> ControlError {
         ControlError(.precondition, reason)
     }
 
@@ -152,7 +156,7 @@ extension Controller {
 
     /// The node whose engine can be asked, or nil if the volume is not attached. Throws where that
     /// would lead nowhere.
-    private func servingNode(_ stored: StoredVolume) throws -> String? {
+    func servingNode(_ stored: StoredVolume) throws -> String? {
         let volume = stored.volume.name
         let now = view(stored)
         guard stored.volume.phase != .deleting else {
@@ -204,13 +208,13 @@ extension Controller {
     }
 
     /// How long an engine may take, milliseconds.
-    private static func timeout(_ wanted: UInt64) -> UInt64 {
+    static func timeout(_ wanted: UInt64) -> UInt64 {
         guard wanted != 0 else { return snapshotTimeoutDefault }
         return min(max(wanted, snapshotTimeouts.lowerBound), snapshotTimeouts.upperBound)
     }
 
     /// The agent gives up first: it knows more of why.
-    private static func patience(_ timeout: UInt64) -> Duration {
+    static func patience(_ timeout: UInt64) -> Duration {
         Duration.milliseconds(timeout) + .seconds(2)
     }
 
@@ -239,13 +243,14 @@ extension Controller {
     }
 
     private static func message(
-        _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume
+        _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume, _ record: VolumeRecord?
     ) -> Haptera_V1_Snapshot {
         var message = Haptera_V1_Snapshot()
         message.name = snapshot.name
         message.volume = volume.name
         message.layer = snapshot.layer.rawValue
         message.createdUnixMilliseconds = Int64(clamping: snapshot.created)
+        message.sizeBytes = record?.size(of: snapshot.layer) ?? volume.sizeBytes
         if volume.state == .attached {
             message.uri = SnapshotExport.uri(volume.engine.uri, snapshot.name)
             message.unixUri = SnapshotExport.uri(volume.engine.unixUri, snapshot.name)

@@ -203,7 +203,8 @@ package actor EngineUnit {
 
     /// Answers when the snapshot is taken.
     func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
-        try requireServing(request.clientGeneration, snapshot: request.name)
+        try requireServing(request.clientGeneration)
+        try Self.requireWord(request.name)
         _ = try await context.host.request(
             supervision.files.control,
             "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)",
@@ -212,19 +213,30 @@ package actor EngineUnit {
 
     /// Answers when the record does not name the snapshot any more, or never did.
     func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshot) async throws {
-        try requireServing(request.clientGeneration, snapshot: request.name)
+        try requireServing(request.clientGeneration)
+        try Self.requireWord(request.name)
         _ = try await context.host.request(
             supervision.files.control, "delete-snapshot name=\(request.name)",
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
     }
 
+    /// Answers when every member is as large.
+    func grow(_ request: Haptera_V1_GrowVolume) async throws {
+        try requireServing(request.clientGeneration)
+        _ = try await context.host.request(
+            supervision.files.control, "resize size=\(request.sizeBytes)",
+            timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
+    }
+
     /// Whoever asks has named the attachment it saw: the engine of another may serve clients who
     /// did not ask for this.
-    private func requireServing(_ clientGeneration: UInt64, snapshot: String) throws {
+    private func requireServing(_ clientGeneration: UInt64) throws {
         guard supervision.isRunning, isOfThisAttachment, !settings.isDetached,
             wanted.phase == .attach, settings.clientGeneration == clientGeneration
         else { throw HostError("no engine serves the volume") }
-        // It becomes a word of a line.
+    }
+    /// A name becomes a word of a line.
+    private static func requireWord(_ snapshot: String) throws {
         guard VolumeRecord.isValidSnapshotName(snapshot) else {
             throw HostError("no snapshot name")
         }

@@ -23,6 +23,7 @@ extension NodeAgent {
             case .fault(let fault): try await inject(fault)
             case .takeSnapshot(let request): try await takeSnapshot(request)
             case .deleteSnapshot(let request): try await deleteSnapshot(request)
+            case .growVolume(let request): try await growVolume(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
         } catch let error as ControlSocket.NoAnswer {
@@ -43,6 +44,12 @@ extension NodeAgent {
     private func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshot) async throws {
         try await askEngine(of: request.volumeID, doubt: SnapshotResult.deletionDoubtText) {
             try await $0.deleteSnapshot(request)
+        }
+    }
+
+    private func growVolume(_ request: Haptera_V1_GrowVolume) async throws {
+        try await askEngine(of: request.volumeID, doubt: SnapshotResult.resizeDoubtText) {
+            try await $0.grow(request)
         }
     }
 

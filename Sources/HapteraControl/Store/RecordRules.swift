@@ -21,7 +21,11 @@ package struct RecordRules {
 
     /// Why nobody can have meant the proposal; nil if there is no such reason.
     package func objection(to proposed: VolumeRecord, by writer: RecordWriter) -> String? {
-        if proposed.size != current.size { return "the record changes the volume's size" }
+        if proposed.size != current.size {
+            guard writer == .engine, proposed.change == .resize, proposed.size > current.size else {
+                return "the record changes the volume's size"
+            }
+        }
         if proposed.name != current.name { return "the record changes the volume's name" }
         if proposed.clientGeneration < current.clientGeneration {
             return "the record lowers the client generation"

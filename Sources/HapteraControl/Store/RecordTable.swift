@@ -1,6 +1,7 @@
 import Foundation
 import GRDB
 import HapteraCore
+import HapteraHost
 
 /// How a compare-and-swap of a volume record ended.
 package enum SwapResult: Equatable, Sendable {
@@ -57,6 +58,11 @@ extension MetadataStore {
                     Int64(expected.rawValue),
                 ])
             guard db.changesCount == 1 else { return .conflict(stored.bytes) }
+            if proposed.size != current.size {
+                try db.execute(
+                    sql: "UPDATE volumes SET sizeBytes = ? WHERE id = ?",
+                    arguments: [Int64(proposed.size), volume.text])
+            }
             try self.noteHistory(db, proposed)
             try self.addEvents(db, of: proposed, after: current)
             return .swapped
@@ -86,6 +92,10 @@ extension MetadataStore {
         if let joining = new.joining, joining != old.joining {
             let text = "replica \(joining.replica.text) is being filled, \(epoch)"
             try addEvent(db, "ReplicaJoining", subject, text, by: engine)
+        }
+        if new.size != old.size {
+            let sizes = "\(VolumeSize.text(old.size)) to \(VolumeSize.text(new.size))"
+            try addEvent(db, "VolumeResized", subject, "\(sizes), \(epoch)", by: engine)
         }
         for snapshot in new.snapshots where !old.snapshots.contains(snapshot) {
             let text = "snapshot \(snapshot.name), layer \(snapshot.layer.rawValue), \(epoch)"

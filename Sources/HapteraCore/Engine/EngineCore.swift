@@ -183,6 +183,11 @@ package final class EngineCore {
     var snapshotRequests: [SnapshotRequest] = []
     var snapshotStage = SnapshotStage.waiting
     var deletionRequests: [DeletionRequest] = []
+    var resizeRequests: [ResizeRequest] = []
+    /// Copies that were asked to make room for the first of them, and those that have.
+    var roomAsked = SlotSet()
+    var roomMade = SlotSet()
+    var roomAttempt: UInt64 = 0
     /// Of the deletion that is proposed: nothing reads it any more.
     var deletedLayer = LayerID.head
     /// No slot below this one holds a write to a layer that is frozen now.
@@ -264,6 +269,7 @@ package final class EngineCore {
             case .submit(let operation): refuse(operation)
             case .takeSnapshot(let token, _, _): answerSnapshot(token, .head, .notServing)
             case .deleteSnapshot(let token, _): answerDeletion(token, .notServing)
+            case .resize(let token, _): answerResize(token, .notServing)
             default: break
             }
             return
@@ -286,6 +292,7 @@ package final class EngineCore {
         case .takeSnapshot(let token, let name, let created):
             takeSnapshot(token, name: name, created: created)
         case .deleteSnapshot(let token, let name): deleteSnapshot(token, name: name)
+        case .resize(let token, let size): resize(token, to: size)
         case .cancel(let session): cancel(session)
         case .acceptLoss: acceptLoss()
         }
@@ -353,6 +360,7 @@ package final class EngineCore {
         advanceJoin()
         if !snapshotRequests.isEmpty { advanceSnapshot() }
         if !deletionRequests.isEmpty { advanceDeletion() }
+        if !resizeRequests.isEmpty { advanceResize() }
         advanceFlush()
         advanceDetach()
     }
@@ -368,6 +376,7 @@ package final class EngineCore {
         }
         abandonSnapshots()
         abandonDeletions()
+        abandonResizes()
         actions.append(.serving(false))
         actions.append(.stopped)
     }

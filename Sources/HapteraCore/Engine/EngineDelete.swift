@@ -47,6 +47,7 @@ extension EngineCore {
         propose(.deleteSnapshot) { next in
             next.snapshots.removeAll { $0.layer == layer }
             next.layers.removeAll { $0 == layer }
+            next.forgetGrowths()
         }
     }
     private func isBeingRead(_ layer: LayerID) -> Bool {

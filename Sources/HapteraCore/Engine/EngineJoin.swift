@@ -34,7 +34,7 @@ extension EngineCore {
                 verifyPromise()
                 return
             }
-            guard replica.size >= record.size else { continue }
+            guard replica.size <= record.size else { continue }
             let member = member(slot)
             joiner = slot
             joinStage = .installing

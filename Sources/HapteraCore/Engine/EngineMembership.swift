@@ -104,6 +104,7 @@ extension EngineCore {
         replicas[slot].sentEpoch = .zero
         replicas[slot].installedEpoch = .zero
         installReplies[slot] = nil
+        forgetRoom(of: slot)
         if phase == .serving, members.contains(slot) {
             if !replicas[slot].hasFailed { note(.replicaLost(slot)) }
             replicas[slot].hasFailed = true
@@ -203,7 +204,8 @@ extension EngineCore {
         guard let record, replicas[slot].link == .greeted, isAsRecorded(slot) else { return }
         if members.contains(slot), !isRecorded(slot) { return }  // another making: not the member
         if members.contains(slot), isOlderMember(slot), !isLossAccepted { return }
-        guard replicas[slot].size >= record.size else {
+        // A smaller copy grows with the Install.
+        guard replicas[slot].size <= record.size else {
             stop(.sizeMismatch)
             return
         }

@@ -120,6 +120,7 @@ extension EngineCore {
     private func committed() {
         guard let purpose = pendingChange else { return }
         let previous = members
+        let sizeBefore = size
         record = proposedRecord
         pendingChange = nil
         adoptMembers()
@@ -152,6 +153,9 @@ extension EngineCore {
         case .deleteSnapshot:
             installAll()
             deletedSnapshot()
+        case .resize:
+            installAll()
+            resized(from: sizeBefore)
         }
         if isVerifyingPromise { verifyPromise() }
     }

@@ -21,6 +21,7 @@ extension EngineCore {
             renewLease(slot, sentAt: replicas[slot].pingSentAt)
         case .ping, .stable: break
         case .regionMap: receivedMap(slot, header, table)
+        case .prepareSize: madeRoom(slot, header)
         case .getRecord, .compareAndSwap: protocolError(slot)
         case .write, .setState, .flush, .read, .status, .digest, .adopt:
             guard let index = slotIndex(ofTag: header.tag) else { return }
@@ -83,6 +84,7 @@ extension EngineCore {
         if header.epoch <= replicas[slot].sentEpoch,
             replicas[slot].installedEpoch < replicas[slot].sentEpoch,
             sendAgain(slot, header) || copyRefused(slot, header) || jobRefused(header)
+                || roomRefused(slot, header)
         {
             return
         }

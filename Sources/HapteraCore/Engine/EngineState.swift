@@ -374,6 +374,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
     case reinstate
     case snapshot
     case deleteSnapshot
+    case resize
 
     var recorded: VolumeRecord.Change {
         switch self {
@@ -384,6 +385,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
         case .detach: .detach
         case .reinstate: .reinstatement
         case .snapshot, .deleteSnapshot: .snapshot
+        case .resize: .resize
         }
     }
 }

@@ -288,7 +288,7 @@ extension EngineCore {
         guard let record, !departure.isKept, departure.partedEpoch == departure.leftEpoch,
             let slot = slot(of: departure.member.replica), replicas[slot].isConfigured,
             replicas[slot].link == .greeted, member(slot) == departure.member,
-            replicas[slot].size >= record.size
+            replicas[slot].size <= record.size
         else { return false }
         switch departure.reason {
         case .unknown, .disconnected, .silent, .unreachable, .slow: break

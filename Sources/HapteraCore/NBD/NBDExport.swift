@@ -23,12 +23,11 @@ package final class NBDExport {
         live = nil
     }
 
-    /// The volume as it was when the snapshot was taken. Its size is the volume's: a record knows
-    /// one size for all its layers.
-    package init(_ snapshot: VolumeRecord.Snapshot, of live: NBDExport) {
+    /// The volume as it was when the snapshot was taken, of the size it had.
+    package init(_ snapshot: VolumeRecord.Snapshot, size: UInt64, of live: NBDExport) {
         precondition(live.live == nil && snapshot.layer != .head)
         name = Self.name(of: snapshot, of: live)
-        size = live.size
+        self.size = size
         isReadOnly = true
         zeroesFastWithoutHole = live.zeroesFastWithoutHole
         layer = snapshot.layer
@@ -75,6 +74,8 @@ package protocol NBDExportLookup: AnyObject {
     var live: NBDExport { get }
     /// Those of the live volume, oldest first.
     var snapshots: [VolumeRecord.Snapshot] { get }
+    /// Bytes of a snapshot.
+    func size(of snapshot: VolumeRecord.Snapshot) -> UInt64
     /// Whether one more connection may begin to read a snapshot.
     var admitsReader: Bool { get }
 }
@@ -86,7 +87,7 @@ extension NBDExportLookup {
         guard let text = snapshotName(in: name),
             let snapshot = snapshots.first(where: { text.equals(text: $0.name) })
         else { return nil }
-        return NBDExport(snapshot, of: live)
+        return NBDExport(snapshot, size: size(of: snapshot), of: live)
     }
 
     /// What follows `VOLUME@`; nil if that is not what the name begins with. The volume's name is
@@ -105,9 +106,14 @@ package final class NBDFixedExports: NBDExportLookup {
     package let live: NBDExport
     package var snapshots: [VolumeRecord.Snapshot]
     package var admitsReader = true
+    /// Those that are not the live volume's size.
+    package var sizes: [LayerID: UInt64] = [:]
 
     package init(live: NBDExport, snapshots: [VolumeRecord.Snapshot] = []) {
         self.live = live
         self.snapshots = snapshots
+    }
+    package func size(of snapshot: VolumeRecord.Snapshot) -> UInt64 {
+        sizes[snapshot.layer] ?? live.size
     }
 }

@@ -9,7 +9,7 @@
 struct LayerChain {
     private struct Layer {
         /// A bit per region: 1 if the layer's table or the log may know it.
-        let map: FixedArray<UInt64>
+        var map: FixedArray<UInt64>
         /// Written since the last sync of the file began, perhaps by an earlier process.
         var isDataUnsynced = true
         var isTableUnsynced = true
@@ -19,7 +19,7 @@ struct LayerChain {
     private(set) var ids: [LayerID] = []
     private var layers: [Layer] = []
     private(set) var retiredCount = 0
-    private let regionCount: UInt64
+    private var regionCount: UInt64
     private(set) var head: LayerID
 
     init(_ ids: [LayerID], regionCount: UInt64) {
@@ -37,6 +37,18 @@ struct LayerChain {
         ids.append(id)
         layers.append(Layer(map: FixedArray(repeating: 0, count: Int((regionCount + 63) / 64))))
         head = id
+    }
+
+    /// The volume has this many regions now, not fewer than before.
+    mutating func grow(regionCount: UInt64) {
+        self.regionCount = regionCount
+        let words = Int((regionCount + 63) / 64)
+        for index in 0..<layers.count where layers[index].map.count < words {
+            layers[index].map = layers[index].map.extended(to: words, with: 0)
+            if let merged = layers[index].merged {
+                layers[index].merged = merged.extended(to: words, with: 0)
+            }
+        }
     }
 
     // MARK: retired layers

@@ -15,7 +15,7 @@ package struct ReplicaIdentity: Equatable, Sendable {
     package var name: String
     package var replica: ReplicaID
     package var incarnation: Incarnation
-    /// Bytes, whole blocks.
+    /// Bytes, whole blocks: of the volume when the copy was made. Now: `Manifest.size`.
     package var size: UInt64
     package init(
         volume: VolumeID, name: String, replica: ReplicaID, incarnation: Incarnation, size: UInt64
@@ -28,6 +28,12 @@ package struct ReplicaIdentity: Equatable, Sendable {
     }
     package var member: VolumeRecord.Member {
         VolumeRecord.Member(replica: replica, incarnation: incarnation)
+    }
+    /// The same copy, though its volume may have grown since one of them was told.
+    package func isSame(as other: ReplicaIdentity) -> Bool {
+        var other = other
+        other.size = size
+        return self == other
     }
 }
 
@@ -69,6 +75,17 @@ package struct Manifest: Equatable, Sendable {
     package init(identity: ReplicaIdentity) { self.identity = identity }
 
     package var head: LayerID { layers[layers.count - 1] }
+    /// Bytes of the volume, by the record installed.
+    package var size: UInt64 { installed?.size ?? identity.size }
+    /// Bytes that a layer's data file has at least: more if the volume was about to grow. Of one
+    /// that is retired the record does not know it any more (seed 361), only that it is no older
+    /// than the copy.
+    package func size(of layer: LayerID) -> UInt64 {
+        guard let installed, installed.layers.index(ofLayer: layer) != nil else {
+            return identity.size
+        }
+        return installed.size(of: layer)
+    }
     /// Of deleted snapshots, and not merged yet.
     package var retiredLayers: [LayerID] {
         guard let installed else { return [] }
@@ -175,8 +192,7 @@ package struct Manifest: Equatable, Sendable {
 extension ReplicaIdentity {
     /// Sane, whether it came from a disk or from a command line.
     package var isValid: Bool {
-        replica.rawValue != 0 && incarnation.rawValue != 0 && size > 0
-            && size <= Geometry.volumeSizeMax && size % UInt64(Geometry.blockSize) == 0
+        replica.rawValue != 0 && incarnation.rawValue != 0 && VolumeRecord.isValidSize(size)
             && !name.isEmpty && name.utf8.count <= VolumeRecord.nameLengthMax
     }
 }

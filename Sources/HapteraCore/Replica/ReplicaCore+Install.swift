@@ -29,8 +29,9 @@ extension ReplicaCore {
     /// Install(e, engine, V). In this order, and what a crash leaves:
     /// 1. nothing else is admitted; requests under way end, parked ones are refused -> old promise
     /// 2. births of active regions rise to e in memory                              -> old promise
-    /// 3. files of layers that V has and this copy has not are made, empty, and synced with their
-    ///    names; without space for them it is refused here   -> old promise, files nobody looks at
+    /// 3. the head's files grow to V's size, if they have not yet, and are synced; files of layers
+    ///    that V has and this copy has not are made, empty, and synced with their names; without
+    ///    space for them it is refused here   -> old promise, files nobody looks at, room not used
     /// 4. the manifest with e and V is written to the slot not in use               -> old or new
     /// 5. it is synced                                                              -> new promise,
     ///    and opening gives active regions the promise as birth: step 2 is not lost
@@ -52,7 +53,7 @@ extension ReplicaCore {
             return refuse(slot, .staleEpoch)
         }
         let member = identity.member
-        guard epoch.rawValue < 1 << 62, request.record.size == size,
+        guard epoch.rawValue < 1 << 62, request.record.size >= size,
             isChainLawful(request.record),
             (request.record.inSync + [request.record.joining].compactMap { $0 }).allSatisfy({
                 $0.replica != member.replica || $0 == member
@@ -109,7 +110,8 @@ extension ReplicaCore {
             if syncs[FileSync.log].durable >= ticket { completeInstall() }
             return
         }
-        guard !isSecondSlotDue, areLayersMade(request.record) else { return }
+        guard !isSecondSlotDue, hasRoom(for: request.record), areLayersMade(request.record)
+        else { return }
         promiseBefore = promise
         if !options.mutations.contains(.noRestamp) { restamp(request.record.epoch) }
         var proposal = manifest
@@ -133,12 +135,15 @@ extension ReplicaCore {
     /// Whether the files of the layers that the record adds are durable. What was written before
     /// this Install is in the head as it was, what comes after it in the new one.
     private func areLayersMade(_ record: VolumeRecord) -> Bool {
+        // Those of an Install refused before the volume grew are too small.
+        if record.size != layersMadeSize { layersMade = [] }
+        layersMadeSize = record.size
         for layer in record.layers where layer > chain.head && !layersMade.contains(layer) {
             guard layerOperations == 0 else { return false }
             layerOperations = 1
             let token = startOperation(.layerCreate, index: 0)
             operations[Int(token & 0xffff_ffff)].layer = layer
-            actions.append(.create(layer, token: token))
+            actions.append(.create(layer, size: record.size, token: token))
             return false
         }
         return true
@@ -186,7 +191,7 @@ extension ReplicaCore {
     }
 
     /// The next one begins, and what was held behind this one runs.
-    private func endInstall(refusing status: FrameStatus? = nil) {
+    func endInstall(refusing status: FrameStatus? = nil) {
         let slot = currentInstall
         let connection = Int(requests[Int(slot)].connection)
         let isAlive = isConnected(slot)
@@ -332,6 +337,7 @@ extension ReplicaCore {
         if manifestPurpose == .settle { isSettleWanted = false }
     }
     private func adoptChain(_ made: Manifest) {
+        adoptSize(made)
         for layer in made.layers where layer > chain.head { chain.append(layer) }
         layersMade = []
         for layer in merge.leaving { layerLeft(layer) }

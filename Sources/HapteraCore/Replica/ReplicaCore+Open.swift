@@ -19,7 +19,7 @@ extension ReplicaCore {
 
         let files: [(ReplicaFile, UInt64)] = [
             (.log, ActivityLog.fileSize(capacity: logCapacity)),
-            (.data(manifest.head), identity.size),
+            (.data(manifest.head), dataSize(identity.size)),
             (.table(manifest.head), tableSize(identity.size)),
             (.manifest, Manifest.fileSize),
         ]
@@ -35,6 +35,11 @@ extension ReplicaCore {
         try storage.sync(.manifest)
     }
 
+    /// Whole regions, so that one can be read in one piece in every layer, however large the
+    /// volume is by now.
+    package static func dataSize(_ size: UInt64) -> UInt64 {
+        Geometry.regionCount(size: size) * UInt64(Geometry.regionSize)
+    }
     static func tableSize(_ size: UInt64) -> UInt64 {
         Geometry.regionCount(size: size) * UInt64(TablePage.pairSize)
     }
@@ -44,7 +49,7 @@ extension ReplicaCore {
     ) throws(StorageError) -> Bool {
         switch try loadManifest(storage) {
         case .manifest(let found):
-            guard found.identity == identity else {
+            guard found.identity.isSame(as: identity) else {
                 throw StorageError(
                     .exists,
                     "the directory holds replica \(found.identity.replica.text) of volume "
@@ -162,11 +167,11 @@ package struct OpenedReplica {
         case .damaged:
             throw StorageError(.damaged, "manifest: neither slot is valid")
         }
-        let regions = Geometry.regionCount(size: manifest.identity.size)
+        let regions = Geometry.regionCount(size: manifest.size)
         for layer in manifest.layers {
-            try Self.expect(storage, .data(layer), size: manifest.identity.size)
-            try Self.expect(
-                storage, .table(layer), size: ReplicaCore.tableSize(manifest.identity.size))
+            let size = manifest.size(of: layer)
+            try Self.expect(storage, .data(layer), size: size)
+            try Self.expect(storage, .table(layer), size: ReplicaCore.tableSize(size))
         }
 
         let logSize = try storage.size(.log)
@@ -176,11 +181,9 @@ package struct OpenedReplica {
             throw StorageError(.damaged, "activity.log: has \(logSize) bytes")
         }
         log = try ActivityLog(opening: try storage.mapLog(size: Int(logSize)))
-        // A log written under larger limits must be read all the same.
-        let frameCount = max(options.tableCachePagesMax, InstallReply.activeRegionsMax + 64)
-        // Enough for all there is, and for some layers that are still to come.
-        let pages = regions * UInt64(manifest.layers.count + 8) + 64
-        cache = TableCache(frameCount: Int(min(UInt64(frameCount), pages)))
+        cache = TableCache(
+            frameCount: ReplicaCore.frameCount(
+                most: options.framesMax, regions: regions, layers: manifest.layers.count))
         var chain = LayerChain(manifest.layers, regionCount: regions)
         for layer in manifest.retiredLayers where layer < manifest.head { chain.retire(layer) }
         covered = manifest.layers.count > 1 ? log.findCovered() : 0
@@ -189,6 +192,11 @@ package struct OpenedReplica {
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
         guard !isReadOnly else { return }
+        // Of before they were made whole.
+        for layer in manifest.layers {
+            try storage.extend(
+                .data(layer), size: ReplicaCore.dataSize(manifest.size(of: layer)))
+        }
         try makeSlots()
         if manifest.boot != options.bootID { dropUnsynced() }
         try storage.sync(.log)
@@ -205,7 +213,8 @@ package struct OpenedReplica {
         throws(StorageError)
     {
         let found = try storage.size(file)
-        guard found == size else {
+        // More: the volume was about to grow.
+        guard found >= size else {
             throw StorageError(.damaged, "\(file): has \(found) bytes instead of \(size)")
         }
     }
@@ -397,7 +406,7 @@ extension OpenedReplica {
     }
     private func findUnneeded(_ frame: Int32) throws(StorageError) {
         let start = cache.frames[Int(frame)].region * UInt64(Geometry.regionSize)
-        let end = min(start + UInt64(Geometry.regionSize), manifest.identity.size)
+        let end = min(start + UInt64(Geometry.regionSize), manifest.size)
         let blockSize = UInt64(Geometry.blockSize)
         var offset = start
         while offset < end,

@@ -70,16 +70,13 @@ extension ReplicaCore {
         else { return false }
         switch header.kind {
         case .flush, .stable, .ping: return true
-        case .digest:
-            return header.offset % UInt64(Geometry.regionSize) == 0 && header.offset < size
+        case .digest: return header.offset % UInt64(Geometry.regionSize) == 0
         case .regionMap:
-            return header.offset % UInt64(Geometry.regionSize) == 0 && header.offset < size
-                && header.length >= 1
+            return header.offset % UInt64(Geometry.regionSize) == 0 && header.length >= 1
                 && header.length <= (header.auxiliary == 0 ? 65_536 : UInt32(Self.birthRegionsMax))
         case .write, .setState, .read, .adopt, .status:
             guard header.offset % blockSize == 0, UInt64(header.length) % blockSize == 0,
-                header.length > 0, header.offset < size,
-                UInt64(header.length) <= size - header.offset
+                header.length > 0, header.offset < Geometry.volumeSizeMax
             else { return false }
             if header.kind == .status { return true }
             let last = header.offset + UInt64(header.length) - 1
@@ -91,7 +88,20 @@ extension ReplicaCore {
             }
             return !isWrite
                 || header.dataLength == header.length && Int(header.tableLength) == 4 * blocks
+        case .prepareSize:
+            return header.offset % blockSize == 0 && header.offset > 0
+                && header.offset <= Geometry.volumeSizeMax
         case .hello, .install, .getRecord, .compareAndSwap: return false
+        }
+    }
+    /// Whether it is within the volume: asked when it begins, an Install before it on its
+    /// connection may have let the volume grow.
+    private func isWithinVolume(_ header: FrameHeader) -> Bool {
+        switch header.kind {
+        case .write, .setState, .read, .adopt, .status:
+            return header.offset < size && UInt64(header.length) <= size - header.offset
+        case .digest, .regionMap: return header.offset < size
+        default: return true
         }
     }
 
@@ -124,7 +134,9 @@ extension ReplicaCore {
         startedCount += 1
         // Asked now: an Install before it on its connection may have made the layer.
         if requests[index].header.layer == .head { requests[index].header.layer = chain.head }
-        guard isLayerLawful(requests[index].header) else { return finish(slot, .invalid) }
+        guard isLayerLawful(requests[index].header), isWithinVolume(requests[index].header) else {
+            return finish(slot, .invalid)
+        }
         switch requests[index].header.kind {
         case .write:
             guard payloadMatches(slot) else { return finish(slot, .checksumMismatch) }
@@ -166,6 +178,7 @@ extension ReplicaCore {
             takeStable(requests[index].header)
             end(slot)
         case .ping: finish(slot, .ok)
+        case .prepareSize: prepareSize(slot)
         case .hello, .install, .getRecord, .compareAndSwap: refuse(slot, .invalid)
         }
     }
@@ -394,6 +407,7 @@ extension ReplicaCore {
         case .manifestWrite: manifestWritten(ended, result)
         case .manifestSync: manifestSynced(result)
         case .layerCreate, .layerSync: layerStepEnded(ended, result)
+        case .growthExtend, .growthSync: growthStepEnded(ended, result)
         case .layerRemove: layerRemoved()
         case .mergeRead: mergeRead(Int(ended.index), result)
         case .mergeWrite: mergeWritten(Int(ended.index), result)

@@ -14,8 +14,8 @@ package final class ReplicaCore {
     let options: ReplicaOptions
     let pool: BufferPool
     /// Bytes of the volume.
-    package let size: UInt64
-    let regionCount: UInt64
+    package internal(set) var size: UInt64
+    var regionCount: UInt64
     var chain: LayerChain
     let log: ActivityLog
     let cache: TableCache
@@ -93,6 +93,9 @@ package final class ReplicaCore {
     var installTicket: UInt64?
     /// Layers of the Install under way whose files are durable, and operations on one that is not.
     var layersMade: [LayerID] = []
+    /// What they were made for, bytes.
+    var layersMadeSize: UInt64 = 0
+    var growth: GrowthState
     var layerOperations = 0
     /// The host restarted since the copies were last known equal; fixed at open.
     package let isRebooted: Bool
@@ -137,8 +140,9 @@ package final class ReplicaCore {
         self.pool = pool
         manifest = opened.manifest
         identity = opened.manifest.identity
-        size = identity.size
-        regionCount = Geometry.regionCount(size: identity.size)
+        size = opened.manifest.size
+        regionCount = Geometry.regionCount(size: opened.manifest.size)
+        growth = GrowthState(prepared: opened.manifest.size(of: opened.manifest.head))
         chain = opened.chain
         covered = opened.covered
         // Of an earlier process: seed 200511.
@@ -339,6 +343,9 @@ struct DiskOperation: BitwiseCopyable {
         case manifestSync
         case layerCreate
         case layerSync
+        case growthExtend
+        /// Of the head's files.
+        case growthSync
         case layerRemove
         /// Index: the merge's job.
         case mergeRead

@@ -15,6 +15,8 @@ package struct ReplicaOptions {
         let room = activeRegionsMax + (tableCachePagesMax - activeRegionsMax) / 2
         return min(InstallReply.activeRegionsMax, room)
     }
+    /// A log written under larger limits must be read all the same.
+    var framesMax: Int { max(tableCachePagesMax, InstallReply.activeRegionsMax + 64) }
     package var mutations = MutationSet()
     /// 128 bits of a block's data for `RegionDigest`; the process gives SHA-256. Must be the same
     /// function on all replicas of a volume. The default is fast and no cryptographic hash: for

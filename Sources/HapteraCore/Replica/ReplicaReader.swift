@@ -47,7 +47,7 @@ package final class ReplicaReader {
         activeRegions = regions.sorted()
     }
 
-    package var size: UInt64 { manifest.identity.size }
+    package var size: UInt64 { manifest.size }
     package var regionCount: UInt64 { Geometry.regionCount(size: size) }
     package var layers: [LayerID] { opened.chain.ids }
     /// False: nothing was ever written to the region, or to that layer of it.

@@ -133,10 +133,10 @@ package final class TableCache {
         var count = 0
     }
 
-    package let frames: FixedArray<TableFrame>
-    private let entryMemory: MemoryBlock
+    package private(set) var frames: FixedArray<TableFrame>
+    private var entryMemory: MemoryBlock
     private let lists: FixedArray<Ends>
-    private let buckets: FixedArray<Int32>
+    private var buckets: FixedArray<Int32>
     /// Regions in the activity log (activating, active and draining).
     package private(set) var activeCount = 0
     package private(set) var oldestActive: Int32 = -1
@@ -146,10 +146,26 @@ package final class TableCache {
         frames = FixedArray(repeating: TableFrame(), count: frameCount)
         entryMemory = MemoryBlock(count: frameCount * TablePage.entriesSize)
         lists = FixedArray(repeating: Ends(), count: 5)
-        var bucketCount = 16
-        while bucketCount < frameCount * 2 { bucketCount *= 2 }
-        buckets = FixedArray(repeating: -1, count: bucketCount)
+        buckets = Self.emptyBuckets(frameCount: frameCount)
         for frame in 0..<frameCount { move(Int32(frame), to: .unused) }
+    }
+    private static func emptyBuckets(frameCount: Int) -> FixedArray<Int32> {
+        var count = 16
+        while count < frameCount * 2 { count *= 2 }
+        return FixedArray(repeating: -1, count: count)
+    }
+
+    /// More frames; those there are keep their numbers.
+    package func grow(frameCount: Int) {
+        let old = frames.count
+        guard frameCount > old else { return }
+        frames = frames.extended(to: frameCount, with: TableFrame())
+        let entries = MemoryBlock(count: frameCount * TablePage.entriesSize)
+        entries.memory.slice(0, entryMemory.memory.count).copy(from: entryMemory.memory)
+        entryMemory = entries
+        buckets = Self.emptyBuckets(frameCount: frameCount)
+        for frame in 0..<old where frames[frame].state != .free { hash(Int32(frame)) }
+        for frame in old..<frameCount { move(Int32(frame), to: .unused) }
     }
 
     package func entries(_ frame: Int32) -> RawMemory {
@@ -195,10 +211,13 @@ package final class TableCache {
         frames[Int(frame)].region = region
         frames[Int(frame)].layer = layer
         frames[Int(frame)].state = .loading
-        var at = bucket(layer, region)
+        hash(frame)
+        return frame
+    }
+    private func hash(_ frame: Int32) {
+        var at = bucket(frames[Int(frame)].layer, frames[Int(frame)].region)
         while buckets[at] >= 0 { at = (at + 1) & (buckets.count - 1) }
         buckets[at] = frame
-        return frame
     }
 
     /// Forgets the region. It must be clean or loading, with nobody waiting.

@@ -10,6 +10,8 @@ package protocol BlockDevice: AnyObject {
     /// Those that can be read at present, oldest first: operations may name their layers. What asks
     /// for one that is gone is completed with an error.
     var snapshots: [VolumeRecord.Snapshot] { get }
+    /// Bytes of one of them.
+    func size(of snapshot: VolumeRecord.Snapshot) -> UInt64
     /// Whether zeroing is faster than writing even if the space must be kept.
     var zeroesFastWithoutHole: Bool { get }
     /// Where the buffers of operations come from.
@@ -33,6 +35,7 @@ package protocol BlockDevice: AnyObject {
 extension BlockDevice {
     /// For devices that have none.
     package var snapshots: [VolumeRecord.Snapshot] { [] }
+    package func size(of snapshot: VolumeRecord.Snapshot) -> UInt64 { size }
     /// For devices that begin everything at once.
     package func cancel(session: UInt32) {}
 }

@@ -17,5 +17,6 @@ final class NBDExports: NBDExportLookup {
     }
 
     var snapshots: [VolumeRecord.Snapshot] { device.snapshots }
+    func size(of snapshot: VolumeRecord.Snapshot) -> UInt64 { device.size(of: snapshot) }
     var admitsReader: Bool { readers < readersMax }
 }

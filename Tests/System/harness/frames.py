@@ -96,6 +96,7 @@ class Record:
     lineage: list = field(default_factory=list)  # (epoch, survivor, partedEpoch)
     layers: list = field(default_factory=lambda: [1])
     snapshots: list = field(default_factory=list)  # (layer, created, name)
+    growths: list = field(default_factory=list)  # (head, sizeBefore)
 
     def encode(self):
         def text(value):
@@ -107,7 +108,7 @@ class Record:
                       for v in values]
             return struct.pack("<I", len(packed)) + b"".join(packed)
 
-        body = struct.pack("<II", 0x56455248, 3) + self.volume + struct.pack(
+        body = struct.pack("<II", 0x56455248, 4 if self.growths else 3) + self.volume + struct.pack(
             "<QQQQQQIBBB", self.epoch, self.nonce, self.size, self.engine,
             self.client_generation, self.promised, self.lease_milliseconds, self.min_in_sync, self.clean, self.change)
         body += text(self.name) + text(self.endpoint)
@@ -116,6 +117,8 @@ class Record:
         body += struct.pack("<I", len(self.snapshots))
         for layer, created, name in self.snapshots:
             body += struct.pack("<IQ", layer, created) + text(name)
+        if self.growths:
+            body += rows("<IQ", self.growths)
         return body + struct.pack("<I", crc32c(body))
 
     @staticmethod
@@ -141,7 +144,8 @@ class Record:
             values = [take(form) for _ in range(count)]
             return [v[0] if len(v) == 1 else v for v in values]
 
-        if take("<II") != (0x56455248, 3):
+        magic, version = take("<II")
+        if magic != 0x56455248 or version not in (3, 4):
             raise ValueError("not a volume record")
         (volume,) = take("<16s")
         (epoch, nonce, size, engine, generation, promised, lease, minimum, clean,
@@ -152,6 +156,8 @@ class Record:
             minimum, clean, change, endpoint, rows("<QQ"), rows("<QQQQQQBB"), rows("<QQQ"), rows("<I"))
         (count,) = take("<I")
         record.snapshots = [(*take("<IQ"), text()) for _ in range(count)]
+        if version == 4:
+            record.growths = rows("<IQ")
         if position != len(raw) - 4:
             raise ValueError("trailing bytes")
         return record

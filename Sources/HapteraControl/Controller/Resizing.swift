@@ -1,0 +1,76 @@
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+
+/// Growing a volume. Only an engine does it: its change of the record is the moment the volume has
+/// the new size, and the store's row follows in the same transaction.
+extension Controller {
+    package func resizeVolume(
+        _ request: Haptera_V1_ResizeVolumeRequest
+    ) async throws -> Haptera_V1_Volume {
+        guard VolumeSize.isValid(request.sizeBytes) else {
+            throw ControlError(
+                .invalid, "a volume's size is \(VolumeSize.rule), not \(request.sizeBytes)")
+        }
+        let (stored, node) = try await knowingNodes {
+            let stored = try await store.volume(named: request.name)
+            return (stored, try nodeThatGrows(stored, to: request.sizeBytes))
+        }
+        guard let node else { return view(stored) }
+        try await tasks.requireConnected(node)
+        try await store.addEvent(
+            "ResizeRequested", "volume/\(request.name)",
+            "\(VolumeSize.text(UInt64(stored.volume.sizeBytes))) to "
+                + VolumeSize.text(request.sizeBytes), by: Caller.current)
+        changes.notify()
+        do {
+            try await grow(request, stored, on: node)
+        } catch let error as ControlError where error.code == .inDoubt {
+            throw await doubtIfGrown(request, error.message)
+        }
+        changes.notify()
+        return view(try await store.volume(named: request.name))
+    }
+
+    /// The node whose engine can do it, or nil if nobody needs to.
+    private func nodeThatGrows(_ stored: StoredVolume, to size: UInt64) throws -> String? {
+        let (name, now) = (stored.volume.name, UInt64(stored.volume.sizeBytes))
+        guard size >= now else {
+            throw Self.refused(
+                "volume '\(name)' has \(VolumeSize.text(now)) and never shrinks: what is beyond "
+                    + "\(VolumeSize.text(size)) would be lost; copy what you need to a smaller one")
+        }
+        guard let node = try servingNode(stored) else {
+            if size == now { return nil }
+            throw Self.refused(
+                "volume '\(name)' is not attached, and only its engine can ask the replicas for "
+                    + "room: attach it first: storagectl volume attach \(name)")
+        }
+        return node
+    }
+
+    private func grow(
+        _ request: Haptera_V1_ResizeVolumeRequest, _ stored: StoredVolume, on node: String
+    ) async throws {
+        let timeout = Self.timeout(request.timeoutMilliseconds)
+        _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
+            $0.growVolume.volumeID = stored.volume.id
+            $0.growVolume.clientGeneration = UInt64(stored.volume.clientGeneration)
+            $0.growVolume.sizeBytes = request.sizeBytes
+            $0.growVolume.timeoutMilliseconds = timeout
+        }
+    }
+
+    private func doubtIfGrown(
+        _ request: Haptera_V1_ResizeVolumeRequest, _ reason: String
+    ) async -> ControlError {
+        var words = "it is not known whether volume '\(request.name)' has grown: \(reason)"
+        if let stored = try? await store.volume(named: request.name) {
+            let trouble = view(stored).reason
+            if !trouble.isEmpty { words += " (\(trouble))" }
+            let size = VolumeSize.text(UInt64(stored.volume.sizeBytes))
+            words += "; by its record it has \(size)"
+        }
+        return ControlError(.inDoubt, words)
+    }
+}
