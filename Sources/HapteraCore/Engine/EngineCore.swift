@@ -187,6 +187,8 @@ package final class EngineCore {
     var deletedLayer = LayerID.head
     /// No slot below this one holds a write to a layer that is frozen now.
     var snapshotCursor = 0
+    /// Some status waits for writes below the head.
+    var hasWaitingStatus = false
     /// What is frozen up to here is known to be equal and durable on every member.
     var finishedLayer = LayerID.head
 
@@ -353,6 +355,7 @@ package final class EngineCore {
         advanceJoin()
         if !snapshotRequests.isEmpty { advanceSnapshot() }
         if !deletionRequests.isEmpty { advanceDeletion() }
+        if hasWaitingStatus { advanceStatus() }
         advanceFlush()
         advanceDetach()
     }
