@@ -6,8 +6,10 @@ import HapteraCore
 
 package struct SnapshotCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
-        commandName: "snapshot", abstract: "Take, look at and delete snapshots of volumes.",
-        subcommands: [Create.self, List.self, Show.self, Delete.self])
+        commandName: "snapshot", abstract: "Take, look at, read and delete snapshots of volumes.",
+        subcommands: [
+            Create.self, List.self, Show.self, Compare.self, Export.self, Access.self, Delete.self,
+        ])
     package init() {}
 }
 
@@ -129,7 +131,7 @@ extension SnapshotCommand {
             abstract: "Delete a snapshot of an attached volume; the volume stays as it is.",
             discussion: """
                 It returns at once; the space comes back in the background, on every replica. It \
-                is refused while a client reads the snapshot.
+                is refused while a client reads the snapshot, or what has changed since.
                 """)
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))

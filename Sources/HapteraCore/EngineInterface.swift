@@ -43,6 +43,9 @@ package struct Operation: BitwiseCopyable, Sendable {
     /// Read and status: the frozen layer whose snapshot is meant; `.head`: the live volume. Nothing
     /// else is ever done to a snapshot.
     package var layer = LayerID.head
+    /// Status: a snapshot's layer, at or below `layer`: what no layer above it holds, and so is as
+    /// it was in the snapshot, is absent. `.head`: none, all layers count.
+    package var base = LayerID.head
     /// The client connection it came on, for `EngineEvent.cancel`; 0: none.
     package var session: UInt32 = 0
     package init(

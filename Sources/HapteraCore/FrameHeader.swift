@@ -29,7 +29,8 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     case digest = 8
     /// `offset`: where to start; `length` bytes at most (any whole blocks). Reply: extents, each
     /// length in bytes (8) and `BlockState` (4) and zero (4), possibly covering less than asked. As
-    /// seen from `layer`.
+    /// seen from `layer`. `auxiliary` above zero: a base, a layer at or below `layer`; blocks that
+    /// no layer above the base holds are absent.
     case status = 9
     /// Which regions may hold anything but absent blocks, in any layer: `offset`: first region's
     /// start, `length`: regions asked for (at most 65536). `auxiliary` above zero: only those whose

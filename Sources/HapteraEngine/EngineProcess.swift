@@ -59,7 +59,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private func listen() {
         let server = server ?? NBDServer(reactor: reactor, device: shell)
         self.server = server
-        snapshots.readerCount = { [unowned server] in server.readerCount(of: $0) }
+        snapshots.userCount = { [unowned server] in server.userCount(of: $0) }
         let now = Clock.monotonic()
         let limit = listenUntil ?? now.adding(milliseconds: Listener.takenMilliseconds)
         listenUntil = limit

@@ -11,8 +11,8 @@ final class SnapshotControl {
     private let shell: EngineShell
     private var waiting: [UInt64: ControlRequest] = [:]
     private var waitingDeletions: [UInt64: ControlRequest] = [:]
-    /// Clients that read the snapshot of a layer.
-    var readerCount: (LayerID) -> Int = { _ in 0 }
+    /// Clients that read the snapshot of a layer, or ask what has changed since.
+    var userCount: (LayerID) -> Int = { _ in 0 }
     private var nextToken: UInt64 = 0
 
     init(shell: EngineShell) {
@@ -63,13 +63,13 @@ final class SnapshotControl {
             return request.fail("delete-snapshot needs name=NAME, " + VolumeRecord.snapshotNameRule)
         }
         if let there = shell.snapshots.first(where: { $0.name == name }) {
-            let readers = readerCount(there.layer)
-            guard readers == 0 else {
+            let users = userCount(there.layer)
+            guard users == 0 else {
                 return request.fail(
-                    "snapshot '\(name)' is in use: \(readers) "
-                        + (readers == 1
-                            ? "client reads it; disconnect it first"
-                            : "clients read it; disconnect them first"))
+                    "snapshot '\(name)' is in use: \(users) "
+                        + (users == 1
+                            ? "client reads it, or what changed since; disconnect it first"
+                            : "clients read it, or what changed since; disconnect them first"))
             }
         }
         nextToken += 1

@@ -122,7 +122,10 @@ package struct FuzzNBD {
             + items.flatMap { number($0, 2) }
     }
     private func metaContexts(_ name: String) -> [UInt8] {
-        let queries = ["base:allocation", "base:", "x:y", ""].filter { _ in random.permille(600) }
+        let queries = [
+            "base:allocation", "base:", "x:y", "", "qemu:dirty-bitmap:mon", "haptera:",
+            "haptera:changed:mon", "haptera:changed:tue",
+        ].filter { _ in random.permille(600) }
         return number(UInt64(name.utf8.count), 4) + Array(name.utf8)
             + number(UInt64(queries.count), 4)
             + queries.flatMap { number(UInt64($0.utf8.count), 4) + Array($0.utf8) }

@@ -73,6 +73,8 @@ import Testing
         "replica delete v 00000000000000a1 --discard-kept --yes",
         "snapshot create v", "snapshot create v Before-1.0", "snapshot list v --watch",
         "snapshot show v s -o json", "snapshot delete v s", "snapshot delete v s --yes -o json",
+        "snapshot diff v a", "snapshot diff v a b --summary -o json", "snapshot mount-info v s",
+        "snapshot export v s file --format qcow2 --force", "snapshot export v s -",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -88,7 +90,9 @@ import Testing
         "replica replace v a1", "replica delete v", "volume create v --size 1GiB --io-timeout -1",
         "snapshot create", "snapshot create v .s", "snapshot create v a@b", "snapshot list",
         "snapshot create V s", "snapshot show v", "snapshot delete v", "snapshot delete V s",
-        "snapshot delete v .s", "snapshot delete v s t",
+        "snapshot delete v .s", "snapshot delete v s t", "snapshot diff v", "snapshot diff v a b c",
+        "snapshot export v s", "snapshot export v s - --format qcow2", "snapshot export v s d/",
+        "snapshot export v s f --format vmdk", "snapshot mount-info v",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

@@ -7,6 +7,8 @@ final class ChainModel {
     let bench: ReplicaBench
     /// The pattern of each block, zero if it reads zero, by layer.
     private(set) var views: [UInt32: [UInt64]] = [1: [UInt64](repeating: 0, count: 24)]
+    /// The blocks that each layer holds, trimmed ones included.
+    private var held: [UInt32: Set<Int>] = [:]
     private(set) var deletions = 0
     private var head: UInt32 = 1
     private var epoch: UInt64 = 1
@@ -32,11 +34,13 @@ final class ChainModel {
                 ReplicaBench.pattern(value, blocks: length), at: place, epoch: epoch,
                 sequence: sequence)
             for index in 0..<length { views[head]?[first + index] = value + UInt64(index) }
+            held[head, default: []].formUnion(first..<first + length)
         case 8..<11:
             bench.send(
                 .setState, epoch: epoch, offset: place, length: length * 4096,
                 sequence: sequence, auxiliary: 2)
             for index in 0..<length { views[head]?[first + index] = 0 }
+            held[head, default: []].formUnion(first..<first + length)
         case 11..<13:
             bench.send(.flush, epoch: epoch, sequence: sequence)
             bench.send(.stable, epoch: epoch, sequence: sequence, auxiliary: epoch)
@@ -52,6 +56,9 @@ final class ChainModel {
             else { return }
             deletions += 1
             views[victim] = nil
+            if let heir = views.keys.filter({ $0 > victim }).min() {
+                held[heir, default: []].formUnion(held.removeValue(forKey: victim) ?? [])
+            }
             bench.deleted.insert(victim)
             install()
         case 19:
@@ -102,6 +109,41 @@ final class ChainModel {
                     "step \(step), layer \(layer), region \(region)")
             }
         }
+    }
+    /// Pairs of layers left, the lower first; one may be both.
+    var pairs: [(base: UInt32, top: UInt32)] {
+        views.keys.flatMap { top in
+            views.keys.filter { $0 <= top }.map { (base: $0, top: top) }
+        }
+    }
+    /// What a query for all that the layers above `base` hold, up to `top`, must say.
+    func changed(since base: UInt32, in top: UInt32) -> Set<Int> {
+        held.filter { $0.key > base && $0.key <= top }.values.reduce(into: []) {
+            $0.formUnion($1)
+        }
+    }
+    /// Asks for it; `answer` has it when everything was performed.
+    func ask(since base: UInt32, in top: UInt32) -> UInt64 {
+        bench.send(
+            .status, epoch: bench.core.promise.rawValue, length: 3 * Geometry.regionSize,
+            auxiliary: UInt64(base), layer: top)
+    }
+    /// Nil: no answer, because the replica was restarted.
+    func answer(_ tag: UInt64) -> Set<Int>? {
+        guard let reply = bench.reply(tag) else { return nil }
+        let table = MemoryBlock(count: max(reply.table.count, 16))
+        table.memory.copy(from: reply.table)
+        var changed: Set<Int> = []
+        var block = 0
+        for at in stride(from: 0, to: reply.table.count, by: 16) {
+            let next = block + Int(table.memory.load(UInt64.self, at)) / 4096
+            if table.memory.load(UInt64.self, at + 8) != 0 {
+                changed.formUnion((block..<next).map { $0 / 256 * 8 + $0 % 256 })
+            }
+            block = next
+        }
+        #expect(reply.header.status == .ok && block == 3 * Geometry.blocksPerRegion)
+        return changed
     }
     private func zero(_ blocks: Int) -> [UInt8] { [UInt8](repeating: 0, count: blocks * 4096) }
 }

@@ -178,7 +178,8 @@ final class EngineHarness {
     @discardableResult
     func submit(
         _ kind: OperationKind, _ offset: UInt64 = 0, _ length: Int = 0, _ buffer: BufferID = .none,
-        flags: OperationFlags = [], session: UInt32 = 0, layer: LayerID = .head
+        flags: OperationFlags = [], session: UInt32 = 0, layer: LayerID = .head,
+        base: LayerID = .head
     ) -> UInt64 {
         nextUserData += 1
         var operation = Operation(
@@ -186,6 +187,7 @@ final class EngineHarness {
             userData: nextUserData)
         operation.session = session
         operation.layer = layer
+        operation.base = base
         operations[nextUserData] = operation
         run(.submit(operation))
         return nextUserData
@@ -358,6 +360,11 @@ final class EngineHarness {
                 replyData = []
             }
         case .prepareSize: fake.room = header.offset
+        case .status:
+            var writer = ByteWriter()
+            writer.append(UInt64(header.length))
+            writer.append(UInt64(BlockState.data.rawValue))
+            replyTable = writer.bytes
         case .digest: replyTable = digest(fake, first, count, layer)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)

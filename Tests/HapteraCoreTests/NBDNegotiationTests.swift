@@ -160,7 +160,7 @@ import Testing
         let set = harness.ask(.setMetaContext, ask)
         #expect(set.map(\.0) == [.metaContext, .ack])
         #expect(set.first?.1 == [0, 0, 0, 1] + allocation)
-        #expect(harness.session.agreement.hasAllocationContext)
+        #expect(harness.session.agreement.contextCount == 1)
 
         for queries in [[], ["base:"], ["base:allocation", "base:allocation"]] {
             let list = harness.ask(.listMetaContext, NBDBytes.queries("", queries))
@@ -169,24 +169,24 @@ import Testing
         }
         let other = NBDBytes.queries("", ["base:other", "qemu:"])
         #expect(harness.ask(.listMetaContext, other).map(\.0) == [.ack])
-        #expect(harness.session.agreement.hasAllocationContext)
+        #expect(harness.session.agreement.contextCount == 1)
 
         // A SET that selects nothing, or fails, undoes the one before.
         for queries in [[], ["base:"], ["base:other"]] {
             harness.feed(NBDBytes.option(.setMetaContext, ask))
             #expect(
                 harness.ask(.setMetaContext, NBDBytes.queries("vol", queries)).map(\.0) == [.ack])
-            #expect(!harness.session.agreement.hasAllocationContext)
+            #expect(harness.session.agreement.contextCount == 0)
         }
         harness.feed(NBDBytes.option(.setMetaContext, ask))
         let unknown = NBDBytes.queries("other", ["base:allocation"])
         #expect(harness.ask(.setMetaContext, unknown).map(\.0) == [.errorUnknown])
-        #expect(!harness.session.agreement.hasAllocationContext)
+        #expect(harness.session.agreement.contextCount == 0)
         for count in 0..<ask.count {
             let part = Array(ask.prefix(count))
             #expect(harness.ask(.setMetaContext, part).map(\.0) == [.errorInvalid])
         }
-        #expect(!harness.session.agreement.hasAllocationContext)
+        #expect(harness.session.agreement.contextCount == 0)
     }
 
     @Test func aStoppingServerRefusesOptions() {

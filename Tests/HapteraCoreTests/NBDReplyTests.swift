@@ -84,7 +84,7 @@ import Testing
         let type = block.memory.loadBigEndian(UInt16.self, 6)
         #expect(type == (isExtended ? 6 : 5))
         #expect(block.memory.loadBigEndian(UInt16.self, 4) == NBDChunk.done)
-        #expect(block.memory.loadBigEndian(UInt32.self, start) == NBDAllocation.contextID)
+        #expect(block.memory.loadBigEndian(UInt32.self, start) == 1)
         var result: [[UInt64]] = []
         var at = start + (isExtended ? 8 : 4)
         while at < count {
@@ -126,6 +126,31 @@ import Testing
             let one = NBDBlockStatus(offset: 4096, length: 16384, tableOffset: 0, isOne: true)
             #expect(extents(one, table, format) == [[12288, 3]])
         }
+    }
+
+    @Test func whatMayHaveChangedIsDirty() {
+        let states = table([(4096, .data), (4096, .zero), (4096, .zeroAllocated), (8192, .absent)])
+        for kind in [NBDContext.Kind.changed, .dirty] {
+            let context = NBDContext(kind, base: LayerID(rawValue: 1))
+            let ask = NBDBlockStatus(
+                offset: 0, length: 20480, tableOffset: 0, isOne: false, context: context,
+                contextID: 1)
+            for format: NBDReplyFormat in [.structured, .extended] {
+                #expect(extents(ask, states, format) == [[12288, 1], [8192, 0]])
+                #expect(extents(ask, table([]), format) == [[20480, 1]])
+            }
+        }
+    }
+
+    @Test(arguments: [NBDReplyFormat.structured, .extended])
+    func aChunkOfSeveralNamesItsContextAndIsNotTheLast(_ format: NBDReplyFormat) {
+        let ask = NBDBlockStatus(
+            offset: 0, length: 4096, tableOffset: 0, isOne: true, context: .allocation,
+            contextID: 7)
+        _ = ask.encode(
+            table: table([(4096, .data)]), reply: reply(format), isLast: false, to: block.memory)
+        #expect(block.memory.loadBigEndian(UInt16.self, 4) == 0)
+        #expect(block.memory.loadBigEndian(UInt32.self, format == .extended ? 32 : 20) == 7)
     }
 
     @Test func nonsenseIsReportedAsData() {

@@ -121,7 +121,7 @@ import Testing
             #expect(harness.ask(.setMetaContext, ask).map(\.0) == [.metaContext, .ack])
             #expect(harness.feed(NBDBytes.option(.go, NBDBytes.go(entered))) == [.transmission])
             let isSame = selected == entered || selected + entered == "vol"
-            #expect(harness.session.agreement.hasAllocationContext == isSame)
+            #expect(harness.session.agreement.contextCount == (isSame ? 1 : 0))
             #expect(harness.judge(.blockStatus, length: 512) == (isSame ? NBDError.none : .invalid))
         }
         let unknown = NBDBytes.queries("vol@sunday", ["base:allocation"])

@@ -179,11 +179,16 @@ enum NBDBytes {
     }
     /// SET_META_CONTEXT of base:allocation.
     static func allocationContext(_ export: String) -> [UInt8] {
-        let query = Array("base:allocation".utf8)
-        return option(
-            10,
-            bigEndian(UInt32(export.utf8.count)) + export.utf8 + bigEndian(UInt32(1))
-                + bigEndian(UInt32(query.count)) + query)
+        contexts(export, ["base:allocation"])
+    }
+    static func contexts(_ export: String, _ queries: [String]) -> [UInt8] {
+        var data = bigEndian(UInt32(export.utf8.count)) + export.utf8
+        data += bigEndian(UInt32(queries.count))
+        for query in queries { data += bigEndian(UInt32(query.utf8.count)) + query.utf8 }
+        return option(10, data)
+    }
+    static func go(_ export: String) -> [UInt8] {
+        option(7, bigEndian(UInt32(export.utf8.count)) + export.utf8 + [0, 0])
     }
     static func request(
         _ command: NBDCommand, offset: UInt64 = 0, length: Int = 0, flags: NBDCommandFlags = [],

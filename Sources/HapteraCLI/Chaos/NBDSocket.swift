@@ -1,8 +1,8 @@
 import Glibc
 import HapteraHost
 
-/// A blocking connection of one NBD client: one request at a time, simple replies. For checking,
-/// not for speed.
+/// A blocking connection of one NBD client: one request at a time, simple replies, or the options
+/// and replies of `NBDChanges`. For checking and asking, not for speed.
 final class NBDSocket {
     enum Command: UInt16 {
         case read = 0
@@ -18,27 +18,36 @@ final class NBDSocket {
 
     /// Connects to an engine's Unix socket and opens the export.
     init(path: String, export: String) throws {
-        descriptor = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
-        guard descriptor >= 0 else { throw HostFiles.failure("make a socket for", path) }
-        do {
-            try connect(path)
-            try greet(export)
-        } catch {
-            close(descriptor)
-            throw error
+        descriptor = try Self.connect(path: path)
+        limitWaiting()
+        try greet(export)
+    }
+    /// Connects; what is said then is the caller's.
+    init(_ address: NBDAddress) throws {
+        switch address {
+        case .unix(let path): descriptor = try Self.connect(path: path)
+        case .tcp(let host, let port): descriptor = try Self.connect(host: host, port: port)
         }
+        limitWaiting()
     }
     deinit { close(descriptor) }
 
-    private func connect(_ path: String) throws {
+    private func limitWaiting() {
         var limit = timeval(tv_sec: Self.answerSecondsMax, tv_usec: 0)
         // SAFETY: the option points to a local of the size given.
         unsafe setsockopt(
             descriptor, SOL_SOCKET, SO_RCVTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
+    }
+
+    private static func connect(path: String) throws -> Int32 {
+        let descriptor = socket(
+            AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+        guard descriptor >= 0 else { throw HostFiles.failure("make a socket for", path) }
         var address = sockaddr_un()
         address.sun_family = sa_family_t(AF_UNIX)
         let bytes = Array(path.utf8)
         guard bytes.count < UnixSocketPath.lengthMax else {
+            close(descriptor)
             throw HostError("the socket path \(path) is too long")
         }
         // SAFETY: the path and its terminating zero fit `sun_path`, checked above; the address is
@@ -50,7 +59,39 @@ final class NBDSocket {
                 unsafe Glibc.connect(descriptor, $0, size) == 0
             }
         }
-        guard isConnected else { throw HostFiles.failure("reach", path) }
+        guard isConnected else {
+            let failure = HostFiles.failure("reach", path)
+            close(descriptor)
+            throw failure
+        }
+        return descriptor
+    }
+
+    private static func connect(host: String, port: Int) throws -> Int32 {
+        var hints = unsafe addrinfo()
+        unsafe hints.ai_socktype = Int32(SOCK_STREAM.rawValue)
+        var found: UnsafeMutablePointer<addrinfo>?
+        // SAFETY: the strings are valid during the call; the list is freed once, at the end.
+        guard unsafe getaddrinfo(host, String(port), &hints, &found) == 0 else {
+            throw HostError("the host '\(host)' is not known")
+        }
+        defer { unsafe freeaddrinfo(found) }
+        var failure = HostError("the host '\(host)' has no address")
+        var next = unsafe found
+        // SAFETY: each entry of the list is valid until it is freed.
+        while let entry = unsafe next?.pointee {
+            unsafe next = entry.ai_next
+            let descriptor = unsafe socket(
+                entry.ai_family, entry.ai_socktype | Int32(SOCK_CLOEXEC.rawValue),
+                entry.ai_protocol)
+            guard descriptor >= 0 else { continue }
+            if unsafe Glibc.connect(descriptor, entry.ai_addr, entry.ai_addrlen) == 0 {
+                return descriptor
+            }
+            failure = HostFiles.failure("reach", Names.endpoint(host: host, port: port))
+            close(descriptor)
+        }
+        throw failure
     }
 
     /// Fixed newstyle handshake, and NBD_OPT_EXPORT_NAME without zeroes.
@@ -85,11 +126,11 @@ final class NBDSocket {
         return command == .read ? try receive(length) : []
     }
 
-    private static func bytes<Value: FixedWidthInteger>(_ value: Value) -> [UInt8] {
+    static func bytes<Value: FixedWidthInteger>(_ value: Value) -> [UInt8] {
         (0..<Value.bitWidth / 8).reversed().map { UInt8(truncatingIfNeeded: value >> ($0 * 8)) }
     }
 
-    private func send(_ bytes: [UInt8]) throws {
+    func send(_ bytes: [UInt8]) throws {
         var done = 0
         while done < bytes.count {
             // SAFETY: the pointer is valid during the call, for the slice's own length.
@@ -101,7 +142,7 @@ final class NBDSocket {
         }
     }
 
-    private func receive(_ length: Int) throws -> [UInt8] {
+    func receive(_ length: Int) throws -> [UInt8] {
         var bytes = [UInt8](repeating: 0, count: length)
         var done = 0
         while done < length {
@@ -114,6 +155,12 @@ final class NBDSocket {
         }
         return bytes
     }
+}
+
+/// Where an engine is reached.
+package enum NBDAddress: Equatable, Sendable {
+    case unix(String)
+    case tcp(host: String, port: Int)
 }
 
 /// An error the server answered with: a client sees it, which no fault here may cause.

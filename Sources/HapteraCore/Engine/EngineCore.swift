@@ -192,6 +192,8 @@ package final class EngineCore {
     var deletedLayer = LayerID.head
     /// No slot below this one holds a write to a layer that is frozen now.
     var snapshotCursor = 0
+    /// Some status waits for writes below the head.
+    var hasWaitingStatus = false
     /// What is frozen up to here is known to be equal and durable on every member.
     var finishedLayer = LayerID.head
 
@@ -361,6 +363,7 @@ package final class EngineCore {
         if !snapshotRequests.isEmpty { advanceSnapshot() }
         if !deletionRequests.isEmpty { advanceDeletion() }
         if !resizeRequests.isEmpty { advanceResize() }
+        if hasWaitingStatus { advanceStatus() }
         advanceFlush()
         advanceDetach()
     }

@@ -53,7 +53,8 @@ extension EngineCore {
     private func isBeingRead(_ layer: LayerID) -> Bool {
         for index in 0..<slotsUsed
         where slots[index].use == .client || slots[index].use == .hedge {
-            if slots[index].operation.layer == layer { return true }
+            let operation = slots[index].operation
+            if operation.layer == layer || operation.base == layer { return true }
         }
         return false
     }

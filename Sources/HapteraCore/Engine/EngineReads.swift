@@ -32,16 +32,19 @@ extension EngineCore {
     /// written to, by what was sent before the freeze or to make members equal. False if there is
     /// no such snapshot: then the client has an error.
     private func isLayerThere(_ index: Int) -> Bool {
-        let layer = slots[index].operation.layer
-        if layer == .head
-            || layer < head && layer != deletedLayer
-                && record?.layers.index(ofLayer: layer) != nil
+        let (layer, base) = (slots[index].operation.layer, slots[index].operation.base)
+        if layer == .head || isFrozenLayer(layer),
+            base == .head || isFrozenLayer(base) && (layer == .head || base <= layer)
         {
             return true
         }
         completeClient(index, .ioError)
         release(index)
         return false
+    }
+
+    private func isFrozenLayer(_ layer: LayerID) -> Bool {
+        layer < head && layer != deletedLayer && record?.layers.index(ofLayer: layer) != nil
     }
 
     func sendRead(_ index: Int) {
@@ -60,8 +63,16 @@ extension EngineCore {
         send(source, header)
     }
 
+    /// Holds no range: what is being written meanwhile may be told of or not. But of a snapshot,
+    /// what was sent before the freeze must be there: see `advanceStatus`.
     func sendStatus(_ index: Int) {
         guard isLayerThere(index) else { return }
+        guard !isResolving, !isBeingWritten(slots[index].operation.layer) else {
+            slots[index].phase = .waiting
+            hasWaitingStatus = true
+            dropOrphan(index)
+            return
+        }
         slots[index].phase = .inFlight
         slots[index].sentAt = now
         guard let source = chooseReader(index) else { return }
@@ -70,7 +81,25 @@ extension EngineCore {
         header.offset = slots[index].operation.offset
         header.length = UInt32(min(slots[index].operation.length, EngineLimits.statusLengthMax))
         header.layer = slots[index].operation.layer
+        header.auxiliary = UInt64(slots[index].operation.base.rawValue)
         send(source, header)
+    }
+    /// Whether a write that the frozen layer, or one below it, will hold is on the way.
+    private func isBeingWritten(_ layer: LayerID) -> Bool {
+        guard layer != .head, layer > finishedLayer else { return false }
+        for index in 0..<slotsUsed where slots[index].use == .client {
+            if slots[index].isChanging, slots[index].layer <= layer { return true }
+        }
+        return false
+    }
+    /// After every event, while a status waits for writes to the layer it is about.
+    func advanceStatus() {
+        guard phase == .serving else { return }
+        hasWaitingStatus = false
+        for index in 0..<slotsUsed
+        where slots[index].use == .client && slots[index].operation.kind == .status {
+            tryStart(index)
+        }
     }
 
     /// F: covers every write acknowledged so far; goes to every member and to a joiner.

@@ -15,19 +15,30 @@ package struct NBDBlockStatus {
     package let length: UInt64
     package let tableOffset: UInt64
     package let isOne: Bool
+    package let context: NBDContext
+    /// Of the context, in this session.
+    package let contextID: UInt32
 
-    package init(offset: UInt64, length: UInt64, tableOffset: UInt64, isOne: Bool) {
+    package init(
+        offset: UInt64, length: UInt64, tableOffset: UInt64, isOne: Bool,
+        context: NBDContext = .allocation, contextID: UInt32 = 1
+    ) {
         precondition(length > 0 && tableOffset <= offset)
         self.offset = offset
         self.length = length
         self.tableOffset = tableOffset
         self.isOne = isOne
+        self.context = context
+        self.contextID = contextID
     }
 
-    /// Writes the whole reply; `memory` holds at least `replySizeMax` bytes. Extents are clipped to
-    /// the client's range, equal neighbours joined. If the table says nothing of the range, or
-    /// nonsense, the range is reported as data, which is always true.
-    package func encode(table: RawMemory, reply: NBDReply, to memory: RawMemory) -> Int {
+    /// Writes the context's chunk of the reply; `memory` holds at least `replySizeMax` bytes.
+    /// Extents are clipped to the client's range, equal neighbours joined. If the table says
+    /// nothing of the range, or nonsense, the range is reported as data, or as changed, which is
+    /// always true.
+    package func encode(
+        table: RawMemory, reply: NBDReply, isLast: Bool = true, to memory: RawMemory
+    ) -> Int {
         let isExtended = reply.format == .extended
         // The header has a fixed size: the list is written behind it first.
         let listStart = isExtended ? 32 + 8 : 20 + 4
@@ -59,11 +70,11 @@ package struct NBDBlockStatus {
             return true
         }
         if let current = open { put(current.length, current.flags) }
-        if count == 0 { put(length, 0) }
+        if count == 0 { put(length, context.safeFlags) }
         let payload = listStart - (isExtended ? 32 : 20) + count * width
         let type = isExtended ? NBDChunk.blockStatusExtended : NBDChunk.blockStatus
-        let start = reply.chunk(type, true, payload: payload, to: memory)
-        memory.storeBigEndian(NBDAllocation.contextID, start)
+        let start = reply.chunk(type, isLast, payload: payload, to: memory)
+        memory.storeBigEndian(contextID, start)
         if isExtended { memory.storeBigEndian(UInt32(count), start + 4) }
         return start + payload
     }
@@ -82,7 +93,7 @@ package struct NBDBlockStatus {
             else { return }
             let from = max(position, offset)
             let to = min(extentEnd, end)
-            if from < to, !body(to - from, NBDAllocation.flags(state)) { return }
+            if from < to, !body(to - from, context.flags(state)) { return }
             position = extentEnd
             if position >= end { return }
         }

@@ -11,17 +11,19 @@ package struct NBDNegotiation {
         case hangUp
     }
 
-    /// The longest answer lists all the snapshots a record may hold, with names of the longest
-    /// kind: 20 bytes of header, 4 of length and both names each. What had no room would not be
-    /// listed.
+    /// The longest answer lists the contexts of all the snapshots a record may hold, two each, with
+    /// names of the longest kind: 20 bytes of header, 4 of id, and the name. What had no room would
+    /// not be listed.
     static let answerMax =
-        (VolumeRecord.snapshotsMax + 2) * (24 + 2 * VolumeRecord.nameLengthMax + 1)
+        (VolumeRecord.snapshotsMax + 2) * 2 * (24 + NBDContext.nameLengthMax)
 
     private let exports: any NBDExportLookup
     /// What transmission is about: until it begins, the live volume.
     private(set) var export: NBDExport
     /// The layer of the export that metadata contexts were selected for.
     private var contextLayer = LayerID.head
+    /// Those selected; the id of each is its place, counted from one.
+    private(set) var contexts: [NBDContext] = []
     /// Client flags of the handshake.
     var isFixedNewstyle = false
     var omitsZeroes = false
@@ -108,7 +110,7 @@ package struct NBDNegotiation {
     private mutating func enter(_ named: NBDExport) {
         export = named
         // Contexts belong to one export: those selected for another say nothing about this one.
-        if contextLayer != named.layer { agreement.hasAllocationContext = false }
+        if contextLayer != named.layer { select([]) }
     }
 
     private mutating func list(_ option: UInt32, _ data: RawMemory) {
@@ -197,9 +199,14 @@ package struct NBDNegotiation {
         answer(option, .ack)
     }
 
+    private mutating func select(_ chosen: [NBDContext]) {
+        contexts = chosen
+        agreement.contextCount = UInt8(chosen.count)
+    }
+
     private mutating func metaContext(_ option: UInt32, _ data: RawMemory, isSet: Bool) {
         // Even a failed SET replaces what was selected before.
-        if isSet { agreement.hasAllocationContext = false }
+        if isSet { select([]) }
         guard agreement.format != .simple else {
             refuse(option, .errorInvalid, "negotiate structured replies first")
             return
@@ -207,13 +214,13 @@ package struct NBDNegotiation {
         var reader = NBDOptionReader(data)
         let name = reader.readString()
         let count = reader.readUInt32()
-        var isSelected = count == 0 && !isSet
-        var remaining = count
-        while remaining > 0, reader.isValid {
-            let query = reader.readString()
-            remaining -= 1
-            if query.equals(text: NBDAllocation.contextName) { isSelected = true }
-            if !isSet && query.equals(text: "base:") { isSelected = true }
+        var queries: [RawMemory] = []
+        while queries.count < count, reader.isValid, queries.count <= NBDContext.queriesMax {
+            queries.append(reader.readString())
+        }
+        guard queries.count <= NBDContext.queriesMax else {
+            refuse(option, .errorTooBig, "at most \(NBDContext.queriesMax) queries at once")
+            return
         }
         guard reader.isAtEnd else {
             refuse(option, .errorInvalid, "malformed option")
@@ -223,17 +230,33 @@ package struct NBDNegotiation {
             refuseUnknown(option, name)
             return
         }
-        if isSelected {
-            let context = [UInt8](NBDAllocation.contextName.utf8)
-            let at = answer(option, .metaContext, 4 + context.count)
-            output.storeBigEndian(isSet ? NBDAllocation.contextID : 0, at)
-            output.copy(from: context, at: at + 4)
-            if isSet {
-                agreement.hasAllocationContext = true
-                contextLayer = named.layer
+        var selection = NBDContextSelection(of: exports.snapshots, seenFrom: named.layer)
+        if isSet {
+            for query in queries { selection.add(named: query) }
+            guard selection.picked.count <= NBDContext.selectedMax else {
+                refuse(option, .errorTooBig, "at most \(NBDContext.selectedMax) contexts at once")
+                return
             }
+            select(selection.picked.map(\.context))
+            contextLayer = named.layer
+        } else if queries.isEmpty {
+            selection.addEverything()
+        } else {
+            for query in queries { selection.add(matching: query) }
+        }
+        for (index, picked) in selection.picked.enumerated() {
+            nameContext(option, id: isSet ? UInt32(index + 1) : 0, picked)
         }
         answer(option, .ack)
+    }
+    private mutating func nameContext(
+        _ option: UInt32, id: UInt32, _ picked: (context: NBDContext, snapshot: String)
+    ) {
+        let name = [UInt8]("\(picked.context.kind.prefix)\(picked.snapshot)".utf8)
+        guard output.count - outputCount >= 2 * 20 + 4 + name.count else { return }
+        let at = answer(option, .metaContext, 4 + name.count)
+        output.storeBigEndian(id, at)
+        output.copy(from: name, at: at + 4)
     }
 
     // MARK: - Answers

@@ -145,23 +145,6 @@ package enum NBDError: UInt32, BitwiseCopyable, Sendable {
     }
 }
 
-/// The `base:allocation` metadata context.
-package enum NBDAllocation {
-    package static let contextName = "base:allocation"
-    package static let contextID: UInt32 = 1
-    package static let hole: UInt32 = 1 << 0
-    package static let zero: UInt32 = 1 << 1
-
-    /// What a client is told of blocks in `state`.
-    package static func flags(_ state: BlockState) -> UInt32 {
-        switch state {
-        case .data: 0
-        case .absent, .zero: hole | zero
-        case .zeroAllocated: zero
-        }
-    }
-}
-
 /// How replies are laid out on one connection, as negotiated.
 package enum NBDReplyFormat: UInt8, BitwiseCopyable, Sendable {
     case simple

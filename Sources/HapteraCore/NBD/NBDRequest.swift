@@ -41,7 +41,8 @@ package struct NBDAgreement: BitwiseCopyable, Sendable {
     package var format: NBDReplyFormat = .simple
     /// The client asked for the block sizes with GO and must keep to them.
     package var isBlockSizeNegotiated = false
-    package var hasAllocationContext = false
+    /// Metadata contexts it selected.
+    package var contextCount: UInt8 = 0
     package init() {}
 }
 
@@ -91,7 +92,7 @@ extension NBDRequest {
         }
         if command == .flush { return offset == 0 && length == 0 ? .none : .invalid }
         if command.isModification && export.isReadOnly { return .notPermitted }
-        if command == .blockStatus && (!agreement.hasAllocationContext || length == 0) {
+        if command == .blockStatus && (agreement.contextCount == 0 || length == 0) {
             return .invalid
         }
         if offset > export.size || length > export.size - offset {

@@ -58,6 +58,8 @@ package struct NBDSession {
     package var export: NBDExport { negotiation.export }
     /// What was agreed so far; final once `transmission` was reported.
     package var agreement: NBDAgreement { negotiation.agreement }
+    /// The metadata contexts selected so far, in the order of their ids; final likewise.
+    package var contexts: [NBDContext] { negotiation.contexts }
     /// Bytes to send now; valid until the next call.
     package var output: RawMemory {
         scratch.memory.slice(NBDLimits.optionDataMax, negotiation.outputCount)

@@ -127,10 +127,10 @@ struct LayerChain {
     func mayHold(_ id: LayerID, _ region: UInt64) -> Bool { mayHold(existing(id), region) }
     func mayKnow(_ id: LayerID, _ region: UInt64) -> Bool { mayKnow(existing(id), region) }
     /// Any layer.
-    func mayHold(_ region: UInt64) -> Bool { mayHold(region, upTo: count - 1) }
-    /// Any layer from the lowest to the one at `top`.
-    func mayHold(_ region: UInt64, upTo top: Int) -> Bool {
-        for index in 0...top where mayHold(index, region) { return true }
+    func mayHold(_ region: UInt64) -> Bool { mayHold(region, in: 0..<count) }
+    /// Any layer of those places.
+    func mayHold(_ region: UInt64, in places: Range<Int>) -> Bool {
+        for index in places where mayHold(index, region) { return true }
         return false
     }
     func mark(_ id: LayerID, _ region: UInt64) {

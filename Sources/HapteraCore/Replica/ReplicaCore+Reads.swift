@@ -234,6 +234,7 @@ extension ReplicaCore {
     func resumeStatus(_ slot: Int32) {
         let index = Int(slot)
         let header = requests[index].header
+        guard let places = placesAsked(header) else { return finish(slot, .invalid) }
         guard reserveTable(slot, 4096) else { return }
         if requests[index].buffer == .none {
             guard let buffer = pool.allocate(4096) else { return push(slot, &awaitingResources) }
@@ -242,21 +243,20 @@ extension ReplicaCore {
         }
         let entries = pool.memory(requests[index].buffer).slice(0, TablePage.entriesSize)
         let end = header.offset + UInt64(header.length)
-        let top = chain.index(of: header.layer) ?? 0
         while requests[index].position < end {
             let region = Geometry.region(ofByte: requests[index].position)
             let regionEnd = min(end, (region + 1) * UInt64(Geometry.regionSize))
             if requests[index].serial != chainSerial(region) { requests[index].layersLeft = 0 }
             requests[index].serial = chainSerial(region)
             if requests[index].layersLeft == 0 {
-                guard chain.mayHold(region, upTo: top) else {
+                guard chain.mayHold(region, in: places) else {
                     guard extend(slot, .absent, to: regionEnd) else { break }
                     continue
                 }
                 entries.fill()
-                requests[index].layersLeft = Int32(top + 1)
+                requests[index].layersLeft = Int32(places.upperBound)
             }
-            while requests[index].layersLeft > 0 {
+            while requests[index].layersLeft > places.lowerBound {
                 let place = Int(requests[index].layersLeft) - 1
                 if chain.mayHold(place, region) {
                     let layer = chain.id(place)
@@ -271,9 +271,22 @@ extension ReplicaCore {
                 }
                 requests[index].layersLeft -= 1
             }
+            requests[index].layersLeft = 0
             guard extend(slot, entries, to: regionEnd) else { break }
         }
         answerStatus(slot)
+    }
+    /// The places in the chain of the layers that a status is about: those above its base, up to
+    /// its own. A retired layer is above the base if and only if its heir is: the base is neither
+    /// retired nor between them. Nil: the base is none of the chain's, or above the layer.
+    private func placesAsked(_ header: FrameHeader) -> Range<Int>? {
+        guard let top = chain.index(of: header.layer) else { return nil }
+        guard header.auxiliary > 0 else { return 0..<top + 1 }
+        guard let raw = UInt32(exactly: header.auxiliary),
+            let base = chain.index(of: LayerID(rawValue: raw)), base <= top,
+            !chain.isRetired(base)
+        else { return nil }
+        return base + 1..<top + 1
     }
     private func overlay(_ lower: RawMemory, under upper: RawMemory) {
         for at in stride(from: 0, to: TablePage.entriesSize, by: BlockEntry.size)

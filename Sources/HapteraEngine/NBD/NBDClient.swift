@@ -36,8 +36,11 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// It has entered the export of a snapshot, where nothing can be changed: it fences nobody, and
     /// need not be fenced.
     private(set) var isReader = false
-    /// Of the snapshot.
-    var layer: LayerID { session.export.layer }
+    /// Whether it reads the snapshot of this layer, or asks what has changed since: from the moment
+    /// it may.
+    func uses(_ layer: LayerID) -> Bool {
+        isReader && session.export.layer == layer || session.contexts.contains { $0.base == layer }
+    }
     /// Its peer hung up before what it asked was taken: all of it may since have been asked again
     /// on another connection, so it changes nothing any more.
     private var isFenced = false
@@ -141,7 +144,8 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
 
     private func enter() {
         isReader = session.export.isSnapshot
-        requests.enter(client: index, layer: session.export.layer)
+        requests.enter(
+            client: index, layer: session.export.layer, contexts: session.contexts)
         server.entered(self, isRemote: !SocketAddress.isPeerLocal(fd))
     }
 

@@ -29,6 +29,8 @@ final class NBDRequests {
     private var sessions: [UInt32]
     /// What each client's reads are about.
     private var layers: [LayerID]
+    /// And what their status is.
+    private var contexts: [[NBDContext]]
     private var lastSession: UInt32 = 0
     /// Operations the device still has of clients that have gone, without those on snapshots.
     private(set) var fencedOperations = 0
@@ -43,6 +45,7 @@ final class NBDRequests {
         targets = Array(repeating: nil, count: clientsMax)
         sessions = Array(repeating: 0, count: clientsMax)
         layers = Array(repeating: .head, count: clientsMax)
+        contexts = Array(repeating: [], count: clientsMax)
         let pool = device.pool
         spared = (
             pool.available(4096) / 8, pool.available(128 << 10) / 8, pool.available(1 << 20) / 8
@@ -59,9 +62,14 @@ final class NBDRequests {
         lastSession = max(1, lastSession &+ 1)
         sessions[Int(client)] = lastSession
         layers[Int(client)] = .head
+        contexts[Int(client)] = []
     }
     /// What all its requests will be about is known: the live volume, or the layer of a snapshot.
-    func enter(client: Int32, layer: LayerID) { layers[Int(client)] = layer }
+    func enter(client: Int32, layer: LayerID, contexts chosen: [NBDContext]) {
+        precondition(chosen.count <= NBDContext.selectedMax)
+        layers[Int(client)] = layer
+        contexts[Int(client)] = chosen
+    }
 
     /// The client has gone: nothing of it is answered, what the device has not seen is dropped at
     /// once, and what the device has not begun is cancelled. A request whose payload is arriving is
@@ -122,10 +130,7 @@ final class NBDRequests {
         if request.command == .read || request.command == .write {
             guard reserveBuffers(index) else { return abandon(index) }
         } else if request.command == .blockStatus {
-            guard slots.piecesFree > 0, let buffer = allocate(Geometry.blockSize) else {
-                return abandon(index)
-            }
-            addStatusPiece(index, buffer)
+            guard addStatusPieces(index) else { return abandon(index) }
         } else if slots.piecesFree == 0 {
             return abandon(index)
         }
@@ -185,6 +190,9 @@ final class NBDRequests {
             let client = Int(slots.requests[request].client)
             operation.session = sessions[client]
             operation.layer = layers[client]
+            if content.kind == .status {
+                operation.base = contexts[client][Int(content.context)].base
+            }
             // Clients are refused long before this.
             precondition(
                 operation.layer == .head || operation.kind == .read || operation.kind == .status,
@@ -246,17 +254,25 @@ final class NBDRequests {
         return piece
     }
 
-    private func addStatusPiece(_ index: Int32, _ buffer: BufferID) {
-        let piece = slots.addPiece(to: index)
+    /// One for each context: all, or false.
+    private func addStatusPieces(_ index: Int32) -> Bool {
         let unit = UInt64(Geometry.blockSize)
         let request = slots.requests[Int(index)]
         let start = request.offset / unit * unit
         let end = min((request.end + unit - 1) / unit * unit, device.size)
-        slots.pieces[Int(piece)].kind = .status
-        slots.pieces[Int(piece)].buffer = buffer
-        slots.pieces[Int(piece)].offset = start
-        slots.pieces[Int(piece)].length = Int32(
-            min(end - start, UInt64(EngineLimits.statusLengthMax)))
+        for context in 0..<contexts[Int(request.client)].count {
+            guard slots.piecesFree > 0, let buffer = allocate(Geometry.blockSize) else {
+                return false
+            }
+            let piece = slots.addPiece(to: index)
+            slots.pieces[Int(piece)].kind = .status
+            slots.pieces[Int(piece)].context = UInt8(context)
+            slots.pieces[Int(piece)].buffer = buffer
+            slots.pieces[Int(piece)].offset = start
+            slots.pieces[Int(piece)].length = Int32(
+                min(end - start, UInt64(EngineLimits.statusLengthMax)))
+        }
+        return true
     }
 
     /// Keeps up to `windowMax` pieces of a trim or zeroing under way, then flushes for FUA.
@@ -412,9 +428,13 @@ final class NBDRequests {
         let covered = content.offset + UInt64(content.length) - request.offset
         let status = NBDBlockStatus(
             offset: request.offset, length: min(request.length, covered),
-            tableOffset: content.offset, isOne: request.flags.contains(.requestOne))
+            tableOffset: content.offset, isOne: request.flags.contains(.requestOne),
+            context: contexts[Int(request.client)][Int(content.context)],
+            contextID: UInt32(content.context) + 1)
         let table = device.pool.memory(content.buffer).slice(0, tableLength)
-        let count = status.encode(table: table, reply: request.reply, to: scratch.memory)
+        let isLast = request.piecesLeft == 0 && request.error == .none
+        let count = status.encode(
+            table: table, reply: request.reply, isLast: isLast, to: scratch.memory)
         target.send(copying: scratch.memory.slice(0, count))
     }
 }

@@ -51,9 +51,10 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     /// Connections that read snapshots. They are nobody's client: what they remember is never newer
     /// than the volume.
     package var readerCount: Int { exports.readers }
-    /// Of one snapshot.
-    package func readerCount(of layer: LayerID) -> Int {
-        clients.count { $0.map { $0.isReader && $0.layer == layer } ?? false }
+    /// Clients that read one snapshot, or ask what has changed since it was taken.
+    package func userCount(of layer: LayerID) -> Int {
+        precondition(layer != .head)
+        return clients.count { $0?.uses(layer) ?? false }
     }
 
     package init(reactor: Reactor, device: any BlockDevice, limits: Limits = Limits()) {

@@ -13,6 +13,8 @@ struct NBDPiece: BitwiseCopyable {
     var kind = OperationKind.flush
     var flags = OperationFlags()
     var isHole = false
+    /// Status: which of the client's contexts it is about.
+    var context: UInt8 = 0
     var stage = Stage.waiting
     /// Its client has gone while the device has it.
     var isFenced = false

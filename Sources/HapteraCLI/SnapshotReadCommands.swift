@@ -1,0 +1,271 @@
+import ArgumentParser
+import Dispatch
+import Foundation
+import GRPCCore
+import Glibc
+import HapteraAPI
+import HapteraHost
+
+// The commands that read snapshots: what changed, copies in files, and where to attach.
+
+extension SnapshotCommand {
+    package struct Compare: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            commandName: "diff",
+            abstract: "Show which parts of a volume have changed since a snapshot was taken.",
+            discussion: """
+                What was written or trimmed after A, up to B or to now: every block that differs \
+                is in it, and perhaps some that were written again with what they held.
+                """)
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(help: "The earlier snapshot.", transform: SnapshotArgument.init(typed:))
+        package var from: SnapshotArgument
+
+        @Argument(
+            help: "The later snapshot; the volume as it is now without it.",
+            transform: SnapshotArgument.init(typed:))
+        package var to: SnapshotArgument?
+
+        @Flag(help: "Only how much has changed, not where.")
+        package var summary = false
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                let place = try await session.place(volume.text, from: from.text, to: to?.text)
+                let (from, lists) = (from.text, !summary)
+                let changed = try await Session.blocking {
+                    try NBDChanges.since(from, in: place, lists: lists)
+                }
+                session.say(
+                    Presentation.value(changed, of: volume.text, from: from, to: to?.text),
+                    quiet: "\(changed.bytes)"
+                ) { _ in
+                    Presentation.text(changed, of: volume.text, from: from, to: to?.text)
+                }
+            }
+        }
+    }
+
+    package enum ImageFormat: String, ExpressibleByArgument, CaseIterable, Sendable {
+        case raw
+        case qcow2
+    }
+
+    package struct Export: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Copy a snapshot to a file, or to standard output.",
+            discussion: """
+                Holes stay holes in a file. Needs qemu-img (Debian: qemu-utils) for files and \
+                nbdcopy (Debian: libnbd-bin) for standard output.
+                """)
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(help: "The snapshot's name.", transform: SnapshotArgument.init(typed:))
+        package var name: SnapshotArgument
+
+        @Argument(help: "The file to make, or - for standard output.")
+        package var file: String
+
+        @Option(help: "raw or qcow2.")
+        package var format = ImageFormat.raw
+
+        @Flag(help: "Replace the file if it is there.")
+        package var force = false
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func validate() throws {
+            if file == "-", format != .raw {
+                throw ValidationError("standard output takes raw images only: name a file")
+            }
+            if file.isEmpty || file.hasSuffix("/") {
+                throw ValidationError("'\(file)' is no file's name")
+            }
+        }
+
+        package func run() async throws {
+            let copy = try SnapshotCopy(file: file, format: format.rawValue, force: force)
+            try await Session.run(options) { session in
+                let snapshot = try await session.readable(volume.text, name.text)
+                let uri = Presentation.bestURI(snapshot)
+                try await Session.blocking { try copy.run(from: uri) }
+                guard file != "-" else { return }
+                session.say(
+                    Presentation.exported(snapshot, file: file, format: format.rawValue),
+                    quiet: file
+                ) { _ in
+                    "snapshot \(snapshot.name) of volume \(snapshot.volume) is in \(file)"
+                }
+            }
+        }
+    }
+
+    package struct Access: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            commandName: "mount-info",
+            abstract: "Show where a snapshot is read, and the commands that do it.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(help: "The snapshot's name.", transform: SnapshotArgument.init(typed:))
+        package var name: SnapshotArgument
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                let snapshot = try await session.readable(volume.text, name.text)
+                let uri = Presentation.bestURI(snapshot)
+                session.say(Presentation.access(snapshot), quiet: uri) { _ in
+                    Presentation.accessText(snapshot)
+                }
+            }
+        }
+    }
+}
+
+extension Session {
+    /// For what waits without `await`: not on the threads that everything else needs.
+    static func blocking<Result: Sendable>(
+        _ body: @escaping @Sendable () throws -> Result
+    ) async throws -> Result {
+        try await withCheckedThrowingContinuation { continuation in
+            DispatchQueue.global().async {
+                continuation.resume(with: Swift.Result { try body() })
+            }
+        }
+    }
+
+    /// The snapshot, with the address to read it from.
+    func readable(_ volume: String, _ name: String) async throws -> Haptera_V1_Snapshot {
+        var request = Haptera_V1_GetSnapshotRequest()
+        request.volume = volume
+        request.name = name
+        let snapshot = try await volumes.getSnapshot(request, options: callOptions)
+        guard !snapshot.uri.isEmpty || !snapshot.unixUri.isEmpty else {
+            throw Self.detached(volume)
+        }
+        return snapshot
+    }
+    private static func detached(_ volume: String) -> CommandFailure {
+        CommandFailure(
+            .conflict,
+            "volume '\(volume)' is not attached, and read through its engine: attach it first: "
+                + "storagectl volume attach \(volume)")
+    }
+
+    /// Where to ask what changed from one snapshot to another, or to now.
+    func place(_ volume: String, from: String, to: String?) async throws -> NBDPlace {
+        let earlier = try await readable(volume, from)
+        var (uri, unixURI) = ("", "")
+        if let to {
+            let later = try await readable(volume, to)
+            try Self.checkOrder(earlier, later)
+            (uri, unixURI) = (later.uri, later.unixUri)
+        } else {
+            var request = Haptera_V1_GetVolumeRequest()
+            request.name = volume
+            let engine = try await volumes.getVolume(request, options: callOptions).engine
+            (uri, unixURI) = (engine.uri, engine.unixUri)
+        }
+        guard let place = NBDPlace.reachable(uri: uri, unixURI: unixURI) else {
+            throw Self.detached(volume)
+        }
+        return place
+    }
+
+    static func checkOrder(
+        _ earlier: Haptera_V1_Snapshot, _ later: Haptera_V1_Snapshot
+    ) throws {
+        guard earlier.layer > later.layer else { return }
+        throw CommandFailure(
+            .usage,
+            "snapshot '\(earlier.name)' was taken after '\(later.name)': name the earlier one "
+                + "first")
+    }
+}
+
+/// A copy made by the tools that are there for it.
+package struct SnapshotCopy: Equatable, Sendable {
+    package var executable: String
+    package var file: String
+    package var format: String
+    package var force: Bool
+
+    package init(
+        file: String, format: String, force: Bool,
+        environment: [String: String] = ProcessInfo.processInfo.environment
+    ) throws {
+        let (tool, package) = file == "-" ? ("nbdcopy", "libnbd-bin") : ("qemu-img", "qemu-utils")
+        guard let executable = ForegroundProcess.find(tool, environment: environment) else {
+            throw CommandFailure(
+                .failed, "\(tool) is not installed: on Debian, 'apt install \(package)'")
+        }
+        self.executable = executable
+        self.file = file
+        self.format = format
+        self.force = force
+        if file != "-" { try checkTarget() }
+    }
+
+    /// Before anything is copied. What comes there meanwhile is found in the end.
+    private func checkTarget() throws {
+        guard let there = try? FileManager.default.attributesOfItem(atPath: file) else { return }
+        guard there[.type] as? FileAttributeType == .typeRegular else {
+            throw CommandFailure(.usage, "'\(file)' is there, and is no ordinary file")
+        }
+        guard force else {
+            throw CommandFailure(
+                .conflict, "'\(file)' is there already: --force replaces it")
+        }
+    }
+
+    /// A whole copy under that name, or nothing.
+    func run(from uri: String) throws {
+        guard file != "-" else {
+            guard isatty(1) == 0 else {
+                throw CommandFailure(.usage, "standard output is a terminal: name a file")
+            }
+            return try run([uri, "-"])
+        }
+        let path = HostFiles.absolute(file)
+        let partial = path + ".partial-\(getpid())"
+        do {
+            try run(["convert", "-f", "raw", "-O", format, uri, partial])
+            try rename(partial, to: path)
+        } catch {
+            Self.remove(partial)
+            throw error
+        }
+        Self.remove(partial)
+    }
+    private static func remove(_ path: String) {
+        // SAFETY: a Swift string passed as a C string is valid during the call.
+        _ = unsafe unlink(path)
+    }
+    private func run(_ arguments: [String]) throws {
+        let status = try ForegroundProcess.run(executable, arguments)
+        guard status == 0 else {
+            throw CommandFailure(
+                .failed, "\(executable) ended with status \(status); nothing was made")
+        }
+    }
+    private func rename(_ partial: String, to path: String) throws {
+        // SAFETY: Swift strings passed as C strings are valid during the call. Unlike a renaming, a
+        // second link never replaces what is there.
+        let result = unsafe force ? Glibc.rename(partial, path) : link(partial, path)
+        guard result == 0 else { throw HostFiles.failure("make", path) }
+        try HostFiles.syncDirectory(of: path)
+    }
+}

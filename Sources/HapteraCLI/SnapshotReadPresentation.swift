@@ -1,0 +1,86 @@
+import HapteraAPI
+import HapteraHost
+
+/// What has changed, and how to read a snapshot, as the CLI shows them.
+extension Presentation {
+    package static func value(
+        _ changed: ChangedRanges, of volume: String, from: String, to: String?
+    ) -> OutputValue {
+        let ranges = changed.ranges.map { range in
+            OutputValue.object([
+                ("offset", .number(range.offset)), ("length", .number(range.length)),
+            ])
+        }
+        return .object([
+            ("volume", .text(volume)), ("from", .text(from)), ("to", .optional(to ?? "")),
+            ("sizeBytes", .number(changed.size)), ("changedBytes", .number(changed.bytes)),
+            ("rangeCount", .number(UInt64(changed.count))),
+            ("ranges", changed.lists ? .list(ranges) : .null),
+        ])
+    }
+
+    package static func text(
+        _ changed: ChangedRanges, of volume: String, from: String, to: String?
+    ) -> String {
+        let total =
+            "\(changed.bytes) bytes in \(changed.count) "
+            + "\(changed.count == 1 ? "range" : "ranges") of volume \(volume) changed from "
+            + "\(from) to \(to ?? "now")"
+        guard !changed.ranges.isEmpty else { return total }
+        let rows = changed.ranges.map { ["\($0.offset)", "\($0.length)"] }
+        return TextTable(["OFFSET", "LENGTH"], rows).text + "\n" + total
+    }
+
+    package static func exported(
+        _ snapshot: Haptera_V1_Snapshot, file: String, format: String
+    ) -> OutputValue {
+        .object([
+            ("name", .text(snapshot.name)), ("volume", .text(snapshot.volume)),
+            ("file", .text(file)), ("format", .text(format)),
+        ])
+    }
+
+    /// The one that works from here: the socket, if it is on this host.
+    package static func bestURI(_ snapshot: Haptera_V1_Snapshot) -> String {
+        let place = NBDPlace.reachable(uri: snapshot.uri, unixURI: snapshot.unixUri)
+        if case .tcp? = place?.address { return snapshot.uri }
+        return snapshot.unixUri.isEmpty ? snapshot.uri : snapshot.unixUri
+    }
+
+    /// What to do, and the command that does it.
+    private static func commands(
+        _ snapshot: Haptera_V1_Snapshot
+    ) -> [(key: String, words: String, line: String)] {
+        let uri = "'\(bestURI(snapshot))'"
+        return [
+            ("copy", "copy it to a file", "qemu-img convert -f raw -O raw \(uri) copy.raw"),
+            ("fuse", "see it as a file, without root", "nbdfuse DIR \(uri)"),
+            (
+                "attach", "attach it as a block device",
+                "qemu-nbd --read-only --format=raw --connect=/dev/nbd0 \(uri)"
+            ),
+            // A journal that was not replayed when it was taken cannot be now.
+            ("mountExt4", "then, ext4", "mount -o ro,noload /dev/nbd0 DIR"),
+            ("mountXFS", "then, XFS", "mount -o ro,norecovery,nouuid /dev/nbd0 DIR"),
+            ("detach", "and in the end", "umount DIR && qemu-nbd --disconnect /dev/nbd0"),
+        ]
+    }
+
+    package static func access(_ snapshot: Haptera_V1_Snapshot) -> OutputValue {
+        .object([
+            ("name", .text(snapshot.name)), ("volume", .text(snapshot.volume)),
+            ("uri", .optional(snapshot.uri)), ("unixURI", .optional(snapshot.unixUri)),
+            ("commands", .object(commands(snapshot).map { ($0.key, .text($0.line)) })),
+        ])
+    }
+
+    package static func accessText(_ snapshot: Haptera_V1_Snapshot) -> String {
+        var lines: [String] = []
+        if !snapshot.uri.isEmpty { lines.append("uri:       \(snapshot.uri)") }
+        if !snapshot.unixUri.isEmpty { lines.append("unix uri:  \(snapshot.unixUri)") }
+        for command in commands(snapshot) {
+            lines.append("\(command.words):\n    \(command.line)")
+        }
+        return lines.joined(separator: "\n")
+    }
+}
