@@ -21,9 +21,9 @@ extension MutationSet {
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
     /// G: answer for room in the head's files that no sync has made durable.
-    package static let growthNotSynced = MutationSet(rawValue: 1 << 38)
+    package static let growthNotSynced = MutationSet(rawValue: 1 << 53)
     /// G: record a size that no replica was asked about. (Judged by `EngineResizeTests`.)
-    package static let growthUnprepared = MutationSet(rawValue: 1 << 39)
+    package static let growthUnprepared = MutationSet(rawValue: 1 << 54)
 
     /// Of a single copy: caught by replaying crashes, not all of them by simulated worlds, where
     /// other copies help out.
