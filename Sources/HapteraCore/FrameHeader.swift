@@ -41,6 +41,10 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// Resolution found every copy of the blocks doubtful: take the bytes that are there as data
     /// (`auxiliary` 0). Sent to one replica, which answers like `read`; the others get a `write`.
     case adopt = 12
+    /// Read every block that the entries of the region at `offset` (its start) call data, in
+    /// `layer` and those below it, and check them. Reply: `RegionVerification`, possibly of fewer
+    /// layers. Nothing changes, nothing is locked: what is written meanwhile may look suspect.
+    case verify = 13
 
     // Engine to record service.
     /// `HelloRequest` for the store is not needed: the volume's id is the control payload (16

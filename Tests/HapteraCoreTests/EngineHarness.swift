@@ -44,6 +44,8 @@ final class FakeReplica {
     var errors: [UInt16: FrameStatus] = [:]
     /// It answers a read of a damaged block with an error.
     var verifies = false
+    /// It answers for one layer at a time when it is asked to verify.
+    var verifiesByLayer = false
     /// Regions that a stable point leaves out.
     var leftOut: [UInt64] = []
     /// Their answers, kept back.
@@ -352,6 +354,7 @@ final class EngineHarness {
                 replyData = []
             }
         case .digest: replyTable = digest(fake, first, count, layer)
+        case .verify: replyTable = verification(fake, first, count, layer)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
             for block in fake.layers.values.flatMap(\.keys)

@@ -116,6 +116,7 @@ extension EngineCore {
             }
         }
         restartJobs(awaiting: slot)
+        restartScrub(awaiting: slot)
         retryReads(from: slot)
     }
 

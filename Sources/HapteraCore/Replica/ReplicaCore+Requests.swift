@@ -70,7 +70,7 @@ extension ReplicaCore {
         else { return false }
         switch header.kind {
         case .flush, .stable, .ping: return true
-        case .digest:
+        case .digest, .verify:
             return header.offset % UInt64(Geometry.regionSize) == 0 && header.offset < size
         case .regionMap:
             return header.offset % UInt64(Geometry.regionSize) == 0 && header.offset < size
@@ -139,7 +139,7 @@ extension ReplicaCore {
     /// what it holds.)
     private func isLayerLawful(_ header: FrameHeader) -> Bool {
         switch header.kind {
-        case .write, .setState, .adopt, .read, .digest, .status:
+        case .write, .setState, .adopt, .read, .digest, .status, .verify:
             return chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
         default: return true
         }
@@ -156,6 +156,7 @@ extension ReplicaCore {
         case .write, .setState, .adopt: resumeMutation(slot)
         case .read: resumeRead(slot)
         case .digest: resumeDigest(slot)
+        case .verify: resumeVerify(slot)
         case .status: resumeStatus(slot)
         case .regionMap: resumeRegionMap(slot)
         case .flush:
@@ -387,6 +388,7 @@ extension ReplicaCore {
         case .dataRead: dataRead(ended, result)
         case .pageLoad: pageLoaded(ended.index, ended.buffer, result)
         case .birthsRead: birthsRead(ended, result)
+        case .verifyRead: verifyRead(ended, result)
         case .slotsInit: slotsInitialised(ended.index, ended.buffer, result)
         case .pageWrite: pageWritten(ended.index, ended.buffer, result)
         case .sync: syncEnded(Int(ended.index), result)
