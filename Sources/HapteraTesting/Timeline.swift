@@ -18,6 +18,8 @@ enum WorldEvent {
     case fault
     /// Somebody wants a snapshot.
     case snapshot
+    /// A scrub is due, or to be gone on with.
+    case scrub
     /// Trouble at the very moment something changed.
     case stageFault
     /// A client writes where nobody has.
