@@ -354,6 +354,9 @@ final class EngineHarness {
                 replyData = []
             }
         case .digest: replyTable = digest(fake, first, count, layer)
+        case .adopt:
+            fake.adopt(first..<first + count, in: layer)
+            answerRead(fake, header, &replyTable, &replyData)
         case .verify: replyTable = verification(fake, first, count, layer)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)

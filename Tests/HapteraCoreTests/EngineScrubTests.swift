@@ -14,6 +14,7 @@ import Testing
     private func filled(members: Int = 3) -> EngineHarness {
         let h = EngineHarness.layered(members: members)
         for fake in h.fakes.dropFirst(members) { fake.isUp = false }
+        h.run(.configure(h.fakes.prefix(members).map(\.member.replica)))
         h.start()
         for region in 0..<3 as Range<UInt64> { h.write(region << 20, block(UInt8(region) + 1)) }
         for fake in h.fakes.prefix(members) { fake.put(300, block(9), in: lowest) }
@@ -196,8 +197,6 @@ import Testing
     /// The only member cannot read its table there: the volume goes on.
     @Test func theOnlyMemberIsNotGivenUp() {
         let h = filled(members: 1)
-        h.kill(h.fakes[1])
-        h.kill(h.fakes[2])
         h.fakes[0].errors = [
             FrameKind.verify.rawValue: .ioError, FrameKind.digest.rawValue: .ioError,
         ]

@@ -1,5 +1,15 @@
 @testable import HapteraCore
 
+extension FakeReplica {
+    /// Takes the bytes that are there for data.
+    func adopt(_ blocks: Range<UInt64>, in layer: LayerID) {
+        for index in blocks {
+            guard let bytes = layers[layer]?[index]?.data, !bytes.isEmpty else { continue }
+            put(index, bytes, in: layer)
+        }
+    }
+}
+
 extension EngineHarness {
     /// As `ReplicaCore` answers, from dictionaries.
     func verification(

@@ -53,7 +53,18 @@ extension EngineCore {
     var mayScrub: Bool {
         phase == .serving && isSettled && !isResolving && joinStage == .none && !isDetaching
             && !isFullEverywhere && !isStoreBusy && members.count >= minInSync
-            && snapshotRequests.isEmpty && deletionRequests.isEmpty
+            && snapshotRequests.isEmpty && deletionRequests.isEmpty && isWhole
+    }
+    /// Every replica is a member, but for a salvage's losers: a scrub that went on without one
+    /// would call a volume verified of which a copy was not.
+    private var isWhole: Bool {
+        for slot in 0..<replicas.count
+        where replicas[slot].isConfigured && !members.contains(slot) {
+            let id = replicas[slot].id
+            let isKept = record?.out.contains { $0.member.replica == id && $0.isKept }
+            if isKept != true { return false }
+        }
+        return true
     }
 
     // MARK: - Going on
