@@ -1,7 +1,7 @@
 /// The first frame on a connection to a replica: who calls, for which volume.
 package struct HelloRequest: Equatable, Sendable {
     /// The replication protocol's version; a replica refuses one it does not speak.
-    package static let protocolVersion: UInt32 = 3
+    package static let protocolVersion: UInt32 = 4
     package var version: UInt32 = protocolVersion
     package var volume: VolumeID
     package var engine: InstanceID

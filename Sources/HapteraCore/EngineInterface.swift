@@ -117,6 +117,8 @@ package enum EngineEvent {
     /// Let the volume grow to this size, a valid one; `EngineAction.resized` with `token` answers
     /// when every member has it.
     case resize(token: UInt64, size: UInt64)
+    /// Verify every layer of every member, from the region that the progress names on.
+    case scrub(ScrubProgress)
     /// Leave in order: finish what is held, flush, mark the record clean, then `stopped`.
     case detach
 }
@@ -254,6 +256,16 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     case snapshotDeleted(LayerID, Epoch)
     /// Bytes.
     case resized(UInt64, Epoch)
+    case scrubBegun(region: UInt64)
+    /// Blocks of this member's copy, the first at `offset`, that do not match their checksums or
+    /// cannot be read. What is repaired of the region is told by `repaired`.
+    case scrubFound(ReplicaSlot, offset: UInt64, blocks: UInt64)
+    /// Blocks of which no member has a copy that can be trusted.
+    case scrubLost(offset: UInt64, blocks: UInt64)
+    /// The member cannot say what it holds of the region.
+    case scrubSkipped(ReplicaSlot, region: UInt64)
+    /// `EngineCore.scrubReport` says what was found.
+    case scrubFinished
     case rebuildProgress(ReplicaSlot, regionsDone: UInt64, regionsTotal: UInt64)
 }
 

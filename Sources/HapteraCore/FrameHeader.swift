@@ -45,6 +45,10 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     /// The volume is about to grow to `offset` bytes: make room for it in the head, durably. The
     /// volume's size stays what it is until an Install says otherwise.
     case prepareSize = 13
+    /// Read every block that the entries of the region at `offset` (its start) call data, in
+    /// `layer` and those below it, and check them. Reply: `RegionVerification`, possibly of fewer
+    /// layers. Nothing changes, nothing is locked: what is written meanwhile may look suspect.
+    case verify = 14
 
     // Engine to record service.
     /// `HelloRequest` for the store is not needed: the volume's id is the control payload (16

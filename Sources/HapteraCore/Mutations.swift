@@ -105,6 +105,10 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
 
     /// S: writes go to whatever layer is the head when a replica admits them.
     package static let snapshotWritesUnlayered = MutationSet(rawValue: 1 << 30)
+    /// Scrub: call a region good whatever its members found.
+    package static let scrubBelieves = MutationSet(rawValue: 1 << 38)
+    /// Scrub: take the first member's copy for the good one.
+    package static let scrubTrustsFirst = MutationSet(rawValue: 1 << 39)
     /// S: answer that a snapshot is taken before what it holds is durable.
     package static let snapshotBeforeFlush = MutationSet(rawValue: 1 << 31)
 
@@ -142,5 +146,6 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
         ("clientGenerationIgnored", .clientGenerationIgnored), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
+        ("scrubBelieves", .scrubBelieves), ("scrubTrustsFirst", .scrubTrustsFirst),
     ]
 }

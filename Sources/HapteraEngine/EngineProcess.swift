@@ -163,6 +163,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             shell.run(.acceptLoss)
             request.reply()
         case "snapshot": snapshots.take(request)
+        case "scrub": scrub(request, shell)
         case "delete-snapshot": snapshots.delete(request)
         case "resize": resizes.resize(request)
         case "detach":

@@ -88,6 +88,7 @@ extension EngineShell {
                 ("rebuild.elapsedMilliseconds", String(report.elapsedMilliseconds)),
             ]
         }
+        lines += scrubLines()
         for snapshot in core.record?.snapshots ?? [] {
             lines.append(
                 ("snapshot." + snapshot.name, "\(snapshot.layer.rawValue) \(snapshot.created)"))
@@ -200,6 +201,7 @@ extension EngineShell {
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),
                 ("regionsTotal", String(total)))
+        case .scrubBegun, .scrubFound, .scrubLost, .scrubSkipped, .scrubFinished: logScrub(note)
         }
     }
 }

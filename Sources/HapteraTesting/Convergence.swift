@@ -102,6 +102,8 @@ extension World {
     func finish() {
         guard let current = currentEngine else { return }
         let engine = engines[current]
+        scrubAtEnd(engine)
+        guard failure == nil else { return }
         note("the store is down")
         store.setDown(true)
         for sector in hotSectors where sector % Content.sectorsPerBlock == 0 {

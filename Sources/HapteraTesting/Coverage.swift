@@ -24,12 +24,13 @@ package struct Coverage: Sendable {
         case snapshot
         case deletion
         case growth
+        case scrub
     }
     /// Those of `docs/replication.md`.
-    package static let numbers = Array(1...33)
+    package static let numbers = Array(1...34)
 
     /// Times each invariant was evaluated, by number.
-    package private(set) var invariants = [Int](repeating: 0, count: 34)
+    package private(set) var invariants = [Int](repeating: 0, count: 35)
     /// Times each kind of fault was injected, by `FaultPlan.Kind`.
     private(set) var faults = [Int](repeating: 0, count: FaultPlan.Kind.allCases.count)
     private var turns = [Int](repeating: 0, count: Turn.allCases.count)

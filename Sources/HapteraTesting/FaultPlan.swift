@@ -104,6 +104,7 @@ struct FaultPlan {
     static let leaseRules: MutationSet = [
         .noLeaseCheck, .noLeaseWait, .restartedReplicaForgetsLease, .noLeaseMargin,
     ]
+    static let scrubRules: MutationSet = [.scrubBelieves, .scrubTrustsFirst]
     /// Faults without which nobody misses the rule: every seed that judges it has them, besides
     /// those it draws.
     private static func needed(by mutations: MutationSet) -> [Kind] {
@@ -121,6 +122,7 @@ struct FaultPlan {
         (.joinKept, [.salvage, .cutConnection]),
         (.recordOlderIgnored, [.restoreStore]),
         (.inFlightRegionsNotCopied, [.cutConnection]),
+        (.scrubBelieves, [.rot]), (.scrubTrustsFirst, [.rot]),
         (.joinerKeepsRequests, [.cutConnection, .slowDisk]),
         (.noJoinerLock, [.cutConnection, .slowDisk]),
     ]

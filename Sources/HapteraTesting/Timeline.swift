@@ -20,6 +20,8 @@ enum WorldEvent {
     case snapshot
     /// Somebody wants the volume to grow.
     case growth
+    /// A scrub is due, or to be gone on with.
+    case scrub
     /// Trouble at the very moment something changed.
     case stageFault
     /// A client writes where nobody has.

@@ -63,6 +63,12 @@ package final class World {
     /// No fault before this, nanoseconds.
     var calmUntil: UInt64 = 0
     var snapshots: [SimulatedSnapshot] = []
+    let scrubRandom: RandomSource
+    /// Whether this world has scrubs.
+    let scrubs: Bool
+    /// As the control plane has it: the last one asked for.
+    var scrub = ScrubProgress()
+    var isScrubFinished = true
     /// The replica that rot and the faults that go with it spare.
     let keeper: Int
     var pendingDisconnects: [(SimulatedEngine, ReplicaSlot)] = []
@@ -77,6 +83,9 @@ package final class World {
         self.seed = seed
         self.options = options
         random = RandomSource(seed: RandomSource.mix(seed))
+        scrubRandom = RandomSource(seed: RandomSource.mix(seed ^ 0x5C2B))
+        let isScrubJudged = !options.mutations.isDisjoint(with: FaultPlan.scrubRules)
+        scrubs = scrubRandom.permille(400) || isScrubJudged
         // Mostly three copies: that is where the protocol has the most to decide.
         let replicas = options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
         let regions = random.pick([1, 2, 3, 16])
@@ -197,6 +206,7 @@ package final class World {
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
         if workload.snapshotsMax > 0 { scheduleSnapshot() }
         if !growth.sizes.isEmpty { timeline.schedule(after: growth.pause(), .growth) }
+        if scrubs { scheduleScrub() }
     }
 
     private func runChaos() {
@@ -256,6 +266,7 @@ package final class World {
         case .fault: nextFault()
         case .snapshot: requestSnapshot()
         case .growth: requestGrowth()
+        case .scrub: requestScrub()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
         case .lateBytes(let index): deliverLate(engines[index])

@@ -46,6 +46,8 @@ final class FakeReplica {
     var errors: [UInt16: FrameStatus] = [:]
     /// It answers a read of a damaged block with an error.
     var verifies = false
+    /// It answers for one layer at a time when it is asked to verify.
+    var verifiesByLayer = false
     /// Regions that a stable point leaves out.
     var leftOut: [UInt64] = []
     /// Their answers, kept back.
@@ -366,6 +368,10 @@ final class EngineHarness {
             writer.append(UInt64(BlockState.data.rawValue))
             replyTable = writer.bytes
         case .digest: replyTable = digest(fake, first, count, layer)
+        case .adopt:
+            fake.adopt(first..<first + count, in: layer)
+            answerRead(fake, header, &replyTable, &replyData)
+        case .verify: replyTable = verification(fake, first, count, layer)
         case .regionMap:
             replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
             for block in fake.layers.values.flatMap(\.keys)

@@ -178,6 +178,10 @@ package final class EngineCore {
     package internal(set) var bytesRebuilt: UInt64 = 0
     var joinProgress = JoinProgress()
     var throttle = CopyThrottle()
+    // Scrub.
+    var scrub = ScrubState()
+    let scrubRegions = FixedArray(repeating: ScrubRegion(), count: ScrubState.regionsMax)
+    let scrubMap = FixedArray<UInt64>(repeating: 0, count: Int(ScrubState.mapRegions) / 64)
     // Snapshots.
     /// The first is under way, the others wait.
     var snapshotRequests: [SnapshotRequest] = []
@@ -288,7 +292,10 @@ package final class EngineCore {
         case .tick:
             mayJoin = true
             joinProgress.sample(self.now)
-            throttle.advance(self.now, isCopying: joinStage == .copying)
+            scrub.sample(self.now)
+            throttle.advance(
+                self.now, isCopying: joinStage == .copying, isScrubbing: scrub.isRunning && mayScrub
+            )
             tick()
         case .detach: isDetaching = true
         case .takeSnapshot(let token, let name, let created):
@@ -297,6 +304,7 @@ package final class EngineCore {
         case .resize(let token, let size): resize(token, to: size)
         case .cancel(let session): cancel(session)
         case .acceptLoss: acceptLoss()
+        case .scrub(let progress): beginScrub(progress)
         }
         reconcile()
     }
@@ -358,6 +366,7 @@ package final class EngineCore {
         advanceTakeover()
         if hasHeld, isLeased { answerHeld() }
         removeFailedMembers()
+        if scrub.isRunning { advanceScrub() }
         advanceJobs()
         advanceJoin()
         if !snapshotRequests.isEmpty { advanceSnapshot() }

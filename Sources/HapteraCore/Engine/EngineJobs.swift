@@ -17,9 +17,10 @@ extension EngineCore {
         }
         return false
     }
-    /// A copy that has not begun gives way.
+    /// A copy, or a scrub's look, that has not begun gives way.
     func isBeingCopied(_ region: UInt64) -> Bool {
         for job in 0..<jobsMax where jobs[job].stage != .free && jobs[job].region == region {
+            if jobs[job].kind == .scrub { return !dropWaitingScrub(job) }
             guard jobs[job].kind == .copy else { return false }
             guard slots[Int(jobs[job].slot)].phase == .waiting else { return true }
             jobs[job].stage = .free
@@ -28,7 +29,7 @@ extension EngineCore {
         }
         return false
     }
-    private var hasFreeJob: Bool {
+    var hasFreeJob: Bool {
         for job in 0..<jobsMax where jobs[job].stage == .free { return true }
         return false
     }
@@ -59,7 +60,7 @@ extension EngineCore {
         return false
     }
 
-    private func begin(_ kind: Job.Kind, _ region: UInt64) {
+    func begin(_ kind: Job.Kind, _ region: UInt64) {
         guard let job = (0..<jobsMax).first(where: { jobs[$0].stage == .free }) else { return }
         let index = allocateSlot(
             .job,
@@ -87,8 +88,7 @@ extension EngineCore {
     private func proceed(_ job: Int) {
         let index = Int(jobs[job].slot)
         if slots[index].phase == .waiting {
-            let blocked = jobs[job].kind == .copy ? isCopyBlocked(index) : isRegionBusy(index)
-            if blocked { return }
+            if isLocked(job, index) { return }
             slots[index].phase = .inFlight
         }
         guard isSettled, let source = chooseSource(job) else { return }
@@ -98,7 +98,7 @@ extension EngineCore {
         }
         var participants: SlotSet
         switch jobs[job].kind {
-        case .resolve, .repair: participants = members
+        case .resolve, .repair, .scrub: participants = members
         case .copy:
             guard let joiner, isLive(joiner) else { return }
             participants = [SlotSet(source), SlotSet(joiner)]
@@ -119,6 +119,14 @@ extension EngineCore {
         while let slot = participants.popFirst() { send(slot, header) }
     }
 
+    private func isLocked(_ job: Int, _ index: Int) -> Bool {
+        switch jobs[job].kind {
+        case .resolve, .repair: isRegionBusy(index)
+        case .copy: isCopyBlocked(index)
+        case .scrub: isBlocked(index)
+        }
+    }
+
     /// The lowest layer that the job has not done and in which its participants may differ.
     private func nextLayer(_ job: Int) -> LayerID? {
         let done = jobs[job].layer
@@ -131,6 +139,7 @@ extension EngineCore {
     }
     /// The participants are equal in this layer.
     func finishLayer(_ job: Int) {
+        if jobs[job].kind == .scrub { layerScrubbed(job) }
         guard let next = nextLayer(job) else { return finish(job) }
         jobs[job].layer = next
         jobs[job].unfit = []
@@ -171,13 +180,15 @@ extension EngineCore {
     /// What a job asked waited for a merge of the region, and an Install came: it is asked again.
     func jobRefused(_ refused: FrameHeader) -> Bool {
         switch refused.kind {
-        case .digest, .read, .adopt: break
+        case .digest, .read, .adopt, .write, .setState: break
         default: return false
         }
         guard let index = slotIndex(ofTag: refused.tag), slots[index].use == .job else {
             return false
         }
         let job = Int(slots[index].operation.userData)
+        let isWrite = refused.kind == .write || refused.kind == .setState
+        guard !isWrite || jobs[job].kind == .scrub else { return false }
         if refused.kind == .read, jobs[job].stage == .copying { jobs[job].readsOut -= 1 }
         restart(job)
         return true
@@ -200,6 +211,9 @@ extension EngineCore {
         switch (jobs[job].stage, header.kind) {
         case (.digesting, .digest):
             guard header.status == .ok, table.count == RegionDigest.size else {
+                if jobs[job].kind == .scrub, header.status == .ioError, liveMembers.count == 1 {
+                    return giveUpScrub(job, slot)
+                }
                 return failReplica(slot, .failing(header.status))
             }
             digest(job, slot).copy(from: table)
@@ -208,7 +222,7 @@ extension EngineCore {
         case (.copying, _), (.draining, _): receivedForCopy(job, slot, header, table)
         case (.reading, .read), (.reading, .adopt):
             guard header.status == .ok else {
-                if header.status == .checksumMismatch {
+                if header.status == .checksumMismatch || mayReadAgain(job, header.status) {
                     restart(job)
                 } else if header.status == .ioError, isLost(job) {
                     nextRun(job)
@@ -237,8 +251,17 @@ extension EngineCore {
         if jobs[job].stage == .digesting {
             regionsCompared += 1
             if jobs[job].kind == .copy { return compareForCopy(job) }
+            if jobs[job].kind == .scrub { inspect(job) }
         }
         nextRun(job)
+    }
+
+    /// What a scrub's source cannot read any more, the next digests call bad.
+    private func mayReadAgain(_ job: Int, _ status: FrameStatus) -> Bool {
+        guard jobs[job].kind == .scrub, status == .ioError, jobs[job].retries < Job.retriesMax
+        else { return false }
+        jobs[job].retries += 1
+        return true
     }
 
     func digest(_ job: Int, _ slot: ReplicaSlot) -> RawMemory {
@@ -310,7 +333,10 @@ extension EngineCore {
         guard let source = sourceOfBlock(job, block) else {
             // Nobody's copy is intact. Resolution keeps a steady member's bytes; a copy must not.
             if jobs[job].kind == .repair { return Job.Run() }
-            run.action = jobs[job].kind == .resolve ? .adopt : .impossible
+            if jobs[job].kind == .scrub, !mutations.contains(.scrubTrustsFirst) {
+                return Job.Run()
+            }
+            run.action = jobs[job].kind == .copy ? .impossible : .adopt
             run.source = jobs[job].source
             run.targets = participants.subtracting(SlotSet(ReplicaSlot(run.source)))
             return run
@@ -340,6 +366,7 @@ extension EngineCore {
         guard let preferred = RegionDigest.decode(index: block, from: digest(job, chosen)) else {
             return nil
         }
+        if jobs[job].kind == .scrub { return sourceForScrub(job, block) }
         if !preferred.isDoubtful { return chosen }
         guard jobs[job].kind != .copy else { return nil }
         let steadyExists = !replicas[chosen].isRebooted
@@ -448,6 +475,7 @@ extension EngineCore {
         case .copy:
             blocksRebuilt += copied
             regionCopied(region)
+        case .scrub: regionScrubbed(region, blocks: copied)
         }
         release(Int(jobs[job].slot))
     }

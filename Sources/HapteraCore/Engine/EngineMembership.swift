@@ -117,6 +117,7 @@ extension EngineCore {
             }
         }
         restartJobs(awaiting: slot)
+        restartScrub(awaiting: slot)
         retryReads(from: slot)
     }
 

@@ -20,10 +20,11 @@ extension EngineCore {
         case .ping where header.status == .ok:
             renewLease(slot, sentAt: replicas[slot].pingSentAt)
         case .ping, .stable: break
-        case .regionMap: receivedMap(slot, header, table)
+        case .regionMap:
+            if !receivedScrubMap(slot, header, table) { receivedMap(slot, header, table) }
         case .prepareSize: madeRoom(slot, header)
         case .getRecord, .compareAndSwap: protocolError(slot)
-        case .write, .setState, .flush, .read, .status, .digest, .adopt:
+        case .write, .setState, .flush, .read, .status, .digest, .adopt, .verify:
             guard let index = slotIndex(ofTag: header.tag) else { return }
             if header.status == .ok { renewLease(slot, sentAt: slots[index].sentAt) }
             if header.kind != .flush, header.auxiliary & MutationReply.wasParked != 0 {
@@ -36,7 +37,9 @@ extension EngineCore {
             if slots[index].use == .hedge {
                 return receivedHedge(index, slot, header, table)
             }
-            if slots[index].use == .job {
+            if slots[index].use == .scrub {
+                receivedVerify(Int(slots[index].operation.userData), slot, header, table)
+            } else if slots[index].use == .job {
                 receivedForJob(Int(slots[index].operation.userData), slot, header, table, data)
             } else {
                 receivedForOperation(index, slot, header, table, data)
@@ -84,7 +87,7 @@ extension EngineCore {
         if header.epoch <= replicas[slot].sentEpoch,
             replicas[slot].installedEpoch < replicas[slot].sentEpoch,
             sendAgain(slot, header) || copyRefused(slot, header) || jobRefused(header)
-                || roomRefused(slot, header)
+                || roomRefused(slot, header) || scrubRefused(header)
         {
             return
         }

@@ -180,6 +180,8 @@ enum SlotUse: UInt8, BitwiseCopyable {
     case job
     /// A second try of a read, of another member: holds no range of its own.
     case hedge
+    /// Members are asked to verify a region: holds no range.
+    case scrub
 }
 
 enum OperationPhase: UInt8, BitwiseCopyable {
@@ -294,6 +296,9 @@ struct Job: BitwiseCopyable {
         case repair
         /// The joiner against a member.
         case copy
+        /// Members against each other, for a scrub that suspects damage: what no member can be
+        /// trusted with is left alone.
+        case scrub
     }
     var stage = Stage.free
     var kind = Kind.resolve
@@ -317,6 +322,12 @@ struct Job: BitwiseCopyable {
     var isFetched = false
     /// Copy: the joiner's birth of the region is too old, and nothing has been written to it yet.
     var isStampDue = false
+    /// Scrub: of the layer at hand.
+    var blocksBad = 0
+    var blocksLost = 0
+    /// Scrub: times a source could not read what it had just read.
+    var retries: UInt8 = 0
+    static let retriesMax: UInt8 = 3
 
     /// Blocks that get the same treatment.
     struct Run: BitwiseCopyable, Equatable {

@@ -325,12 +325,13 @@ extension EngineCore {
         note(.stalled)
         actions.append(.serving(false))
         if joiner != nil { dropJoiner(retryMilliseconds: 0) }
+        interruptScrub()
         abandonJobs()
         forgetUnresolved()
         restartSnapshot()
         for index in 0..<slotsUsed {
             switch slots[index].use {
-            case .free, .job: break
+            case .free, .job, .scrub: break
             case .hedge: dropHedge(index)
             case .flush:
                 isFlushInFlight = false
@@ -377,7 +378,7 @@ extension EngineCore {
         case .serving:
             if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }
             guard isSettled, !isResolving, !isStoreBusy, !isFlushInFlight, now >= serveAfter,
-                snapshotRequests.isEmpty, deletionRequests.isEmpty,
+                snapshotRequests.isEmpty, deletionRequests.isEmpty, activeJobs(.scrub) == 0,
                 hasReleased || !hasClientOperations
             else { return }
             if record?.isClean == true {

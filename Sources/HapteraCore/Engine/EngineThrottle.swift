@@ -23,7 +23,12 @@ struct CopyThrottle {
     /// Fewer operations in a window than this are no activity.
     private static let activityMin = 10
 
+    /// The same for a scrub: 4 TiB in six days beside clients, in nine hours without. Other volumes
+    /// on the same disks are not seen here.
+    static let scrubRange: ClosedRange<UInt64> = (8 << 20)...(128 << 20)
+
     private(set) var rate = ceiling
+    private var range = floor...ceiling
     private var reads = LatencyTrack()
     private var writes = LatencyTrack()
     private var windowStart = Instant.zero
@@ -37,9 +42,14 @@ struct CopyThrottle {
         if isRead { reads.record(nanoseconds) } else { writes.record(nanoseconds) }
     }
 
-    /// Time has passed; `isCopying`: a joiner is being filled.
-    mutating func advance(_ now: Instant, isCopying: Bool) {
-        if isCopying, !self.isCopying { rate = isActive ? Self.beginning : Self.ceiling }
+    /// Time has passed; `isCopying`: a joiner is being filled; `isScrubbing`: or would be read.
+    mutating func advance(_ now: Instant, isCopying: Bool, isScrubbing: Bool = false) {
+        range = isScrubbing && !isCopying ? Self.scrubRange : Self.floor...Self.ceiling
+        let isCopying = isCopying || isScrubbing
+        if isCopying, !self.isCopying {
+            rate = isActive ? min(Self.beginning, range.upperBound / 2) : range.upperBound
+        }
+        rate = min(rate, range.upperBound)
         self.isCopying = isCopying
         let elapsed = now.nanoseconds(since: windowStart)
         let samples = reads.count + writes.count
@@ -51,11 +61,11 @@ struct CopyThrottle {
             reads.learn()
             writes.learn()
         } else if !isActive {
-            rate = Self.ceiling
+            rate = range.upperBound
         } else if reads.exceeds(Self.latencyUnnoticed) || writes.exceeds(Self.latencyUnnoticed) {
-            rate = max(Self.floor, rate / 2)
+            rate = max(range.lowerBound, rate / 2)
         } else {
-            rate = min(Self.ceiling, rate / 16 * 17)
+            rate = min(range.upperBound, rate / 16 * 17)
         }
         reads.reset()
         writes.reset()
@@ -70,9 +80,15 @@ struct CopyThrottle {
         if elapsed >= 1_000_000 {
             creditAt = now
             credit += Int64(rate * (elapsed / 1000) / 1_000_000)
-            credit = min(credit, Int64(Geometry.regionSize))
+            credit = min(credit, Int64(max(UInt64(Geometry.regionSize), creditMax)))
         }
         return credit > 0
+    }
+    /// Asked every 50 ms at least; a scrub has little else that would have it asked.
+    private var creditMax: UInt64 { range.upperBound < Self.ceiling ? rate / 20 : 0 }
+    /// So much of what was begun was not there to be read.
+    mutating func refund(bytes: Int) {
+        if rate < Self.ceiling { credit = min(credit + Int64(bytes), Int64(Geometry.regionSize)) }
     }
     mutating func began(bytes: Int) {
         if rate < Self.ceiling { credit -= Int64(bytes) }

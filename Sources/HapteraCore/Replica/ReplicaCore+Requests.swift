@@ -70,7 +70,7 @@ extension ReplicaCore {
         else { return false }
         switch header.kind {
         case .flush, .stable, .ping: return true
-        case .digest: return header.offset % UInt64(Geometry.regionSize) == 0
+        case .digest, .verify: return header.offset % UInt64(Geometry.regionSize) == 0
         case .regionMap:
             return header.offset % UInt64(Geometry.regionSize) == 0 && header.length >= 1
                 && header.length <= (header.auxiliary == 0 ? 65_536 : UInt32(Self.birthRegionsMax))
@@ -100,7 +100,7 @@ extension ReplicaCore {
         switch header.kind {
         case .write, .setState, .read, .adopt, .status:
             return header.offset < size && UInt64(header.length) <= size - header.offset
-        case .digest, .regionMap: return header.offset < size
+        case .digest, .verify, .regionMap: return header.offset < size
         default: return true
         }
     }
@@ -151,7 +151,7 @@ extension ReplicaCore {
     /// what it holds.)
     private func isLayerLawful(_ header: FrameHeader) -> Bool {
         switch header.kind {
-        case .write, .setState, .adopt, .read, .digest, .status:
+        case .write, .setState, .adopt, .read, .digest, .status, .verify:
             return chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
         default: return true
         }
@@ -168,6 +168,7 @@ extension ReplicaCore {
         case .write, .setState, .adopt: resumeMutation(slot)
         case .read: resumeRead(slot)
         case .digest: resumeDigest(slot)
+        case .verify: resumeVerify(slot)
         case .status: resumeStatus(slot)
         case .regionMap: resumeRegionMap(slot)
         case .flush:
@@ -400,6 +401,7 @@ extension ReplicaCore {
         case .dataRead: dataRead(ended, result)
         case .pageLoad: pageLoaded(ended.index, ended.buffer, result)
         case .birthsRead: birthsRead(ended, result)
+        case .verifyRead: verifyRead(ended, result)
         case .slotsInit: slotsInitialised(ended.index, ended.buffer, result)
         case .pageWrite: pageWritten(ended.index, ended.buffer, result)
         case .sync: syncEnded(Int(ended.index), result)

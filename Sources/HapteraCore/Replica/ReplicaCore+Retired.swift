@@ -16,7 +16,7 @@ extension ReplicaCore {
         }
         let header = requests[Int(slot)].header
         guard
-            header.kind == .digest || header.kind == .adopt
+            header.kind == .digest || header.kind == .adopt || header.kind == .verify
                 || header.flags & FrameFlags.resync != 0,
             let place = chain.index(of: header.layer),
             chain.unmerged(under: place, requests[Int(slot)].region) != nil

@@ -334,6 +334,8 @@ struct DiskOperation: BitwiseCopyable {
         case dataWrite
         case dataRead
         case birthsRead
+        /// Region: the first block read.
+        case verifyRead
         case pageLoad
         case slotsInit
         case pageWrite
@@ -357,7 +359,7 @@ struct DiskOperation: BitwiseCopyable {
     var generation: UInt32 = 0
     var buffer = BufferID.none
     var length = 0
-    /// Where a read of births begins, and in which layer.
+    /// Where a read of births begins, and in which layer; see `Kind.verifyRead`.
     var region: UInt64 = 0
     var layer = LayerID.head
     var next: Int32 = -1

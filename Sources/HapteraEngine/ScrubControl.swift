@@ -1,0 +1,66 @@
+import HapteraCore
+import HapteraIO
+
+// The control verb `scrub from=PROGRESS`, and what the engine says of a scrub. PROGRESS is seven
+// numbers with colons between them (`ScrubProgress.text`), as the status line `scrub` gives them:
+// whoever keeps that line has another engine go on from there.
+
+extension EngineProcess {
+    /// Begins a scrub, or goes on with one; what runs already under the same id is left alone.
+    func scrub(_ request: ControlRequest, _ shell: EngineShell) {
+        guard let progress = request.arguments["from"].flatMap(ScrubProgress.init(text:)),
+            request.arguments.count == 1
+        else {
+            return request.fail(
+                "scrub needs from=ID:REGION:CHECKED:BAD:REPAIRED:LOST:SKIPPED, numbers, the first "
+                    + "not zero")
+        }
+        if shell.core.isScrubbing, let running = shell.core.scrubReport?.progress.id,
+            running != progress.id
+        {
+            return request.fail("scrub \(running) is under way; one at a time")
+        }
+        shell.run(.scrub(progress))
+        request.reply()
+    }
+}
+
+extension EngineShell {
+    func scrubLines() -> [(key: String, value: String)] {
+        guard let report = core.scrubReport else { return [] }
+        return [
+            ("scrub", report.progress.text), ("scrub.state", report.state.rawValue),
+            ("scrub.regionsTotal", String(report.regionsTotal)),
+            ("scrub.bytesPerSecond", String(report.bytesPerSecond)),
+        ]
+    }
+
+    func logScrub(_ note: EngineNote) {
+        let volume = ("volume", name)
+        func id(_ slot: ReplicaSlot) -> (String, String) { ("replica", core.replicaID(slot).text) }
+        switch note {
+        case .scrubBegun(let region):
+            Log.info("scrub begins", volume, ("region", String(region)))
+        case .scrubFound(let slot, let offset, let blocks):
+            counters.checksumMismatches &+= blocks
+            Log.error(
+                "scrub found damaged blocks", volume, id(slot), ("offset", String(offset)),
+                ("blocks", String(blocks)))
+        case .scrubLost(let offset, let blocks):
+            Log.error(
+                "no replica has a good copy of these blocks: restore them from a backup", volume,
+                ("offset", String(offset)), ("blocks", String(blocks)))
+        case .scrubSkipped(let slot, let region):
+            Log.error(
+                "scrub skipped a region: the replica cannot say what it holds there", volume,
+                id(slot), ("region", String(region)))
+        case .scrubFinished:
+            let progress = core.scrubReport?.progress ?? ScrubProgress()
+            Log.info(
+                "scrub finished", volume, ("blocksChecked", String(progress.checked)),
+                ("blocksBad", String(progress.bad)), ("blocksRepaired", String(progress.repaired)),
+                ("blocksLost", String(progress.lost)), ("regionsSkipped", String(progress.skipped)))
+        default: break
+        }
+    }
+}
