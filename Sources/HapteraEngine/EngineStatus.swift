@@ -166,9 +166,8 @@ extension EngineShell {
         case .onlyRebootedMembers:
             Log.error("volume not served: every reachable replica lost its host", volume)
         case .resolved(let regions, let blocks, let milliseconds):
-            Log.info(
-                "resolved \(regions) regions, \(blocks) blocks differed, \(milliseconds) ms", volume
-            )
+            let what = "resolved \(regions) regions, \(blocks) blocks differed"
+            Log.info("\(what), \(milliseconds) ms", volume)
         case .stalled: Log.error("every replica is gone; requests wait for one to return", volume)
         case .fullEverywhere:
             Log.error("every replica's disk is full; writes wait for space", volume)
@@ -185,18 +184,14 @@ extension EngineShell {
                 "damaged copy repaired", volume, ("region", String(region)),
                 ("blocksCopied", String(blocks)))
         case .replicaSlow(let slot):
-            let latency = core.writeLatency(slot)
-            Log.warn(
-                "replica much slower than the others", volume, id(slot),
-                ("latencyMicroseconds", String(latency.average)))
+            let latency = ("latencyMicroseconds", String(core.writeLatency(slot).average))
+            Log.warn("replica much slower than the others", volume, id(slot), latency)
         case .protocolError(let slot):
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
         case .snapshotTaken(let layer, let epoch): report("snapshot taken", layer, epoch)
         case .snapshotDeleted(let layer, let epoch): report("snapshot deleted", layer, epoch)
         case .resized(let size, let epoch):
-            Log.info(
-                "volume resized", volume, ("size", String(size)),
-                ("epoch", String(epoch.rawValue)))
+            Log.info("volume resized", volume, ("size", String(size)), at(epoch))
         case .rebuildProgress(let slot, let done, let total):
             Log.debug(
                 "filling replica", volume, id(slot), ("regionsDone", String(done)),

@@ -20,6 +20,7 @@ import Testing
         snapshot.name = name
         snapshot.volume = "vol"
         snapshot.layer = layer
+        snapshot.sizeBytes = 3 << 29
         snapshot.createdUnixMilliseconds = (time + 3725 - age) * 1000 + 7
         if readable {
             snapshot.uri = "nbd://127.0.0.1:20000/vol@\(name)"
@@ -36,6 +37,7 @@ import Testing
                   "volume": "vol",
                   "created": "2026-11-28T17:30:05.007Z",
                   "layer": 1,
+                  "sizeBytes": 1610612736,
                   "uri": "nbd://127.0.0.1:20000/vol@s",
                   "unixURI": "nbd+unix:///vol@s?socket=/d/e.nbd"
                 }
@@ -53,15 +55,15 @@ import Testing
         ]
         #expect(
             Presentation.table(snapshots, now: Self.now, wide: false).text == """
-                NAME   CREATED               AGE    LAYER
-                daily  2026-11-27T17:31:10Z  1d 1h  1
-                s      2026-11-28T17:30:05Z  1h 2m  12
-                new    2026-11-28T18:32:15Z  0s     13
+                NAME   CREATED               AGE    LAYER  SIZE
+                daily  2026-11-27T17:31:10Z  1d 1h  1      1.5GiB
+                s      2026-11-28T17:30:05Z  1h 2m  12     1.5GiB
+                new    2026-11-28T18:32:15Z  0s     13     1.5GiB
                 """)
         #expect(
             Presentation.table([snapshots[1]], now: Self.now, wide: true).text == """
-                NAME  CREATED               AGE    LAYER  URI
-                s     2026-11-28T17:30:05Z  1h 2m  12     nbd://127.0.0.1:20000/vol@s
+                NAME  CREATED               AGE    LAYER  SIZE    URI
+                s     2026-11-28T17:30:05Z  1h 2m  12     1.5GiB  nbd://127.0.0.1:20000/vol@s
                 """)
     }
 
@@ -72,6 +74,7 @@ import Testing
                 volume:      vol
                 created:     2026-11-28T17:30:05Z (1h 2m ago)
                 layer:       1
+                size:        1.5GiB (1610612736 bytes)
                 uri:         nbd://127.0.0.1:20000/vol@s
                 unix uri:    nbd+unix:///vol@s?socket=/d/e.nbd
                 """)

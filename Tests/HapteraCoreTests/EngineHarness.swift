@@ -362,11 +362,7 @@ final class EngineHarness {
                 replyData = []
             }
         case .prepareSize: fake.room = header.offset
-        case .status:
-            var writer = ByteWriter()
-            writer.append(UInt64(header.length))
-            writer.append(UInt64(BlockState.data.rawValue))
-            replyTable = writer.bytes
+        case .status: replyTable = Self.allData(header.length)
         case .digest: replyTable = digest(fake, first, count, layer)
         case .adopt:
             fake.adopt(first..<first + count, in: layer)
@@ -382,6 +378,12 @@ final class EngineHarness {
         }
     }
 
+    private static func allData(_ length: UInt32) -> [UInt8] {
+        var writer = ByteWriter()
+        writer.append(UInt64(length))
+        writer.append(UInt64(BlockState.data.rawValue))
+        return writer.bytes
+    }
     private func answerRead(
         _ fake: FakeReplica, _ header: FrameHeader, _ table: inout [UInt8], _ data: inout [UInt8]
     ) {
