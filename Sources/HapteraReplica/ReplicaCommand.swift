@@ -53,7 +53,7 @@ package enum ReplicaCommand {
         // A replica that is being served holds its lock: there is nothing to do for it.
         let peek = DirectoryStorage(directory: directory, mode: .peek)
         if case .manifest(let found)? = try? ReplicaCore.loadManifest(peek),
-            found.identity.isSame(as: identity)
+            found.identity.isEarlier(of: identity)
         {
             return
         }

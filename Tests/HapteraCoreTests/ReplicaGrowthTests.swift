@@ -142,7 +142,12 @@ import Testing
         bench.hello()
         install()
         try bench.run()
-        for _ in 0..<50 { try bench.tick() }
+        for round in 0..<8 as Range<UInt64> {
+            bench.send(.flush, epoch: 5, sequence: 10 + round)
+            try bench.run()
+            bench.send(.stable, epoch: 5, sequence: 10 + round, auxiliary: 5)
+            try bench.tick(milliseconds: 20_000)
+        }
         #expect(bench.core.retiredLayerCount == 0)
         #expect(try read(bench, region) == ReplicaBench.pattern(1))
     }

@@ -29,11 +29,11 @@ package struct ReplicaIdentity: Equatable, Sendable {
     package var member: VolumeRecord.Member {
         VolumeRecord.Member(replica: replica, incarnation: incarnation)
     }
-    /// The same copy, though its volume may have grown since one of them was told.
-    package func isSame(as other: ReplicaIdentity) -> Bool {
-        var other = other
-        other.size = size
-        return self == other
+    /// The same copy, whose volume may have grown since it was made: its record will tell it.
+    package func isEarlier(of now: ReplicaIdentity) -> Bool {
+        var before = now
+        before.size = size
+        return self == before && size <= now.size
     }
 }
 

@@ -49,7 +49,7 @@ extension ReplicaCore {
     ) throws(StorageError) -> Bool {
         switch try loadManifest(storage) {
         case .manifest(let found):
-            guard found.identity.isSame(as: identity) else {
+            guard found.identity.isEarlier(of: identity) else {
                 throw StorageError(
                     .exists,
                     "the directory holds replica \(found.identity.replica.text) of volume "
