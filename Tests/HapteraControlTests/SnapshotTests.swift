@@ -31,6 +31,9 @@ import Testing
         let asked = Mutex<[Haptera_V1_TakeSnapshot]>([])
         let askedToDelete = Mutex<[Haptera_V1_DeleteSnapshot]>([])
         let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
+        let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
+        /// What the engine says of a scrub.
+        let scrub = Mutex<Haptera_V1_ScrubReport?>(nil)
 
         /// Three replicas on nodes a, b, c; the engine on a, unless it is not attached.
         init(attached: Bool = true) async throws {
@@ -67,6 +70,7 @@ import Testing
                     engine.volumeID = wanted.volumeID
                     engine.clientGeneration = wanted.clientGeneration
                     engine.state = state
+                    if let scrub = scrub.withLock({ $0 }) { engine.scrub = scrub }
                     engine.uri = "nbd://h:2/vol"
                     engine.unixUri = "nbd+unix:///vol?socket=/d/e.nbd"
                     engine.replicas = wanted.replicas.map { endpoint in
@@ -102,6 +106,7 @@ import Testing
                 if engine == .refuses {
                     answer.error = "2 clients read the snapshot; disconnect them first"
                 }
+            case .scrubVolume(let request): askedToScrub.withLock { $0.append(request) }
             case .growVolume(let request):
                 askedToGrow.withLock { $0.append(request) }
                 if engine == .obeys || engine == .obeysInSilence {

@@ -455,6 +455,16 @@ package nonisolated struct Haptera_V1_EngineReport: @unchecked Sendable {
     set {_uniqueStorage()._lastEnding = newValue}
   }
 
+  /// The last scrub that engines of this volume on this node have told of.
+  package var scrub: Haptera_V1_ScrubReport {
+    get {_storage._scrub ?? Haptera_V1_ScrubReport()}
+    set {_uniqueStorage()._scrub = newValue}
+  }
+  /// Returns true if `scrub` has been explicitly set.
+  package var hasScrub: Bool {_storage._scrub != nil}
+  /// Clears the value of `scrub`. Subsequent reads from it will return its default value.
+  package mutating func clearScrub() {_uniqueStorage()._scrub = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum State: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -514,6 +524,37 @@ package nonisolated struct Haptera_V1_EngineReport: @unchecked Sendable {
   package init() {}
 
   fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+/// As `Scrub`, in the engine's words: running, waiting or finished.
+package nonisolated struct Haptera_V1_ScrubReport: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var id: String = String()
+
+  package var state: String = String()
+
+  package var regionsDone: UInt64 = 0
+
+  package var regionsTotal: UInt64 = 0
+
+  package var blocksChecked: UInt64 = 0
+
+  package var blocksBad: UInt64 = 0
+
+  package var blocksRepaired: UInt64 = 0
+
+  package var blocksLost: UInt64 = 0
+
+  package var regionsSkipped: UInt64 = 0
+
+  package var bytesPerSecond: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 /// As `Rebuild`, in the engine's words: resync, rebuild or resolve.
@@ -625,6 +666,14 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .growVolume(newValue)}
   }
 
+  package var scrubVolume: Haptera_V1_ScrubVolume {
+    get {
+      if case .scrubVolume(let v)? = task {return v}
+      return Haptera_V1_ScrubVolume()
+    }
+    set {task = .scrubVolume(newValue)}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum OneOf_Task: Equatable, Sendable {
@@ -634,6 +683,7 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     case takeSnapshot(Haptera_V1_TakeSnapshot)
     case deleteSnapshot(Haptera_V1_DeleteSnapshot)
     case growVolume(Haptera_V1_GrowVolume)
+    case scrubVolume(Haptera_V1_ScrubVolume)
 
   }
 
@@ -723,6 +773,22 @@ package nonisolated struct Haptera_V1_GrowVolume: Sendable {
 
   /// How long the engine may take.
   package var timeoutMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// Has the engine of that attachment begin a scrub; answered when it has. One that is under way goes
+/// on.
+package nonisolated struct Haptera_V1_ScrubVolume: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volumeID: String = String()
+
+  package var clientGeneration: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1359,7 +1425,7 @@ nonisolated extension Haptera_V1_ReplicaReport.State: SwiftProtobuf._ProtoNamePr
 
 nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".EngineReport"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}state\0\u{1}pid\0\u{1}uri\0\u{3}unix_uri\0\u{1}reason\0\u{1}epoch\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}replicas\0\u{1}restarts\0\u{2}\u{7}instance\0\u{3}needs_decision\0\u{1}rebuilds\0\u{3}had_remote_client\0\u{3}last_ending\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}state\0\u{1}pid\0\u{1}uri\0\u{3}unix_uri\0\u{1}reason\0\u{1}epoch\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}replicas\0\u{1}restarts\0\u{2}\u{7}instance\0\u{3}needs_decision\0\u{1}rebuilds\0\u{3}had_remote_client\0\u{3}last_ending\0\u{1}scrub\0")
 
   fileprivate class _StorageClass {
     var _volumeID: String = String()
@@ -1380,6 +1446,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
     var _rebuilds: [Haptera_V1_RebuildReport] = []
     var _hadRemoteClient: Bool = false
     var _lastEnding: String = String()
+    var _scrub: Haptera_V1_ScrubReport? = nil
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1408,6 +1475,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
       _rebuilds = source._rebuilds
       _hadRemoteClient = source._hadRemoteClient
       _lastEnding = source._lastEnding
+      _scrub = source._scrub
     }
   }
 
@@ -1444,6 +1512,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
         case 22: try { try decoder.decodeRepeatedMessageField(value: &_storage._rebuilds) }()
         case 23: try { try decoder.decodeSingularBoolField(value: &_storage._hadRemoteClient) }()
         case 24: try { try decoder.decodeSingularStringField(value: &_storage._lastEnding) }()
+        case 25: try { try decoder.decodeSingularMessageField(value: &_storage._scrub) }()
         default: break
         }
       }
@@ -1452,6 +1521,10 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
     try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every if/case branch local when no optimizations
+      // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+      // https://github.com/apple/swift-protobuf/issues/1182
       if !_storage._volumeID.isEmpty {
         try visitor.visitSingularStringField(value: _storage._volumeID, fieldNumber: 1)
       }
@@ -1506,6 +1579,9 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
       if !_storage._lastEnding.isEmpty {
         try visitor.visitSingularStringField(value: _storage._lastEnding, fieldNumber: 24)
       }
+      try { if let v = _storage._scrub {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 25)
+      } }()
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -1533,6 +1609,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
         if _storage._rebuilds != rhs_storage._rebuilds {return false}
         if _storage._hadRemoteClient != rhs_storage._hadRemoteClient {return false}
         if _storage._lastEnding != rhs_storage._lastEnding {return false}
+        if _storage._scrub != rhs_storage._scrub {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -1544,6 +1621,81 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
 
 nonisolated extension Haptera_V1_EngineReport.State: SwiftProtobuf._ProtoNameProviding {
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0STATE_UNSPECIFIED\0\u{1}STATE_STARTING\0\u{1}STATE_SERVING\0\u{1}STATE_STALLED\0\u{1}STATE_WAITING\0\u{1}STATE_DETACHED\0")
+}
+
+nonisolated extension Haptera_V1_ScrubReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ScrubReport"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}state\0\u{3}regions_done\0\u{3}regions_total\0\u{3}blocks_checked\0\u{3}blocks_bad\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}regions_skipped\0\u{3}bytes_per_second\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.state) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.regionsDone) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.regionsTotal) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.blocksChecked) }()
+      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.blocksBad) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.blocksRepaired) }()
+      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.blocksLost) }()
+      case 9: try { try decoder.decodeSingularUInt64Field(value: &self.regionsSkipped) }()
+      case 10: try { try decoder.decodeSingularUInt64Field(value: &self.bytesPerSecond) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.id.isEmpty {
+      try visitor.visitSingularStringField(value: self.id, fieldNumber: 1)
+    }
+    if !self.state.isEmpty {
+      try visitor.visitSingularStringField(value: self.state, fieldNumber: 2)
+    }
+    if self.regionsDone != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsDone, fieldNumber: 3)
+    }
+    if self.regionsTotal != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsTotal, fieldNumber: 4)
+    }
+    if self.blocksChecked != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksChecked, fieldNumber: 5)
+    }
+    if self.blocksBad != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksBad, fieldNumber: 6)
+    }
+    if self.blocksRepaired != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksRepaired, fieldNumber: 7)
+    }
+    if self.blocksLost != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksLost, fieldNumber: 8)
+    }
+    if self.regionsSkipped != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsSkipped, fieldNumber: 9)
+    }
+    if self.bytesPerSecond != 0 {
+      try visitor.visitSingularUInt64Field(value: self.bytesPerSecond, fieldNumber: 10)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ScrubReport, rhs: Haptera_V1_ScrubReport) -> Bool {
+    if lhs.id != rhs.id {return false}
+    if lhs.state != rhs.state {return false}
+    if lhs.regionsDone != rhs.regionsDone {return false}
+    if lhs.regionsTotal != rhs.regionsTotal {return false}
+    if lhs.blocksChecked != rhs.blocksChecked {return false}
+    if lhs.blocksBad != rhs.blocksBad {return false}
+    if lhs.blocksRepaired != rhs.blocksRepaired {return false}
+    if lhs.blocksLost != rhs.blocksLost {return false}
+    if lhs.regionsSkipped != rhs.regionsSkipped {return false}
+    if lhs.bytesPerSecond != rhs.bytesPerSecond {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
 }
 
 nonisolated extension Haptera_V1_RebuildReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
@@ -1667,7 +1819,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{3}scrub_volume\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1754,6 +1906,19 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .growVolume(v)
         }
       }()
+      case 8: try {
+        var v: Haptera_V1_ScrubVolume?
+        var hadOneofValue = false
+        if let current = self.task {
+          hadOneofValue = true
+          if case .scrubVolume(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.task = .scrubVolume(v)
+        }
+      }()
       default: break
       }
     }
@@ -1791,6 +1956,10 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .growVolume?: try {
       guard case .growVolume(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 7)
+    }()
+    case .scrubVolume?: try {
+      guard case .scrubVolume(let v)? = self.task else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 8)
     }()
     case nil: break
     }
@@ -2000,6 +2169,41 @@ nonisolated extension Haptera_V1_GrowVolume: SwiftProtobuf.Message, SwiftProtobu
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ScrubVolume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ScrubVolume"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volumeID.isEmpty {
+      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
+    }
+    if self.clientGeneration != 0 {
+      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ScrubVolume, rhs: Haptera_V1_ScrubVolume) -> Bool {
+    if lhs.volumeID != rhs.volumeID {return false}
+    if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -282,6 +282,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "ScrubVolume" metadata.
+        package enum ScrubVolume: Sendable {
+            /// Request type for "ScrubVolume".
+            package typealias Input = Haptera_V1_ScrubVolumeRequest
+            /// Response type for "ScrubVolume".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "ScrubVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "ScrubVolume",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -303,7 +316,8 @@ package enum Haptera_V1_VolumeService: Sendable {
             ListSnapshots.descriptor,
             GetSnapshot.descriptor,
             DeleteSnapshot.descriptor,
-            ResizeVolume.descriptor
+            ResizeVolume.descriptor,
+            ScrubVolume.descriptor
         ]
     }
 }
@@ -688,6 +702,26 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ResizeVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "ScrubVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ScrubVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func scrubVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ScrubVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -1054,6 +1088,26 @@ extension Haptera_V1_VolumeService {
         /// - Returns: A response containing a single `Haptera_V1_Volume` message.
         func resizeVolume(
             request: GRPCCore.ServerRequest<Haptera_V1_ResizeVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "ScrubVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func scrubVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_ScrubVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
     }
@@ -1423,6 +1477,26 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_ResizeVolumeRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "ScrubVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ScrubVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func scrubVolume(
+            request: Haptera_V1_ScrubVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
     }
 }
 
@@ -1650,6 +1724,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.ScrubVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ScrubVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.scrubVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -1870,6 +1955,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
         let response = try await self.resizeVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func scrubVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ScrubVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.scrubVolume(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2137,6 +2233,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
         return GRPCCore.ServerResponse<Haptera_V1_Volume>(
             message: try await self.resizeVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func scrubVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_ScrubVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.scrubVolume(
                 request: request.message,
                 context: context
             ),
@@ -2608,6 +2717,31 @@ extension Haptera_V1_VolumeService {
         func resizeVolume<Result>(
             request: GRPCCore.ClientRequest<Haptera_V1_ResizeVolumeRequest>,
             serializer: some GRPCCore.MessageSerializer<Haptera_V1_ResizeVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ScrubVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ScrubVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func scrubVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ScrubVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ScrubVolumeRequest>,
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
@@ -3306,6 +3440,42 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "ScrubVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ScrubVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func scrubVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ScrubVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ScrubVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.ScrubVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -3883,6 +4053,37 @@ extension Haptera_V1_VolumeService.ClientProtocol {
         try await self.resizeVolume(
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ResizeVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ScrubVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+    /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+    /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func scrubVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ScrubVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.scrubVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ScrubVolumeRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
             options: options,
             onResponse: handleResponse
@@ -4544,6 +4745,41 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.resizeVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ScrubVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
+    /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
+    /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func scrubVolume<Result>(
+        _ message: Haptera_V1_ScrubVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ScrubVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.scrubVolume(
             request: request,
             options: options,
             onResponse: handleResponse

@@ -355,36 +355,155 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
   fileprivate var _storage = _StorageClass.defaultInstance
 }
 
-package nonisolated struct Haptera_V1_Engine: Sendable {
+package nonisolated struct Haptera_V1_Engine: @unchecked Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
   /// 0 while it does not run.
-  package var pid: Int32 = 0
+  package var pid: Int32 {
+    get {_storage._pid}
+    set {_uniqueStorage()._pid = newValue}
+  }
 
-  package var node: String = String()
+  package var node: String {
+    get {_storage._node}
+    set {_uniqueStorage()._node = newValue}
+  }
 
-  package var uri: String = String()
+  package var uri: String {
+    get {_storage._uri}
+    set {_uniqueStorage()._uri = newValue}
+  }
 
-  package var unixUri: String = String()
+  package var unixUri: String {
+    get {_storage._unixUri}
+    set {_uniqueStorage()._unixUri = newValue}
+  }
 
-  package var connections: UInt32 = 0
+  package var connections: UInt32 {
+    get {_storage._connections}
+    set {_uniqueStorage()._connections = newValue}
+  }
 
   /// Regions of the rebuild in progress.
-  package var rebuildDone: UInt64 = 0
+  package var rebuildDone: UInt64 {
+    get {_storage._rebuildDone}
+    set {_uniqueStorage()._rebuildDone = newValue}
+  }
 
-  package var rebuildTotal: UInt64 = 0
+  package var rebuildTotal: UInt64 {
+    get {_storage._rebuildTotal}
+    set {_uniqueStorage()._rebuildTotal = newValue}
+  }
 
-  package var restarts: UInt32 = 0
+  package var restarts: UInt32 {
+    get {_storage._restarts}
+    set {_uniqueStorage()._restarts = newValue}
+  }
 
   /// Random number of the engine process.
-  package var instance: UInt64 = 0
+  package var instance: UInt64 {
+    get {_storage._instance}
+    set {_uniqueStorage()._instance = newValue}
+  }
 
   /// What is being copied or compared.
-  package var rebuilds: [Haptera_V1_Rebuild] = []
+  package var rebuilds: [Haptera_V1_Rebuild] {
+    get {_storage._rebuilds}
+    set {_uniqueStorage()._rebuilds = newValue}
+  }
+
+  /// The last scrub, if there was one since the volume was attached there.
+  package var scrub: Haptera_V1_Scrub {
+    get {_storage._scrub ?? Haptera_V1_Scrub()}
+    set {_uniqueStorage()._scrub = newValue}
+  }
+  /// Returns true if `scrub` has been explicitly set.
+  package var hasScrub: Bool {_storage._scrub != nil}
+  /// Clears the value of `scrub`. Subsequent reads from it will return its default value.
+  package mutating func clearScrub() {_uniqueStorage()._scrub = nil}
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+/// A scrub, and what it has found. Blocks are of 4096 bytes, counted on each replica.
+package nonisolated struct Haptera_V1_Scrub: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var state: Haptera_V1_Scrub.State = .unspecified
+
+  /// Of 1 MiB.
+  package var regionsDone: UInt64 = 0
+
+  package var regionsTotal: UInt64 = 0
+
+  package var blocksChecked: UInt64 = 0
+
+  package var blocksBad: UInt64 = 0
+
+  /// Rewritten from another replica.
+  package var blocksRepaired: UInt64 = 0
+
+  /// No replica has a good copy: left as they are.
+  package var blocksLost: UInt64 = 0
+
+  /// A replica could not say what it holds there.
+  package var regionsSkipped: UInt64 = 0
+
+  package var bytesPerSecond: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package nonisolated enum State: SwiftProtobuf.Enum, Swift.CaseIterable {
+    package typealias RawValue = Int
+    case unspecified // = 0
+    case running // = 1
+
+    /// Until every replica is in sync, and nothing else is done to the volume.
+    case waiting // = 2
+    case finished // = 3
+    case UNRECOGNIZED(Int)
+
+    package init() {
+      self = .unspecified
+    }
+
+    package init?(rawValue: Int) {
+      switch rawValue {
+      case 0: self = .unspecified
+      case 1: self = .running
+      case 2: self = .waiting
+      case 3: self = .finished
+      default: self = .UNRECOGNIZED(rawValue)
+      }
+    }
+
+    package var rawValue: Int {
+      switch self {
+      case .unspecified: return 0
+      case .running: return 1
+      case .waiting: return 2
+      case .finished: return 3
+      case .UNRECOGNIZED(let i): return i
+      }
+    }
+
+    // The compiler won't synthesize support with the UNRECOGNIZED case.
+    package static let allCases: [Haptera_V1_Scrub.State] = [
+      .unspecified,
+      .running,
+      .waiting,
+      .finished,
+    ]
+
+  }
 
   package init() {}
 }
@@ -973,6 +1092,18 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
   package init() {}
 }
 
+package nonisolated struct Haptera_V1_ScrubVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
 package nonisolated struct Haptera_V1_ResizeVolumeRequest: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
@@ -1320,7 +1451,147 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
 
 nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Engine"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}pid\0\u{1}node\0\u{1}uri\0\u{3}unix_uri\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}restarts\0\u{2}\u{c}instance\0\u{1}rebuilds\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}pid\0\u{1}node\0\u{1}uri\0\u{3}unix_uri\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}restarts\0\u{2}\u{c}instance\0\u{1}rebuilds\0\u{1}scrub\0")
+
+  fileprivate class _StorageClass {
+    var _pid: Int32 = 0
+    var _node: String = String()
+    var _uri: String = String()
+    var _unixUri: String = String()
+    var _connections: UInt32 = 0
+    var _rebuildDone: UInt64 = 0
+    var _rebuildTotal: UInt64 = 0
+    var _restarts: UInt32 = 0
+    var _instance: UInt64 = 0
+    var _rebuilds: [Haptera_V1_Rebuild] = []
+    var _scrub: Haptera_V1_Scrub? = nil
+
+      // This property is used as the initial default value for new instances of the type.
+      // The type itself is protecting the reference to its storage via CoW semantics.
+      // This will force a copy to be made of this reference when the first mutation occurs;
+      // hence, it is safe to mark this as `nonisolated(unsafe)`.
+      static nonisolated(unsafe) let defaultInstance = _StorageClass()
+
+    private init() {}
+
+    init(copying source: _StorageClass) {
+      _pid = source._pid
+      _node = source._node
+      _uri = source._uri
+      _unixUri = source._unixUri
+      _connections = source._connections
+      _rebuildDone = source._rebuildDone
+      _rebuildTotal = source._rebuildTotal
+      _restarts = source._restarts
+      _instance = source._instance
+      _rebuilds = source._rebuilds
+      _scrub = source._scrub
+    }
+  }
+
+  fileprivate mutating func _uniqueStorage() -> _StorageClass {
+    if !isKnownUniquelyReferenced(&_storage) {
+      _storage = _StorageClass(copying: _storage)
+    }
+    return _storage
+  }
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    _ = _uniqueStorage()
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      while let fieldNumber = try decoder.nextFieldNumber() {
+        // The use of inline closures is to circumvent an issue where the compiler
+        // allocates stack space for every case branch when no optimizations are
+        // enabled. https://github.com/apple/swift-protobuf/issues/1034
+        switch fieldNumber {
+        case 1: try { try decoder.decodeSingularInt32Field(value: &_storage._pid) }()
+        case 2: try { try decoder.decodeSingularStringField(value: &_storage._node) }()
+        case 3: try { try decoder.decodeSingularStringField(value: &_storage._uri) }()
+        case 4: try { try decoder.decodeSingularStringField(value: &_storage._unixUri) }()
+        case 5: try { try decoder.decodeSingularUInt32Field(value: &_storage._connections) }()
+        case 6: try { try decoder.decodeSingularUInt64Field(value: &_storage._rebuildDone) }()
+        case 7: try { try decoder.decodeSingularUInt64Field(value: &_storage._rebuildTotal) }()
+        case 8: try { try decoder.decodeSingularUInt32Field(value: &_storage._restarts) }()
+        case 20: try { try decoder.decodeSingularUInt64Field(value: &_storage._instance) }()
+        case 21: try { try decoder.decodeRepeatedMessageField(value: &_storage._rebuilds) }()
+        case 22: try { try decoder.decodeSingularMessageField(value: &_storage._scrub) }()
+        default: break
+        }
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every if/case branch local when no optimizations
+      // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+      // https://github.com/apple/swift-protobuf/issues/1182
+      if _storage._pid != 0 {
+        try visitor.visitSingularInt32Field(value: _storage._pid, fieldNumber: 1)
+      }
+      if !_storage._node.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._node, fieldNumber: 2)
+      }
+      if !_storage._uri.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._uri, fieldNumber: 3)
+      }
+      if !_storage._unixUri.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._unixUri, fieldNumber: 4)
+      }
+      if _storage._connections != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._connections, fieldNumber: 5)
+      }
+      if _storage._rebuildDone != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._rebuildDone, fieldNumber: 6)
+      }
+      if _storage._rebuildTotal != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._rebuildTotal, fieldNumber: 7)
+      }
+      if _storage._restarts != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._restarts, fieldNumber: 8)
+      }
+      if _storage._instance != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._instance, fieldNumber: 20)
+      }
+      if !_storage._rebuilds.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._rebuilds, fieldNumber: 21)
+      }
+      try { if let v = _storage._scrub {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 22)
+      } }()
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_Engine, rhs: Haptera_V1_Engine) -> Bool {
+    if lhs._storage !== rhs._storage {
+      let storagesAreEqual: Bool = withExtendedLifetime((lhs._storage, rhs._storage)) { (_args: (_StorageClass, _StorageClass)) in
+        let _storage = _args.0
+        let rhs_storage = _args.1
+        if _storage._pid != rhs_storage._pid {return false}
+        if _storage._node != rhs_storage._node {return false}
+        if _storage._uri != rhs_storage._uri {return false}
+        if _storage._unixUri != rhs_storage._unixUri {return false}
+        if _storage._connections != rhs_storage._connections {return false}
+        if _storage._rebuildDone != rhs_storage._rebuildDone {return false}
+        if _storage._rebuildTotal != rhs_storage._rebuildTotal {return false}
+        if _storage._restarts != rhs_storage._restarts {return false}
+        if _storage._instance != rhs_storage._instance {return false}
+        if _storage._rebuilds != rhs_storage._rebuilds {return false}
+        if _storage._scrub != rhs_storage._scrub {return false}
+        return true
+      }
+      if !storagesAreEqual {return false}
+    }
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_Scrub: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".Scrub"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}state\0\u{3}regions_done\0\u{3}regions_total\0\u{3}blocks_checked\0\u{3}blocks_bad\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}regions_skipped\0\u{3}bytes_per_second\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1328,69 +1599,68 @@ nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._M
       // allocates stack space for every case branch when no optimizations are
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
-      case 1: try { try decoder.decodeSingularInt32Field(value: &self.pid) }()
-      case 2: try { try decoder.decodeSingularStringField(value: &self.node) }()
-      case 3: try { try decoder.decodeSingularStringField(value: &self.uri) }()
-      case 4: try { try decoder.decodeSingularStringField(value: &self.unixUri) }()
-      case 5: try { try decoder.decodeSingularUInt32Field(value: &self.connections) }()
-      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.rebuildDone) }()
-      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.rebuildTotal) }()
-      case 8: try { try decoder.decodeSingularUInt32Field(value: &self.restarts) }()
-      case 20: try { try decoder.decodeSingularUInt64Field(value: &self.instance) }()
-      case 21: try { try decoder.decodeRepeatedMessageField(value: &self.rebuilds) }()
+      case 1: try { try decoder.decodeSingularEnumField(value: &self.state) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.regionsDone) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.regionsTotal) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.blocksChecked) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.blocksBad) }()
+      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.blocksRepaired) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.blocksLost) }()
+      case 8: try { try decoder.decodeSingularUInt64Field(value: &self.regionsSkipped) }()
+      case 9: try { try decoder.decodeSingularUInt64Field(value: &self.bytesPerSecond) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    if self.pid != 0 {
-      try visitor.visitSingularInt32Field(value: self.pid, fieldNumber: 1)
+    if self.state != .unspecified {
+      try visitor.visitSingularEnumField(value: self.state, fieldNumber: 1)
     }
-    if !self.node.isEmpty {
-      try visitor.visitSingularStringField(value: self.node, fieldNumber: 2)
+    if self.regionsDone != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsDone, fieldNumber: 2)
     }
-    if !self.uri.isEmpty {
-      try visitor.visitSingularStringField(value: self.uri, fieldNumber: 3)
+    if self.regionsTotal != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsTotal, fieldNumber: 3)
     }
-    if !self.unixUri.isEmpty {
-      try visitor.visitSingularStringField(value: self.unixUri, fieldNumber: 4)
+    if self.blocksChecked != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksChecked, fieldNumber: 4)
     }
-    if self.connections != 0 {
-      try visitor.visitSingularUInt32Field(value: self.connections, fieldNumber: 5)
+    if self.blocksBad != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksBad, fieldNumber: 5)
     }
-    if self.rebuildDone != 0 {
-      try visitor.visitSingularUInt64Field(value: self.rebuildDone, fieldNumber: 6)
+    if self.blocksRepaired != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksRepaired, fieldNumber: 6)
     }
-    if self.rebuildTotal != 0 {
-      try visitor.visitSingularUInt64Field(value: self.rebuildTotal, fieldNumber: 7)
+    if self.blocksLost != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksLost, fieldNumber: 7)
     }
-    if self.restarts != 0 {
-      try visitor.visitSingularUInt32Field(value: self.restarts, fieldNumber: 8)
+    if self.regionsSkipped != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsSkipped, fieldNumber: 8)
     }
-    if self.instance != 0 {
-      try visitor.visitSingularUInt64Field(value: self.instance, fieldNumber: 20)
-    }
-    if !self.rebuilds.isEmpty {
-      try visitor.visitRepeatedMessageField(value: self.rebuilds, fieldNumber: 21)
+    if self.bytesPerSecond != 0 {
+      try visitor.visitSingularUInt64Field(value: self.bytesPerSecond, fieldNumber: 9)
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
-  package static func ==(lhs: Haptera_V1_Engine, rhs: Haptera_V1_Engine) -> Bool {
-    if lhs.pid != rhs.pid {return false}
-    if lhs.node != rhs.node {return false}
-    if lhs.uri != rhs.uri {return false}
-    if lhs.unixUri != rhs.unixUri {return false}
-    if lhs.connections != rhs.connections {return false}
-    if lhs.rebuildDone != rhs.rebuildDone {return false}
-    if lhs.rebuildTotal != rhs.rebuildTotal {return false}
-    if lhs.restarts != rhs.restarts {return false}
-    if lhs.instance != rhs.instance {return false}
-    if lhs.rebuilds != rhs.rebuilds {return false}
+  package static func ==(lhs: Haptera_V1_Scrub, rhs: Haptera_V1_Scrub) -> Bool {
+    if lhs.state != rhs.state {return false}
+    if lhs.regionsDone != rhs.regionsDone {return false}
+    if lhs.regionsTotal != rhs.regionsTotal {return false}
+    if lhs.blocksChecked != rhs.blocksChecked {return false}
+    if lhs.blocksBad != rhs.blocksBad {return false}
+    if lhs.blocksRepaired != rhs.blocksRepaired {return false}
+    if lhs.blocksLost != rhs.blocksLost {return false}
+    if lhs.regionsSkipped != rhs.regionsSkipped {return false}
+    if lhs.bytesPerSecond != rhs.bytesPerSecond {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
+}
+
+nonisolated extension Haptera_V1_Scrub.State: SwiftProtobuf._ProtoNameProviding {
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0STATE_UNSPECIFIED\0\u{1}STATE_RUNNING\0\u{1}STATE_WAITING\0\u{1}STATE_FINISHED\0")
 }
 
 nonisolated extension Haptera_V1_Rebuild: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
@@ -2538,6 +2808,36 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if lhs.uri != rhs.uri {return false}
     if lhs.unixUri != rhs.unixUri {return false}
     if lhs.sizeBytes != rhs.sizeBytes {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ScrubVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ScrubVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ScrubVolumeRequest, rhs: Haptera_V1_ScrubVolumeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -83,6 +83,7 @@ package actor Controller {
     ) async throws {
         guard let old else { return }
         let caller = Caller(actor: "node/\(new.name)")
+        try await noteScrubs(from: old, to: new, by: caller)
         for replica in new.replicas {
             guard let before = old.replicas.first(where: { $0.replicaID == replica.replicaID }),
                 before.state != replica.state || before.restarts < replica.restarts

@@ -195,6 +195,13 @@ extension VolumeService {
         _ = try checked(request.name)
         return try await controller.resizeVolume(request)
     }
+
+    func scrubVolume(
+        request: Haptera_V1_ScrubVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        _ = try checked(request.name)
+        return try await controller.scrubVolume(request)
+    }
 }
 
 extension ClusterService {

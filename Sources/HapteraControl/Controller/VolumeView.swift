@@ -71,6 +71,7 @@ package struct VolumeView: Sendable {
                 message.engine.restarts = engine.restarts
                 message.engine.instance = engine.instance
                 message.engine.rebuilds = engine.rebuilds.map(rebuild)
+                if engine.hasScrub { message.engine.scrub = Self.scrub(engine.scrub) }
             }
         }
         return message
@@ -110,6 +111,26 @@ package struct VolumeView: Sendable {
         message.bytesCopied = report.bytesCopied
         message.bytesPerSecond = report.bytesPerSecond
         message.elapsedMilliseconds = report.elapsedMilliseconds
+        return message
+    }
+
+    private static func scrub(_ report: Haptera_V1_ScrubReport) -> Haptera_V1_Scrub {
+        var message = Haptera_V1_Scrub()
+        message.state =
+            switch report.state {
+            case "running": .running
+            case "waiting": .waiting
+            case "finished": .finished
+            default: .unspecified
+            }
+        message.regionsDone = report.regionsDone
+        message.regionsTotal = report.regionsTotal
+        message.blocksChecked = report.blocksChecked
+        message.blocksBad = report.blocksBad
+        message.blocksRepaired = report.blocksRepaired
+        message.blocksLost = report.blocksLost
+        message.regionsSkipped = report.regionsSkipped
+        message.bytesPerSecond = report.bytesPerSecond
         return message
     }
 

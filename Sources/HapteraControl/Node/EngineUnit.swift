@@ -11,6 +11,8 @@ package actor EngineUnit {
     private var settings: UnitSettings
     /// The replica list the running engine was told last; nil after an adoption.
     private var told: [Haptera_V1_ReplicaEndpoint]?
+    /// The last that an engine told of.
+    private var scrubWords: ScrubWords?
     private var failure = ""
     private var isBusy = false
     /// The controller has said so since the agent started: not only its memory on disk.
@@ -95,6 +97,7 @@ package actor EngineUnit {
         try await tellReplicas()
         try await tellLimits()
         try await tellDecision()
+        try await tellScrub()
     }
 
     /// So that the next engine can be told that this one has ended, if it has.
@@ -156,6 +159,16 @@ package actor EngineUnit {
         told = replicas
     }
 
+    /// Remembers how far a scrub is, and has the next engine go on with one that did not end.
+    private func tellScrub() async throws {
+        let status = supervision.status
+        if let told = ScrubWords(status) { return scrubWords = told }
+        guard status["state"] == "serving", let words = scrubWords, !words.isFinished else {
+            return
+        }
+        _ = try await context.host.request(
+            supervision.files.control, "scrub from=\(words.progress.text)", timeoutSeconds: 5)
+    }
     /// What the engine may be told. A replica it has and is not told of would leave the volume, so
     /// one whose address was forgotten (with the metadata store) keeps the one told before; nil if
     /// that is not known here either: then the engine knows best.
@@ -228,6 +241,18 @@ package actor EngineUnit {
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
     }
 
+    /// Answers when a scrub is under way.
+    func scrub(_ request: Haptera_V1_ScrubVolume) async throws {
+        try requireServing(request.clientGeneration)
+        let status = try await context.host.request(
+            supervision.files.control, "status", timeoutSeconds: 5)
+        guard ["running", "waiting"].contains(status["scrub.state"]) == false else { return }
+        var progress = ScrubProgress()
+        progress.id = UInt64.random(in: 1 ... .max)
+        _ = try await context.host.request(
+            supervision.files.control, "scrub from=\(progress.text)", timeoutSeconds: 5)
+    }
+
     /// Whoever asks has named the attachment it saw: the engine of another may serve clients who
     /// did not ask for this.
     private func requireServing(_ clientGeneration: UInt64) throws {
@@ -298,6 +323,7 @@ package actor EngineUnit {
         report.hadRemoteClient = status["remoteClients"].map { $0 != "0" } ?? false
         report.lastEnding = supervision.lastEnding
         report.rebuilds = Self.rebuilds(status)
+        if let scrubWords { report.scrub = scrubWords.report }
         report.state = state
         return report
     }

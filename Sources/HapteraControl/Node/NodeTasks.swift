@@ -24,6 +24,7 @@ extension NodeAgent {
             case .takeSnapshot(let request): try await takeSnapshot(request)
             case .deleteSnapshot(let request): try await deleteSnapshot(request)
             case .growVolume(let request): try await growVolume(request)
+            case .scrubVolume(let request): try await scrubVolume(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
         } catch let error as ControlSocket.NoAnswer {
@@ -51,6 +52,13 @@ extension NodeAgent {
         try await askEngine(of: request.volumeID, doubt: SnapshotResult.resizeDoubtText) {
             try await $0.grow(request)
         }
+    }
+
+    private func scrubVolume(_ request: Haptera_V1_ScrubVolume) async throws {
+        guard let unit = engineUnit(request.volumeID) else {
+            throw HostError("it runs no engine of the volume")
+        }
+        try await unit.scrub(request)
     }
 
     /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on

@@ -1,0 +1,141 @@
+import ArgumentParser
+import HapteraAPI
+import HapteraHost
+
+extension VolumeCommand {
+    package struct Scrub: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Read and check everything on all replicas; repair what is bad.",
+            discussion: """
+                With its snapshots, beside clients, to whom it gives way. One that is under way \
+                goes on. With --wait the command ends when it has, and fails if there are blocks \
+                of which no replica has a good copy.
+                """)
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @Flag(help: "Until it is finished; --timeout says how long at most.")
+        package var wait = false
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                let name = name.text
+                var request = Haptera_V1_ScrubVolumeRequest()
+                request.name = name
+                let wanted = request
+                var volume = try await session.change {
+                    try await session.volumes.scrubVolume(wanted, options: session.callOptions)
+                }
+                guard wait else {
+                    return session.say(Presentation.scrub(volume), quiet: name) { _ in
+                        "scrub of volume \(name) is under way; see 'storagectl volume "
+                            + "scrub-status \(name)'"
+                    }
+                }
+                // The report that follows the answer is of this scrub.
+                try await Task.sleep(for: .seconds(2))
+                let last = try await session.follow(name, "scrubbing") { volume in
+                    guard let volume, volume.hasEngine else {
+                        throw CommandFailure(
+                            .failed, "volume '\(name)' was detached before its scrub had ended")
+                    }
+                    return volume.engine.hasScrub && volume.engine.scrub.state == .finished
+                }
+                guard let last else { return }
+                volume = last
+                session.say(Presentation.scrub(volume), quiet: name) { _ in
+                    Presentation.scrubDetails(volume)
+                }
+                let scrub = volume.engine.scrub
+                guard scrub.blocksLost == 0, scrub.regionsSkipped == 0 else {
+                    throw CommandFailure(
+                        .failed,
+                        "\(scrub.blocksLost) blocks of volume '\(name)' have no good copy, and "
+                            + "\(scrub.regionsSkipped) regions could not be checked: the engine's "
+                            + "log says where")
+                }
+            }
+        }
+    }
+
+    package struct ScrubStatus: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            commandName: "scrub-status",
+            abstract: "How far a volume's scrub is, and what it has found.")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                var request = Haptera_V1_GetVolumeRequest()
+                request.name = name.text
+                let volume = try await session.volumes.getVolume(
+                    request, options: session.callOptions)
+                let state =
+                    volume.engine.hasScrub ? Presentation.word(volume.engine.scrub.state) : ""
+                session.say(Presentation.scrub(volume), quiet: state) { _ in
+                    Presentation.scrubDetails(volume)
+                }
+            }
+        }
+    }
+}
+
+/// Scrubs as the CLI shows them.
+extension Presentation {
+    static func word(_ state: Haptera_V1_Scrub.State) -> String {
+        switch state {
+        case .running: "running"
+        case .waiting: "waiting"
+        case .finished: "finished"
+        case .unspecified, .UNRECOGNIZED: "unknown"
+        }
+    }
+
+    package static func scrub(_ volume: Haptera_V1_Volume) -> OutputValue {
+        guard volume.engine.hasScrub else {
+            return .object([("volume", .text(volume.name)), ("state", .null)])
+        }
+        let scrub = volume.engine.scrub
+        return .object([
+            ("volume", .text(volume.name)), ("state", .text(word(scrub.state))),
+            ("regionsDone", .number(scrub.regionsDone)),
+            ("regionsTotal", .number(scrub.regionsTotal)),
+            ("blocksChecked", .number(scrub.blocksChecked)),
+            ("blocksBad", .number(scrub.blocksBad)),
+            ("blocksRepaired", .number(scrub.blocksRepaired)),
+            ("blocksLost", .number(scrub.blocksLost)),
+            ("regionsSkipped", .number(scrub.regionsSkipped)),
+            ("bytesPerSecond", .number(scrub.bytesPerSecond)),
+        ])
+    }
+
+    package static func scrubDetails(_ volume: Haptera_V1_Volume) -> String {
+        guard volume.engine.hasScrub else {
+            return "volume \(volume.name) was not scrubbed since it was attached"
+        }
+        let scrub = volume.engine.scrub
+        var lines = ["scrub:       \(word(scrub.state))"]
+        if scrub.state != .finished {
+            lines.append(
+                "done:        \(scrub.regionsDone) of \(scrub.regionsTotal) MiB, "
+                    + "\(VolumeSize.text(scrub.bytesPerSecond))/s")
+        }
+        lines.append("checked:     \(scrub.blocksChecked) blocks on all replicas")
+        lines.append(
+            "bad:         \(scrub.blocksBad), repaired \(scrub.blocksRepaired), lost "
+                + "\(scrub.blocksLost)")
+        if scrub.regionsSkipped > 0 {
+            lines.append("skipped:     \(scrub.regionsSkipped) regions")
+        }
+        return lines.joined(separator: "\n")
+    }
+}
