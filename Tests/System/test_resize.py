@@ -6,6 +6,7 @@ import subprocess
 import nbd
 
 from harness.cluster import BINARIES, MIB, ControlError, control
+from harness.plane import Plane
 from harness.workload import BLOCK, History, Workload, check_all
 
 # Neither a whole number of regions.
@@ -124,3 +125,45 @@ def test_a_replica_that_cannot_grow_keeps_the_size(context):
         live.shutdown()
         cluster.check_copies()
         return "refused"
+
+
+def test_resize_and_scrub_commands(context):
+    """Over the whole control plane: the size outlives replicas and attachments, all of it is scrubbed."""
+    with Plane(context) as plane:
+        plane.run("volume", "create", "vol", "--size", str(32 * MIB))
+        assert "not attached" in plane.run("volume", "resize", "vol", "64MiB", fails=True)
+        assert "not attached" in plane.run("volume", "scrub", "vol", fails=True)
+        plane.run("volume", "attach", "vol")
+        assert plane.run("volume", "scrub-status", "vol")["state"] is None
+        image = plane.image(32 * MIB)
+        content = image.read_bytes()
+        plane.write(image)
+        plane.run("snapshot", "create", "vol", "small")
+        assert plane.run("volume", "resize", "vol", "64MiB")["sizeBytes"] == 64 * MIB
+        assert "never shrinks" in plane.run("volume", "resize", "vol", "32MiB", fails=True)
+        assert plane.run("snapshot", "show", "vol", "small")["sizeBytes"] == 32 * MIB
+        tail = plane.image(MIB)
+        plane.write(tail, 63 * MIB)
+        content += bytes(31 * MIB) + tail.read_bytes()
+
+        # A replica that is started anew is made sure of with the size of now.
+        victim = plane.replicas()["node-2"]
+        plane.kill(victim["pid"])
+        plane.until("all replicas to be in sync again", lambda volume: all(
+            replica["inSync"] and replica["pid"] for replica in volume["replicas"])
+            and volume["robustness"] == "healthy")
+        assert plane.replicas()["node-2"]["pid"] != victim["pid"]
+
+        scrubbed = plane.run("volume", "scrub", "vol", "--wait")
+        assert scrubbed["state"] == "finished" and scrubbed["blocksBad"] == 0, scrubbed
+        assert scrubbed["regionsDone"] == scrubbed["regionsTotal"] == 64, scrubbed
+        assert scrubbed["blocksChecked"] == 3 * 33 * 256, scrubbed
+        assert plane.run("volume", "scrub-status", "vol") == scrubbed
+        plane.run("volume", "detach", "vol")
+        plane.run("volume", "attach", "vol")
+        assert plane.volume()["sizeBytes"] == 64 * MIB
+        assert plane.read() == content
+        kinds = {event["kind"] for event in plane.run("events", "--limit", "500")}
+        wanted = {"ResizeRequested", "VolumeResized", "ScrubRequested", "ScrubFinished"}
+        assert wanted <= kinds, wanted - kinds
+        return f"{scrubbed['blocksChecked']} blocks scrubbed"
