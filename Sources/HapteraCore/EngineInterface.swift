@@ -110,6 +110,11 @@ package enum EngineEvent {
     /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers when every member
     /// holds it durably; a name that is there already is brought to that, too.
     case takeSnapshot(token: UInt64, name: String, created: UInt64)
+    /// Go back to the snapshot `target`: from the answer on, which is `EngineAction.snapshotTaken`
+    /// with `token`, the volume holds what that holds, and a snapshot `kept` what it held before;
+    /// asked for again, it is brought to that. Requests of clients that come meanwhile wait, and
+    /// find the volume reverted.
+    case revert(token: UInt64, target: String, kept: String, created: UInt64)
     /// Take the snapshot of this name out of the record; `EngineAction.snapshotDeleted` with
     /// `token` answers when it is. Reads of it that were submitted before end first, later ones
     /// fail.
@@ -176,6 +181,10 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
     case exists
     /// The record has no room for another.
     case tooMany
+    /// Revert: no snapshot has the name of the target.
+    case notThere
+    /// Revert: another snapshot has the name of the one to keep.
+    case nameTaken
     /// The volume is not served at present, or is being detached.
     case notServing
     /// The engine stopped before it was known whether the snapshot is there.
@@ -183,6 +192,7 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
 
     /// In the text of the engine's error if, and only if, the snapshot may be there all the same.
     package static let doubtText = "whether the snapshot is there"
+    package static let revertDoubtText = "whether the volume was reverted"
     package static let deletionDoubtText = "whether the snapshot was deleted"
     package static let resizeDoubtText = "whether the volume has grown"
 }
@@ -253,6 +263,7 @@ package enum EngineNote: BitwiseCopyable, Sendable {
     /// It answers much later than the others, and leaves the in-sync set for a while.
     case replicaSlow(ReplicaSlot)
     case snapshotTaken(LayerID, Epoch)
+    case reverted(to: LayerID, Epoch)
     case snapshotDeleted(LayerID, Epoch)
     /// Bytes.
     case resized(UInt64, Epoch)

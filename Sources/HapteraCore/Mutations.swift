@@ -105,6 +105,10 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
 
     /// S: writes go to whatever layer is the head when a replica admits them.
     package static let snapshotWritesUnlayered = MutationSet(rawValue: 1 << 30)
+    /// S: a replica looks below a layer at the next lower one, whatever was reverted.
+    package static let revertIgnored = MutationSet(rawValue: 1 << 21)
+    /// S: forget a revert when the layer that the volume went back to is merged.
+    package static let revertForgotten = MutationSet(rawValue: 1 << 55)
     /// Scrub: call a region good whatever its members found.
     package static let scrubBelieves = MutationSet(rawValue: 1 << 38)
     /// Scrub: take the first member's copy for the good one.
@@ -146,6 +150,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
         ("clientGenerationIgnored", .clientGenerationIgnored), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
+        ("revertIgnored", .revertIgnored), ("revertForgotten", .revertForgotten),
         ("scrubBelieves", .scrubBelieves), ("scrubTrustsFirst", .scrubTrustsFirst),
     ]
 }

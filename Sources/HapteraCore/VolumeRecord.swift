@@ -82,6 +82,8 @@ package struct VolumeRecord: Equatable, Sendable {
         case snapshot = 10
         /// The volume grew.
         case resize = 11
+        /// The volume went back to a snapshot; what it held is one, too.
+        case revert = 12
     }
     /// The volume as it was when `layer` was frozen: what the chain up to it holds.
     package struct Snapshot: Equatable, Sendable {
@@ -144,12 +146,14 @@ package struct VolumeRecord: Equatable, Sendable {
     package var out: [Departure] = []
     /// Where salvages forked the history, oldest first.
     package var lineage: [Fork] = []
-    /// The layer chain, lowest first; the last is the head.
+    /// Ascending; the last is the head. A chain, but for `reverts`.
     package var layers: [LayerID] = [LayerID(rawValue: 1)]
-    /// Oldest first; each of another layer of the chain, none of the head.
+    /// Oldest first; each of another layer, none of the head.
     package var snapshots: [Snapshot] = []
     /// Oldest first, as far as a layer below is left.
     package var growths: [Growth] = []
+    /// Oldest first, as far as anything is left of what was made since.
+    package var reverts: [Revert] = []
 
     package init(
         volume: VolumeID, name: String, epoch: Epoch, nonce: UInt64, size: UInt64, inSync: [Member]
@@ -165,6 +169,7 @@ package struct VolumeRecord: Equatable, Sendable {
     /// Of a record without growths, which is what those before volumes grew can read.
     package static let formatVersion: UInt32 = 3
     package static let formatVersionGrown: UInt32 = 4
+    package static let formatVersionReverted: UInt32 = 5
     package static let leaseMillisecondsDefault: UInt32 = 500
     package static let leaseMillisecondsMax: UInt32 = 600_000
     package static let magic: UInt32 = 0x5645_5248
@@ -176,20 +181,22 @@ package struct VolumeRecord: Equatable, Sendable {
     private static let otherGrowth = 4096
     /// With names of average length they fit; `mayHold` says whether one more does.
     package static let snapshotsMax = 1024
+    package static let revertsMax = 512
 
     /// Bytes, in this order, integers little-endian: magic "HREV" (4), format version (4), volume
     /// (16), epoch (8), nonce (8), size (8), engine (8), clientGeneration (8), promised (8),
     /// leaseMilliseconds (4), minInSync (1), clean (1), change (1), name (text), endpoint (text),
-    /// inSync, joining (list of 0 or 1), out, lineage, layers, snapshots, growths (each a 4-byte
-    /// count, then its elements), CRC32C of all before it (4). A member is replica (8) and
+    /// inSync, joining (list of 0 or 1), out, lineage, layers, snapshots, growths, reverts (each
+    /// a 4-byte count, then its elements), CRC32C of all before it (4). A member is replica (8) and
     /// incarnation (8); an element of out: member, leftEpoch (8), stable point (epoch 8, sequence
     /// 8), partedEpoch (8), reason (1), kept (1); a fork: epoch (8), survivor (8), partedEpoch (8);
     /// a layer: its id (4); a snapshot: layer (4), created (8), name (text); a growth: head (4),
-    /// size before (8). Version 3 has no growths, not even a count; version 4 has some.
+    /// size before (8); a revert: head (4), target (4). Version 3 has neither growths nor reverts,
+    /// not even a count; version 4 has growths only; version 5 has reverts.
     package func encoded() -> [UInt8] {
         var w = ByteWriter()
         w.append(Self.magic)
-        w.append(growths.isEmpty ? Self.formatVersion : Self.formatVersionGrown)
+        w.append(formatVersionNeeded)
         w.append(volume.high)
         w.append(volume.low)
         w.append(epoch.rawValue)
@@ -232,11 +239,18 @@ package struct VolumeRecord: Equatable, Sendable {
             w.append(snapshot.created)
             w.append(text: snapshot.name)
         }
-        if !growths.isEmpty {
+        if formatVersionNeeded >= Self.formatVersionGrown {
             w.append(UInt32(growths.count))
             for growth in growths {
                 w.append(growth.head.rawValue)
                 w.append(growth.sizeBefore)
+            }
+        }
+        if formatVersionNeeded >= Self.formatVersionReverted {
+            w.append(UInt32(reverts.count))
+            for revert in reverts {
+                w.append(revert.head.rawValue)
+                w.append(revert.target.rawValue)
             }
         }
         w.append(checksum(of: w.bytes))
@@ -251,7 +265,7 @@ package struct VolumeRecord: Equatable, Sendable {
         var r = ByteReader([UInt8](bytes.dropLast(4)))
         guard r.read(UInt32.self) == Self.magic else { return nil }
         let version = r.read(UInt32.self)
-        guard version == Self.formatVersion || version == Self.formatVersionGrown else {
+        guard (Self.formatVersion...Self.formatVersionReverted).contains(version) else {
             return nil
         }
         volume = VolumeID(high: r.read(UInt64.self), low: r.read(UInt64.self))
@@ -291,15 +305,21 @@ package struct VolumeRecord: Equatable, Sendable {
                 created: r.read(UInt64.self)
             ).named(r.readText(limit: Self.nameLengthMax))
         }
-        if version == Self.formatVersionGrown {
+        if version >= Self.formatVersionGrown {
             growths = (0..<r.readCount(limit: Self.listMax)).map { _ in
                 Growth(
                     head: LayerID(rawValue: r.read(UInt32.self)), sizeBefore: r.read(UInt64.self))
             }
-            isSane = isSane && !growths.isEmpty
         }
-        guard r.isValid, r.remaining == 0, isSane, !inSync.isEmpty, isChainSane,
-            areGrowthsSane, Self.isValidSize(size)
+        if version >= Self.formatVersionReverted {
+            reverts = (0..<r.readCount(limit: Self.revertsMax)).map { _ in
+                Revert(
+                    head: LayerID(rawValue: r.read(UInt32.self)),
+                    target: LayerID(rawValue: r.read(UInt32.self)))
+            }
+        }
+        guard r.isValid, r.remaining == 0, isSane, version == formatVersionNeeded,
+            !inSync.isEmpty, isChainSane, areGrowthsSane, areRevertsSane, Self.isValidSize(size)
         else { return nil }
     }
 
@@ -325,16 +345,36 @@ package struct VolumeRecord: Equatable, Sendable {
         }
         return true
     }
+    private var areRevertsSane: Bool {
+        var head = LayerID(rawValue: 1)
+        for revert in reverts {
+            guard revert.head > head, revert.head <= self.head, revert.target > .head,
+                revert.target < revert.head
+            else { return false }
+            head = revert.head
+        }
+        return true
+    }
+    /// What older versions cannot say is only there when it is needed.
+    private var formatVersionNeeded: UInt32 {
+        if !reverts.isEmpty { return Self.formatVersionReverted }
+        return growths.isEmpty ? Self.formatVersion : Self.formatVersionGrown
+    }
     package var head: LayerID { layers[layers.count - 1] }
     package func snapshot(named name: String) -> Snapshot? {
         snapshots.first { $0.name == name }
     }
     /// Whether a snapshot of that name would still fit the record.
-    package func mayHold(snapshotNamed name: String) -> Bool {
+    package func mayHold(snapshotNamed name: String, extra: Int = 0) -> Bool {
         snapshots.count < Self.snapshotsMax && layers.count < Self.layersMax
             && head < .max
-            && encoded().count + 4 + 16 + name.utf8.count + Self.otherGrowth
+            && encoded().count + 4 + 16 + name.utf8.count + extra + Self.otherGrowth
                 <= Self.encodedSizeMax
+    }
+    /// Whether going back to one of them, keeping what was there under that name, would fit.
+    package func mayRevert(keeping name: String) -> Bool {
+        // A revert, and with the first one the counts of growths and of reverts.
+        reverts.count < Self.revertsMax && mayHold(snapshotNamed: name, extra: 16)
     }
 
     package func contains(_ replica: ReplicaID) -> Bool {

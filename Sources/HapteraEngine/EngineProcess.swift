@@ -164,6 +164,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             request.reply()
         case "snapshot": snapshots.take(request)
         case "scrub": scrub(request, shell)
+        case "revert": snapshots.revert(request)
         case "delete-snapshot": snapshots.delete(request)
         case "resize": resizes.resize(request)
         case "detach":

@@ -158,9 +158,8 @@ extension EngineShell {
         case .joinFailed(let slot):
             Log.warn("replica dropped out while being filled; trying again", volume, id(slot))
         case .joinMapped(let slot, let since, let regions):
-            Log.info(
-                "filling replica", volume, id(slot), ("sinceEpoch", String(since.rawValue)),
-                ("regions", String(regions)))
+            let since = ("sinceEpoch", String(since.rawValue))
+            Log.info("filling replica", volume, id(slot), since, ("regions", String(regions)))
         case .joinerRolledBack(let slot):
             Log.warn("replica is an older copy of itself; comparing all of it", volume, id(slot))
         case .onlyRebootedMembers:
@@ -189,6 +188,7 @@ extension EngineShell {
         case .protocolError(let slot):
             Log.error("replica broke the protocol; disconnected", volume, id(slot))
         case .snapshotTaken(let layer, let epoch): report("snapshot taken", layer, epoch)
+        case .reverted(let target, let epoch): report("volume reverted", target, epoch)
         case .snapshotDeleted(let layer, let epoch): report("snapshot deleted", layer, epoch)
         case .resized(let size, let epoch):
             Log.info("volume resized", volume, ("size", String(size)), at(epoch))

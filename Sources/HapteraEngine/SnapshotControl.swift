@@ -1,15 +1,17 @@
 import HapteraCore
 import HapteraIO
 
-/// The control verbs `snapshot name=NAME created=MS` and `delete-snapshot name=NAME`: ask the core,
-/// and answer when it does.
+/// The control verbs `snapshot name=NAME created=MS`, `revert snapshot=NAME keep=NAME created=MS`
+/// and `delete-snapshot name=NAME`: ask the core, and answer when it does.
 ///
-/// The reply is `ok` with `layer`, and with `existed=1` if a snapshot of that name was there: so a
-/// caller that got no answer, or one in doubt, asks again. So does the caller of a deletion, whose
-/// reply is `ok`, with `existed=0` if there was none of that name.
+/// The reply to the first two is `ok` with `layer`, and with `existed=1` if a snapshot of that name
+/// was there, taken by the same request: so a caller that got no answer, or one in doubt, asks
+/// again. So does the caller of a deletion, whose reply is `ok`, with `existed=0` if there was none
+/// of that name.
 final class SnapshotControl {
     private let shell: EngineShell
     private var waiting: [UInt64: ControlRequest] = [:]
+    private var waitingReverts: [UInt64: ControlRequest] = [:]
     private var waitingDeletions: [UInt64: ControlRequest] = [:]
     /// Clients that read the snapshot of a layer, or ask what has changed since.
     var userCount: (LayerID) -> Int = { _ in 0 }
@@ -37,7 +39,61 @@ final class SnapshotControl {
         shell.run(.takeSnapshot(token: nextToken, name: name, created: created))
     }
 
+    func revert(_ request: ControlRequest) {
+        guard let name = request.arguments["snapshot"], VolumeRecord.isValidSnapshotName(name),
+            let kept = request.arguments["keep"], VolumeRecord.isValidSnapshotName(kept),
+            let created = request.arguments["created"].flatMap({ UInt64($0) }),
+            request.arguments.count == 3
+        else {
+            return request.fail(
+                "revert needs created=MILLISECONDS since 1970, snapshot=NAME and keep=NAME, "
+                    + VolumeRecord.snapshotNameRule)
+        }
+        // One that has happened is only brought to its end.
+        let users = shell.snapshots.contains { $0.name == kept } ? 0 : userCount(.head)
+        guard users == 0 else {
+            return request.fail(
+                "the volume is in use: \(users) "
+                    + (users == 1 ? "client is connected" : "clients are connected")
+                    + ", and what they remember of it would be wrong; disconnect them first")
+        }
+        nextToken += 1
+        waitingReverts[nextToken] = request
+        shell.run(.revert(token: nextToken, target: name, kept: kept, created: created))
+    }
+
+    private func answerRevert(
+        _ request: ControlRequest, _ layer: LayerID, _ result: SnapshotResult
+    ) {
+        let fields = [("layer", String(layer.rawValue))]
+        switch result {
+        case .ok: request.reply(fields)
+        case .exists: request.reply(fields + [("existed", "1")])
+        case .notThere:
+            request.fail("the volume has no snapshot '\(request.arguments["snapshot"] ?? "")'")
+        case .nameTaken:
+            request.fail(
+                "a snapshot '\(request.arguments["keep"] ?? "")' is there already, and is not what "
+                    + "such a revert has kept: choose another name")
+        case .tooMany:
+            request.fail(
+                "the volume's record has no room for another revert, or for the snapshot that one "
+                    + "keeps: delete snapshots, above all those that reverts have kept")
+        case .notServing:
+            request.fail(
+                "the volume was not reverted: it is not served at present, or too many requests "
+                    + "for snapshots wait; try again")
+        case .inDoubt:
+            request.fail(
+                "the engine stopped before it knew \(SnapshotResult.revertDoubtText): ask the "
+                    + "next engine for the same again")
+        }
+    }
+
     private func answer(_ token: UInt64, _ layer: LayerID, _ result: SnapshotResult) {
+        if let request = waitingReverts.removeValue(forKey: token) {
+            return answerRevert(request, layer, result)
+        }
         guard let request = waiting.removeValue(forKey: token) else { return }
         let fields = [("layer", String(layer.rawValue))]
         switch result {
@@ -45,7 +101,7 @@ final class SnapshotControl {
         case .exists: request.reply(fields + [("existed", "1")])
         case .tooMany:
             request.fail("the volume's record has no room for another snapshot")
-        case .notServing:
+        case .notServing, .notThere, .nameTaken:
             request.fail(
                 "no snapshot was taken: the volume is not served at present, or too many requests "
                     + "for snapshots wait; try again")
@@ -99,6 +155,11 @@ final class SnapshotControl {
         waiting = [:]
         for request in requests {
             request.fail("\(reason); \(SnapshotResult.doubtText) is not known: ask again")
+        }
+        let reverts = waitingReverts.values
+        waitingReverts = [:]
+        for request in reverts {
+            request.fail("\(reason); \(SnapshotResult.revertDoubtText) is not known: ask again")
         }
         let deletions = waitingDeletions.values
         waitingDeletions = [:]

@@ -20,7 +20,8 @@ extension World {
     private func survey(_ host: SimulatedReplica) -> ReplicaSurvey? {
         guard
             let image = ReplicaImage(
-                host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         else { return nil }
         var survey = ReplicaSurvey(
             member: .init(replica: host.id, incarnation: host.incarnation),
@@ -122,12 +123,15 @@ extension World {
     private func observeSalvage(_ survivor: SimulatedReplica, since: Epoch?) {
         guard let since,
             let image = ReplicaImage(
-                survivor.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+                survivor.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         else { return }
         // As `inspect` counts them: what was written before and acknowledged since was active, and
         // is re-stamped.
         let members = hosts.filter { store.record.contains($0) }.compactMap {
-            ReplicaImage($0.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+            ReplicaImage(
+                $0.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         }
         compare(survivor, image, promises.acknowledged, 24, "lacks, beyond what was announced,") {
             let region = UInt64($0 / Geometry.blocksPerRegion)

@@ -44,6 +44,16 @@ struct Promises {
         for operation in snapshots.keys { snapshots[operation] = flushed }
     }
 
+    /// The volume is another from here on.
+    mutating func restart() {
+        losses += 1
+        acknowledgements += 1
+        lossAt = acknowledgements
+        snapshots = [:]
+    }
+    /// Counts as acknowledged just now.
+    mutating func promoted(_ operation: Int) { order[operation] = acknowledgements }
+
     /// Nothing is promised any more but what will be.
     mutating func salvaged() {
         losses += 1
@@ -80,10 +90,14 @@ extension World {
         guard trueHistory == nil else { return }
         let members = hosts.filter { store.record.contains($0) && !$0.isRolledBack }
         let current = members.map {
-            ReplicaImage($0.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+            ReplicaImage(
+                $0.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         }
         let durable = members.map {
-            ReplicaImage($0.disk, isDurable: true, sizeBytes: workload.sizeBytes)
+            ReplicaImage(
+                $0.disk, isDurable: true, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         }
         for index in members.indices {
             guard let now = current[index], let kept = durable[index] else {
@@ -214,7 +228,9 @@ extension World {
     func auditAtRest() {
         audit()
         let images = hosts.map {
-            ReplicaImage($0.disk, isDurable: true, sizeBytes: workload.sizeBytes)
+            ReplicaImage(
+                $0.disk, isDurable: true, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         }
         // One may have left once more, slow without any trouble left.
         let members = hosts.indices.filter { store.record.contains(hosts[$0]) }

@@ -76,6 +76,7 @@ extension World {
             attach(to: engines[engines.count - 1])
             return false
         }
+        if reverts.pending != nil { return false }
         if store.record.size < workload.sizeBytes {
             grow(engine)
             return false

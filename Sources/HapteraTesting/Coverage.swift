@@ -24,6 +24,7 @@ package struct Coverage: Sendable {
         case snapshot
         case deletion
         case growth
+        case revert
         case scrub
     }
     /// Those of `docs/replication.md`.

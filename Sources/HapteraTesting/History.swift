@@ -8,6 +8,8 @@ struct History {
         case lossAllowed
         /// The volume goes on from an old copy.
         case salvaged
+        /// The volume goes back to a snapshot: what each of these sectors holds.
+        case reverted([Int], [ValueID])
     }
     private(set) var entries: [(step: Int, entry: Entry)] = []
 
@@ -56,6 +58,11 @@ struct History {
             for sector in perSector.indices where touched[sector] {
                 perSector[sector].append((index, event))
             }
+        case .reverted(let sectors, let values):
+            for (sector, value) in zip(sectors, values) where touched[sector] {
+                perSector[sector].append(
+                    (index, RegisterEvent(.reverted(value), operation: -1)))
+            }
         case .invoked(let operation), .returned(let operation):
             var isReturn = false
             if case .returned = entry { isReturn = true }
@@ -97,6 +104,9 @@ struct History {
             if case .readInvoked(let p) = x.event.kind, case .readInvoked(let q) = y.event.kind,
                 p != q
             {
+                return false
+            }
+            if case .reverted(let p) = x.event.kind, case .reverted(let q) = y.event.kind, p != q {
                 return false
             }
         }

@@ -74,7 +74,8 @@ extension World {
         // A block that cannot be read is rewritten, whatever is there.
         guard !faults.rot, !faults.diskErrors, header.epoch >= host.promised,
             let image = ReplicaImage(
-                host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         else { return }
         let first = Int(header.offset) / Geometry.blockSize
         let id = header.layer == .head ? image.layers.last?.id : header.layer
@@ -182,7 +183,9 @@ extension World {
         guard case .write(.data, let offset, _, _, _, _) = action else { return }
         host.dataWriteCount += 1
         guard host.dataWriteCount % 8 == 1 else { return }
-        let image = ReplicaImage(host.disk, isDurable: true, sizeBytes: workload.sizeBytes)
+        let image = ReplicaImage(
+            host.disk, isDurable: true, sizeBytes: workload.sizeBytes,
+            record: trueRecord)
         let region = Geometry.region(ofByte: offset)
         check(
             14, image?.activeRegions.contains(region) == true,
@@ -277,7 +280,9 @@ extension World {
     /// had it from before it left. The write still has its range to itself.
     private func holds(_ host: SimulatedReplica, _ operation: ClientOperation) -> Bool {
         guard
-            let image = ReplicaImage(host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+            let image = ReplicaImage(
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         else { return false }
         return operation.sectors.allSatisfy { sector in
             image.value(sector: sector, scratch: sectorBlock.memory) == operation.value

@@ -35,8 +35,11 @@ extension World {
         for host in hosts where next.contains(host) && !store.record.contains(host) {
             guard
                 let now = ReplicaImage(
-                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes),
-                let kept = ReplicaImage(host.disk, isDurable: true, sizeBytes: workload.sizeBytes)
+                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                    record: trueRecord),
+                let kept = ReplicaImage(
+                    host.disk, isDurable: true, sizeBytes: workload.sizeBytes,
+                    record: trueRecord)
             else { continue }
             compare(host, now, promises.acknowledged, 20, "joins without acknowledged")
             compare(host, kept, promises.flushed, 20, "joins without flushed")
@@ -121,7 +124,7 @@ extension World {
         case .detach: coverage.took(.detach)
         case .salvage: coverage.took(.salvage)
         case .reinstatement: coverage.took(.reinstatement)
-        case .creation, .reconstruction, .administration, .snapshot, .resize: break
+        case .creation, .reconstruction, .administration, .snapshot, .resize, .revert: break
         }
     }
 
@@ -171,13 +174,15 @@ extension World {
             let joiner = hosts.first(where: { $0.id == record.joining?.replica }),
             isReached(joiner, engine),
             let mine = ReplicaImage(
-                joiner.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+                joiner.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                record: trueRecord)
         else { return }
         coverage.evaluated(invariant)
         for host in hosts where record.contains(host) && isReached(host, engine) && !host.isLossy {
             guard
                 let other = ReplicaImage(
-                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                    record: trueRecord)
             else { continue }
             compareLayers(invariant, what, (joiner, mine), (host, other), concerns)
             for sector in hotSectors {

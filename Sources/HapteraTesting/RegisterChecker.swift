@@ -13,6 +13,8 @@ package struct RegisterEvent {
         case lossAllowed
         /// Anything it ever held may be back.
         case salvaged
+        /// It holds this, durably, and what was asked for before never happens any more.
+        case reverted(ValueID)
     }
     package var kind: Kind
     /// The operation it belongs to.
@@ -120,6 +122,9 @@ package struct RegisterChecker {
                     candidates: states.map(\.value) + unhappenedWrites()))
         case .flushReturned:
             raiseFloor(event.operation, counts: true)
+        case .reverted(let value):
+            for slot in pending.indices where pending[slot]?.isRead == false { pending[slot] = nil }
+            revert(to: value)
         case .lossAllowed, .salvaged:
             // A write torn on every copy of a block that was trimmed before leaves whatever bytes
             // lie there, also some from before the trim.
@@ -138,6 +143,18 @@ package struct RegisterChecker {
             for index in flushes.indices { flushes[index].candidates += values }
             states = values.map { withReads(State(value: $0, happened: satisfied)) }
         }
+    }
+
+    private mutating func revert(to value: ValueID) {
+        var satisfied: UInt64 = 0
+        for (slot, entry) in pending.enumerated() where entry?.isRead == true {
+            satisfied |= states.reduce(0) { $0 | $1.happened } & (1 << slot)
+        }
+        states = [withReads(State(value: value, happened: satisfied))]
+        candidates = [value]
+        flushes = []
+        floorOrder = order
+        hasUnseenWrites = false
     }
 
     // MARK: What a disk may hold

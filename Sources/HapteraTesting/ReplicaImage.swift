@@ -52,10 +52,16 @@ struct ReplicaImage {
     private var owners: [Int] = []
     /// The record kept with the promise.
     private(set) var installed: VolumeRecord?
+    /// The record by which it is looked at: the true one, or the one kept.
+    private var record: VolumeRecord?
 
     /// Nil if the files do not make sense: then opening must fail too. `top`: as seen from that
-    /// layer; nil: from the head.
-    init?(_ disk: SimulatedDisk, isDurable: Bool, sizeBytes: UInt64, from top: LayerID? = nil) {
+    /// layer; nil: from the head. `record`: which layer lies over which, and which is the head, if
+    /// not as the copy knows it: it may not have been told of a revert.
+    init?(
+        _ disk: SimulatedDisk, isDurable: Bool, sizeBytes: UInt64, from top: LayerID? = nil,
+        record: VolumeRecord? = nil
+    ) {
         func image(_ name: ReplicaFile) -> RawMemory? {
             disk.file(name).map { isDurable ? $0.durable : $0.current }
         }
@@ -81,7 +87,8 @@ struct ReplicaImage {
         // As opening does it after a power cut.
         if isDurable { dropUnsynced() }
         fold(manifest.retiredLayers)
-        look(from: top ?? manifest.head)
+        self.record = record ?? installed
+        look(from: top ?? self.record?.head ?? manifest.head)
     }
 
     private static func layer(
@@ -168,7 +175,11 @@ struct ReplicaImage {
     /// Retired layers count as their heirs'.
     private mutating func fold(_ retired: [LayerID]) {
         for place in layers.indices.dropLast() where retired.contains(layers[place].id) {
-            layers[place + 1].inherit(layers[place])
+            // The next one of which it is seen; retired or not, what that inherits goes up in turn.
+            let above = layers.indices.dropFirst(place + 1).first {
+                Self.isSeen(layers[place].id, from: layers[$0].id, installed)
+            }
+            if let above { layers[above].inherit(layers[place]) }
         }
         layers.removeAll { retired.contains($0.id) }
     }
@@ -181,10 +192,22 @@ struct ReplicaImage {
     }
     func layer(_ id: LayerID) -> Layer? { layers.first { $0.id == id } }
 
+    /// Goes down layer by layer as they were made, whether they are left or not.
+    private static func isSeen(
+        _ lower: LayerID, from upper: LayerID, _ record: VolumeRecord?
+    ) -> Bool {
+        var layer = upper
+        while layer > lower {
+            let revert = record?.reverts.first { $0.head == layer }
+            layer = revert?.target ?? LayerID(rawValue: layer.rawValue - 1)
+        }
+        return layer == lower
+    }
+
     private mutating func look(from top: LayerID) {
         entries = Array(repeating: .absent, count: layers.first?.entries.count ?? 0)
         owners = Array(repeating: -1, count: entries.count)
-        for (place, layer) in layers.enumerated() where layer.id <= top {
+        for (place, layer) in layers.enumerated() where Self.isSeen(layer.id, from: top, record) {
             for block in entries.indices where layer.entries[block].state != .absent {
                 entries[block] = layer.entries[block]
                 owners[block] = place

@@ -57,7 +57,9 @@ extension World {
         guard found.lost == 0, found.skipped == 0, failure == nil else { return }
         for host in hosts where store.record.contains(host) {
             guard
-                let image = ReplicaImage(host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+                let image = ReplicaImage(
+                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
+                    record: trueRecord)
             else { return fail("\(host.name): the files do not make sense") }
             for layer in image.layers {
                 let bad = layer.entries.indices.first { layer.isDoubtful($0) }

@@ -31,7 +31,9 @@ extension World {
             ? random.delay(microseconds: 10, 500)
             : milliseconds(random.below(workload.thinkMillisecondsMax) + 1)
         timeline.schedule(after: pause, .work(worker: worker))
-        guard let current = currentEngine, outstanding(worker) < workload.depth else { return }
+        guard reverts.pending == nil, let current = currentEngine,
+            outstanding(worker) < workload.depth
+        else { return }
         if let stale = staleEngine(), random.permille(300) {
             // Somebody still talks to an engine that was superseded; nobody repeats what it says.
             var draw = workload.draw(random)
@@ -61,7 +63,8 @@ extension World {
 
     func writeFreshBlock() {
         let size = Geometry.blockSize
-        guard isChaos, let current = currentEngine, let last = workload.freshBlocks.last,
+        guard isChaos, reverts.pending == nil, let current = currentEngine,
+            let last = workload.freshBlocks.last,
             isWithin(engines[current], last * UInt64(size), size),
             let block = workload.freshBlocks.popLast()
         else { return }

@@ -5,7 +5,7 @@ final class SimulatedSnapshot {
     let name: String
     /// What had been acknowledged when it was asked for.
     let promised: [Int]
-    let losses: Int
+    var losses: Int
     /// Nil: not answered yet, or not taken.
     var layer: LayerID?
     /// Its deletion was asked for: from here on it may be gone.
@@ -30,13 +30,14 @@ extension World {
 
     func requestSnapshot() {
         guard isChaos else { return }
+        if reverts.pending != nil { return scheduleSnapshot() }
         if let victim = snapshots.indices.filter({ mayDelete(snapshots[$0]) }).last,
             random.permille(workload.deletionPermille)
         {
             scheduleSnapshot()
             return requestDeletion(random.permille(500) ? victim : random.below(victim + 1))
         }
-        guard snapshots.count < workload.snapshotsMax else {
+        guard snapshots.count < workload.snapshotsMax + reverts.count else {
             if snapshots.contains(where: mayDelete), workload.deletionPermille > 0 {
                 scheduleSnapshot()
             }
@@ -58,7 +59,7 @@ extension World {
     }
 
     private func mayDelete(_ snapshot: SimulatedSnapshot) -> Bool {
-        snapshot.layer != nil && !snapshot.isDeleted
+        snapshot.layer != nil && !snapshot.isDeleted && snapshot !== reverts.pending?.target
     }
     private func requestDeletion(_ token: Int) {
         let snapshot = snapshots[token]
@@ -85,6 +86,9 @@ extension World {
     func snapshotTaken(
         _ engine: SimulatedEngine, _ token: UInt64, _ layer: LayerID, _ result: SnapshotResult
     ) {
+        if token >= SimulatedReverts.firstToken {
+            return revertAnswered(engine, token, layer, result)
+        }
         let snapshot = snapshots[Int(token)]
         note("\(engine.name): \(snapshot.name), layer \(layer.rawValue): \(result)")
         guard result == .ok, trueHistory == nil else { return }
@@ -93,18 +97,23 @@ extension World {
             25, store.record.snapshot(named: snapshot.name)?.layer == layer,
             "\(snapshot.name) is not in the record")
         snapshot.layer = layer
+        judge(snapshot, layer)
+        if promises.losses == snapshot.losses { checkCausality(snapshot) }
+    }
+    /// It is on every member, durably.
+    func judge(_ snapshot: SimulatedSnapshot, _ layer: LayerID) {
         for host in hosts
         where store.record.contains(host) && !host.isRolledBack && host.core != nil {
             guard
                 let image = ReplicaImage(
-                    host.disk, isDurable: true, sizeBytes: workload.sizeBytes, from: layer)
+                    host.disk, isDurable: true, sizeBytes: workload.sizeBytes, from: layer,
+                    record: trueRecord)
             else { return fail("\(host.name): the files do not make sense") }
             guard image.layer(layer) != nil else {
                 return fail("invariant 25: \(host.name) has not got layer \(layer.rawValue)")
             }
             look(at: snapshot, host, image)
         }
-        if promises.losses == snapshot.losses { checkCausality(snapshot) }
     }
 
     /// 25: the same on every member, and everything acknowledged before it was asked for.

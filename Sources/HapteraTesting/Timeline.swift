@@ -18,6 +18,8 @@ enum WorldEvent {
     case fault
     /// Somebody wants a snapshot.
     case snapshot
+    /// Somebody wants the volume to go back to a snapshot, or still waits for it.
+    case revert
     /// Somebody wants the volume to grow.
     case growth
     /// A scrub is due, or to be gone on with.

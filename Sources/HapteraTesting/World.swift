@@ -34,6 +34,7 @@ package final class World {
     let volume: VolumeID
     var workload: Workload
     var growth: SimulatedGrowth
+    var reverts: SimulatedReverts
     let faults: FaultPlan
     let leases: SimulatedLeases
     private(set) var hosts: [SimulatedReplica] = []
@@ -92,6 +93,7 @@ package final class World {
         let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)
+        reverts = SimulatedReverts(seed: seed)
         growth = SimulatedGrowth(seed: seed, size: size)
         hotSectors = Set(
             (Array(workload.clusters.joined()) + workload.freshBlocks).flatMap {
@@ -126,6 +128,9 @@ package final class World {
             store.duplicates = 100
         }
     }
+
+    /// What the store says, or said before it was put back.
+    var trueRecord: VolumeRecord { trueHistory?.last ?? store.record }
 
     // MARK: Telling
 
@@ -205,6 +210,7 @@ package final class World {
         }
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
         if workload.snapshotsMax > 0 { scheduleSnapshot() }
+        if workload.snapshotsMax > 0, reverts.areThere { scheduleRevert() }
         if !growth.sizes.isEmpty { timeline.schedule(after: growth.pause(), .growth) }
         if scrubs { scheduleScrub() }
     }
@@ -266,6 +272,7 @@ package final class World {
         case .fault: nextFault()
         case .snapshot: requestSnapshot()
         case .growth: requestGrowth()
+        case .revert: if isChaos { requestRevert() } else { continueRevert() }
         case .scrub: requestScrub()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
@@ -281,6 +288,7 @@ package final class World {
         coverage.evaluated(1)
         coverage.evaluated(2)
         observeRecord(store.record, before: before)
+        observeRevert(store.record, before: before)
         audit()
     }
 

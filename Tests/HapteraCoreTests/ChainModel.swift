@@ -7,18 +7,29 @@ final class ChainModel {
     let bench: ReplicaBench
     /// The pattern of each block, zero if it reads zero, by layer.
     private(set) var views: [UInt32: [UInt64]] = [1: [UInt64](repeating: 0, count: 24)]
-    /// The blocks that each layer holds, trimmed ones included.
-    private var held: [UInt32: Set<Int>] = [:]
+    /// The blocks that each layer holds, trimmed ones included. Those of `views`, and such as two
+    /// of them were made over.
+    private(set) var held: [UInt32: Set<Int>] = [1: []]
+    /// What each layer ever made was made over; 0: nothing.
+    private var parents: [UInt32: UInt32] = [1: 0]
     private(set) var deletions = 0
+    private(set) var reverts = 0
     private var head: UInt32 = 1
     private var epoch: UInt64 = 1
     private var sequence: UInt64 = 1
 
     private let deletes: Bool
+    private let isTree: Bool
+    /// Installs that the copy has missed.
+    private var missed = 0
 
-    init(seed: UInt64, deletes: Bool = true) throws {
+    /// `isTree`: with reverts, and now and then with several changes in one Install, as for a
+    /// replica that was away.
+    init(seed: UInt64, deletes: Bool = true, isTree: Bool = false) throws {
         self.deletes = deletes
+        self.isTree = isTree
         bench = try ReplicaBench(seed: seed)
+        if isTree { bench.lineage = bench.record(epoch: 1) }
         _ = try bench.attach()
     }
 
@@ -34,32 +45,28 @@ final class ChainModel {
                 ReplicaBench.pattern(value, blocks: length), at: place, epoch: epoch,
                 sequence: sequence)
             for index in 0..<length { views[head]?[first + index] = value + UInt64(index) }
-            held[head, default: []].formUnion(first..<first + length)
+            held[head]?.formUnion(first..<first + length)
         case 8..<11:
             bench.send(
                 .setState, epoch: epoch, offset: place, length: length * 4096,
                 sequence: sequence, auxiliary: 2)
             for index in 0..<length { views[head]?[first + index] = 0 }
-            held[head, default: []].formUnion(first..<first + length)
+            held[head]?.formUnion(first..<first + length)
         case 11..<13:
             bench.send(.flush, epoch: epoch, sequence: sequence)
             bench.send(.stable, epoch: epoch, sequence: sequence, auxiliary: epoch)
         case 13: try bench.tick(milliseconds: 20_000)
         case 14: try bench.tick()
         case 15..<(deletes ? 17 : 19) where views.count < (deletes ? 7 : 9):
-            let view = views[head]
-            head += 1
-            views[head] = view
-            install()
+            makeHead()
         case 17..<19 where deletes:
             guard let victim = views.keys.filter({ $0 != head }).sorted().randomElement(bench)
             else { return }
             deletions += 1
             views[victim] = nil
-            if let heir = views.keys.filter({ $0 > victim }).min() {
-                held[heir, default: []].formUnion(held.removeValue(forKey: victim) ?? [])
-            }
+            collapse()
             bench.deleted.insert(victim)
+            bench.lineage?.deleteSnapshot(of: LayerID(rawValue: victim))
             install()
         case 19:
             for _ in 0..<bench.random.below(12) where !bench.pending.isEmpty {
@@ -84,9 +91,68 @@ final class ChainModel {
         let refused = bench.replies.filter { $0.header.status != .ok }.map(\.header)
         #expect(refused.isEmpty && bench.failure == nil, "step \(step)")
     }
+    /// Over the head, or over what the volume goes back to.
+    private func makeHead() {
+        var target = head
+        if isTree, bench.random.below(5) < 3,
+            let back = views.keys.filter({ $0 != head }).sorted().randomElement(bench)
+        {
+            target = back
+            reverts += 1
+        }
+        bench.lineage?.freezeHead(
+            "s\(head)", created: 1, target: target == head ? nil : LayerID(rawValue: target))
+        head += 1
+        parents[head] = target
+        views[head] = views[target]
+        held[head] = []
+        install()
+    }
+    /// From the layer down, as far as they are left.
+    private func path(_ layer: UInt32) -> [UInt32] {
+        var path: [UInt32] = []
+        var next = layer
+        while next > 0 {
+            if held[next] != nil { path.append(next) }
+            next = parents[next] ?? 0
+        }
+        return path
+    }
+    /// Layers that are no snapshot's go, unless two lines come from them.
+    private func collapse() {
+        while true {
+            var above: [UInt32: [UInt32]] = [:]
+            for layer in held.keys {
+                if let below = path(layer).dropFirst().first {
+                    above[below, default: []].append(layer)
+                }
+            }
+            let unneeded = held.keys.filter {
+                views[$0] == nil && above[$0, default: []].count < 2
+            }.max()
+            guard let unneeded else { return }
+            let blocks = held.removeValue(forKey: unneeded) ?? []
+            if let heir = above[unneeded]?.first { held[heir]?.formUnion(blocks) }
+        }
+    }
     private func install() {
+        // The head has to be there: it is written to.
+        let isNewHead = bench.core.headLayer.rawValue < head
+        if isTree, !isNewHead, missed < 3, bench.random.below(2) == 0 {
+            missed += 1
+            return
+        }
+        missed = 0
         epoch += 1
         bench.install(epoch: epoch, layers: Int(head))
+    }
+
+    /// Nothing was missed that changes what a copy says of layers that are left.
+    var isInstalled: Bool { missed == 0 }
+    func installAll() throws {
+        missed = 3
+        install()
+        try bench.run()
     }
 
     /// Every block of every layer left.
@@ -118,8 +184,8 @@ final class ChainModel {
     }
     /// What a query for all that the layers above `base` hold, up to `top`, must say.
     func changed(since base: UInt32, in top: UInt32) -> Set<Int> {
-        held.filter { $0.key > base && $0.key <= top }.values.reduce(into: []) {
-            $0.formUnion($1)
+        Set(path(top)).symmetricDifference(path(base)).reduce(into: []) {
+            $0.formUnion(held[$1] ?? [])
         }
     }
     /// Asks for it; `answer` has it when everything was performed.

@@ -9,6 +9,7 @@ final class FakeReplica {
     var room: UInt64 = 0
     /// What each layer of its chain holds itself.
     var layers: [LayerID: Blocks] = [LayerID(rawValue: 1): [:]]
+    var tree = LayerTree()
     /// Of the head.
     var blocks: Blocks {
         get { layers[head] ?? [:] }
@@ -18,8 +19,8 @@ final class FakeReplica {
     /// What deleted layers held is their heirs'.
     func merge(into chain: [LayerID]) {
         for layer in layers.keys.sorted().reversed() where !chain.contains(layer) {
-            guard let heir = chain.first(where: { $0 > layer }) else { continue }
             let held = layers.removeValue(forKey: layer) ?? [:]
+            guard let heir = tree.heir(of: layer, in: chain) else { continue }
             layers[heir, default: [:]].merge(held) { own, lower in
                 own.entry.state == .absent ? lower : own
             }
@@ -73,7 +74,7 @@ final class FakeReplica {
     func block(_ block: UInt64, in layer: LayerID, isMerged: Bool) -> Blocks.Value {
         let own = layers[layer]?[block] ?? (BlockEntry(state: .absent), [])
         guard isMerged, own.entry.state == .absent,
-            let below = layers.keys.filter({ $0 < layer }).max()
+            let below = layers.keys.filter({ $0 < layer && tree.isSeen($0, from: layer) }).max()
         else { return own }
         return self.block(block, in: below, isMerged: true)
     }
@@ -325,6 +326,7 @@ final class EngineHarness {
             for layer in request.record.layers where fake.layers[layer] == nil {
                 fake.layers[layer] = [:]
             }
+            fake.tree = request.record.tree
             fake.merge(into: request.record.layers)
             let before = fake.promise
             fake.promise = request.record.epoch

@@ -382,12 +382,20 @@ final class ReplicaBench {
 
     /// Layers of snapshots that records do not name any more.
     var deleted: Set<UInt32> = []
-    /// As many layers as the copy has, or more.
+    /// Whose layers, snapshots and reverts records have; nil: as many layers as the copy has, or
+    /// more, but for `deleted`.
+    var lineage: VolumeRecord?
     func record(epoch: UInt64, engine: UInt64 = 1, layers: Int = 0) -> VolumeRecord {
         var record = VolumeRecord(
             volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
             size: core.size, inSync: [core.identity.member])
         record.engine = InstanceID(rawValue: engine)
+        if let lineage {
+            record.layers = lineage.layers
+            record.snapshots = lineage.snapshots
+            record.reverts = lineage.reverts
+            return record
+        }
         let top = max(UInt32(layers), core.headLayer.rawValue)
         record.layers = (1...top).filter { !deleted.contains($0) }.map(LayerID.init)
         record.snapshots = record.layers.dropLast().map {

@@ -186,6 +186,8 @@ package final class EngineCore {
     /// The first is under way, the others wait.
     var snapshotRequests: [SnapshotRequest] = []
     var snapshotStage = SnapshotStage.waiting
+    /// What clients ask of the volume waits.
+    var isReverting = false
     var deletionRequests: [DeletionRequest] = []
     var resizeRequests: [ResizeRequest] = []
     /// Copies that were asked to make room for the first of them, and those that have.
@@ -273,7 +275,8 @@ package final class EngineCore {
         guard phase != .stopped else {
             switch event {
             case .submit(let operation): refuse(operation)
-            case .takeSnapshot(let token, _, _): answerSnapshot(token, .head, .notServing)
+            case .takeSnapshot(let token, _, _), .revert(let token, _, _, _):
+                answerSnapshot(token, .head, .notServing)
             case .deleteSnapshot(let token, _): answerDeletion(token, .notServing)
             case .resize(let token, _): answerResize(token, .notServing)
             default: break
@@ -299,7 +302,10 @@ package final class EngineCore {
             tick()
         case .detach: isDetaching = true
         case .takeSnapshot(let token, let name, let created):
-            takeSnapshot(token, name: name, created: created)
+            takeSnapshot(SnapshotRequest(token: token, name: name, created: created))
+        case .revert(let token, let target, let kept, let created):
+            takeSnapshot(
+                SnapshotRequest(token: token, name: kept, target: target, created: created))
         case .deleteSnapshot(let token, let name): deleteSnapshot(token, name: name)
         case .resize(let token, let size): resize(token, to: size)
         case .cancel(let session): cancel(session)

@@ -45,9 +45,9 @@ extension EngineCore {
         deletionRequests[0].isProposed = true
         deletedLayer = layer
         propose(.deleteSnapshot) { next in
-            next.snapshots.removeAll { $0.layer == layer }
-            next.layers.removeAll { $0 == layer }
-            next.forgetGrowths()
+            next.deleteSnapshot(of: layer)
+            guard mutations.contains(.revertForgotten) else { return }
+            next.reverts.removeAll { next.layers.index(ofLayer: $0.target) == nil }
         }
     }
     private func isBeingRead(_ layer: LayerID) -> Bool {
@@ -60,34 +60,39 @@ extension EngineCore {
     }
 
     /// The record says so, and everybody was told: what was the layer's is its heir's.
-    func deletedSnapshot() {
+    func deletedSnapshot(of before: [LayerID]) {
         guard let record, !deletionRequests.isEmpty else { return }
         let request = deletionRequests.removeFirst()
         note(.snapshotDeleted(deletedLayer, record.epoch))
-        forgetLayer(deletedLayer)
+        forgetLayers(before.filter { record.layers.index(ofLayer: $0) == nil })
         deletedLayer = .head
         answerDeletion(request.token, .ok)
     }
-    /// Jobs at the layer or its heir begin the heir again: what they have compared was one of two
-    /// halves. Those above have made both equal.
-    private func forgetLayer(_ layer: LayerID) {
-        let heir = remaining(layer)
+    /// Jobs at such a layer or its heir begin the heir again: what they have compared was one of
+    /// two halves. Those above have made both equal. Of one without an heir nothing is left to do:
+    /// they go on above it.
+    private func forgetLayers(_ gone: [LayerID]) {
+        let heirs = gone.compactMap(remaining)
         for job in 0..<jobsMax where jobs[job].stage != .free {
-            guard jobs[job].layer == layer || jobs[job].layer == heir else { continue }
-            jobs[job].layer = heir
+            let layer = jobs[job].layer
+            guard gone.contains(layer) || heirs.contains(layer) else { continue }
+            jobs[job].layer = remaining(layer) ?? nearest(above: layer)
             if jobs[job].stage != .waiting { restart(job) }
         }
-        for (region, layers) in suspectLayers where layers.contains(layer) {
+        for (region, layers) in suspectLayers where layers.contains(where: gone.contains) {
             suspectLayers[region] = nil
-            for suspected in layers { suspect(region, remaining(suspected)) }
+            for suspected in layers { suspect(region, remaining(suspected) ?? head) }
         }
     }
-    /// The layer itself if the record names it, or the one that has what it held.
-    func remaining(_ layer: LayerID) -> LayerID {
+    /// The layer itself if the record names it, or the one that has what it held; nil: none has.
+    func remaining(_ layer: LayerID) -> LayerID? {
+        guard let record else { return layer }
+        return record.tree.heir(of: layer, in: record.layers)
+    }
+    private func nearest(above layer: LayerID) -> LayerID {
         guard let layers = record?.layers else { return layer }
         let place = layers.index(above: layer)
-        if place > 0, layers[place - 1] == layer { return layer }
-        return place < layers.count ? layers[place] : layer
+        return place < layers.count ? layers[place] : head
     }
 
     func abandonDeletions() {

@@ -121,6 +121,7 @@ extension EngineCore {
         guard let purpose = pendingChange else { return }
         let previous = members
         let sizeBefore = size
+        let layersBefore = record?.layers ?? []
         record = proposedRecord
         pendingChange = nil
         adoptMembers()
@@ -147,12 +148,12 @@ extension EngineCore {
             installAll()
         case .detach:
             installAll()
-        case .snapshot:
+        case .snapshot, .revert:
             installAll()
             frozeHead()
         case .deleteSnapshot:
             installAll()
-            deletedSnapshot()
+            deletedSnapshot(of: layersBefore)
         case .resize:
             installAll()
             resized(from: sizeBefore)

@@ -4,18 +4,16 @@
 extension EngineCore {
     /// T3: what the members' activity logs name.
     func collectUnresolved(_ record: VolumeRecord) {
-        let chain = Set(record.layers)
         let regions = Geometry.regionCount(size: record.size)
         var rest = members
         while let slot = rest.popFirst() {
             for active in installReplies[slot]?.activeRegions ?? [] where active.region < regions {
                 unresolved.insert(active.region)
-                let layer = remaining(active.layer)
-                if chain.contains(layer) {
+                if let layer = remaining(active.layer) {
                     suspect(active.region, layer)
                 } else {
-                    // Replicas name layers of the chain they have installed, which is this one.
-                    // Should one name another, the whole chain is looked at: slow, not wrong.
+                    // Replicas name layers that they have installed, which are these. Should one
+                    // name another, all are looked at: slow, not wrong.
                     for layer in record.layers { suspect(active.region, layer) }
                 }
             }

@@ -5,6 +5,9 @@
 // all members. So a write is before the freeze or behind it, on all of them alike, even if one
 // refuses it and gets it again after the Install.
 //
+// A revert is the same, but for what the new head is made over: the layer of an older snapshot. It
+// changes what clients see, so they are held from the request until it is answered.
+//
 // A crash, of anybody, leaves behind
 //  1. before the change is recorded: no snapshot;
 //  2. before all have installed it: the snapshot, which the next takeover installs. Writes to the
@@ -12,16 +15,19 @@
 //  3. before the flush: the same, with what was not flushed lost only as in the head;
 //  4. after it: nothing to do. Only now is the requester answered.
 
-/// A request for a snapshot.
+/// A request for a snapshot, or for a revert, which takes one.
 struct SnapshotRequest {
     var token: UInt64
     var name: String
+    /// The snapshot to go back to; empty: this is no revert.
+    var target = ""
     /// Milliseconds since 1970.
     var created: UInt64
     /// The change was sent to the store: the snapshot may be there.
     var isProposed = false
     /// The layer that was frozen; `.head`: not known yet.
     var layer = LayerID.head
+    var isRevert: Bool { !target.isEmpty }
 }
 
 /// Where the first of the requests stands.
@@ -46,22 +52,36 @@ extension EngineCore {
     private static let snapshotsWaitingMax = 16
     static let snapshotFlush: UInt64 = 2
 
-    func takeSnapshot(_ token: UInt64, name: String, created: UInt64) {
-        precondition((1...VolumeRecord.nameLengthMax).contains(name.utf8.count))
+    func takeSnapshot(_ request: SnapshotRequest) {
+        precondition((1...VolumeRecord.nameLengthMax).contains(request.name.utf8.count))
+        let token = request.token
         guard phase == .serving, !isDetaching, let record else {
             return answerSnapshot(token, .head, .notServing)
         }
-        if let there = record.snapshot(named: name) {
-            // One that an engine before left half-way, or that is still under way, is finished
-            // first: the answer says that it is equal and durable everywhere.
-            if there.layer <= finishedLayer { return answerSnapshot(token, there.layer, .exists) }
-        } else if !record.mayHold(snapshotNamed: name) {
-            return answerSnapshot(token, .head, .tooMany)
+        if let refusal = refusal(of: request, record) {
+            return answerSnapshot(token, .head, refusal)
+        }
+        // One that an engine before left half-way, or that is still under way, is finished first:
+        // the answer says that it is equal and durable everywhere.
+        if let there = record.snapshot(named: request.name), there.layer <= finishedLayer {
+            return answerSnapshot(token, there.layer, .exists)
         }
         guard snapshotRequests.count <= Self.snapshotsWaitingMax else {
             return answerSnapshot(token, .head, .notServing)
         }
-        snapshotRequests.append(SnapshotRequest(token: token, name: name, created: created))
+        snapshotRequests.append(request)
+    }
+    /// Why it cannot be, by the record; nil: it can, or is there.
+    private func refusal(of request: SnapshotRequest, _ record: VolumeRecord) -> SnapshotResult? {
+        let there = record.snapshot(named: request.name)
+        guard request.isRevert else {
+            return there != nil || record.mayHold(snapshotNamed: request.name) ? nil : .tooMany
+        }
+        guard let target = record.snapshot(named: request.target) else { return .notThere }
+        if let there {
+            return record.hasReverted(to: target, keeping: there) ? nil : .nameTaken
+        }
+        return record.mayRevert(keeping: request.name) ? nil : .tooMany
     }
     func answerSnapshot(_ token: UInt64, _ layer: LayerID, _ result: SnapshotResult) {
         actions.append(.snapshotTaken(token: token, layer, result))
@@ -77,11 +97,25 @@ extension EngineCore {
         case .proposed, .flushing: break
         }
     }
+    /// Clients wait while the first of the requests is a revert.
+    private func holdClients() {
+        let isRevert = snapshotRequests.first?.isRevert == true
+        guard isRevert != isReverting else { return }
+        isReverting = isRevert
+        if !isReverting { startAll() }
+    }
+    private var hasClientAtWork: Bool {
+        (0..<slotsUsed).contains {
+            slots[$0].use == .client && slots[$0].operation.layer == .head
+                && slots[$0].phase != .waiting
+        }
+    }
 
     private func beginSnapshot() {
-        guard let request = snapshotRequests.first, let record, isSettled, !isStoreBusy,
-            !isResolving, !hasReleased
-        else { return }
+        guard let request = snapshotRequests.first, let record else { return }
+        holdClients()
+        guard isSettled, !isStoreBusy, !isResolving, !hasReleased else { return }
+        if let refusal = refusal(of: request, record) { return endSnapshot(refusal) }
         if let there = record.snapshot(named: request.name) {
             snapshotRequests[0].layer = there.layer
             beginFinishing()
@@ -90,15 +124,12 @@ extension EngineCore {
         // A joiner that is about to be a member is one first. And who has no space for a write may
         // have none for a layer's files: an Install that fails costs the member.
         guard joinStage != .flushing, joinStage != .promoting, !isFullEverywhere else { return }
-        guard record.mayHold(snapshotNamed: request.name) else { return endSnapshot(.tooMany) }
+        guard !request.isRevert || !hasClientAtWork else { return }
+        let target = record.snapshot(named: request.target)?.layer
         snapshotRequests[0].isProposed = true
         snapshotStage = .proposed
-        propose(.snapshot) { next in
-            let frozen = next.head
-            next.snapshots.append(
-                VolumeRecord.Snapshot(
-                    layer: frozen, name: request.name, created: request.created))
-            next.layers.append(LayerID(rawValue: frozen.rawValue + 1))
+        propose(request.isRevert ? .revert : .snapshot) {
+            $0.freezeHead(request.name, created: request.created, target: target)
         }
     }
 
@@ -140,13 +171,20 @@ extension EngineCore {
     func finishSnapshot() {
         guard let record, let request = snapshotRequests.first else { return }
         finishedLayer = record.layers.dropLast().last ?? .head
-        if request.isProposed { note(.snapshotTaken(request.layer, record.epoch)) }
+        if request.isProposed {
+            let target = record.snapshot(named: request.target)?.layer
+            note(
+                request.isRevert
+                    ? .reverted(to: target ?? .head, record.epoch)
+                    : .snapshotTaken(request.layer, record.epoch))
+        }
         endSnapshot(request.isProposed ? .ok : .exists)
     }
     private func endSnapshot(_ result: SnapshotResult) {
         let request = snapshotRequests.removeFirst()
         snapshotStage = .waiting
         answerSnapshot(request.token, request.layer, result)
+        holdClients()
     }
 
     /// The volume stalled. Its next takeover installs the record that stands.
@@ -159,6 +197,7 @@ extension EngineCore {
         while snapshotRequests.count > (isUnderWay ? 1 : 0) {
             answerSnapshot(snapshotRequests.removeLast().token, .head, .notServing)
         }
+        holdClients()
     }
     func abandonSnapshots() {
         for request in snapshotRequests {

@@ -384,6 +384,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
     case detach
     case reinstate
     case snapshot
+    case revert
     case deleteSnapshot
     case resize
 
@@ -397,6 +398,7 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
         case .reinstate: .reinstatement
         case .snapshot, .deleteSnapshot: .snapshot
         case .resize: .resize
+        case .revert: .revert
         }
     }
 }

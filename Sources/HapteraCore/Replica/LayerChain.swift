@@ -1,9 +1,10 @@
-/// The layers of a copy, lowest first; the last is the head, all others are frozen. A block that a
-/// layer does not hold is the next lower layer's; below the lowest, everything reads zero.
+/// The layers of a copy, ascending; the last is the head, all others are frozen. A block that a
+/// layer does not hold is that of the layer below it, which is the next lower one unless the volume
+/// was reverted (`LayerTree`); below the lowest, everything reads zero.
 ///
 /// A layer whose snapshot was deleted is retired: the record does not name it any more, and what it
 /// holds belongs to the next layer above that is not, its heir. The two count as one, whether a
-/// region has been merged (`ReplicaCore+Merge`) or not.
+/// region has been merged (`ReplicaCore+Merge`) or not. One without an heir holds nothing any more.
 ///
 /// In memory a layer costs a bit per region, a retired one two: 128 KiB per TiB.
 struct LayerChain {
@@ -15,23 +16,53 @@ struct LayerChain {
         var isTableUnsynced = true
         /// Retired: a bit per region, 1 if nothing of it is left here.
         var merged: FixedArray<UInt64>?
+        /// The place of the layer that it was made over; -1: of none.
+        var below = -1
+        /// The place of what its content belongs to: its own, its heir's, or -1.
+        var heir = -1
     }
     private(set) var ids: [LayerID] = []
     private var layers: [Layer] = []
     private(set) var retiredCount = 0
     private var regionCount: UInt64
     private(set) var head: LayerID
+    private var tree = LayerTree()
 
-    init(_ ids: [LayerID], regionCount: UInt64) {
+    /// `retired`: those of `ids` that are.
+    init(
+        _ ids: [LayerID], regionCount: UInt64, retired: [LayerID] = [],
+        tree: LayerTree = LayerTree()
+    ) {
         self.regionCount = regionCount
         head = .head
-        for id in ids { append(id) }
+        change(tree) { chain in
+            for id in ids { chain.append(id) }
+            for id in retired { chain.retire(id) }
+        }
     }
 
     var count: Int { ids.count }
     func id(_ index: Int) -> LayerID { ids[index] }
 
-    /// A new, empty head.
+    /// Layers come and go: what `body` does counts as one change.
+    mutating func change(_ tree: LayerTree, _ body: (inout LayerChain) -> Void) {
+        self.tree = tree
+        body(&self)
+        let left = ids.indices.filter { layers[$0].merged == nil }.map { ids[$0] }
+        for place in ids.indices {
+            layers[place].below = tree.below(place, in: ids) ?? -1
+            guard isRetired(place) else {
+                layers[place].heir = place
+                continue
+            }
+            layers[place].heir =
+                tree.heir(of: ids[place], in: left).flatMap { ids.index(ofLayer: $0) } ?? -1
+            guard layers[place].heir < 0 else { continue }
+            layers[place].merged = FixedArray(repeating: ~0, count: layers[place].map.count)
+        }
+    }
+
+    /// A new, empty head. As the two that follow: only within `change`.
     mutating func append(_ id: LayerID) {
         precondition(id > head)
         ids.append(id)
@@ -46,7 +77,8 @@ struct LayerChain {
         for index in 0..<layers.count where layers[index].map.count < words {
             layers[index].map = layers[index].map.extended(to: words, with: 0)
             if let merged = layers[index].merged {
-                layers[index].merged = merged.extended(to: words, with: 0)
+                let isDiscarded = layers[index].heir < 0
+                layers[index].merged = merged.extended(to: words, with: isDiscarded ? ~0 : 0)
             }
         }
     }
@@ -68,20 +100,22 @@ struct LayerChain {
         retiredCount -= 1
     }
     func isRetired(_ index: Int) -> Bool { layers[index].merged != nil }
-    /// The layer that what this one holds belongs to: itself, if it is not retired.
-    func heir(of id: LayerID) -> LayerID {
-        var index = existing(id)
-        while isRetired(index) { index += 1 }
-        return ids[index]
+    /// The layer that what this one holds belongs to: itself, if it is not retired; nil: to none,
+    /// it was discarded.
+    func heir(of id: LayerID) -> LayerID? {
+        let heir = layers[existing(id)].heir
+        return heir < 0 ? nil : ids[heir]
     }
+    /// The place of the layer whose blocks are seen through this one's; -1: there is none.
+    func below(_ index: Int) -> Int { layers[index].below }
     /// The nearest retired layer of which the one at `index` is heir that still holds something of
     /// the region.
     func unmerged(under index: Int, _ region: UInt64) -> Int? {
         guard retiredCount > 0 else { return nil }
-        var lower = index - 1
+        var lower = below(index)
         while lower >= 0, isRetired(lower) {
             if mayHold(lower, region) { return lower }
-            lower -= 1
+            lower = below(lower)
         }
         return nil
     }
@@ -127,10 +161,8 @@ struct LayerChain {
     func mayHold(_ id: LayerID, _ region: UInt64) -> Bool { mayHold(existing(id), region) }
     func mayKnow(_ id: LayerID, _ region: UInt64) -> Bool { mayKnow(existing(id), region) }
     /// Any layer.
-    func mayHold(_ region: UInt64) -> Bool { mayHold(region, in: 0..<count) }
-    /// Any layer of those places.
-    func mayHold(_ region: UInt64, in places: Range<Int>) -> Bool {
-        for index in places where mayHold(index, region) { return true }
+    func mayHold(_ region: UInt64) -> Bool {
+        for index in 0..<count where mayHold(index, region) { return true }
         return false
     }
     func mark(_ id: LayerID, _ region: UInt64) {

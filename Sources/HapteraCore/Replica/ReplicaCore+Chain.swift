@@ -36,9 +36,9 @@ extension ReplicaCore {
                 guard let frame = residentFrame(slot, layer, requests[index].region) else { return }
                 let isComplete = take(
                     cache.entries(frame), blocks, owner: place + 1, into: table)
-                if isComplete { requests[index].layersLeft = 1 }
+                if isComplete { break }
             }
-            requests[index].layersLeft -= 1
+            requests[index].layersLeft = Int32(chain.below(place) + 1)
         }
         readOwners(slot, table)
     }

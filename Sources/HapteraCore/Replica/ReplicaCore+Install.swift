@@ -223,8 +223,8 @@ extension ReplicaCore {
         while frame >= 0 {
             let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
             // Once it is merged its heir's region says all there is to say.
-            if chain.mayHold(layer, region) {
-                regions.append(LayerRegion(chain.heir(of: layer), region))
+            if chain.mayHold(layer, region), let heir = chain.heir(of: layer) {
+                regions.append(LayerRegion(heir, region))
             }
             frame = cache.nextActive(frame)
         }
@@ -261,15 +261,15 @@ extension ReplicaCore {
     /// The region stays active past the point: some member has not got all that was written to it.
     private func leaveOut(_ region: LayerRegion, _ point: StablePoint) {
         // Wherever of the two it is, if the layer was deleted since.
-        guard chain.index(of: region.layer) != nil,
-            var place = chain.index(of: chain.heir(of: region.layer))
+        guard chain.index(of: region.layer) != nil, let heir = chain.heir(of: region.layer),
+            var place = chain.index(of: heir)
         else { return }
         repeat {
             if let frame = cache.find(chain.id(place), region.region) {
                 let last = cache.frames[Int(frame)].lastWrite
                 cache.frames[Int(frame)].lastWrite = max(last, point.next)
             }
-            place -= 1
+            place = chain.below(place)
         } while place >= 0 && chain.isRetired(place)
     }
     func pumpSettle() {
@@ -338,12 +338,17 @@ extension ReplicaCore {
     }
     private func adoptChain(_ made: Manifest) {
         adoptSize(made)
-        for layer in made.layers where layer > chain.head { chain.append(layer) }
         layersMade = []
-        for layer in merge.leaving { layerLeft(layer) }
-        merge.leaving = []
-        for layer in made.retiredLayers where !chain.isRetired(chain.index(of: layer) ?? 0) {
-            chain.retire(layer)
+        for layer in merge.leaving.reversed() { layerLeaves(layer) }
+        let isIgnored = options.mutations.contains(.revertIgnored)
+        let tree = isIgnored ? LayerTree() : made.installed?.tree ?? LayerTree()
+        chain.change(tree) { chain in
+            for layer in made.layers where layer > chain.head { chain.append(layer) }
+            for layer in merge.leaving where chain.index(of: layer) != nil { chain.remove(layer) }
+            for layer in made.retiredLayers where !chain.isRetired(chain.index(of: layer) ?? 0) {
+                chain.retire(layer)
+            }
         }
+        merge.leaving = []
     }
 }

@@ -173,7 +173,9 @@ extension ReplicaCore {
             for index in 0..<chain.count where chain.isRetired(index) {
                 var start = from
                 while start < regionCount, let region = chain.nextUnmerged(index, from: start) {
-                    if !isMerging(region) { return (chain.heir(of: chain.id(index)), region) }
+                    if !isMerging(region), let heir = chain.heir(of: chain.id(index)) {
+                        return (heir, region)
+                    }
                     start = region + 1
                 }
             }

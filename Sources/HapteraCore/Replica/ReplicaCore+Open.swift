@@ -184,10 +184,11 @@ package struct OpenedReplica {
         cache = TableCache(
             frameCount: ReplicaCore.frameCount(
                 most: options.framesMax, regions: regions, layers: manifest.layers.count))
-        var chain = LayerChain(manifest.layers, regionCount: regions)
-        for layer in manifest.retiredLayers where layer < manifest.head { chain.retire(layer) }
+        let tree = manifest.installed?.tree ?? LayerTree()
+        let head = manifest.head
+        let retired = manifest.retiredLayers.filter { $0 < head }
+        chain = LayerChain(manifest.layers, regionCount: regions, retired: retired, tree: tree)
         covered = manifest.layers.count > 1 ? log.findCovered() : 0
-        self.chain = chain
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()

@@ -234,7 +234,7 @@ extension ReplicaCore {
     func resumeStatus(_ slot: Int32) {
         let index = Int(slot)
         let header = requests[index].header
-        guard let places = placesAsked(header) else { return finish(slot, .invalid) }
+        guard collectPlaces(header) else { return finish(slot, .invalid) }
         guard reserveTable(slot, 4096) else { return }
         if requests[index].buffer == .none {
             guard let buffer = pool.allocate(4096) else { return push(slot, &awaitingResources) }
@@ -249,15 +249,18 @@ extension ReplicaCore {
             if requests[index].serial != chainSerial(region) { requests[index].layersLeft = 0 }
             requests[index].serial = chainSerial(region)
             if requests[index].layersLeft == 0 {
-                guard chain.mayHold(region, in: places) else {
+                guard let top = placesAsked.first,
+                    placesAsked.contains(where: { chain.mayHold($0, region) })
+                else {
                     guard extend(slot, .absent, to: regionEnd) else { break }
                     continue
                 }
                 entries.fill()
-                requests[index].layersLeft = Int32(places.upperBound)
+                requests[index].layersLeft = Int32(top + 1)
             }
-            while requests[index].layersLeft > places.lowerBound {
-                let place = Int(requests[index].layersLeft) - 1
+            let left = requests[index].layersLeft
+            for place in placesAsked where place < left {
+                requests[index].layersLeft = Int32(place + 1)
                 if chain.mayHold(place, region) {
                     let layer = chain.id(place)
                     let isKnown = cache.find(layer, region).map {
@@ -269,24 +272,37 @@ extension ReplicaCore {
                     guard let frame = residentFrame(slot, layer, region) else { return }
                     overlay(cache.entries(frame), under: entries)
                 }
-                requests[index].layersLeft -= 1
             }
             requests[index].layersLeft = 0
             guard extend(slot, entries, to: regionEnd) else { break }
         }
         answerStatus(slot)
     }
-    /// The places in the chain of the layers that a status is about: those above its base, up to
-    /// its own. A retired layer is above the base if and only if its heir is: the base is neither
-    /// retired nor between them. Nil: the base is none of the chain's, or above the layer.
-    private func placesAsked(_ header: FrameHeader) -> Range<Int>? {
-        guard let top = chain.index(of: header.layer) else { return nil }
-        guard header.auxiliary > 0 else { return 0..<top + 1 }
-        guard let raw = UInt32(exactly: header.auxiliary),
-            let base = chain.index(of: LayerID(rawValue: raw)), base <= top,
-            !chain.isRetired(base)
-        else { return nil }
-        return base + 1..<top + 1
+    /// Finds the places of the layers that a status is about, the highest first: those seen from
+    /// its own; with a base, those seen from one of the two only. A retired layer is among them if
+    /// and only if its heir is. False: the base is no layer, or above the other one.
+    private func collectPlaces(_ header: FrameHeader) -> Bool {
+        placesAsked.removeAll(keepingCapacity: true)
+        guard var upper = chain.index(of: header.layer) else { return false }
+        var base = -1
+        if header.auxiliary > 0 {
+            guard let raw = UInt32(exactly: header.auxiliary),
+                let place = chain.index(of: LayerID(rawValue: raw)), place <= upper,
+                !chain.isRetired(place)
+            else { return false }
+            base = place
+        }
+        while upper != base {
+            // What is seen from a layer is lower than it.
+            if upper > base {
+                placesAsked.append(upper)
+                upper = chain.below(upper)
+            } else {
+                placesAsked.append(base)
+                base = chain.below(base)
+            }
+        }
+        return true
     }
     private func overlay(_ lower: RawMemory, under upper: RawMemory) {
         for at in stride(from: 0, to: TablePage.entriesSize, by: BlockEntry.size)

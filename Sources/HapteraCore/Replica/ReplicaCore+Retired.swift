@@ -95,9 +95,8 @@ extension ReplicaCore {
     }
 
     /// The manifest does not name it any more.
-    func layerLeft(_ layer: LayerID) {
+    func layerLeaves(_ layer: LayerID) {
         guard let index = chain.index(of: layer) else { return }
-        chain.remove(layer)
         merge.removals &+= 1
         for file in [FileSync.data, FileSync.table] where syncs[file].nextLayer > index {
             syncs[file].nextLayer -= 1

@@ -17,6 +17,8 @@ package final class ReplicaCore {
     package internal(set) var size: UInt64
     var regionCount: UInt64
     var chain: LayerChain
+    /// Of the status at hand.
+    var placesAsked: [Int] = []
     let log: ActivityLog
     let cache: TableCache
 

@@ -180,7 +180,8 @@ package final class ReplicaReader {
     ) throws(StorageError) {
         var verdicts = [BlockVerdict](repeating: .zero, count: Geometry.blocksPerRegion)
         seen.memory.fill()
-        for layer in layers where layer <= top && mayHold(layer, number) {
+        let tree = manifest.installed?.tree ?? LayerTree()
+        for layer in layers where tree.isSeen(layer, from: top) && mayHold(layer, number) {
             let region = try region(number, layer: layer)
             try blocks(of: region) { (block, entry, verdict, bytes) throws(StorageError) in
                 guard entry.state != .absent else { return }

@@ -37,9 +37,11 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     /// need not be fenced.
     private(set) var isReader = false
     /// Whether it reads the snapshot of this layer, or asks what has changed since: from the moment
-    /// it may.
+    /// it may. `.head`: whether it is a client of the volume.
     func uses(_ layer: LayerID) -> Bool {
-        isReader && session.export.layer == layer || session.contexts.contains { $0.base == layer }
+        if layer == .head { return !isReader && !session.isNegotiating }
+        return isReader && session.export.layer == layer
+            || session.contexts.contains { $0.base == layer }
     }
     /// Its peer hung up before what it asked was taken: all of it may since have been asked again
     /// on another connection, so it changes nothing any more.

@@ -51,10 +51,10 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     /// Connections that read snapshots. They are nobody's client: what they remember is never newer
     /// than the volume.
     package var readerCount: Int { exports.readers }
-    /// Clients that read one snapshot, or ask what has changed since it was taken.
+    /// Clients that read one snapshot, or ask what has changed since it was taken; `.head`: those
+    /// of the volume.
     package func userCount(of layer: LayerID) -> Int {
-        precondition(layer != .head)
-        return clients.count { $0?.uses(layer) ?? false }
+        clients.count { $0?.uses(layer) ?? false }
     }
 
     package init(reactor: Reactor, device: any BlockDevice, limits: Limits = Limits()) {

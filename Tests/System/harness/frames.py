@@ -97,6 +97,7 @@ class Record:
     layers: list = field(default_factory=lambda: [1])
     snapshots: list = field(default_factory=list)  # (layer, created, name)
     growths: list = field(default_factory=list)  # (head, sizeBefore)
+    reverts: list = field(default_factory=list)  # (head, target)
 
     def encode(self):
         def text(value):
@@ -108,7 +109,8 @@ class Record:
                       for v in values]
             return struct.pack("<I", len(packed)) + b"".join(packed)
 
-        body = struct.pack("<II", 0x56455248, 4 if self.growths else 3) + self.volume + struct.pack(
+        version = 5 if self.reverts else 4 if self.growths else 3
+        body = struct.pack("<II", 0x56455248, version) + self.volume + struct.pack(
             "<QQQQQQIBBB", self.epoch, self.nonce, self.size, self.engine,
             self.client_generation, self.promised, self.lease_milliseconds, self.min_in_sync, self.clean, self.change)
         body += text(self.name) + text(self.endpoint)
@@ -117,8 +119,10 @@ class Record:
         body += struct.pack("<I", len(self.snapshots))
         for layer, created, name in self.snapshots:
             body += struct.pack("<IQ", layer, created) + text(name)
-        if self.growths:
+        if version > 3:
             body += rows("<IQ", self.growths)
+        if version > 4:
+            body += rows("<II", self.reverts)
         return body + struct.pack("<I", crc32c(body))
 
     @staticmethod
@@ -145,7 +149,7 @@ class Record:
             return [v[0] if len(v) == 1 else v for v in values]
 
         magic, version = take("<II")
-        if magic != 0x56455248 or version not in (3, 4):
+        if magic != 0x56455248 or version not in (3, 4, 5):
             raise ValueError("not a volume record")
         (volume,) = take("<16s")
         (epoch, nonce, size, engine, generation, promised, lease, minimum, clean,
@@ -156,8 +160,10 @@ class Record:
             minimum, clean, change, endpoint, rows("<QQ"), rows("<QQQQQQBB"), rows("<QQQ"), rows("<I"))
         (count,) = take("<I")
         record.snapshots = [(*take("<IQ"), text()) for _ in range(count)]
-        if version == 4:
+        if version > 3:
             record.growths = rows("<IQ")
+        if version > 4:
+            record.reverts = rows("<II")
         if position != len(raw) - 4:
             raise ValueError("trailing bytes")
         return record

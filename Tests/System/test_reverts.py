@@ -1,0 +1,187 @@
+"""Going back to a snapshot: what the volume holds then, what is kept, whatever dies meanwhile."""
+
+import hashlib
+import random
+import threading
+import time
+
+from harness.cluster import MIB, ControlError, control, wait_for
+from harness.workload import BLOCK
+from test_snapshots import SIZE, connect, digest, offline_digest, take
+
+
+def revert(cluster, snapshot, keep):
+    return control(
+        cluster.engine.control, "revert", snapshot=snapshot, keep=keep,
+        created=int(time.time() * 1000))
+
+
+def delete(cluster, name):
+    control(cluster.engine.control, "delete-snapshot", name=name)
+
+
+def refusal(cluster, snapshot, keep):
+    try:
+        revert(cluster, snapshot, keep)
+        raise RuntimeError("it was reverted")
+    except ControlError as error:
+        return str(error)
+
+
+def scribble(cluster, model, chance, count=60):
+    """Writes and trims at random, to the volume and to the model; flushed."""
+    live = connect(cluster)
+    for _ in range(count):
+        offset = chance.randrange(SIZE // 512 - 64) * 512
+        if chance.random() < 0.2:
+            offset, length = offset // BLOCK * BLOCK, 4 * BLOCK
+            live.trim(length, offset)
+            model[offset:offset + length] = bytes(length)
+        else:
+            data = chance.randbytes(chance.randrange(1, 65) * 512)
+            live.pwrite(data, offset)
+            model[offset:offset + len(data)] = data
+    live.flush()
+    live.shutdown()
+    wait_for(lambda: cluster.engine.status()["connections"] == "0", "the client to be gone")
+
+
+def test_reverts_against_a_model(context):
+    """Back and forth between snapshots, some deleted, a replica away for some of it, the engine
+    killed in the middle of others: the volume and every snapshot left are what the model says."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        chance = random.Random(context.seed)
+        model, kept, reverts, pauses = bytearray(SIZE), {}, 0, []
+        away = cluster.replicas[2]
+
+        def back(name, dies=False):
+            nonlocal model, reverts
+            reverts += 1
+            keep = f"kept-{reverts}"
+            before = bytes(model)
+            if dies:
+                # It may or may not have happened when the engine dies: the next one is asked again.
+                engine = cluster.engine.process
+                threading.Timer(chance.random() * 0.02, engine.kill).start()
+                try:
+                    revert(cluster, name, keep)
+                except (OSError, ControlError):
+                    pass
+                engine.wait()
+                cluster.start_engine(client_generation=reverts + 1)
+            begun = time.monotonic()
+            revert(cluster, name, keep)
+            pauses.append(time.monotonic() - begun)
+            assert revert(cluster, name, keep)["existed"] == "1"
+            kept[keep] = before
+            model = bytearray(kept[name])
+            assert digest(cluster) == hashlib.sha256(model).hexdigest(), f"not {name}"
+            wait_for(lambda: cluster.engine.status()["connections"] == "0", "the reader to be gone")
+
+        def snap(name):
+            scribble(cluster, model, chance)
+            take(cluster, name)
+            kept[name] = bytes(model)
+
+        snap("a")
+        snap("b")
+        scribble(cluster, model, chance)
+        back("a")
+        snap("c")
+        away.process.kill()
+        cluster.engine.wait_state(away, "absent")
+        scribble(cluster, model, chance)
+        back("b")
+        scribble(cluster, model, chance)
+        delete(cluster, "kept-1")
+        del kept["kept-1"]
+        back("c")
+        delete(cluster, "a")
+        del kept["a"]
+        away.start()
+        cluster.engine.wait_state(away, "inSync")
+        for name in ("b", "c", "kept-2"):
+            scribble(cluster, model, chance, 20)
+            back(name, dies=True)
+        for name in chance.sample(sorted(kept), 3):
+            delete(cluster, name)
+            del kept[name]
+        scribble(cluster, model, chance)
+        for name, image in kept.items():
+            assert digest(cluster, name) == hashlib.sha256(image).hexdigest(), f"{name} has changed"
+        assert digest(cluster) == hashlib.sha256(model).hexdigest()
+        layers = len(cluster.record().layers)
+        for replica in cluster.replicas:
+            wait_for(
+                lambda: replica.status()["retiredLayers"] == "0",
+                f"replica {replica.number} to be done with deleted layers", 60)
+            assert replica.status()["layers"] == str(layers), replica.status()
+        cluster.check_copies()
+        for replica in cluster.replicas:
+            for name, image in kept.items():
+                assert offline_digest(replica, name) == hashlib.sha256(image).hexdigest(), name
+        return (f"{reverts} reverts, {len(kept)} snapshots left of {layers} layers, "
+                f"longest answer {max(pauses) * 1e3:.0f} ms")
+
+
+def test_a_revert_costs_nothing_and_gives_space_back(context):
+    """96 MiB of changes are undone at once; what they took comes back when the kept snapshot goes."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        live = connect(cluster)
+        live.pwrite(b"a" * MIB, 0)
+        take(cluster, "golden")
+        for offset in range(0, 96 * MIB, MIB):
+            live.pwrite(b"b" * MIB, offset)
+        live.flush()
+        live.shutdown()
+        wait_for(lambda: cluster.engine.status()["connections"] == "0", "the client to be gone")
+
+        def blocks(replica):
+            return sum(path.stat().st_blocks * 512
+                       for path in (replica.directory / "layers").glob("*.data"))
+
+        before = [blocks(replica) for replica in cluster.replicas]
+        begun = time.monotonic()
+        revert(cluster, "golden", "kept")
+        pause = time.monotonic() - begun
+        live = connect(cluster)
+        assert live.pread(2 * MIB, 0) == b"a" * MIB + bytes(MIB)
+        live.shutdown()
+        assert [blocks(replica) for replica in cluster.replicas] == before
+        delete(cluster, "kept")
+        for replica in cluster.replicas:
+            wait_for(lambda: blocks(replica) < 3 * MIB, "the space to come back", 30)
+        cluster.check_copies()
+        return f"96 MiB of changes undone in {pause * 1e3:.0f} ms, {before[0] // MIB} MiB given back"
+
+
+def test_reverts_are_refused_with_the_reason(context):
+    """While a client is connected, to what is not there, under a name that is taken."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        live = connect(cluster)
+        live.pwrite(b"x" * BLOCK, 0)
+        take(cluster, "first")
+        live.pwrite(b"y" * BLOCK, 0)
+        text = refusal(cluster, "first", "kept")
+        assert "1 client is connected" in text, text
+        assert live.pread(BLOCK, 0) == b"y" * BLOCK
+        live.shutdown()
+        wait_for(lambda: cluster.engine.status()["connections"] == "0", "the client to be gone")
+        reader = connect(cluster, "first")  # reads a snapshot, and remembers nothing of the volume
+        text = refusal(cluster, "unheard-of", "kept")
+        assert "no snapshot 'unheard-of'" in text, text
+        text = refusal(cluster, "first", "first")
+        assert "choose another name" in text, text
+        text = refusal(cluster, "../etc", "kept")
+        assert "revert needs" in text, text
+        revert(cluster, "first", "kept")
+        assert reader.pread(BLOCK, 0) == b"x" * BLOCK
+        reader.shutdown()
+        live = connect(cluster)
+        assert live.pread(BLOCK, 0) == b"x" * BLOCK
+        live.shutdown()
+        cluster.check_copies()
+        return "refused, and done when it could be"
