@@ -11,6 +11,8 @@ extension Presentation {
             ("created", time(snapshot.createdUnixMilliseconds)),
             ("layer", .number(UInt64(snapshot.layer))),
             ("sizeBytes", .number(snapshot.sizeBytes)),
+            ("parent", .optional(snapshot.parent)),
+            ("isVolumeParent", .flag(snapshot.isVolumeParent)),
             ("uri", .optional(snapshot.uri)),
             ("unixURI", .optional(snapshot.unixUri)),
         ])
@@ -19,15 +21,25 @@ extension Presentation {
     package static func table(
         _ snapshots: [Haptera_V1_Snapshot], now: Date, wide: Bool
     ) -> TextTable {
+        // Each after the one before it, and the volume after the last: nobody has to be told.
+        let isChain =
+            zip(snapshots, [""] + snapshots.map(\.name)).allSatisfy { $0.parent == $1 }
+            && snapshots.last?.isVolumeParent != false
         let header = ["NAME", "CREATED", "AGE", "LAYER", "SIZE"]
-        let rows = snapshots.map { snapshot in
-            let row = [
+        var rows = snapshots.map { snapshot in
+            var row = [
                 snapshot.name, created(snapshot), age(snapshot, now), "\(snapshot.layer)",
                 VolumeSize.text(snapshot.sizeBytes),
             ]
+            if !isChain { row.append(snapshot.parent.isEmpty ? "-" : snapshot.parent) }
             return wide ? row + [snapshot.uri] : row
         }
-        return TextTable(wide ? header + ["URI"] : header, rows)
+        if !isChain {
+            let parent = snapshots.first(where: \.isVolumeParent)?.name ?? "-"
+            rows.append(["(volume)", "-", "-", "-", "-", parent] + (wide ? [""] : []))
+        }
+        let tree = isChain ? header : header + ["PARENT"]
+        return TextTable(wide ? tree + ["URI"] : tree, rows)
     }
 
     package static func details(_ snapshot: Haptera_V1_Snapshot, now: Date) -> String {
@@ -37,6 +49,7 @@ extension Presentation {
             "layer:       \(snapshot.layer)",
             "size:        \(VolumeSize.text(snapshot.sizeBytes)) (\(snapshot.sizeBytes) bytes)",
         ]
+        if !snapshot.parent.isEmpty { lines.append("parent:      \(snapshot.parent)") }
         if snapshot.uri.isEmpty, snapshot.unixUri.isEmpty {
             lines.append(
                 "attach the volume to read it: storagectl volume attach \(snapshot.volume)")

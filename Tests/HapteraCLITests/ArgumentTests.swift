@@ -74,6 +74,7 @@ import Testing
         "snapshot create v", "snapshot create v Before-1.0", "snapshot list v --watch",
         "snapshot show v s -o json", "snapshot delete v s", "snapshot delete v s --yes -o json",
         "snapshot diff v a", "snapshot diff v a b --summary -o json", "snapshot mount-info v s",
+        "snapshot revert v s --keep before --yes", "snapshot revert v s",
         "snapshot export v s file --format qcow2 --force", "snapshot export v s -",
     ])
     func everyVerbIsThere(_ line: String) throws {
@@ -92,6 +93,7 @@ import Testing
         "snapshot create V s", "snapshot show v", "snapshot delete v", "snapshot delete V s",
         "snapshot delete v .s", "snapshot delete v s t", "snapshot diff v", "snapshot diff v a b c",
         "snapshot export v s", "snapshot export v s - --format qcow2", "snapshot export v s d/",
+        "snapshot revert v", "snapshot revert v s --keep .k", "snapshot revert v a/b",
         "snapshot export v s f --format vmdk", "snapshot mount-info v",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {

@@ -14,10 +14,13 @@ import Testing
     private static let now = Date(timeIntervalSince1970: Double(time + 3725))
 
     private static func snapshot(
-        _ name: String, layer: UInt32 = 1, age: Int64 = 3725, readable: Bool = true
+        _ name: String, layer: UInt32 = 1, age: Int64 = 3725, readable: Bool = true,
+        parent: String = "", isLast: Bool = true
     ) -> Haptera_V1_Snapshot {
         var snapshot = Haptera_V1_Snapshot()
         snapshot.name = name
+        snapshot.parent = parent
+        snapshot.isVolumeParent = isLast
         snapshot.volume = "vol"
         snapshot.layer = layer
         snapshot.sizeBytes = 3 << 29
@@ -38,6 +41,8 @@ import Testing
                   "created": "2026-11-28T17:30:05.007Z",
                   "layer": 1,
                   "sizeBytes": 1610612736,
+                  "parent": null,
+                  "isVolumeParent": true,
                   "uri": "nbd://127.0.0.1:20000/vol@s",
                   "unixURI": "nbd+unix:///vol@s?socket=/d/e.nbd"
                 }
@@ -49,9 +54,10 @@ import Testing
 
     @Test func asTable() {
         let snapshots = [
-            Self.snapshot("daily", age: 90_060), Self.snapshot("s", layer: 12),
+            Self.snapshot("daily", age: 90_060, isLast: false),
+            Self.snapshot("s", layer: 12, parent: "daily", isLast: false),
             // The other host's clock is ahead.
-            Self.snapshot("new", layer: 13, age: -5),
+            Self.snapshot("new", layer: 13, age: -5, parent: "s"),
         ]
         #expect(
             Presentation.table(snapshots, now: Self.now, wide: false).text == """
@@ -61,10 +67,31 @@ import Testing
                 new    2026-11-28T18:32:15Z  0s     13     1.5GiB
                 """)
         #expect(
-            Presentation.table([snapshots[1]], now: Self.now, wide: true).text == """
+            Presentation.table([Self.snapshot("s", layer: 12)], now: Self.now, wide: true).text
+                == """
                 NAME  CREATED               AGE    LAYER  SIZE    URI
                 s     2026-11-28T17:30:05Z  1h 2m  12     1.5GiB  nbd://127.0.0.1:20000/vol@s
                 """)
+    }
+
+    @Test func aRevertMakesATree() {
+        let snapshots = [
+            Self.snapshot("a"), Self.snapshot("b", layer: 2, parent: "a", isLast: false),
+            Self.snapshot("kept", layer: 3, parent: "b", isLast: false),
+        ]
+        #expect(
+            Presentation.table(snapshots, now: Self.now, wide: false).text == """
+                NAME      CREATED               AGE    LAYER  SIZE    PARENT
+                a         2026-11-28T17:30:05Z  1h 2m  1      1.5GiB  -
+                b         2026-11-28T17:30:05Z  1h 2m  2      1.5GiB  a
+                kept      2026-11-28T17:30:05Z  1h 2m  3      1.5GiB  b
+                (volume)  -                     -      -      -       a
+                """)
+        #expect(
+            Presentation.details(snapshots[2], now: Self.now).contains("parent:      b\n"))
+        #expect(
+            Presentation.reverted("vol", to: "a", keeping: "kept")
+                == "volume vol is back at snapshot a; what it held is snapshot kept")
     }
 
     @Test func detailsSayWhereToRead() {

@@ -30,6 +30,7 @@ import Testing
         let engine = Mutex(Engine.obeys)
         let asked = Mutex<[Haptera_V1_TakeSnapshot]>([])
         let askedToDelete = Mutex<[Haptera_V1_DeleteSnapshot]>([])
+        let askedToRevert = Mutex<[Haptera_V1_RevertToSnapshot]>([])
         let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
         let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
         /// What the engine says of a scrub.
@@ -106,6 +107,10 @@ import Testing
                 if engine == .refuses {
                     answer.error = "2 clients read the snapshot; disconnect them first"
                 }
+            case .revertToSnapshot(let request):
+                askedToRevert.withLock { $0.append(request) }
+                if engine == .obeys || engine == .obeysInSilence { try await goBack(request) }
+                if engine == .refuses { answer.error = "1 client is connected" }
             case .scrubVolume(let request): askedToScrub.withLock { $0.append(request) }
             case .growVolume(let request):
                 askedToGrow.withLock { $0.append(request) }
@@ -150,6 +155,18 @@ import Testing
                 $0.isClean = false
                 $0.snapshots.append(.init(layer: $0.head, name: name, created: created))
                 $0.layers.append(LayerID(rawValue: $0.head.rawValue + 1))
+            }
+            #expect(result == .swapped)
+        }
+
+        /// As the engine does it.
+        func goBack(_ request: Haptera_V1_RevertToSnapshot) async throws {
+            let before = try await record
+            guard before.snapshot(named: request.keep) == nil else { return }
+            let target = try #require(before.snapshot(named: request.snapshot)).layer
+            let result = try await swap(.revert) {
+                $0.freezeHead(
+                    request.keep, created: request.createdUnixMilliseconds, target: target)
             }
             #expect(result == .swapped)
         }

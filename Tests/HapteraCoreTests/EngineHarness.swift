@@ -17,7 +17,9 @@ final class FakeReplica {
     }
     var head: LayerID { layers.keys.max() ?? .head }
     /// What deleted layers held is their heirs'.
-    func merge(into chain: [LayerID]) {
+    func merge(into record: VolumeRecord) {
+        let chain = record.layers
+        tree = record.tree
         for layer in layers.keys.sorted().reversed() where !chain.contains(layer) {
             let held = layers.removeValue(forKey: layer) ?? [:]
             guard let heir = tree.heir(of: layer, in: chain) else { continue }
@@ -326,8 +328,7 @@ final class EngineHarness {
             for layer in request.record.layers where fake.layers[layer] == nil {
                 fake.layers[layer] = [:]
             }
-            fake.tree = request.record.tree
-            fake.merge(into: request.record.layers)
+            fake.merge(into: request.record)
             let before = fake.promise
             fake.promise = request.record.epoch
             fake.size = request.record.size

@@ -6,6 +6,7 @@ import threading
 import time
 
 from harness.cluster import MIB, ControlError, control, wait_for
+from harness.plane import Plane
 from harness.workload import BLOCK
 from test_snapshots import SIZE, connect, digest, offline_digest, take
 
@@ -185,3 +186,34 @@ def test_reverts_are_refused_with_the_reason(context):
         live.shutdown()
         cluster.check_copies()
         return "refused, and done when it could be"
+
+
+def test_revert_command(context):
+    """Over the whole control plane: back and forth, and over attachments."""
+    with Plane(context) as plane:
+        plane.run("volume", "create", "vol", "--size", str(8 * MIB))
+        plane.run("volume", "attach", "vol")
+        first, second = plane.image(8 * MIB), plane.image(8 * MIB)
+        contents = [first.read_bytes(), second.read_bytes()]
+        plane.write(first)
+        plane.run("snapshot", "create", "vol", "first")
+        plane.write(second)
+        assert "no snapshot" in plane.run(
+            "snapshot", "revert", "vol", "other", "--yes", fails=True)
+        kept = plane.run("snapshot", "revert", "vol", "first", "--keep", "second", "--yes")
+        assert kept["name"] == "second" and kept["parent"] == "first", kept
+        assert plane.read() == contents[0]
+        plane.run("volume", "detach", "vol")
+        assert "not attached" in plane.run(
+            "snapshot", "revert", "vol", "second", "--yes", fails=True)
+        plane.run("volume", "attach", "vol")
+        assert plane.read() == contents[0]
+        made_up = plane.run("snapshot", "revert", "vol", "second", "--yes")["name"]
+        assert plane.read() == contents[1]
+        plane.run("snapshot", "delete", "vol", made_up, "--yes")
+        snapshots = plane.run("snapshot", "list", "vol")
+        assert [s["name"] for s in snapshots] == ["first", "second"], snapshots
+        assert [s["isVolumeParent"] for s in snapshots] == [False, True], snapshots
+        kinds = {event["kind"] for event in plane.run("events", "--limit", "500")}
+        assert {"RevertRequested", "VolumeReverted"} <= kinds, kinds
+        return "there and back"

@@ -674,6 +674,14 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .scrubVolume(newValue)}
   }
 
+  package var revertToSnapshot: Haptera_V1_RevertToSnapshot {
+    get {
+      if case .revertToSnapshot(let v)? = task {return v}
+      return Haptera_V1_RevertToSnapshot()
+    }
+    set {task = .revertToSnapshot(newValue)}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum OneOf_Task: Equatable, Sendable {
@@ -684,6 +692,7 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     case deleteSnapshot(Haptera_V1_DeleteSnapshot)
     case growVolume(Haptera_V1_GrowVolume)
     case scrubVolume(Haptera_V1_ScrubVolume)
+    case revertToSnapshot(Haptera_V1_RevertToSnapshot)
 
   }
 
@@ -750,6 +759,31 @@ package nonisolated struct Haptera_V1_DeleteSnapshot: Sendable {
   package var clientGeneration: UInt64 = 0
 
   package var name: String = String()
+
+  /// How long the engine may take.
+  package var timeoutMilliseconds: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// Has the engine of that attachment go back to a snapshot; answered when the volume holds it.
+package nonisolated struct Haptera_V1_RevertToSnapshot: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volumeID: String = String()
+
+  package var clientGeneration: UInt64 = 0
+
+  package var snapshot: String = String()
+
+  /// The snapshot that what is there now becomes.
+  package var keep: String = String()
+
+  package var createdUnixMilliseconds: UInt64 = 0
 
   /// How long the engine may take.
   package var timeoutMilliseconds: UInt64 = 0
@@ -1819,7 +1853,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{3}scrub_volume\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{3}scrub_volume\0\u{3}revert_to_snapshot\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1919,6 +1953,19 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .scrubVolume(v)
         }
       }()
+      case 9: try {
+        var v: Haptera_V1_RevertToSnapshot?
+        var hadOneofValue = false
+        if let current = self.task {
+          hadOneofValue = true
+          if case .revertToSnapshot(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.task = .revertToSnapshot(v)
+        }
+      }()
       default: break
       }
     }
@@ -1960,6 +2007,10 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .scrubVolume?: try {
       guard case .scrubVolume(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 8)
+    }()
+    case .revertToSnapshot?: try {
+      guard case .revertToSnapshot(let v)? = self.task else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 9)
     }()
     case nil: break
     }
@@ -2123,6 +2174,61 @@ nonisolated extension Haptera_V1_DeleteSnapshot: SwiftProtobuf.Message, SwiftPro
     if lhs.volumeID != rhs.volumeID {return false}
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.name != rhs.name {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_RevertToSnapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".RevertToSnapshot"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}snapshot\0\u{1}keep\0\u{3}created_unix_milliseconds\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.snapshot) }()
+      case 4: try { try decoder.decodeSingularStringField(value: &self.keep) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.createdUnixMilliseconds) }()
+      case 6: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volumeID.isEmpty {
+      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
+    }
+    if self.clientGeneration != 0 {
+      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
+    }
+    if !self.snapshot.isEmpty {
+      try visitor.visitSingularStringField(value: self.snapshot, fieldNumber: 3)
+    }
+    if !self.keep.isEmpty {
+      try visitor.visitSingularStringField(value: self.keep, fieldNumber: 4)
+    }
+    if self.createdUnixMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.createdUnixMilliseconds, fieldNumber: 5)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 6)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_RevertToSnapshot, rhs: Haptera_V1_RevertToSnapshot) -> Bool {
+    if lhs.volumeID != rhs.volumeID {return false}
+    if lhs.clientGeneration != rhs.clientGeneration {return false}
+    if lhs.snapshot != rhs.snapshot {return false}
+    if lhs.keep != rhs.keep {return false}
+    if lhs.createdUnixMilliseconds != rhs.createdUnixMilliseconds {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true

@@ -269,6 +269,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "RevertVolume" metadata.
+        package enum RevertVolume: Sendable {
+            /// Request type for "RevertVolume".
+            package typealias Input = Haptera_V1_RevertVolumeRequest
+            /// Response type for "RevertVolume".
+            package typealias Output = Haptera_V1_Snapshot
+            /// Descriptor for "RevertVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "RevertVolume",
+                type: .unary
+            )
+        }
         /// Namespace for "ResizeVolume" metadata.
         package enum ResizeVolume: Sendable {
             /// Request type for "ResizeVolume".
@@ -316,6 +329,7 @@ package enum Haptera_V1_VolumeService: Sendable {
             ListSnapshots.descriptor,
             GetSnapshot.descriptor,
             DeleteSnapshot.descriptor,
+            RevertVolume.descriptor,
             ResizeVolume.descriptor,
             ScrubVolume.descriptor
         ]
@@ -681,6 +695,25 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteSnapshotRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse>
+
+        /// Handle the "RevertVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+        /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_RevertVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Snapshot` messages.
+        func revertVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_RevertVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot>
 
         /// Handle the "ResizeVolume" method.
         ///
@@ -1070,6 +1103,25 @@ extension Haptera_V1_VolumeService {
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>
 
+        /// Handle the "RevertVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+        /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_RevertVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Snapshot` message.
+        func revertVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_RevertVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot>
+
         /// Handle the "ResizeVolume" method.
         ///
         /// > Source IDL Documentation:
@@ -1457,6 +1509,25 @@ extension Haptera_V1_VolumeService {
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_DeleteSnapshotResponse
 
+        /// Handle the "RevertVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+        /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_RevertVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Snapshot` to respond with.
+        func revertVolume(
+            request: Haptera_V1_RevertVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Snapshot
+
         /// Handle the "ResizeVolume" method.
         ///
         /// > Source IDL Documentation:
@@ -1714,6 +1785,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.RevertVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_RevertVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Snapshot>(),
+            handler: { request, context in
+                try await self.revertVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: Haptera_V1_VolumeService.Method.ResizeVolume.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ResizeVolumeRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
@@ -1944,6 +2026,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse> {
         let response = try await self.deleteSnapshot(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func revertVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_RevertVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot> {
+        let response = try await self.revertVolume(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2220,6 +2313,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse> {
         return GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>(
             message: try await self.deleteSnapshot(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func revertVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_RevertVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot> {
+        return GRPCCore.ServerResponse<Haptera_V1_Snapshot>(
+            message: try await self.revertVolume(
                 request: request.message,
                 context: context
             ),
@@ -2694,6 +2800,30 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_DeleteSnapshotResponse>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "RevertVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+        /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_RevertVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_RevertVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func revertVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_RevertVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_RevertVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "ResizeVolume" method.
@@ -3404,6 +3534,41 @@ extension Haptera_V1_VolumeService {
             )
         }
 
+        /// Call the "RevertVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+        /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_RevertVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_RevertVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func revertVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_RevertVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_RevertVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.RevertVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
         /// Call the "ResizeVolume" method.
         ///
         /// > Source IDL Documentation:
@@ -4022,6 +4187,36 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteSnapshotRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_DeleteSnapshotResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "RevertVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+    /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_RevertVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func revertVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_RevertVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.revertVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_RevertVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Snapshot>(),
             options: options,
             onResponse: handleResponse
         )
@@ -4709,6 +4904,40 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.deleteSnapshot(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "RevertVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The volume becomes what a snapshot holds; answers with the snapshot of what it held before.
+    /// > FAILED_PRECONDITION while a client is connected. May be repeated with the same names.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func revertVolume<Result>(
+        _ message: Haptera_V1_RevertVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_RevertVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.revertVolume(
             request: request,
             options: options,
             onResponse: handleResponse

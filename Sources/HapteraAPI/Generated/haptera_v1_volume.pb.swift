@@ -1087,6 +1087,34 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
   /// Of the volume when it was taken.
   package var sizeBytes: UInt64 = 0
 
+  /// The snapshot that it came after: usually the one before it, another one after a revert. Empty:
+  /// none that is left.
+  package var parent: String = String()
+
+  /// The volume came after this one: it is what the next snapshot's parent would be.
+  package var isVolumeParent: Bool = false
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_RevertVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  /// What to go back to.
+  package var snapshot: String = String()
+
+  /// The name of the snapshot that what is there now becomes.
+  package var keep: String = String()
+
+  /// How long the engine may take before the answer is DEADLINE_EXCEEDED; 0: a minute.
+  package var timeoutMilliseconds: UInt64 = 0
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -2755,7 +2783,7 @@ nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, S
 
 nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Snapshot"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2770,6 +2798,8 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
       case 5: try { try decoder.decodeSingularStringField(value: &self.uri) }()
       case 6: try { try decoder.decodeSingularStringField(value: &self.unixUri) }()
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
+      case 8: try { try decoder.decodeSingularStringField(value: &self.parent) }()
+      case 9: try { try decoder.decodeSingularBoolField(value: &self.isVolumeParent) }()
       default: break
       }
     }
@@ -2797,6 +2827,12 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if self.sizeBytes != 0 {
       try visitor.visitSingularUInt64Field(value: self.sizeBytes, fieldNumber: 7)
     }
+    if !self.parent.isEmpty {
+      try visitor.visitSingularStringField(value: self.parent, fieldNumber: 8)
+    }
+    if self.isVolumeParent != false {
+      try visitor.visitSingularBoolField(value: self.isVolumeParent, fieldNumber: 9)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2808,6 +2844,53 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if lhs.uri != rhs.uri {return false}
     if lhs.unixUri != rhs.unixUri {return false}
     if lhs.sizeBytes != rhs.sizeBytes {return false}
+    if lhs.parent != rhs.parent {return false}
+    if lhs.isVolumeParent != rhs.isVolumeParent {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_RevertVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".RevertVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}snapshot\0\u{1}keep\0\u{3}timeout_milliseconds\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.snapshot) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.keep) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.snapshot.isEmpty {
+      try visitor.visitSingularStringField(value: self.snapshot, fieldNumber: 2)
+    }
+    if !self.keep.isEmpty {
+      try visitor.visitSingularStringField(value: self.keep, fieldNumber: 3)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_RevertVolumeRequest, rhs: Haptera_V1_RevertVolumeRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.snapshot != rhs.snapshot {return false}
+    if lhs.keep != rhs.keep {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

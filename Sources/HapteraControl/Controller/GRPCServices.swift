@@ -189,6 +189,13 @@ extension VolumeService {
         return Haptera_V1_DeleteSnapshotResponse()
     }
 
+    func revertVolume(
+        request: Haptera_V1_RevertVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Snapshot {
+        _ = try checked(request.volume)
+        return try await controller.revertVolume(request)
+    }
+
     func resizeVolume(
         request: Haptera_V1_ResizeVolumeRequest, context: ServerContext
     ) async throws -> Haptera_V1_Volume {

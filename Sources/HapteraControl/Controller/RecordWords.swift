@@ -31,7 +31,7 @@ struct RecordWords {
             if let joining = record.joining {
                 parts.append("\(replica(joining.replica)) joins: it is being filled")
             }
-        case .removal, .promotion, .administration, .snapshot, .resize: break
+        case .removal, .promotion, .administration, .snapshot, .resize, .revert: break
         }
         if record.change != .salvage {
             for member in left {
@@ -81,6 +81,14 @@ struct RecordWords {
         // Nobody asked for it when the copy to go on from never had the snapshot.
         let isLost = record.change == .salvage || record.change == .reconstruction
         let end = isLost ? "gave up" : "deleted"
+        if record.change == .revert, let kept = taken.first {
+            let target = record.reverts.last.flatMap { revert in
+                record.snapshots.first { $0.layer == revert.target }
+            }
+            return [
+                "went back to snapshot \(target?.name ?? "?"), kept what was there as \(kept.name)"
+            ]
+        }
         return taken.map { "took snapshot \($0.name)" }
             + gone.map { "\(end) snapshot \($0.name)" }
     }

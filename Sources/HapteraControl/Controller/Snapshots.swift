@@ -93,6 +93,87 @@ extension Controller {
             failure?.message ?? "its engine says so", ifNamed: "the volume names it still")
     }
 
+    /// Answers when the volume holds what the snapshot does, with the snapshot of what it held.
+    package func revertVolume(
+        _ request: Haptera_V1_RevertVolumeRequest
+    ) async throws -> Haptera_V1_Snapshot {
+        try Self.check(request.snapshot)
+        try Self.check(request.keep)
+        let (stored, node) = try await knowingNodes {
+            let stored = try await store.volume(named: request.volume)
+            return (stored, try nodeThatReverts(request, stored))
+        }
+        try await tasks.requireConnected(node)
+        try await store.addEvent(
+            "RevertRequested", "volume/\(request.volume)",
+            "to snapshot \(request.snapshot), keeping \(request.keep)", by: Caller.current)
+        changes.notify()
+        do {
+            try await revert(request, stored, on: node)
+        } catch let error as ControlError where error.code == .inDoubt {
+            throw await doubt(
+                "to \(request.snapshot)", of: request.volume, error.message)
+        }
+        changes.notify()
+        if let kept = try await existing(request.keep, of: request.volume) { return kept }
+        throw await doubt(
+            "to \(request.snapshot)", of: request.volume,
+            "its engine says so, and the record does not name '\(request.keep)'")
+    }
+
+    /// The node whose engine can do it.
+    private func nodeThatReverts(
+        _ request: Haptera_V1_RevertVolumeRequest, _ stored: StoredVolume
+    ) throws -> String {
+        let volume = stored.volume.name
+        guard let record = stored.record,
+            let target = record.snapshot(named: request.snapshot)
+        else { throw Self.unknown(request.snapshot, of: volume) }
+        if let kept = record.snapshot(named: request.keep) {
+            guard record.hasReverted(to: target, keeping: kept) else {
+                throw Self.refused(
+                    "volume '\(volume)' has a snapshot '\(request.keep)' already: choose another "
+                        + "name for what is to be kept")
+            }
+        } else if !record.mayRevert(keeping: request.keep) {
+            throw Self.refused(
+                "the record of volume '\(volume)' has no room for another revert, or for the "
+                    + "snapshot that one keeps: delete snapshots, above all those that reverts "
+                    + "have kept")
+        }
+        guard let node = try servingNode(stored) else {
+            throw Self.refused(
+                "volume '\(volume)' is not attached, and only its engine can revert it: attach it "
+                    + "first, and connect no client: storagectl volume attach \(volume)")
+        }
+        return node
+    }
+
+    private func revert(
+        _ request: Haptera_V1_RevertVolumeRequest, _ stored: StoredVolume, on node: String
+    ) async throws {
+        let timeout = Self.timeout(request.timeoutMilliseconds)
+        let created = UInt64(clamping: store.clock())
+        _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
+            $0.revertToSnapshot.volumeID = stored.volume.id
+            $0.revertToSnapshot.clientGeneration = UInt64(stored.volume.clientGeneration)
+            $0.revertToSnapshot.snapshot = request.snapshot
+            $0.revertToSnapshot.keep = request.keep
+            $0.revertToSnapshot.createdUnixMilliseconds = created
+            $0.revertToSnapshot.timeoutMilliseconds = timeout
+        }
+    }
+
+    private func doubt(
+        _ what: String, of volume: String, _ reason: String
+    ) async -> ControlError {
+        let trouble = (try? await store.volume(named: volume)).map { view($0).reason } ?? ""
+        return ControlError(
+            .inDoubt,
+            "it is not known whether volume '\(volume)' was reverted \(what): \(reason)"
+                + (trouble.isEmpty ? "" : " (\(trouble))"))
+    }
+
     private func existing(
         _ snapshot: String, of name: String
     ) async throws -> Haptera_V1_Snapshot? {
@@ -251,6 +332,10 @@ extension Controller {
         message.layer = snapshot.layer.rawValue
         message.createdUnixMilliseconds = Int64(clamping: snapshot.created)
         message.sizeBytes = record?.size(of: snapshot.layer) ?? volume.sizeBytes
+        if let record {
+            message.parent = record.parent(of: snapshot.layer)?.name ?? ""
+            message.isVolumeParent = record.parent(of: record.head) == snapshot
+        }
         if volume.state == .attached {
             message.uri = SnapshotExport.uri(volume.engine.uri, snapshot.name)
             message.unixUri = SnapshotExport.uri(volume.engine.unixUri, snapshot.name)

@@ -224,6 +224,18 @@ package actor EngineUnit {
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
     }
 
+    /// Answers when the volume holds what the snapshot does.
+    func revert(_ request: Haptera_V1_RevertToSnapshot) async throws {
+        try requireServing(request.clientGeneration)
+        try Self.requireWord(request.snapshot)
+        try Self.requireWord(request.keep)
+        _ = try await context.host.request(
+            supervision.files.control,
+            "revert snapshot=\(request.snapshot) keep=\(request.keep) "
+                + "created=\(request.createdUnixMilliseconds)",
+            timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
+    }
+
     /// Answers when the record does not name the snapshot any more, or never did.
     func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshot) async throws {
         try requireServing(request.clientGeneration)

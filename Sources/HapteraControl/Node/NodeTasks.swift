@@ -25,6 +25,7 @@ extension NodeAgent {
             case .deleteSnapshot(let request): try await deleteSnapshot(request)
             case .growVolume(let request): try await growVolume(request)
             case .scrubVolume(let request): try await scrubVolume(request)
+            case .revertToSnapshot(let request): try await revert(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
         } catch let error as ControlSocket.NoAnswer {
@@ -45,6 +46,12 @@ extension NodeAgent {
     private func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshot) async throws {
         try await askEngine(of: request.volumeID, doubt: SnapshotResult.deletionDoubtText) {
             try await $0.deleteSnapshot(request)
+        }
+    }
+
+    private func revert(_ request: Haptera_V1_RevertToSnapshot) async throws {
+        try await askEngine(of: request.volumeID, doubt: SnapshotResult.revertDoubtText) {
+            try await $0.revert(request)
         }
     }
 

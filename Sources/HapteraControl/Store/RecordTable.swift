@@ -97,6 +97,11 @@ extension MetadataStore {
             let sizes = "\(VolumeSize.text(old.size)) to \(VolumeSize.text(new.size))"
             try addEvent(db, "VolumeResized", subject, "\(sizes), \(epoch)", by: engine)
         }
+        if new.change == .revert, let revert = new.reverts.last {
+            let target = new.snapshots.first { $0.layer == revert.target }
+            let text = "to snapshot \(target?.name ?? "?"), \(epoch)"
+            try addEvent(db, "VolumeReverted", subject, text, by: engine)
+        }
         for snapshot in new.snapshots where !old.snapshots.contains(snapshot) {
             let text = "snapshot \(snapshot.name), layer \(snapshot.layer.rawValue), \(epoch)"
             try addEvent(db, "SnapshotCreated", subject, text, by: engine)
