@@ -13,6 +13,7 @@ extension Presentation {
             ("sizeBytes", .number(snapshot.sizeBytes)),
             ("uri", .optional(snapshot.uri)),
             ("unixURI", .optional(snapshot.unixUri)),
+            ("labels", value(snapshot.labels)),
         ])
     }
 
@@ -25,9 +26,9 @@ extension Presentation {
                 snapshot.name, created(snapshot), age(snapshot, now), "\(snapshot.layer)",
                 VolumeSize.text(snapshot.sizeBytes),
             ]
-            return wide ? row + [snapshot.uri] : row
+            return wide ? row + [snapshot.uri, Labels.text(snapshot.labels)] : row
         }
-        return TextTable(wide ? header + ["URI"] : header, rows)
+        return TextTable(wide ? header + ["URI", "LABELS"] : header, rows)
     }
 
     package static func details(_ snapshot: Haptera_V1_Snapshot, now: Date) -> String {
@@ -37,6 +38,9 @@ extension Presentation {
             "layer:       \(snapshot.layer)",
             "size:        \(VolumeSize.text(snapshot.sizeBytes)) (\(snapshot.sizeBytes) bytes)",
         ]
+        if !snapshot.labels.isEmpty {
+            lines.append("labels:      \(Labels.text(snapshot.labels))")
+        }
         if snapshot.uri.isEmpty, snapshot.unixUri.isEmpty {
             lines.append(
                 "attach the volume to read it: storagectl volume attach \(snapshot.volume)")

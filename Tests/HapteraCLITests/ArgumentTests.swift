@@ -75,6 +75,9 @@ import Testing
         "snapshot show v s -o json", "snapshot delete v s", "snapshot delete v s --yes -o json",
         "snapshot diff v a", "snapshot diff v a b --summary -o json", "snapshot mount-info v s",
         "snapshot export v s file --format qcow2 --force", "snapshot export v s -",
+        "volume create v --size 1GiB --label a=1 --label example.com/b=",
+        "volume label v a=1 b- example.com/c=x", "volume list --selector a=1,!b",
+        "snapshot create v s --label a=1", "snapshot list v --selector a!=1",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -93,6 +96,10 @@ import Testing
         "snapshot delete v .s", "snapshot delete v s t", "snapshot diff v", "snapshot diff v a b c",
         "snapshot export v s", "snapshot export v s - --format qcow2", "snapshot export v s d/",
         "snapshot export v s f --format vmdk", "snapshot mount-info v",
+        "volume create v --size 1GiB --label a", "volume create v --size 1GiB --label a-",
+        "volume create v --size 1GiB --label a=1 --label a=2", "volume label v", "volume label v a",
+        "volume label v a=1 a-", "volume label v haptera.io/a=1", "volume list --selector a,",
+        "snapshot create v s --label haptera.io/schedule=x", "snapshot list v --selector =",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

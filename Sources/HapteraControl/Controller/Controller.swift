@@ -278,6 +278,18 @@ package actor Controller {
     ) async throws -> Haptera_V1_Volume {
         try changed(await store.updateVolume(name, settings))
     }
+    package func label(
+        _ name: String, set: [String: String], remove: [String]
+    ) async throws -> Haptera_V1_Volume {
+        try changed(await store.labelVolume(name, set: set, remove: remove))
+    }
+    static func selector(_ text: String) throws(ControlError) -> LabelSelector {
+        do {
+            return try LabelSelector(text)
+        } catch {
+            throw ControlError(.invalid, error.message)
+        }
+    }
     /// `instance`: the engine process whose question the caller has seen.
     package func acceptLoss(_ name: String, instance: UInt64) async throws -> Haptera_V1_Volume {
         let now = view(try await store.volume(named: name))

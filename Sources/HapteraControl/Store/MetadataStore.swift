@@ -57,6 +57,7 @@ package final class MetadataStore: Sendable {
             try db.execute(
                 sql: "ALTER TABLE volumes ADD COLUMN isScratch INTEGER NOT NULL DEFAULT 0")
         }
+        registerLabels(&migrator)
         return migrator
     }
 
