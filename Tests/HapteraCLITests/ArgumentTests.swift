@@ -78,6 +78,8 @@ import Testing
         "volume create v --size 1GiB --label a=1 --label example.com/b=",
         "volume label v a=1 b- example.com/c=x", "volume list --selector a=1,!b",
         "snapshot create v s --label a=1", "snapshot list v --selector a!=1",
+        "schedule create s --cron @hourly --snapshot --retain 24 --all", "schedule list --watch",
+        "schedule show s", "schedule pause s", "schedule resume s", "schedule delete s -q",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)

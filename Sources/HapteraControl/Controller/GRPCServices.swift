@@ -390,6 +390,7 @@ struct HealthService: Grpc_Health_V1_Health.SimpleServiceProtocol {
     let controller: Controller
     private static let services: Set<String> = [
         "", "haptera.v1.VolumeService", "haptera.v1.ClusterService", "haptera.v1.AgentService",
+        "haptera.v1.ScheduleService",
     ]
 
     func check(
