@@ -73,11 +73,13 @@ package indirect enum OutputValue: Equatable, Sendable {
         switch self {
         case .object(let fields) where !fields.isEmpty:
             for (name, value) in fields {
+                // Keys of labels may be words YAML would take for something else.
+                let name = indent + Self.text(name).scalar + ":"
                 if value.isNested {
-                    lines.append(indent + name + ":")
+                    lines.append(name)
                     lines += value.yaml(indent: indent + "  ")
                 } else {
-                    lines.append(indent + name + ": " + value.scalar)
+                    lines.append(name + " " + value.scalar)
                 }
             }
         case .list(let elements) where !elements.isEmpty:

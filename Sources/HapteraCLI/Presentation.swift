@@ -21,6 +21,7 @@ package enum Presentation {
             ("replicaCount", .number(UInt64(volume.replicaCount))),
             ("snapshotCount", .number(UInt64(volume.snapshotCount))),
             ("settings", value(volume.settings)),
+            ("labels", value(volume.labels)),
         ])
     }
 
@@ -111,10 +112,12 @@ package enum Presentation {
             ]
             let more = [
                 "\(volume.epoch)", "\(volume.snapshotCount)", volume.engine.uri, volume.id,
+                Labels.text(volume.labels),
             ]
             return wide ? row + more : row
         }
-        return TextTable(wide ? header + ["EPOCH", "SNAPSHOTS", "URI", "ID"] : header, rows)
+        let more = ["EPOCH", "SNAPSHOTS", "URI", "ID", "LABELS"]
+        return TextTable(wide ? header + more : header, rows)
     }
 
     package static func details(_ volume: Haptera_V1_Volume, wide: Bool) -> String {
@@ -126,6 +129,7 @@ package enum Presentation {
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
         lines.append("epoch:       \(volume.epoch)")
         if volume.snapshotCount > 0 { lines.append("snapshots:   \(volume.snapshotCount)") }
+        if !volume.labels.isEmpty { lines.append("labels:      \(Labels.text(volume.labels))") }
         lines.append("settings:    \(line(volume.settings))")
         if volume.hasEngine {
             let engine = volume.engine

@@ -68,6 +68,7 @@ package struct Session: Sendable {
     package let deadline: ContinuousClock.Instant
 
     package var volumes: Haptera_V1_VolumeService.Client<Transport> { .init(wrapping: client) }
+    package var schedules: Haptera_V1_ScheduleService.Client<Transport> { .init(wrapping: client) }
     package var cluster: Haptera_V1_ClusterService.Client<Transport> { .init(wrapping: client) }
 
     /// Connects to the server the options, the environment or the context name.

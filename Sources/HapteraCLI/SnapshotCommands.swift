@@ -52,6 +52,7 @@ extension SnapshotCommand {
             transform: SnapshotArgument.init(typed:))
         package var name: SnapshotArgument?
 
+        @OptionGroup package var labels: LabelOptions
         @OptionGroup package var options: GlobalOptions
         package init() {}
 
@@ -60,7 +61,8 @@ extension SnapshotCommand {
             let name =
                 name ?? SnapshotArgument(generatedAt: .now, random: .random(in: 0 ... .max))
             try await Session.run(options) { session in
-                let snapshot = try await session.createSnapshot(name.text, of: volume.text)
+                let snapshot = try await session.createSnapshot(
+                    name.text, of: volume.text, labels: labels.map)
                 session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
                     Presentation.taken(snapshot)
                 }
@@ -75,6 +77,11 @@ extension SnapshotCommand {
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
         package var volume: Label
 
+        @Option(
+            help: "Only those whose labels match, as in app=db,tier!=test.",
+            transform: SelectorArgument.init(typed:))
+        package var selector: SelectorArgument?
+
         @Flag(help: "List again whenever something changes.")
         package var watch = false
 
@@ -86,6 +93,7 @@ extension SnapshotCommand {
                 try await session.list(watch: watch) {
                     var request = Haptera_V1_ListSnapshotsRequest()
                     request.volume = volume.text
+                    request.selector = selector?.text ?? ""
                     let snapshots = try await session.volumes.listSnapshots(
                         request, options: session.watchOptions
                     ).snapshots
@@ -169,7 +177,7 @@ extension Session {
     private static let snapshotMargin = Duration.seconds(4)
 
     func createSnapshot(
-        _ name: String, of volume: String
+        _ name: String, of volume: String, labels: [String: String]
     ) async throws -> Haptera_V1_Snapshot {
         let progress = Progress(options)
         defer { progress.clear() }
@@ -179,6 +187,7 @@ extension Session {
                 var request = Haptera_V1_CreateSnapshotRequest()
                 request.volume = volume
                 request.name = name
+                request.labels = labels
                 request.timeoutMilliseconds = engineTimeoutMilliseconds
                 return try await volumes.createSnapshot(request, options: callOptions)
             }

@@ -15,6 +15,7 @@ extension Presentation {
             ("isVolumeParent", .flag(snapshot.isVolumeParent)),
             ("uri", .optional(snapshot.uri)),
             ("unixURI", .optional(snapshot.unixUri)),
+            ("labels", value(snapshot.labels)),
         ])
     }
 
@@ -32,14 +33,13 @@ extension Presentation {
                 VolumeSize.text(snapshot.sizeBytes),
             ]
             if !isChain { row.append(snapshot.parent.isEmpty ? "-" : snapshot.parent) }
-            return wide ? row + [snapshot.uri] : row
+            return wide ? row + [snapshot.uri, Labels.text(snapshot.labels)] : row
         }
-        if !isChain {
-            let parent = snapshots.first(where: \.isVolumeParent)?.name ?? "-"
-            rows.append(["(volume)", "-", "-", "-", "-", parent] + (wide ? [""] : []))
+        if !isChain, let parent = snapshots.first(where: \.isVolumeParent)?.name {
+            rows.append(["(volume)", "-", "-", "-", "-", parent] + (wide ? ["", ""] : []))
         }
         let tree = isChain ? header : header + ["PARENT"]
-        return TextTable(wide ? tree + ["URI"] : tree, rows)
+        return TextTable(wide ? tree + ["URI", "LABELS"] : tree, rows)
     }
 
     package static func details(_ snapshot: Haptera_V1_Snapshot, now: Date) -> String {
@@ -50,6 +50,9 @@ extension Presentation {
             "size:        \(VolumeSize.text(snapshot.sizeBytes)) (\(snapshot.sizeBytes) bytes)",
         ]
         if !snapshot.parent.isEmpty { lines.append("parent:      \(snapshot.parent)") }
+        if !snapshot.labels.isEmpty {
+            lines.append("labels:      \(Labels.text(snapshot.labels))")
+        }
         if snapshot.uri.isEmpty, snapshot.unixUri.isEmpty {
             lines.append(
                 "attach the volume to read it: storagectl volume attach \(snapshot.volume)")

@@ -14,7 +14,8 @@ package struct Storagectl: AsyncParsableCommand {
         version: HapteraVersion.text,
         subcommands: [
             ClusterCommand.self, StatusCommand.self, VolumeCommand.self, SnapshotCommand.self,
-            ReplicaCommand.self, NodeCommand.self, StoreCommand.self, ChaosCommand.self,
+            ScheduleCommand.self, ReplicaCommand.self, NodeCommand.self, StoreCommand.self,
+            ChaosCommand.self,
             EventsCommand.self, VersionCommand.self, CompletionCommand.self,
         ])
     package init() {}

@@ -10,8 +10,8 @@ package struct VolumeCommand: AsyncParsableCommand {
         commandName: "volume", abstract: "Create, attach, look at and delete volumes.",
         subcommands: [
             Create.self, List.self, Show.self, Why.self, Update.self, Attach.self, Detach.self,
-            Resize.self, Scrub.self,
-            ScrubStatus.self, AcceptLoss.self, Salvage.self, Delete.self,
+            Resize.self, SetLabels.self, Scrub.self, ScrubStatus.self, AcceptLoss.self,
+            Salvage.self, Delete.self,
         ])
     package init() {}
 }
@@ -65,6 +65,7 @@ extension VolumeCommand {
         @Flag(help: "For tests only: 'storagectl chaos run' may break it and write over it.")
         package var scratch = false
 
+        @OptionGroup package var labels: LabelOptions
         @OptionGroup package var settings: SettingsOptions
         @OptionGroup package var options: GlobalOptions
         package init() {}
@@ -83,6 +84,7 @@ extension VolumeCommand {
                 request.replicas = UInt32(replicas)
                 request.nodes = node.map(\.text)
                 request.settings = settings.message
+                request.labels = labels.map
                 request.scratch = scratch
                 let wanted = request
                 _ = try await session.change {
@@ -114,6 +116,11 @@ extension VolumeCommand {
     package struct List: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(abstract: "List all volumes.")
 
+        @Option(
+            help: "Only those whose labels match, as in app=db,tier!=test.",
+            transform: SelectorArgument.init(typed:))
+        package var selector: SelectorArgument?
+
         @Flag(help: "List again whenever something changes.")
         package var watch = false
 
@@ -123,8 +130,10 @@ extension VolumeCommand {
         package func run() async throws {
             try await Session.run(options) { session in
                 try await session.list(watch: watch) {
+                    var request = Haptera_V1_ListVolumesRequest()
+                    request.selector = selector?.text ?? ""
                     let volumes = try await session.volumes.listVolumes(
-                        Haptera_V1_ListVolumesRequest(), options: session.watchOptions
+                        request, options: session.watchOptions
                     ).volumes
                     return (
                         .list(volumes.map { Presentation.value($0) }),

@@ -76,6 +76,11 @@ import Testing
         "snapshot diff v a", "snapshot diff v a b --summary -o json", "snapshot mount-info v s",
         "snapshot revert v s --keep before --yes", "snapshot revert v s",
         "snapshot export v s file --format qcow2 --force", "snapshot export v s -",
+        "volume create v --size 1GiB --label a=1 --label example.com/b=",
+        "volume label v a=1 b- example.com/c=x", "volume list --selector a=1,!b",
+        "snapshot create v s --label a=1", "snapshot list v --selector a!=1",
+        "schedule create s --cron @hourly --snapshot --retain 24 --all", "schedule list --watch",
+        "schedule show s", "schedule pause s", "schedule resume s", "schedule delete s -q",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -95,6 +100,10 @@ import Testing
         "snapshot export v s", "snapshot export v s - --format qcow2", "snapshot export v s d/",
         "snapshot revert v", "snapshot revert v s --keep .k", "snapshot revert v a/b",
         "snapshot export v s f --format vmdk", "snapshot mount-info v",
+        "volume create v --size 1GiB --label a", "volume create v --size 1GiB --label a-",
+        "volume create v --size 1GiB --label a=1 --label a=2", "volume label v", "volume label v a",
+        "volume label v a=1 a-", "volume label v haptera.io/a=1", "volume list --selector a,",
+        "snapshot create v s --label haptera.io/schedule=x", "snapshot list v --selector =",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

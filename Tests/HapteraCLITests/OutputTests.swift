@@ -23,6 +23,7 @@ import Testing
         volume.engine.unixUri = "nbd+unix:///vol?socket=/d/e.nbd"
         volume.engine.connections = 2
         volume.replicaCount = 2
+        volume.labels = ["app": "db", "example.com/tier": ""]
         volume.settings.minInSync = 1
         volume.settings.leaseMilliseconds = 500
         volume.settings.removalDeadlineMilliseconds = 3000
@@ -101,9 +102,22 @@ import Testing
                     "leaseMilliseconds": 500,
                     "removalDeadlineMilliseconds": 3000,
                     "staleReplicaTimeoutMilliseconds": 1800000
+                  },
+                  "labels": {
+                    "app": "db",
+                    "example.com/tier": ""
                   }
                 }
                 """)
+    }
+
+    @Test func labelsOfVolumes() {
+        #expect(
+            Presentation.details(Self.volume(), wide: false)
+                .contains("\nlabels:      app=db, example.com/tier=\n"))
+        let wide = Presentation.table([Self.volume()], wide: true)
+        #expect(wide.header.last == "LABELS")
+        #expect(wide.rows[0].last == "app=db, example.com/tier=")
     }
 
     @Test func settingsForPeople() {
@@ -219,7 +233,7 @@ import Testing
         let value = OutputValue.object([
             ("word", .text("attached")), ("number", .text("0123")), ("truth", .text("true")),
             ("uri", .text("nbd://h:1/v")), ("empty", .text("")), ("nothing", .null),
-            ("none", .list([])), ("count", .number(3)),
+            ("none", .list([])), ("count", .number(3)), ("true", .object([("a/b", .null)])),
             (
                 "list",
                 .list([.object([("a", .flag(true)), ("b", .list([.number(1)]))]), .text("x")])
@@ -235,6 +249,8 @@ import Testing
                 nothing: null
                 none: []
                 count: 3
+                "true":
+                  "a/b": null
                 list:
                   - a: true
                     b:

@@ -44,12 +44,21 @@ import Testing
                   "parent": null,
                   "isVolumeParent": true,
                   "uri": "nbd://127.0.0.1:20000/vol@s",
-                  "unixURI": "nbd+unix:///vol@s?socket=/d/e.nbd"
+                  "unixURI": "nbd+unix:///vol@s?socket=/d/e.nbd",
+                  "labels": {}
                 }
                 """)
         #expect(
             Presentation.value(Self.snapshot("s", readable: false)).json(pretty: false)
-                .hasSuffix(#""uri":null,"unixURI":null}"#))
+                .hasSuffix(#""uri":null,"unixURI":null,"labels":{}}"#))
+        var labelled = Self.snapshot("s")
+        labelled.labels = ["b": "2", "a": "", "haptera.io/schedule": "hourly"]
+        #expect(
+            Presentation.value(labelled).json(pretty: false)
+                .hasSuffix(#""labels":{"a":"","b":"2","haptera.io/schedule":"hourly"}}"#))
+        #expect(
+            Presentation.details(labelled, now: Self.now)
+                .contains("\nlabels:      a=, b=2, haptera.io/schedule=hourly\n"))
     }
 
     @Test func asTable() {
@@ -67,11 +76,15 @@ import Testing
                 new    2026-11-28T18:32:15Z  0s     13     1.5GiB
                 """)
         #expect(
-            Presentation.table([Self.snapshot("s", layer: 12)], now: Self.now, wide: true).text
-                == """
-                NAME  CREATED               AGE    LAYER  SIZE    URI
-                s     2026-11-28T17:30:05Z  1h 2m  12     1.5GiB  nbd://127.0.0.1:20000/vol@s
-                """)
+            Presentation.table([Self.snapshot("s", layer: 12)], now: Self.now, wide: true)
+                == TextTable(
+                    ["NAME", "CREATED", "AGE", "LAYER", "SIZE", "URI", "LABELS"],
+                    [
+                        [
+                            "s", "2026-11-28T17:30:05Z", "1h 2m", "12", "1.5GiB",
+                            "nbd://127.0.0.1:20000/vol@s", "",
+                        ]
+                    ]))
     }
 
     @Test func aRevertMakesATree() {

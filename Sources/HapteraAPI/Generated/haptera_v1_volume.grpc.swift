@@ -308,6 +308,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "LabelVolume" metadata.
+        package enum LabelVolume: Sendable {
+            /// Request type for "LabelVolume".
+            package typealias Input = Haptera_V1_LabelVolumeRequest
+            /// Response type for "LabelVolume".
+            package typealias Output = Haptera_V1_Volume
+            /// Descriptor for "LabelVolume".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "LabelVolume",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -331,7 +344,8 @@ package enum Haptera_V1_VolumeService: Sendable {
             DeleteSnapshot.descriptor,
             RevertVolume.descriptor,
             ResizeVolume.descriptor,
-            ScrubVolume.descriptor
+            ScrubVolume.descriptor,
+            LabelVolume.descriptor
         ]
     }
 }
@@ -755,6 +769,24 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ScrubVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "LabelVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_LabelVolumeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Volume` messages.
+        func labelVolume(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_LabelVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -1160,6 +1192,24 @@ extension Haptera_V1_VolumeService {
         /// - Returns: A response containing a single `Haptera_V1_Volume` message.
         func scrubVolume(
             request: GRPCCore.ServerRequest<Haptera_V1_ScrubVolumeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "LabelVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_LabelVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Volume` message.
+        func labelVolume(
+            request: GRPCCore.ServerRequest<Haptera_V1_LabelVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
     }
@@ -1568,6 +1618,24 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_ScrubVolumeRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "LabelVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_LabelVolumeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Volume` to respond with.
+        func labelVolume(
+            request: Haptera_V1_LabelVolumeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Volume
     }
 }
 
@@ -1817,6 +1885,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.LabelVolume.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_LabelVolumeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
+            handler: { request, context in
+                try await self.labelVolume(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -2059,6 +2138,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
         let response = try await self.scrubVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func labelVolume(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_LabelVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
+        let response = try await self.labelVolume(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2352,6 +2442,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
         return GRPCCore.ServerResponse<Haptera_V1_Volume>(
             message: try await self.scrubVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func labelVolume(
+        request: GRPCCore.ServerRequest<Haptera_V1_LabelVolumeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
+        return GRPCCore.ServerResponse<Haptera_V1_Volume>(
+            message: try await self.labelVolume(
                 request: request.message,
                 context: context
             ),
@@ -2872,6 +2975,29 @@ extension Haptera_V1_VolumeService {
         func scrubVolume<Result>(
             request: GRPCCore.ClientRequest<Haptera_V1_ScrubVolumeRequest>,
             serializer: some GRPCCore.MessageSerializer<Haptera_V1_ScrubVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "LabelVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_LabelVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_LabelVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func labelVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_LabelVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_LabelVolumeRequest>,
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
@@ -3641,6 +3767,40 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "LabelVolume" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_LabelVolumeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_LabelVolumeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Volume` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func labelVolume<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_LabelVolumeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_LabelVolumeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.LabelVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -4279,6 +4439,35 @@ extension Haptera_V1_VolumeService.ClientProtocol {
         try await self.scrubVolume(
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ScrubVolumeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "LabelVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_LabelVolumeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func labelVolume<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_LabelVolumeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.labelVolume(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_LabelVolumeRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
             options: options,
             onResponse: handleResponse
@@ -5009,6 +5198,39 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.scrubVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "LabelVolume" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Sets and removes labels of a volume and leaves its others. Idempotent.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func labelVolume<Result>(
+        _ message: Haptera_V1_LabelVolumeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_LabelVolumeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.labelVolume(
             request: request,
             options: options,
             onResponse: handleResponse

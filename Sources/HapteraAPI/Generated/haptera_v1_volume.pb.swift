@@ -348,6 +348,12 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._snapshotCount = newValue}
   }
 
+  /// Keys and values as in Kubernetes; at most 64.
+  package var labels: Dictionary<String,String> {
+    get {_storage._labels}
+    set {_uniqueStorage()._labels = newValue}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -654,6 +660,9 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   /// Clears the value of `settings`. Subsequent reads from it will return its default value.
   package mutating func clearSettings() {self._settings = nil}
 
+  /// Keys of the prefix haptera.io are the controller's.
+  package var labels: Dictionary<String,String> = [:]
+
   /// For tests: faults may be injected, and its data may be overwritten.
   package var scratch: Bool = false
 
@@ -662,6 +671,23 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   package init() {}
 
   fileprivate var _settings: Haptera_V1_VolumeSettings? = nil
+}
+
+package nonisolated struct Haptera_V1_LabelVolumeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var set: Dictionary<String,String> = [:]
+
+  /// Keys; those that are not there are no error.
+  package var remove: [String] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 package nonisolated struct Haptera_V1_UpdateVolumeRequest: Sendable {
@@ -755,6 +781,9 @@ package nonisolated struct Haptera_V1_ListVolumesRequest: Sendable {
 
   /// Empty: all volumes.
   package var name: String = String()
+
+  /// As in "app=db,tier!=test,backup,!old"; empty: whatever the labels.
+  package var selector: String = String()
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1094,6 +1123,9 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
   /// The volume came after this one: it is what the next snapshot's parent would be.
   package var isVolumeParent: Bool = false
 
+  /// haptera.io/schedule names the schedule that took it.
+  package var labels: Dictionary<String,String> = [:]
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -1162,6 +1194,9 @@ package nonisolated struct Haptera_V1_CreateSnapshotRequest: Sendable {
   /// How long the engine may take before the answer is DEADLINE_EXCEEDED; 0: a minute.
   package var timeoutMilliseconds: UInt64 = 0
 
+  /// Of one that exists: set beside those it has.
+  package var labels: Dictionary<String,String> = [:]
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -1173,6 +1208,9 @@ package nonisolated struct Haptera_V1_ListSnapshotsRequest: Sendable {
   // methods supported on all messages.
 
   package var volume: String = String()
+
+  /// As for ListVolumes.
+  package var selector: String = String()
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1304,7 +1342,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{11}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{2}\u{a}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1323,6 +1361,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _replicaCount: UInt32 = 0
     var _decisionInstance: UInt64 = 0
     var _snapshotCount: UInt32 = 0
+    var _labels: Dictionary<String,String> = [:]
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1349,6 +1388,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _replicaCount = source._replicaCount
       _decisionInstance = source._decisionInstance
       _snapshotCount = source._snapshotCount
+      _labels = source._labels
     }
   }
 
@@ -1382,6 +1422,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 21: try { try decoder.decodeSingularUInt32Field(value: &_storage._replicaCount) }()
         case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
         case 23: try { try decoder.decodeSingularUInt32Field(value: &_storage._snapshotCount) }()
+        case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &_storage._labels) }()
         case 40: try { try decoder.decodeSingularBoolField(value: &_storage._scratch) }()
         default: break
         }
@@ -1440,6 +1481,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if _storage._snapshotCount != 0 {
         try visitor.visitSingularUInt32Field(value: _storage._snapshotCount, fieldNumber: 23)
       }
+      if !_storage._labels.isEmpty {
+        try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: _storage._labels, fieldNumber: 30)
+      }
       if _storage._scratch != false {
         try visitor.visitSingularBoolField(value: _storage._scratch, fieldNumber: 40)
       }
@@ -1468,6 +1512,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._replicaCount != rhs_storage._replicaCount {return false}
         if _storage._decisionInstance != rhs_storage._decisionInstance {return false}
         if _storage._snapshotCount != rhs_storage._snapshotCount {return false}
+        if _storage._labels != rhs_storage._labels {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -1857,7 +1902,7 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
 
 nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".CreateVolumeRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0\u{2}\u{14}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0\u{2}\u{a}labels\0\u{2}\u{a}scratch\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1870,6 +1915,7 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
       case 3: try { try decoder.decodeSingularUInt32Field(value: &self.replicas) }()
       case 4: try { try decoder.decodeRepeatedStringField(value: &self.nodes) }()
       case 20: try { try decoder.decodeSingularMessageField(value: &self._settings) }()
+      case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.labels) }()
       case 40: try { try decoder.decodeSingularBoolField(value: &self.scratch) }()
       default: break
       }
@@ -1896,6 +1942,9 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     try { if let v = self._settings {
       try visitor.visitSingularMessageField(value: v, fieldNumber: 20)
     } }()
+    if !self.labels.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.labels, fieldNumber: 30)
+    }
     if self.scratch != false {
       try visitor.visitSingularBoolField(value: self.scratch, fieldNumber: 40)
     }
@@ -1908,7 +1957,48 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     if lhs.replicas != rhs.replicas {return false}
     if lhs.nodes != rhs.nodes {return false}
     if lhs._settings != rhs._settings {return false}
+    if lhs.labels != rhs.labels {return false}
     if lhs.scratch != rhs.scratch {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_LabelVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".LabelVolumeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}set\0\u{1}remove\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.set) }()
+      case 3: try { try decoder.decodeRepeatedStringField(value: &self.remove) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if !self.set.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.set, fieldNumber: 2)
+    }
+    if !self.remove.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.remove, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_LabelVolumeRequest, rhs: Haptera_V1_LabelVolumeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.set != rhs.set {return false}
+    if lhs.remove != rhs.remove {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2100,7 +2190,7 @@ nonisolated extension Haptera_V1_GetVolumeRequest: SwiftProtobuf.Message, SwiftP
 
 nonisolated extension Haptera_V1_ListVolumesRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ListVolumesRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{2}\u{1d}selector\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2109,6 +2199,7 @@ nonisolated extension Haptera_V1_ListVolumesRequest: SwiftProtobuf.Message, Swif
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 30: try { try decoder.decodeSingularStringField(value: &self.selector) }()
       default: break
       }
     }
@@ -2118,11 +2209,15 @@ nonisolated extension Haptera_V1_ListVolumesRequest: SwiftProtobuf.Message, Swif
     if !self.name.isEmpty {
       try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
     }
+    if !self.selector.isEmpty {
+      try visitor.visitSingularStringField(value: self.selector, fieldNumber: 30)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: Haptera_V1_ListVolumesRequest, rhs: Haptera_V1_ListVolumesRequest) -> Bool {
     if lhs.name != rhs.name {return false}
+    if lhs.selector != rhs.selector {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2783,7 +2878,7 @@ nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, S
 
 nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Snapshot"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0\u{2}\u{15}labels\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2800,6 +2895,7 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
       case 8: try { try decoder.decodeSingularStringField(value: &self.parent) }()
       case 9: try { try decoder.decodeSingularBoolField(value: &self.isVolumeParent) }()
+      case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.labels) }()
       default: break
       }
     }
@@ -2833,6 +2929,9 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if self.isVolumeParent != false {
       try visitor.visitSingularBoolField(value: self.isVolumeParent, fieldNumber: 9)
     }
+    if !self.labels.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.labels, fieldNumber: 30)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2846,6 +2945,7 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.parent != rhs.parent {return false}
     if lhs.isVolumeParent != rhs.isVolumeParent {return false}
+    if lhs.labels != rhs.labels {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2968,7 +3068,7 @@ nonisolated extension Haptera_V1_ResizeVolumeRequest: SwiftProtobuf.Message, Swi
 
 nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".CreateSnapshotRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}name\0\u{3}timeout_milliseconds\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}name\0\u{3}timeout_milliseconds\0\u{2}\u{1b}labels\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2979,6 +3079,7 @@ nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, S
       case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
       case 2: try { try decoder.decodeSingularStringField(value: &self.name) }()
       case 3: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.labels) }()
       default: break
       }
     }
@@ -2994,6 +3095,9 @@ nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, S
     if self.timeoutMilliseconds != 0 {
       try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 3)
     }
+    if !self.labels.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.labels, fieldNumber: 30)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -3001,6 +3105,7 @@ nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, S
     if lhs.volume != rhs.volume {return false}
     if lhs.name != rhs.name {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.labels != rhs.labels {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -3008,7 +3113,7 @@ nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, S
 
 nonisolated extension Haptera_V1_ListSnapshotsRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ListSnapshotsRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{2}\u{1d}selector\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -3017,6 +3122,7 @@ nonisolated extension Haptera_V1_ListSnapshotsRequest: SwiftProtobuf.Message, Sw
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 30: try { try decoder.decodeSingularStringField(value: &self.selector) }()
       default: break
       }
     }
@@ -3026,11 +3132,15 @@ nonisolated extension Haptera_V1_ListSnapshotsRequest: SwiftProtobuf.Message, Sw
     if !self.volume.isEmpty {
       try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
     }
+    if !self.selector.isEmpty {
+      try visitor.visitSingularStringField(value: self.selector, fieldNumber: 30)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: Haptera_V1_ListSnapshotsRequest, rhs: Haptera_V1_ListSnapshotsRequest) -> Bool {
     if lhs.volume != rhs.volume {return false}
+    if lhs.selector != rhs.selector {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

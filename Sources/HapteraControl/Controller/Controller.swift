@@ -20,6 +20,7 @@ package actor Controller {
     /// Since when replicas are away, and which volumes' stale replicas cannot be replaced, and why.
     var awayTimes = AwayTimes()
     var problems: [String: String] = [:]
+    var attempts = ScheduleAttempts()
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
     private let startedMilliseconds: Int64
 
@@ -256,13 +257,18 @@ package actor Controller {
         do {
             return try await act()
         } catch let error as ControlError where error.code == .precondition {
-            let age = store.clock() - startedMilliseconds
-            guard age <= Self.nodeSilenceMaxMilliseconds,
-                try await store.nodes().contains(where: { observed[$0.name] == nil })
-            else { throw error }
+            if try await knowsNodes { throw error }
             throw ControlError(
                 .unavailable,
                 "\(error.message) (the controller has just started; some nodes have yet to report)")
+        }
+    }
+    /// Every node that is there has had the time to say so.
+    var knowsNodes: Bool {
+        get async throws {
+            let age = store.clock() - startedMilliseconds
+            if age > Self.nodeSilenceMaxMilliseconds { return true }
+            return try await store.nodes().allSatisfy { observed[$0.name] != nil }
         }
     }
     package func detach(
@@ -277,6 +283,18 @@ package actor Controller {
         _ name: String, _ settings: Haptera_V1_VolumeSettings
     ) async throws -> Haptera_V1_Volume {
         try changed(await store.updateVolume(name, settings))
+    }
+    package func label(
+        _ name: String, set: [String: String], remove: [String]
+    ) async throws -> Haptera_V1_Volume {
+        try changed(await store.labelVolume(name, set: set, remove: remove))
+    }
+    static func selector(_ text: String) throws(ControlError) -> LabelSelector {
+        do {
+            return try LabelSelector(text)
+        } catch {
+            throw ControlError(.invalid, error.message)
+        }
     }
     /// `instance`: the engine process whose question the caller has seen.
     package func acceptLoss(_ name: String, instance: UInt64) async throws -> Haptera_V1_Volume {

@@ -50,6 +50,7 @@ package struct ControllerProcess: Sendable {
                     .init(service: recordService), .init(service: api),
                     .init(service: Ticker(changes: controller.changes)),
                     .init(service: UpkeepLoop(controller: controller, logger: logger)),
+                    .init(service: ScheduleLoop(controller: controller, logger: logger)),
                 ],
                 gracefulShutdownSignals: [.sigterm, .sigint], logger: logger))
         try await group.run()
@@ -75,7 +76,8 @@ package struct GRPCService: Service {
             transport: .http2NIOPosix(address: address, transportSecurity: .plaintext),
             services: [
                 VolumeService(controller: controller), AgentService(controller: controller),
-                ClusterService(controller: controller), HealthService(controller: controller),
+                ClusterService(controller: controller), ScheduleService(controller: controller),
+                HealthService(controller: controller),
             ],
             interceptors: [CallerInterceptor()])
     }
@@ -110,6 +112,26 @@ struct UpkeepLoop: Service {
                     try await controller.upkeep()
                 } catch {
                     logger.error("upkeep failed", metadata: ["reason": "\(error)"])
+                }
+                try? await Task.sleep(for: Self.period)
+            }
+        }
+    }
+}
+
+/// Lets the controller act for its schedules.
+struct ScheduleLoop: Service {
+    static let period = Duration.seconds(1)
+    let controller: Controller
+    let logger: Logger
+
+    func run() async throws {
+        await cancelWhenGracefulShutdown {
+            while !Task.isCancelled {
+                do {
+                    try await controller.runSchedules()
+                } catch {
+                    logger.error("schedules failed", metadata: ["reason": "\(error)"])
                 }
                 try? await Task.sleep(for: Self.period)
             }

@@ -39,7 +39,15 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
         try await controller.create(
             try VolumeSpecification(
                 name: request.name, sizeBytes: request.sizeBytes, replicas: request.replicas,
-                nodes: request.nodes, settings: request.settings, isScratch: request.scratch))
+                nodes: request.nodes, settings: request.settings, labels: request.labels,
+                isScratch: request.scratch))
+    }
+
+    func labelVolume(
+        request: Haptera_V1_LabelVolumeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Volume {
+        try await controller.label(
+            try checked(request.name), set: request.set, remove: request.remove)
     }
 
     func updateVolume(
@@ -78,7 +86,9 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> Haptera_V1_ListVolumesResponse {
         let name = request.name.isEmpty ? nil : try checked(request.name)
         var response = Haptera_V1_ListVolumesResponse()
+        let selector = try Controller.selector(request.selector)
         response.volumes = try await controller.volumes(named: name)
+            .filter { selector.matches($0.labels) }
         return response
     }
 
@@ -171,7 +181,9 @@ extension VolumeService {
         request: Haptera_V1_ListSnapshotsRequest, context: ServerContext
     ) async throws -> Haptera_V1_ListSnapshotsResponse {
         var response = Haptera_V1_ListSnapshotsResponse()
+        let selector = try Controller.selector(request.selector)
         response.snapshots = try await controller.snapshots(of: try checked(request.volume))
+            .filter { selector.matches($0.labels) }
         return response
     }
 
@@ -385,6 +397,7 @@ struct HealthService: Grpc_Health_V1_Health.SimpleServiceProtocol {
     let controller: Controller
     private static let services: Set<String> = [
         "", "haptera.v1.VolumeService", "haptera.v1.ClusterService", "haptera.v1.AgentService",
+        "haptera.v1.ScheduleService",
     ]
 
     func check(

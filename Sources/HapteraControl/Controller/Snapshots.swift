@@ -1,5 +1,6 @@
 import HapteraAPI
 import HapteraCore
+import HapteraHost
 
 /// Snapshots as the volume's record names them. Only an engine takes or deletes one: its change of
 /// the record is the moment the snapshot is of, or ends at, so that nothing here needs to remember
@@ -12,8 +13,9 @@ extension Controller {
     package func snapshots(of name: String) async throws -> [Haptera_V1_Snapshot] {
         let stored = try await store.volume(named: name)
         let volume = view(stored)
+        let labels = try await store.snapshotLabels(of: stored.volume.id)
         return (stored.record?.snapshots ?? []).map {
-            Self.message($0, of: volume, stored.record)
+            Self.message($0, of: volume, stored.record, labels[$0.name])
         }
     }
 
@@ -29,18 +31,24 @@ extension Controller {
 
     /// Answers when the snapshot is taken, and durable on every member: only the engine knows that.
     /// The record names it before, so a name that is there is no answer yet. One that was asked for
-    /// again is answered as it is, with the time of the first request.
+    /// again is answered as it is, with the time of the first request. `reserved`: labels only the
+    /// controller gives; never to one that is there already.
     package func createSnapshot(
-        _ request: Haptera_V1_CreateSnapshotRequest
+        _ request: Haptera_V1_CreateSnapshotRequest, reserved: [String: String] = [:]
     ) async throws -> Haptera_V1_Snapshot {
         try Self.check(request.name)
+        if let objection = Labels.objection(to: request.labels) {
+            throw ControlError(.invalid, objection)
+        }
         let (stored, node) = try await knowingNodes {
             let stored = try await store.volume(named: request.volume)
             return (stored, try nodeThatTakes(request.name, of: stored))
         }
         let isNamed = stored.record?.snapshot(named: request.name) != nil
+        if let node { try await tasks.requireConnected(node) }
+        // Before it is taken: the transaction that names it gives it its labels.
+        try await label(request, stored, reserved)
         if let node {
-            try await tasks.requireConnected(node)
             if !isNamed {
                 try await store.addEvent(
                     "SnapshotRequested", "volume/\(request.volume)", "snapshot \(request.name)",
@@ -49,7 +57,11 @@ extension Controller {
             }
             do {
                 try await take(request, stored, on: node)
-            } catch let error as ControlError where error.code == .inDoubt {
+            } catch let error as ControlError {
+                guard error.code == .inDoubt else {
+                    try await forgetLabels(request, stored)
+                    throw error
+                }
                 throw await doubtIfTaken(request, error.message)
             }
             changes.notify()
@@ -178,9 +190,25 @@ extension Controller {
         _ snapshot: String, of name: String
     ) async throws -> Haptera_V1_Snapshot? {
         let stored = try await store.volume(named: name)
+        let labels = try await store.snapshotLabels(of: stored.volume.id)
         return stored.record?.snapshot(named: snapshot).map {
-            Self.message($0, of: view(stored), stored.record)
+            Self.message($0, of: view(stored), stored.record, labels[snapshot])
         }
+    }
+
+    private func label(
+        _ request: Haptera_V1_CreateSnapshotRequest, _ stored: StoredVolume,
+        _ reserved: [String: String]
+    ) async throws {
+        guard let id = stored.record?.volume else { return }
+        try await store.labelSnapshot(request.name, of: id, request.labels, reserved: reserved)
+    }
+
+    private func forgetLabels(
+        _ request: Haptera_V1_CreateSnapshotRequest, _ stored: StoredVolume
+    ) async throws {
+        guard let id = stored.record?.volume else { return }
+        try await store.forgetPendingLabels(request.name, of: id)
     }
 
     private static func check(_ name: String) throws {
@@ -324,9 +352,11 @@ extension Controller {
     }
 
     private static func message(
-        _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume, _ record: VolumeRecord?
+        _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume, _ record: VolumeRecord?,
+        _ labels: [String: String]?
     ) -> Haptera_V1_Snapshot {
         var message = Haptera_V1_Snapshot()
+        message.labels = labels ?? [:]
         message.name = snapshot.name
         message.volume = volume.name
         message.layer = snapshot.layer.rawValue

@@ -55,6 +55,7 @@ package struct VolumeView: Sendable {
         message.scratch = volume.isScratch
         message.replicas = stored.replicas.map(replica)
         message.settings = volume.settings.message
+        message.labels = stored.labels
         message.replicaCount = UInt32(volume.replicaCount)
         message.snapshotCount = UInt32(stored.record?.snapshots.count ?? 0)
         if let engine, engine.needsDecision { message.decisionInstance = engine.instance }

@@ -45,6 +45,7 @@ extension MetadataStore {
                 record.volume.text, Int64(record.epoch.rawValue), Data(record.encoded()),
             ])
         try noteHistory(db, record)
+        try settleLabels(db, record)
     }
 
     /// Lets a replica that was kept be filled again.

@@ -26,14 +26,16 @@ package final class MetadataStore: Sendable {
             try db.execute(sql: "PRAGMA synchronous = FULL")
         }
         self.clock = clock
-        try Self.migrator.migrate(database)
+        try Self.migrator(clock: clock).migrate(database)
     }
 
     package static let wallClock: @Sendable () -> Int64 = {
         Int64(Date().timeIntervalSince1970 * 1000)
     }
 
-    private static var migrator: DatabaseMigrator {
+    private static func migrator(
+        clock: @escaping @Sendable () -> Int64
+    ) -> DatabaseMigrator {
         var migrator = DatabaseMigrator()
         migrator.registerMigration("1") { db in
             try db.execute(sql: Self.schema)
@@ -57,6 +59,8 @@ package final class MetadataStore: Sendable {
             try db.execute(
                 sql: "ALTER TABLE volumes ADD COLUMN isScratch INTEGER NOT NULL DEFAULT 0")
         }
+        registerLabels(&migrator)
+        registerSchedules(&migrator, clock: clock)
         return migrator
     }
 

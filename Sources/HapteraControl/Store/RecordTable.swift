@@ -63,6 +63,7 @@ extension MetadataStore {
                     sql: "UPDATE volumes SET sizeBytes = ? WHERE id = ?",
                     arguments: [Int64(proposed.size), volume.text])
             }
+            if proposed.snapshots != current.snapshots { try self.settleLabels(db, proposed) }
             try self.noteHistory(db, proposed)
             try self.addEvents(db, of: proposed, after: current)
             return .swapped

@@ -9,6 +9,7 @@ package struct StoredVolume: Equatable, Sendable {
     package var volume: VolumeRow
     package var replicas: [ReplicaRow]
     package var record: VolumeRecord?
+    package var labels: [String: String] = [:]
 }
 
 /// Arguments of a create, checked.
@@ -20,12 +21,14 @@ package struct VolumeSpecification: Equatable, Sendable {
     package var nodes: [String]
     /// What was said of the settings; the rest is as usual.
     package var settings: Haptera_V1_VolumeSettings
+    package var labels: [String: String]
     /// For tests: faults may be injected.
     package var isScratch: Bool
 
     package init(
         name: String, sizeBytes: UInt64, replicas: UInt32, nodes: [String],
-        settings: Haptera_V1_VolumeSettings = .init(), isScratch: Bool = false
+        settings: Haptera_V1_VolumeSettings = .init(), labels: [String: String] = [:],
+        isScratch: Bool = false
     ) throws(ControlError) {
         guard Names.isValidLabel(name) else {
             throw ControlError(.invalid, "'\(name)' is no volume name: use \(Names.labelRule)")
@@ -42,6 +45,8 @@ package struct VolumeSpecification: Equatable, Sendable {
             throw ControlError(.invalid, "'\(node)' is no node name: use \(Names.labelRule)")
         }
         try VolumeSettings().changed(by: settings).check(replicas: count)
+        if let objection = Labels.objection(to: labels) { throw ControlError(.invalid, objection) }
+        self.labels = labels
         self.isScratch = isScratch
         self.name = name
         self.settings = settings
@@ -74,7 +79,8 @@ extension MetadataStore {
         let replicas = try ReplicaRow.filter(Column("volumeID") == row.id).order(Column("ordinal"))
             .fetchAll(db)
         let record = try storedRecord(db, row.id).flatMap { VolumeRecord(decoding: $0.bytes) }
-        return StoredVolume(volume: row, replicas: replicas, record: record)
+        return StoredVolume(
+            volume: row, replicas: replicas, record: record, labels: try labels(db, of: row.id))
     }
 
     static func noVolume(_ name: String) -> ControlError {
@@ -106,6 +112,7 @@ extension MetadataStore {
             row.settings = row.settings.changed(by: wanted.settings)
             row.isScratch = wanted.isScratch
             try row.insert(db)
+            try self.putLabels(db, wanted.labels, of: row.id)
             for (ordinal, node) in nodes.enumerated() {
                 try ReplicaRow(of: row, ordinal: ordinal, node: node).insert(db)
             }
@@ -135,7 +142,8 @@ extension MetadataStore {
             : wanted.nodes.isEmpty || Set(nodes).isSubset(of: wanted.nodes)
         guard volume.sizeBytes == Int64(wanted.sizeBytes),
             volume.replicaCount == wanted.replicas, isPlacedAsAsked,
-            volume.settings.changed(by: wanted.settings) == volume.settings
+            volume.settings.changed(by: wanted.settings) == volume.settings,
+            existing.labels.merging(wanted.labels, uniquingKeysWith: { $1 }) == existing.labels
         else {
             let size = VolumeSize.text(UInt64(volume.sizeBytes))
             throw ControlError(

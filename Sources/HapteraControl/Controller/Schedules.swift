@@ -1,0 +1,171 @@
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+
+/// Schedules: what is asked of them, and what the controller does for them.
+extension Controller {
+    package func createSchedule(
+        _ wanted: Haptera_V1_ScheduleSpecification
+    ) async throws -> Haptera_V1_Schedule {
+        try await store.createSchedule(ScheduleRow(wanted, now: store.clock())).message
+    }
+
+    package func schedules() async throws -> [Haptera_V1_Schedule] {
+        try await store.schedules().map(\.message)
+    }
+
+    package func schedule(named name: String) async throws -> Haptera_V1_Schedule {
+        try await store.schedule(named: name).message
+    }
+
+    package func deleteSchedule(_ name: String) async throws {
+        try await store.deleteSchedule(name)
+    }
+
+    package func pauseSchedule(
+        _ name: String, isPaused: Bool
+    ) async throws -> Haptera_V1_Schedule {
+        try await store.pauseSchedule(name, isPaused: isPaused).message
+    }
+
+    // MARK: What is due
+
+    /// One round. Returns what goes on: an engine may take a minute to answer, and nobody waits for
+    /// another volume's.
+    @discardableResult
+    package func runSchedules() async throws -> [Task<Void, Never>] {
+        let now = store.clock()
+        // Before the store is read: what ends meanwhile has noted more than is read.
+        let known = attempts
+        let schedules = try await store.schedules()
+        attempts.keepOnly(schedules)
+        // Nodes that have yet to report would pass for dead.
+        guard !SchedulePlan.isIdle(schedules, now: now), try await knowsNodes else { return [] }
+        let plan = SchedulePlan(
+            schedules, volumes: try await volumesToSchedule(), attempts: known, now: now)
+        var tasks: [Task<Void, Never>] = []
+        for step in plan.steps {
+            switch step {
+            case .begin(let schedule, let fire, let volumes):
+                attempts.forget(schedule.name)
+                try await store.beginRun(schedule, fire: fire, volumes: volumes)
+                changes.notify()
+            case .hold(let run, let why):
+                try await store.noteRun(
+                    run, run.state, message: why, event: "ScheduleVolumeSkipped")
+            case .scrubAgain(let run): try await store.noteRun(run, .waiting)
+            case .finish(let run): try await store.noteRun(run, .done)
+            case .takeSnapshot(let run, let snapshot):
+                tasks += perform(run, snapshot, then: .taken) {
+                    try await $0.takeSnapshot(run, snapshot)
+                }
+            case .deleteSnapshot(let run, let snapshot):
+                tasks += perform(run, snapshot, then: .taken) {
+                    try await $0.deleteSnapshot(run, snapshot)
+                }
+            case .scrub(let run):
+                tasks += perform(run, "", then: .running) { try await $0.scrub(run) }
+            }
+        }
+        return tasks
+    }
+
+    private func volumesToSchedule() async throws -> [SchedulePlan.Volume] {
+        let taken = try await store.scheduledSnapshots()
+        return try await store.volumes().filter { $0.volume.phase == .ready }.map { stored in
+            var volume = SchedulePlan.Volume(
+                id: stored.volume.id, name: stored.volume.name, labels: stored.labels)
+            volume.nodes = Set(stored.replicas.map(\.node))
+            volume.obstacle = obstacle(stored)
+            volume.snapshots = (stored.record?.snapshots ?? []).map {
+                .init(name: $0.name, schedule: taken[stored.volume.id]?[$0.name])
+            }
+            guard let node = stored.volume.attachedNode else { return volume }
+            volume.nodes.insert(node)
+            let seen = observedNodes[node]
+            volume.scrubSeen = seen?.lastSeenMilliseconds
+            let scrub = seen?.engine(stored.volume)?.scrub
+            volume.scrubID = scrub?.id ?? ""
+            volume.scrub =
+                switch scrub?.state {
+                case "running": .running
+                case "waiting": .waiting
+                case "finished": .finished
+                default: .none
+                }
+            return volume
+        }
+    }
+
+    private func obstacle(_ stored: StoredVolume) -> String? {
+        do {
+            return try servingNode(stored) == nil
+                ? "it is not attached, and only its engine can be asked" : nil
+        } catch {
+            return "\(error)"
+        }
+    }
+
+    /// Does one thing to a volume, and notes what became of it.
+    private func perform(
+        _ run: ScheduleRunRow, _ what: String, then state: ScheduleRunRow.State,
+        _ act: @escaping @Sendable (isolated Controller) async throws -> Void
+    ) -> [Task<Void, Never>] {
+        guard attempts.busy.count < ScheduleAttempts.busyMax,
+            attempts.busy.insert(run.volumeID).inserted
+        else { return [] }
+        let task = Task {
+            let caller = Caller(actor: "schedule/\(run.schedule)")
+            do {
+                try await Caller.$current.withValue(caller) { try await act(self) }
+                attempts.succeeded(run, what)
+                try await store.noteRun(run, state)
+            } catch {
+                await note(error, run, what)
+            }
+            attempts.busy.remove(run.volumeID)
+            changes.notify()
+        }
+        return [task]
+    }
+
+    /// It is tried again, later each time, until the schedule acts for another time.
+    private func note(_ error: any Error, _ run: ScheduleRunRow, _ what: String) async {
+        attempts.failed(run, what, now: store.clock())
+        // An agent that is about to connect is no news.
+        let isPassing = (error as? ControlError)?.code == .unavailable
+        try? await store.noteRun(
+            run, run.state, message: "\(error)",
+            event: isPassing ? nil : "ScheduleVolumeFailed")
+    }
+
+    private func takeSnapshot(_ run: ScheduleRunRow, _ name: String) async throws {
+        var request = Haptera_V1_CreateSnapshotRequest()
+        request.volume = run.volume
+        request.name = name
+        _ = try await createSnapshot(request, reserved: [ScheduleRow.label: run.schedule])
+    }
+
+    private func deleteSnapshot(_ run: ScheduleRunRow, _ name: String) async throws {
+        var request = Haptera_V1_DeleteSnapshotRequest()
+        request.volume = run.volume
+        request.name = name
+        do {
+            try await deleteSnapshot(request)
+        } catch let error as ControlError {
+            if error.code == .notFound { return }
+            throw ControlError(error.code, "snapshot '\(name)' is not deleted: \(error.message)")
+        }
+    }
+
+    private func scrub(_ run: ScheduleRunRow) async throws {
+        var request = Haptera_V1_ScrubVolumeRequest()
+        request.name = run.volume
+        let stored = try await store.volume(named: run.volume)
+        let before = stored.volume.attachedNode.flatMap {
+            observedNodes[$0]?.engine(stored.volume)?.scrub
+        }
+        attempts.endedScrubs[run.volumeID] = before?.state == "finished" ? before?.id : nil
+        _ = try await scrubVolume(request)
+    }
+}

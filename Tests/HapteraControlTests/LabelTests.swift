@@ -1,0 +1,232 @@
+import GRDB
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+import Synchronization
+import Testing
+
+@testable import HapteraControl
+
+@Suite struct LabelRuleTests {
+    @Test(arguments: [
+        "a", "A", "0", "app", "a.b-c_D", "example.com/app", "a.b.c/x",
+        String(repeating: "k", count: 63),
+    ])
+    func keys(_ key: String) {
+        #expect(Labels.isValidKey(key))
+        #expect(Labels.objection(to: key) == nil)
+    }
+
+    @Test(arguments: [
+        "", "-a", "a-", ".a", "a.", "_a", "a b", "é", "a/", "/a", "a/b/c", "UP.com/a", "a..b/c",
+        "-a.b/c", "a,b", "a=b", "!a", String(repeating: "k", count: 64),
+        String(repeating: "a.", count: 127) + "b/c",
+    ])
+    func noKeys(_ key: String) {
+        #expect(!Labels.isValidKey(key))
+        #expect(Labels.objection(to: [key: ""]) != nil)
+    }
+
+    @Test func values() {
+        for value in ["", "1", "a.b-c_D", String(repeating: "v", count: 63)] {
+            #expect(Labels.isValidValue(value))
+        }
+        for value in ["-", "a-", " ", "a b", "a/b", "é", String(repeating: "v", count: 64)] {
+            #expect(!Labels.isValidValue(value))
+            #expect(
+                Labels.objection(to: ["k": value])?.hasPrefix("'\(value)' is no value of") == true)
+        }
+    }
+
+    @Test func theControllersKeysAreRefused() {
+        for key in ["haptera.io/schedule", "haptera.io/x", "sub.haptera.io/x"] {
+            #expect(Labels.isValidKey(key) && Labels.isReserved(key))
+            #expect(Labels.objection(to: [key: "1"])?.contains("by the controller only") == true)
+        }
+        #expect(!Labels.isReserved("haptera.io"))
+        #expect(!Labels.isReserved("nothaptera.io/x"))
+    }
+
+    @Test func notTooMany() {
+        let many = Dictionary(uniqueKeysWithValues: (0...64).map { ("k\($0)", "") })
+        #expect(Labels.objection(to: many) == "65 labels are too many: at most 64")
+        #expect(Labels.objection(to: many.filter { $0.key != "k64" }) == nil)
+    }
+
+    @Test func changes() throws {
+        #expect(try LabelChange("a=1") == .set("a", "1"))
+        #expect(try LabelChange("a=") == .set("a", ""))
+        #expect(try LabelChange("a-b-") == .remove("a-b"))
+        for text in ["", "a", "-", "=", "=1", "a=b=c", "a=b-", "haptera.io/x-", "haptera.io/x=1"] {
+            #expect(throws: NotationError.self) { try LabelChange(text) }
+        }
+    }
+
+    @Test func selectors() throws {
+        let labels = ["app": "db", "tier": "prod", "empty": "", "example.com/x": "1"]
+        for text in [
+            "", "app=db", "app==db", "app=db,tier=prod", "app=db, tier!=test", "none!=x", "app",
+            "!none", "empty", "empty=", " app = db , ! none ", "tier == prod", "example.com/x=1",
+            "tier!=test,!none,app",
+        ] {
+            #expect(try LabelSelector(text).matches(labels), "\(text)")
+        }
+        for text in [
+            "app=web", "app=DB", "app!=db", "none", "!app", "none=", "app=db,tier=test", "none=x",
+        ] {
+            #expect(try !LabelSelector(text).matches(labels), "\(text)")
+        }
+        for text in [
+            ",", "a,", "=", "=x", "!", "!a=b", "a=b=c", "a!b", "a in (b)", "a=-", "!!a", "a b",
+            "a=b c", " ",
+        ] {
+            #expect(throws: NotationError.self) { try LabelSelector(text) }
+        }
+        let long = Array(repeating: "a", count: 65).joined(separator: ",")
+        #expect(throws: NotationError.self) { try LabelSelector(long) }
+    }
+}
+
+@Suite struct LabelTests {
+    typealias World = SnapshotTests.World
+
+    private func create(
+        _ world: World, _ name: String, _ labels: [String: String] = [:],
+        reserved: [String: String] = [:]
+    ) async throws -> Haptera_V1_Snapshot {
+        var request = Haptera_V1_CreateSnapshotRequest()
+        request.volume = "vol"
+        request.name = name
+        request.labels = labels
+        return try await world.controller.createSnapshot(request, reserved: reserved)
+    }
+
+    @Test func volumesAreLabelled() async throws {
+        let test = try TestStore()
+        try await test.addNodes(["a"])
+        func wanted(_ labels: [String: String]) throws -> VolumeSpecification {
+            try VolumeSpecification(
+                name: "v", sizeBytes: 1 << 20, replicas: 1, nodes: [], labels: labels)
+        }
+        let made = try await test.store.createVolume(
+            wanted(["app": "db", "tier": "x"]), candidates: ["a"])
+        #expect(made.labels == ["app": "db", "tier": "x"])
+        let caller = Caller(actor: "ann@host")
+        let now = try await Caller.$current.withValue(caller) {
+            try await test.store.labelVolume(
+                "v", set: ["app": "web", "new": ""], remove: ["tier", "none"])
+        }
+        #expect(now.labels == ["app": "web", "new": ""])
+        let event = try #require(try await test.store.events(after: 0, limit: 100).last)
+        #expect(event.kind == "VolumeLabelled" && event.actor == "ann@host")
+        #expect(event.message == "app=web new= tier- none-")
+        // The same again is no change.
+        _ = try await test.store.labelVolume("v", set: ["app": "web"], remove: ["tier"])
+        #expect(try await test.store.events(after: event.id ?? 0, limit: 1).isEmpty)
+        // A create that is repeated asks for what there is, or is another.
+        _ = try await test.store.createVolume(wanted(["new": ""]), candidates: ["a"])
+        await #expect(throws: ControlError.self) {
+            _ = try await test.store.createVolume(wanted(["app": "db"]), candidates: ["a"])
+        }
+        let again = try MetadataStore(path: test.directory.path + "/store")
+        #expect(try await again.volume(named: "v").labels == now.labels)
+    }
+
+    @Test func whatIsNoLabelIsRefused() async throws {
+        let test = try TestStore()
+        _ = try await test.makeVolume()
+        for (set, remove) in [
+            (["-": "1"], []), (["haptera.io/schedule": "x"], []), ([:], ["haptera.io/schedule"]),
+            (["a": "b c"], []), (["a": "1"], ["a"]), ([:], [""]),
+        ] as [([String: String], [String])] {
+            let error = await #expect(throws: ControlError.self) {
+                _ = try await test.store.labelVolume("vol", set: set, remove: remove)
+            }
+            #expect(error?.code == .invalid)
+        }
+        let some = Dictionary(uniqueKeysWithValues: (0..<40).map { ("a\($0)", "") })
+        let more = Dictionary(uniqueKeysWithValues: (0..<40).map { ("b\($0)", "") })
+        _ = try await test.store.labelVolume("vol", set: some, remove: [])
+        let error = await #expect(throws: ControlError.self) {
+            _ = try await test.store.labelVolume("vol", set: more, remove: [])
+        }
+        #expect(error?.code == .precondition)
+        #expect(error?.message == "volume 'vol': 80 labels are too many: at most 64")
+        #expect(throws: ControlError.self) {
+            _ = try VolumeSpecification(
+                name: "v", sizeBytes: 1 << 20, replicas: 1, nodes: [], labels: ["haptera.io/x": ""])
+        }
+    }
+
+    @Test func snapshotsAreLabelledAsTheyAreTaken() async throws {
+        let world = try await World()
+        let taken = try await create(
+            world, "s", ["app": "db"], reserved: ["haptera.io/schedule": "h"])
+        #expect(taken.labels == ["app": "db", "haptera.io/schedule": "h"])
+        #expect(try await world.controller.snapshots(of: "vol").map(\.labels) == [taken.labels])
+        // Again: beside those it has; who took it is not to be changed any more.
+        let again = try await create(world, "s", ["b": "2"], reserved: ["haptera.io/schedule": "x"])
+        #expect(again.labels == ["app": "db", "b": "2", "haptera.io/schedule": "h"])
+        #expect(try await create(world, "s").labels == again.labels)
+        #expect(try await create(world, "plain").labels.isEmpty)
+        let error = await #expect(throws: ControlError.self) {
+            _ = try await create(world, "t", ["haptera.io/schedule": "h"])
+        }
+        #expect(error?.code == .invalid)
+    }
+
+    /// Another snapshot of that name begins without any.
+    @Test func labelsGoWithTheirSnapshot() async throws {
+        let world = try await World()
+        let id = try await world.test.store.volume(named: "vol").volume.id
+        _ = try await create(world, "s", ["app": "db"])
+        _ = try await create(world, "t", ["app": "web"])
+        try await world.remove("s")
+        #expect(try await world.test.store.snapshotLabels(of: id) == ["t": ["app": "web"]])
+        #expect(try await create(world, "s").labels.isEmpty)
+    }
+
+    /// The engine may take it after its asker gave up, and even after the controller's end.
+    @Test func aSnapshotInDoubtGetsItsLabelsWhenItComes() async throws {
+        let world = try await World()
+        world.engine.withLock { $0 = .isSilent }
+        await #expect(throws: ControlError.self) { _ = try await create(world, "s", ["a": "1"]) }
+        let id = try await world.test.store.volume(named: "vol").volume.id
+        #expect(try await world.test.store.snapshotLabels(of: id).isEmpty)
+        try await world.add("other", created: 1)
+        try await world.add("s", created: 1)
+        #expect(try await world.test.store.snapshotLabels(of: id) == ["s": ["a": "1"]])
+    }
+
+    @Test func theLastRequestSaysWhatALateSnapshotIsLabelledWith() async throws {
+        let world = try await World()
+        let id = try await world.test.store.volume(named: "vol").volume.id
+        world.engine.withLock { $0 = .isSilent }
+        for labels in [["a": "1"], ["b": "2"]] {
+            await #expect(throws: ControlError.self) { _ = try await create(world, "s", labels) }
+        }
+        // Refused for certain: whoever takes one of that name next did not mean these.
+        world.engine.withLock { $0 = .refuses }
+        await #expect(throws: ControlError.self) { _ = try await create(world, "r", ["c": "3"]) }
+        try await world.add("s", created: 1)
+        try await world.add("r", created: 1)
+        #expect(try await world.test.store.snapshotLabels(of: id) == ["s": ["b": "2"]])
+    }
+
+    @Test func nothingIsLeftOfADeletedVolume() async throws {
+        let world = try await World()
+        _ = try await create(world, "s", ["a": "1"])
+        _ = try await world.test.store.labelVolume("vol", set: ["a": "1"], remove: [])
+        _ = try await world.controller.detach("vol")
+        let stored = try await world.test.store.volume(named: "vol")
+        try await world.test.reportEngine(stored, detached: true)
+        _ = try await world.test.store.deleteVolume("vol")
+        for replica in stored.replicas { try await world.test.remove(replica) }
+        let left = try await world.test.store.database.read { db in
+            try ["volumeLabels", "snapshotLabels", "volumes"].map {
+                try Int.fetchOne(db, sql: "SELECT COUNT(*) FROM \($0)")
+            }
+        }
+        #expect(left == [0, 0, 0])
+    }
+}
