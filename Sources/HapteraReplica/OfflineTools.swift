@@ -80,16 +80,19 @@ package enum OfflineTools {
             }
             top = layer
         }
-        let target = try ExportTarget(output, size: reader.size)
-        for number in 0..<reader.regionCount {
+        // The volume may have grown since.
+        let size = reader.size(of: top)
+        let target = try ExportTarget(output, size: size)
+        for number in 0..<Geometry.regionCount(size: size) {
             let start = number * UInt64(Geometry.regionSize)
-            let length = min(UInt64(Geometry.regionSize), reader.size - start)
+            let length = min(UInt64(Geometry.regionSize), size - start)
             guard reader.mayHold(number) else {
                 try target.skip(Int(length))
                 continue
             }
             try reader.view(number, from: top) { (block, verdict, bytes) throws(StorageError) in
                 let offset = start + UInt64(block * Geometry.blockSize)
+                guard offset < size else { return }
                 switch verdict {
                 case .zero: try target.skip(bytes.count)
                 case .intact: try target.write(bytes)

@@ -8,6 +8,8 @@ struct SimulatedReverts {
         let kept: SimulatedSnapshot
         /// The engine that was asked last; -1: none yet.
         var engine = -1
+        /// Engines that were asked: one that has not answered may still do it.
+        var asked = 0
         /// The record says so: what clients were promised is what the target holds.
         var isRecorded: Bool { before != nil }
         /// What they were promised until then.
@@ -58,11 +60,11 @@ extension World {
             unanswered.isEmpty, engine.unsent.isEmpty, engine.late.isEmpty, !engine.isSessionDead,
             engine.attempts.allSatisfy({ $0.completions > 0 })
         else { return }
-        if pending.target.values.isEmpty || !isChaos && pending.engine < 0 {
+        if pending.target.values.isEmpty || !isChaos && pending.asked == 0 {
             // What it holds is not known any more, or it is too late to begin.
             return giveUpRevert()
         }
-        if pending.engine < 0 {
+        if pending.asked == 0 {
             // What is to be kept is what there is now.
             reverts.pending = .init(
                 target: pending.target,
@@ -71,6 +73,7 @@ extension World {
                     losses: promises.losses))
         }
         reverts.pending?.engine = current
+        reverts.pending?.asked += 1
         note("a revert to \(pending.target.name) is asked of \(engine.name)")
         step(
             engine,
@@ -128,7 +131,7 @@ extension World {
             check(
                 25, result == .notServing || result == .inDoubt || lineageIsForked,
                 "the revert to \(pending.target.name) was refused: \(result)")
-            if !pending.isRecorded, result != .inDoubt { giveUpRevert() }
+            if !pending.isRecorded, pending.asked == 1, result != .inDoubt { giveUpRevert() }
             return
         }
         check(25, pending.isRecorded, "a revert that the record does not know")

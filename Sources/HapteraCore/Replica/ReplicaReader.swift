@@ -48,6 +48,8 @@ package final class ReplicaReader {
     }
 
     package var size: UInt64 { manifest.size }
+    /// Bytes of the volume while the layer was its head.
+    package func size(of layer: LayerID) -> UInt64 { manifest.installed?.size(of: layer) ?? size }
     package var regionCount: UInt64 { Geometry.regionCount(size: size) }
     package var layers: [LayerID] { opened.chain.ids }
     /// False: nothing was ever written to the region, or to that layer of it.
