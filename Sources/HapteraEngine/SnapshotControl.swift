@@ -26,17 +26,18 @@ final class SnapshotControl {
     }
 
     func take(_ request: ControlRequest) {
+        let hold = request.arguments["hold"].map { UInt64($0) ?? 0 }
         guard let name = request.arguments["name"], VolumeRecord.isValidSnapshotName(name),
-            let created = request.arguments["created"].flatMap({ UInt64($0) }),
-            request.arguments.count == 2
+            let created = request.arguments["created"].flatMap({ UInt64($0) }), hold != 0,
+            request.arguments.count == (hold == nil ? 2 : 3)
         else {
             return request.fail(
                 "snapshot needs created=MILLISECONDS since 1970 and name=NAME, "
-                    + VolumeRecord.snapshotNameRule)
+                    + "\(VolumeRecord.snapshotNameRule); hold=NUMBER, not 0, is optional")
         }
         nextToken += 1
         waiting[nextToken] = request
-        shell.run(.takeSnapshot(token: nextToken, name: name, created: created))
+        shell.run(.takeSnapshot(token: nextToken, name: name, created: created, hold: hold ?? 0))
     }
 
     func revert(_ request: ControlRequest) {
@@ -79,7 +80,7 @@ final class SnapshotControl {
             request.fail(
                 "the volume's record has no room for another revert, or for the snapshot that one "
                     + "keeps: delete snapshots, above all those that reverts have kept")
-        case .notServing:
+        case .notServing, .notHeld:
             request.fail(
                 "the volume was not reverted: it is not served at present, or too many requests "
                     + "for snapshots wait; try again")
@@ -101,6 +102,8 @@ final class SnapshotControl {
         case .exists: request.reply(fields + [("existed", "1")])
         case .tooMany:
             request.fail("the volume's record has no room for another snapshot")
+        case .notHeld:
+            request.fail("no snapshot was taken: its hold is over, or never was")
         case .notServing, .notThere, .nameTaken:
             request.fail(
                 "no snapshot was taken: the volume is not served at present, or too many requests "

@@ -180,6 +180,7 @@ extension World {
                 isHole: isHole)
         case .snapshotTaken(let token, let layer, let result):
             snapshotTaken(engine, token, layer, result)
+        case .held, .released: break
         case .snapshotDeleted(let token, let result): snapshotDeleted(engine, token, result)
         case .resized(let token, let result, _): resized(engine, token, result)
         case .sizeChanged: break

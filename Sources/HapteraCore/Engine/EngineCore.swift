@@ -188,6 +188,10 @@ package final class EngineCore {
     var snapshotStage = SnapshotStage.waiting
     /// What clients ask of the volume waits.
     var isReverting = false
+    /// Their changes wait.
+    var hold: ClientHold?
+    /// One of the two.
+    var isHolding = false
     var deletionRequests: [DeletionRequest] = []
     var resizeRequests: [ResizeRequest] = []
     /// Copies that were asked to make room for the first of them, and those that have.
@@ -275,10 +279,12 @@ package final class EngineCore {
         guard phase != .stopped else {
             switch event {
             case .submit(let operation): refuse(operation)
-            case .takeSnapshot(let token, _, _), .revert(let token, _, _, _):
+            case .takeSnapshot(let token, _, _, _), .revert(let token, _, _, _):
                 answerSnapshot(token, .head, .notServing)
             case .deleteSnapshot(let token, _): answerDeletion(token, .notServing)
             case .resize(let token, _): answerResize(token, .notServing)
+            case .hold(let request, _, _): answerHold(request, .notServing)
+            case .release(let token): releaseHold(token)
             default: break
             }
             return
@@ -301,8 +307,11 @@ package final class EngineCore {
             )
             tick()
         case .detach: isDetaching = true
-        case .takeSnapshot(let token, let name, let created):
-            takeSnapshot(SnapshotRequest(token: token, name: name, created: created))
+        case .takeSnapshot(let token, let name, let created, let hold):
+            takeSnapshot(SnapshotRequest(token: token, name: name, hold: hold, created: created))
+        case .hold(let request, let token, let milliseconds):
+            holdChanges(request, token: token, milliseconds: milliseconds)
+        case .release(let token): releaseHold(token)
         case .revert(let token, let target, let kept, let created):
             takeSnapshot(
                 SnapshotRequest(token: token, name: kept, target: target, created: created))
@@ -375,6 +384,7 @@ package final class EngineCore {
         if scrub.isRunning { advanceScrub() }
         advanceJobs()
         advanceJoin()
+        if hold != nil { advanceHold() }
         if !snapshotRequests.isEmpty { advanceSnapshot() }
         if !deletionRequests.isEmpty { advanceDeletion() }
         if !resizeRequests.isEmpty { advanceResize() }
@@ -393,6 +403,7 @@ package final class EngineCore {
             release(index)
         }
         abandonSnapshots()
+        abandonHold()
         abandonDeletions()
         abandonResizes()
         actions.append(.serving(false))

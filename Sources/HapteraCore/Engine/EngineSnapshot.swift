@@ -21,10 +21,14 @@ struct SnapshotRequest {
     var name: String
     /// The snapshot to go back to; empty: this is no revert.
     var target = ""
+    /// The hold under which it is to be taken, and only under which; 0: none.
+    var hold: UInt64 = 0
     /// Milliseconds since 1970.
     var created: UInt64
     /// The change was sent to the store: the snapshot may be there.
     var isProposed = false
+    /// The head is frozen, which is all that who asks under a hold waits for.
+    var isAnswered = false
     /// The layer that was frozen; `.head`: not known yet.
     var layer = LayerID.head
     var isRevert: Bool { !target.isEmpty }
@@ -74,6 +78,7 @@ extension EngineCore {
     /// Why it cannot be, by the record; nil: it can, or is there.
     private func refusal(of request: SnapshotRequest, _ record: VolumeRecord) -> SnapshotResult? {
         let there = record.snapshot(named: request.name)
+        if request.hold != 0, there == nil, !isHeld(request.hold) { return .notHeld }
         guard request.isRevert else {
             return there != nil || record.mayHold(snapshotNamed: request.name) ? nil : .tooMany
         }
@@ -102,7 +107,7 @@ extension EngineCore {
         let isRevert = snapshotRequests.first?.isRevert == true
         guard isRevert != isReverting else { return }
         isReverting = isRevert
-        if !isReverting { startAll() }
+        updateHolding()
     }
     private var hasClientAtWork: Bool {
         (0..<slotsUsed).contains {
@@ -138,6 +143,9 @@ extension EngineCore {
         guard !snapshotRequests.isEmpty else { return }
         snapshotRequests[0].layer = proposedRecord.snapshots.last?.layer ?? .head
         beginFinishing()
+        guard snapshotRequests[0].hold != 0 else { return }
+        snapshotRequests[0].isAnswered = true
+        answerSnapshot(snapshotRequests[0].token, snapshotRequests[0].layer, .ok)
     }
     private func beginFinishing() {
         snapshotStage = .frozen
@@ -183,7 +191,7 @@ extension EngineCore {
     private func endSnapshot(_ result: SnapshotResult) {
         let request = snapshotRequests.removeFirst()
         snapshotStage = .waiting
-        answerSnapshot(request.token, request.layer, result)
+        if !request.isAnswered { answerSnapshot(request.token, request.layer, result) }
         holdClients()
     }
 
@@ -200,7 +208,7 @@ extension EngineCore {
         holdClients()
     }
     func abandonSnapshots() {
-        for request in snapshotRequests {
+        for request in snapshotRequests where !request.isAnswered {
             answerSnapshot(
                 request.token, request.layer, request.isProposed ? .inDoubt : .notServing)
         }
