@@ -43,29 +43,65 @@ extension SnapshotCommand {
                 It returns when every in-sync replica has it.
                 """)
 
-        @Argument(help: "The volume's name.", transform: Label.init(typed:))
-        package var volume: Label
+        @Argument(help: "The volume's name; with --group the snapshot's.")
+        var first: String?
 
         @Argument(
             help:
-                "The snapshot's name: \(VolumeRecord.snapshotNameRule). One is made up without it.",
-            transform: SnapshotArgument.init(typed:))
-        package var name: SnapshotArgument?
+                "The snapshot's name: \(VolumeRecord.snapshotNameRule). One is made up without it.")
+        var second: String?
+
+        @Option(
+            help: ArgumentHelp(
+                "Several volumes instead of one: snapshots at one instant, of all or of none.",
+                valueName: "a,b,c"))
+        var group: String?
 
         @OptionGroup package var labels: LabelOptions
         @OptionGroup package var options: GlobalOptions
+        /// One, or those of a group.
+        package private(set) var volumes: [Label] = []
+        package private(set) var name: SnapshotArgument?
         package init() {}
+
+        private enum CodingKeys: CodingKey { case first, second, group, labels, options }
+
+        package mutating func validate() throws {
+            guard let group else {
+                guard let first else { throw ValidationError("which volume?") }
+                volumes = [try Label(typed: first)]
+                name = try second.map(SnapshotArgument.init(typed:))
+                return
+            }
+            volumes = try group.split(separator: ",", omittingEmptySubsequences: false)
+                .map { try Label(typed: String($0)) }
+            guard Set(volumes.map(\.text)).count == volumes.count else {
+                throw ValidationError("--group names a volume twice")
+            }
+            guard second == nil else {
+                throw ValidationError("with --group there is one name, the snapshots'")
+            }
+            name = try first.map(SnapshotArgument.init(typed:))
+        }
 
         package func run() async throws {
             // Chosen once: a request that is sent again must not take another one.
             let name =
                 name ?? SnapshotArgument(generatedAt: .now, random: .random(in: 0 ... .max))
             try await Session.run(options) { session in
+                guard group == nil else { return try await runGroup(session, name.text) }
                 let snapshot = try await session.createSnapshot(
-                    name.text, of: volume.text, labels: labels.map)
+                    name.text, of: volumes[0].text, labels: labels.map)
                 session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
                     Presentation.taken(snapshot)
                 }
+            }
+        }
+        private func runGroup(_ session: Session, _ name: String) async throws {
+            let snapshots = try await session.createGroupSnapshot(
+                name, of: volumes.map(\.text), labels: labels.map)
+            session.say(.list(snapshots.map { Presentation.value($0) }), quiet: name) { _ in
+                snapshots.map(Presentation.taken).joined(separator: "\n")
             }
         }
     }
@@ -193,6 +229,31 @@ extension Session {
             }
         } catch let error as RPCError where error.code == .deadlineExceeded {
             throw Self.snapshotDoubt(error, name, volume)
+        }
+    }
+
+    func createGroupSnapshot(
+        _ name: String, of volumes: [String], labels: [String: String]
+    ) async throws -> [Haptera_V1_Snapshot] {
+        let progress = Progress(options)
+        defer { progress.clear() }
+        progress.show("taking snapshot \(name) of \(volumes.joined(separator: ", "))")
+        do {
+            return try await change {
+                var request = Haptera_V1_CreateGroupSnapshotRequest()
+                request.volumes = volumes
+                request.name = name
+                request.labels = labels
+                request.timeoutMilliseconds = engineTimeoutMilliseconds
+                return try await self.volumes.createGroupSnapshot(request, options: callOptions)
+                    .snapshots
+            }
+        } catch let error as RPCError where error.code == .deadlineExceeded {
+            throw CommandFailure(
+                .unavailable,
+                "it is not known whether snapshot '\(name)' of the group was taken: no answer came "
+                    + "in time; the same command with this name takes it unless it was, and "
+                    + "returns when it is safe")
         }
     }
 

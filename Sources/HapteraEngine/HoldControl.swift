@@ -1,9 +1,9 @@
 import HapteraCore
 import HapteraIO
 
-/// The control verbs `hold token=NUMBER for=MS` and `release token=NUMBER`, for snapshots of several
-/// volumes at one instant: `ok` when no change of a client is on the way any more, and `ok` with
-/// `held=1` if that was so until the release, `held=0` if the hold had ended by itself.
+/// The control verbs `hold token=NUMBER for=MS` and `release token=NUMBER`, for snapshots of
+/// several volumes at one instant: `ok` when no change of a client is on the way any more, and
+/// `ok` with `held=1` if that was so until the release, `held=0` if the hold had ended by itself.
 final class HoldControl {
     private let shell: EngineShell
     private var waiting: [UInt64: ControlRequest] = [:]

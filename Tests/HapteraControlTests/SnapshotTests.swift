@@ -22,6 +22,9 @@ import Testing
         /// The same, and somebody else takes a snapshot of that name before anyone has looked.
         case isOvertaken
         case isSilent
+        /// A hold of its clients is over before it is released.
+        case letsGo
+        case cannotHold
     }
 
     final class World: Sendable {
@@ -30,6 +33,8 @@ import Testing
         let engine = Mutex(Engine.obeys)
         let asked = Mutex<[Haptera_V1_TakeSnapshot]>([])
         let askedToDelete = Mutex<[Haptera_V1_DeleteSnapshot]>([])
+        /// What is asked of an engine for a group.
+        let steps = Mutex<[String]>([])
         let askedToRevert = Mutex<[Haptera_V1_RevertToSnapshot]>([])
         let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
         let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
@@ -94,19 +99,27 @@ import Testing
             switch task.task {
             case .takeSnapshot(let request):
                 asked.withLock { $0.append(request) }
-                if engine == .obeys || engine == .obeysInSilence {
+                steps.withLock { $0.append(request.hold == 0 ? "take" : "take under hold") }
+                if [.obeys, .obeysInSilence, .letsGo].contains(engine) {
                     try await add(request.name, created: request.createdUnixMilliseconds)
                 }
                 if engine == .refuses { answer.error = "no space for another layer" }
             case .deleteSnapshot(let request):
                 askedToDelete.withLock { $0.append(request) }
-                if [.obeys, .obeysInSilence, .isOvertaken].contains(engine) {
+                steps.withLock { $0.append("delete") }
+                if [.obeys, .obeysInSilence, .isOvertaken, .letsGo].contains(engine) {
                     try await remove(request.name)
                 }
                 if engine == .isOvertaken { try await add(request.name, created: 1) }
                 if engine == .refuses {
                     answer.error = "2 clients read the snapshot; disconnect them first"
                 }
+            case .holdChanges:
+                steps.withLock { $0.append("hold") }
+                if engine == .cannotHold { answer.error = "requests did not end in time" }
+            case .releaseChanges:
+                steps.withLock { $0.append("release") }
+                if engine == .letsGo { answer.error = "its clients went on" }
             case .revertToSnapshot(let request):
                 askedToRevert.withLock { $0.append(request) }
                 if engine == .obeys || engine == .obeysInSilence { try await goBack(request) }

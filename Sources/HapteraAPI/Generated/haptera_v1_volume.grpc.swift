@@ -269,6 +269,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "CreateGroupSnapshot" metadata.
+        package enum CreateGroupSnapshot: Sendable {
+            /// Request type for "CreateGroupSnapshot".
+            package typealias Input = Haptera_V1_CreateGroupSnapshotRequest
+            /// Response type for "CreateGroupSnapshot".
+            package typealias Output = Haptera_V1_CreateGroupSnapshotResponse
+            /// Descriptor for "CreateGroupSnapshot".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "CreateGroupSnapshot",
+                type: .unary
+            )
+        }
         /// Namespace for "RevertVolume" metadata.
         package enum RevertVolume: Sendable {
             /// Request type for "RevertVolume".
@@ -342,6 +355,7 @@ package enum Haptera_V1_VolumeService: Sendable {
             ListSnapshots.descriptor,
             GetSnapshot.descriptor,
             DeleteSnapshot.descriptor,
+            CreateGroupSnapshot.descriptor,
             RevertVolume.descriptor,
             ResizeVolume.descriptor,
             ScrubVolume.descriptor,
@@ -709,6 +723,24 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_DeleteSnapshotRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse>
+
+        /// Handle the "CreateGroupSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_CreateGroupSnapshotRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_CreateGroupSnapshotResponse` messages.
+        func createGroupSnapshot(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_CreateGroupSnapshotResponse>
 
         /// Handle the "RevertVolume" method.
         ///
@@ -1135,6 +1167,24 @@ extension Haptera_V1_VolumeService {
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>
 
+        /// Handle the "CreateGroupSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_CreateGroupSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_CreateGroupSnapshotResponse` message.
+        func createGroupSnapshot(
+            request: GRPCCore.ServerRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_CreateGroupSnapshotResponse>
+
         /// Handle the "RevertVolume" method.
         ///
         /// > Source IDL Documentation:
@@ -1559,6 +1609,24 @@ extension Haptera_V1_VolumeService {
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_DeleteSnapshotResponse
 
+        /// Handle the "CreateGroupSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_CreateGroupSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_CreateGroupSnapshotResponse` to respond with.
+        func createGroupSnapshot(
+            request: Haptera_V1_CreateGroupSnapshotRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_CreateGroupSnapshotResponse
+
         /// Handle the "RevertVolume" method.
         ///
         /// > Source IDL Documentation:
@@ -1853,6 +1921,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.CreateGroupSnapshot.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_CreateGroupSnapshotRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_CreateGroupSnapshotResponse>(),
+            handler: { request, context in
+                try await self.createGroupSnapshot(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: Haptera_V1_VolumeService.Method.RevertVolume.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_RevertVolumeRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Snapshot>(),
@@ -2105,6 +2184,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_DeleteSnapshotResponse> {
         let response = try await self.deleteSnapshot(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func createGroupSnapshot(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_CreateGroupSnapshotResponse> {
+        let response = try await self.createGroupSnapshot(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2403,6 +2493,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse> {
         return GRPCCore.ServerResponse<Haptera_V1_DeleteSnapshotResponse>(
             message: try await self.deleteSnapshot(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func createGroupSnapshot(
+        request: GRPCCore.ServerRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_CreateGroupSnapshotResponse> {
+        return GRPCCore.ServerResponse<Haptera_V1_CreateGroupSnapshotResponse>(
+            message: try await self.createGroupSnapshot(
                 request: request.message,
                 context: context
             ),
@@ -2903,6 +3006,29 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_DeleteSnapshotResponse>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_DeleteSnapshotResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "CreateGroupSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_CreateGroupSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_CreateGroupSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_CreateGroupSnapshotResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func createGroupSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_CreateGroupSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_CreateGroupSnapshotResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_CreateGroupSnapshotResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "RevertVolume" method.
@@ -3660,6 +3786,40 @@ extension Haptera_V1_VolumeService {
             )
         }
 
+        /// Call the "CreateGroupSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_CreateGroupSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_CreateGroupSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_CreateGroupSnapshotResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func createGroupSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_CreateGroupSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_CreateGroupSnapshotResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_CreateGroupSnapshotResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.CreateGroupSnapshot.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
         /// Call the "RevertVolume" method.
         ///
         /// > Source IDL Documentation:
@@ -4347,6 +4507,35 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteSnapshotRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_DeleteSnapshotResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "CreateGroupSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_CreateGroupSnapshotRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func createGroupSnapshot<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_CreateGroupSnapshotRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_CreateGroupSnapshotResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.createGroupSnapshot(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_CreateGroupSnapshotRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_CreateGroupSnapshotResponse>(),
             options: options,
             onResponse: handleResponse
         )
@@ -5093,6 +5282,39 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.deleteSnapshot(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "CreateGroupSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Takes a snapshot of several volumes at one instant, under one name: of all or of none.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func createGroupSnapshot<Result>(
+        _ message: Haptera_V1_CreateGroupSnapshotRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_CreateGroupSnapshotResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_CreateGroupSnapshotRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.createGroupSnapshot(
             request: request,
             options: options,
             onResponse: handleResponse

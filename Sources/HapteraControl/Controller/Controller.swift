@@ -21,6 +21,8 @@ package actor Controller {
     var awayTimes = AwayTimes()
     var problems: [String: String] = [:]
     var attempts = ScheduleAttempts()
+    /// Of snapshots of groups that are being taken, by id.
+    var groupsUnderWay: Set<String> = []
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
     private let startedMilliseconds: Int64
 

@@ -129,6 +129,7 @@ struct ScheduleLoop: Service {
         await cancelWhenGracefulShutdown {
             while !Task.isCancelled {
                 do {
+                    try await controller.undoGroups()
                     try await controller.runSchedules()
                 } catch {
                     logger.error("schedules failed", metadata: ["reason": "\(error)"])

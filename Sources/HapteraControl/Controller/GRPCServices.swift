@@ -201,6 +201,15 @@ extension VolumeService {
         return Haptera_V1_DeleteSnapshotResponse()
     }
 
+    func createGroupSnapshot(
+        request: Haptera_V1_CreateGroupSnapshotRequest, context: ServerContext
+    ) async throws -> Haptera_V1_CreateGroupSnapshotResponse {
+        for volume in request.volumes { _ = try checked(volume) }
+        var response = Haptera_V1_CreateGroupSnapshotResponse()
+        response.snapshots = try await controller.createGroupSnapshot(request)
+        return response
+    }
+
     func revertVolume(
         request: Haptera_V1_RevertVolumeRequest, context: ServerContext
     ) async throws -> Haptera_V1_Snapshot {

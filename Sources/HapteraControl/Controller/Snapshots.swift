@@ -186,7 +186,7 @@ extension Controller {
                 + (trouble.isEmpty ? "" : " (\(trouble))"))
     }
 
-    private func existing(
+    func existing(
         _ snapshot: String, of name: String
     ) async throws -> Haptera_V1_Snapshot? {
         let stored = try await store.volume(named: name)
@@ -211,7 +211,7 @@ extension Controller {
         try await store.forgetPendingLabels(request.name, of: id)
     }
 
-    private static func check(_ name: String) throws {
+    static func check(_ name: String) throws {
         guard VolumeRecord.isValidSnapshotName(name) else {
             throw ControlError(
                 .invalid,
@@ -231,7 +231,7 @@ extension Controller {
     }
 
     /// The node whose engine can take it, or nil if nobody needs to.
-    private func nodeThatTakes(_ name: String, of stored: StoredVolume) throws -> String? {
+    func nodeThatTakes(_ name: String, of stored: StoredVolume) throws -> String? {
         let volume = stored.volume.name
         let isNamed = stored.record?.snapshot(named: name) != nil
         guard let node = try servingNode(stored) else {

@@ -220,8 +220,27 @@ package actor EngineUnit {
         try Self.requireWord(request.name)
         _ = try await context.host.request(
             supervision.files.control,
-            "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)",
+            "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)"
+                + (request.hold == 0 ? "" : " hold=\(request.hold)"),
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
+    }
+
+    /// Answers when no change of a client is on the way.
+    func hold(_ request: Haptera_V1_HoldChanges) async throws {
+        try requireServing(request.clientGeneration)
+        _ = try await context.host.request(
+            supervision.files.control,
+            "hold token=\(request.token) for=\(request.milliseconds)",
+            timeoutSeconds: Self.seconds(request.milliseconds))
+    }
+
+    func release(_ request: Haptera_V1_ReleaseChanges) async throws {
+        try requireServing(request.clientGeneration)
+        let answer = try await context.host.request(
+            supervision.files.control, "release token=\(request.token)", timeoutSeconds: 5)
+        guard answer["held"] == "1" else {
+            throw HostError("its clients went on before every volume was frozen; try again")
+        }
     }
 
     /// Answers when the volume holds what the snapshot does.

@@ -26,6 +26,8 @@ extension NodeAgent {
             case .growVolume(let request): try await growVolume(request)
             case .scrubVolume(let request): try await scrubVolume(request)
             case .revertToSnapshot(let request): try await revert(request)
+            case .holdChanges(let request): try await holdChanges(request)
+            case .releaseChanges(let request): try await releaseChanges(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
         } catch let error as ControlSocket.NoAnswer {
@@ -55,6 +57,21 @@ extension NodeAgent {
         }
     }
 
+    private func holdChanges(_ request: Haptera_V1_HoldChanges) async throws {
+        try await existingUnit(request.volumeID).hold(request)
+    }
+
+    private func releaseChanges(_ request: Haptera_V1_ReleaseChanges) async throws {
+        try await existingUnit(request.volumeID).release(request)
+    }
+
+    private func existingUnit(_ volumeID: String) throws -> EngineUnit {
+        guard let unit = engineUnit(volumeID) else {
+            throw HostError("it runs no engine of the volume")
+        }
+        return unit
+    }
+
     private func growVolume(_ request: Haptera_V1_GrowVolume) async throws {
         try await askEngine(of: request.volumeID, doubt: SnapshotResult.resizeDoubtText) {
             try await $0.grow(request)
@@ -62,10 +79,7 @@ extension NodeAgent {
     }
 
     private func scrubVolume(_ request: Haptera_V1_ScrubVolume) async throws {
-        guard let unit = engineUnit(request.volumeID) else {
-            throw HostError("it runs no engine of the volume")
-        }
-        try await unit.scrub(request)
+        try await existingUnit(request.volumeID).scrub(request)
     }
 
     /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on
@@ -73,9 +87,7 @@ extension NodeAgent {
     private func askEngine(
         of volumeID: String, doubt: String, _ ask: (EngineUnit) async throws -> Void
     ) async throws {
-        guard let unit = engineUnit(volumeID) else {
-            throw HostError("it runs no engine of the volume")
-        }
+        let unit = try existingUnit(volumeID)
         do {
             try await ask(unit)
         } catch let error as HostError where error.description.contains(doubt) {

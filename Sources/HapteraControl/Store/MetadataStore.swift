@@ -60,6 +60,7 @@ package final class MetadataStore: Sendable {
                 sql: "ALTER TABLE volumes ADD COLUMN isScratch INTEGER NOT NULL DEFAULT 0")
         }
         registerLabels(&migrator)
+        registerGroups(&migrator)
         registerSchedules(&migrator, clock: clock)
         return migrator
     }

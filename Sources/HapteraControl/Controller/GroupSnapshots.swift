@@ -1,0 +1,216 @@
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+
+/// Snapshots of several volumes at one instant: of all of them or of none.
+///
+/// 1. the group is noted                 -> a controller that starts anew undoes it
+/// 2. every engine holds its clients' changes
+/// 3. every engine freezes its head, under the hold
+/// 4. every engine releases its clients, and says that they were held until then
+/// 5. the note is deleted                -> it is a group
+///
+/// What fails before the last step takes every snapshot of it back. Only then is waited until all
+/// is durable: what is left of a group after a crash is whole.
+extension Controller {
+    package static let groupVolumesMax = 16
+    static let groupLabel = "\(Labels.reservedPrefix)/group"
+    /// Longer than all of it takes; clients wait no longer, whatever happens.
+    static let groupHoldMilliseconds: UInt64 = 3000
+    /// An engine that was asked for a snapshot may still take it so long afterwards.
+    static let groupSettledMilliseconds: Int64 = 60_000
+
+    private struct Member: Sendable {
+        let stored: StoredVolume
+        let node: String
+    }
+
+    /// In the order of the volumes asked for. A name that is a group of just these volumes is
+    /// brought to its end.
+    package func createGroupSnapshot(
+        _ request: Haptera_V1_CreateGroupSnapshotRequest
+    ) async throws -> [Haptera_V1_Snapshot] {
+        try Self.check(request.name)
+        if let objection = Labels.objection(to: request.labels) {
+            throw ControlError(.invalid, objection)
+        }
+        let volumes = request.volumes
+        guard (1...Self.groupVolumesMax).contains(volumes.count),
+            Set(volumes).count == volumes.count
+        else {
+            throw ControlError(
+                .invalid, "a group has 1 to \(Self.groupVolumesMax) volumes, each named once")
+        }
+        guard try await !isGroup(request) else { return try await finish(request) }
+        let members = try await knowingNodes {
+            var members: [Member] = []
+            for volume in volumes {
+                let stored = try await store.volume(named: volume)
+                guard let node = try nodeThatTakes(request.name, of: stored) else { continue }
+                members.append(Member(stored: stored, node: node))
+            }
+            return members
+        }
+        for member in members { try await tasks.requireConnected(member.node) }
+        let token = UInt64.random(in: 1...UInt64(Int64.max))
+        let group = GroupRow(
+            id: hexadecimal(token), snapshot: request.name,
+            volumes: volumes.joined(separator: ","), timeMilliseconds: store.clock())
+        try await store.beginGroup(group)
+        groupsUnderWay.insert(group.id)
+        defer { groupsUnderWay.remove(group.id) }
+        changes.notify()
+        do {
+            for member in members {
+                guard let volume = member.stored.record?.volume else { continue }
+                try await store.labelSnapshot(
+                    request.name, of: volume, request.labels,
+                    reserved: [Self.groupLabel: group.id])
+            }
+            try await freeze(members, request.name, token)
+        } catch {
+            _ = await undo(group)
+            changes.notify()
+            throw error
+        }
+        try await store.endGroup(group)
+        changes.notify()
+        return try await finish(request)
+    }
+
+    /// Whether the name is one of just these volumes. Throws if it is another's in one of them.
+    private func isGroup(_ request: Haptera_V1_CreateGroupSnapshotRequest) async throws -> Bool {
+        var groups: [String?] = []
+        for volume in request.volumes {
+            let found = try await existing(request.name, of: volume)
+            groups.append(found.map { $0.labels[Self.groupLabel] ?? "" })
+        }
+        if groups.allSatisfy({ $0 == nil }) { return false }
+        if let first = groups[0], !first.isEmpty, groups.allSatisfy({ $0 == first }),
+            try await !store.groups().contains(where: { $0.id == first })
+        {
+            return true
+        }
+        let place = groups.firstIndex { $0 != nil } ?? 0
+        throw Self.refused(
+            "volume '\(request.volumes[place])' has a snapshot '\(request.name)' already, which is "
+                + "not of this group: choose another name")
+    }
+
+    private func freeze(_ members: [Member], _ name: String, _ token: UInt64) async throws {
+        let created = UInt64(clamping: store.clock())
+        do {
+            try await each(members) {
+                $0.holdChanges.volumeID = $1.id
+                $0.holdChanges.clientGeneration = UInt64($1.clientGeneration)
+                $0.holdChanges.token = token
+                $0.holdChanges.milliseconds = Self.groupHoldMilliseconds
+            }
+            try await each(members) {
+                $0.takeSnapshot.volumeID = $1.id
+                $0.takeSnapshot.clientGeneration = UInt64($1.clientGeneration)
+                $0.takeSnapshot.name = name
+                $0.takeSnapshot.createdUnixMilliseconds = created
+                $0.takeSnapshot.timeoutMilliseconds = Self.groupHoldMilliseconds
+                $0.takeSnapshot.hold = token
+            }
+        } catch {
+            try? await release(members, token)
+            throw error
+        }
+        try await release(members, token)
+    }
+    /// Throws if one was not held until now.
+    private func release(_ members: [Member], _ token: UInt64) async throws {
+        try await each(members) {
+            $0.releaseChanges.volumeID = $1.id
+            $0.releaseChanges.clientGeneration = UInt64($1.clientGeneration)
+            $0.releaseChanges.token = token
+        }
+    }
+
+    /// Asks all at once, and waits for all; throws what the first failed with.
+    private func each(
+        _ members: [Member],
+        _ fill: @escaping @Sendable (inout Haptera_V1_AgentTask, VolumeRow) -> Void
+    ) async throws {
+        let tasks = tasks
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            for member in members {
+                group.addTask {
+                    let timeout = Self.patience(Self.groupHoldMilliseconds)
+                    do {
+                        _ = try await tasks.ask(member.node, timeout: timeout, doubt: .inDoubt) {
+                            fill(&$0, member.stored.volume)
+                        }
+                    } catch let error as ControlError {
+                        throw ControlError(
+                            error.code == .inDoubt ? .unavailable : error.code,
+                            "no snapshot of the group was taken: volume "
+                                + "'\(member.stored.volume.name)': \(error.message)")
+                    }
+                }
+            }
+            var failure: (any Error)?
+            while let result = await group.nextResult() {
+                if case .failure(let error) = result { failure = failure ?? error }
+            }
+            if let failure { throw failure }
+        }
+    }
+
+    /// Waits until all is durable.
+    private func finish(
+        _ request: Haptera_V1_CreateGroupSnapshotRequest
+    ) async throws -> [Haptera_V1_Snapshot] {
+        try await withThrowingTaskGroup(of: (Int, Haptera_V1_Snapshot).self) { group in
+            for (place, volume) in request.volumes.enumerated() {
+                group.addTask {
+                    var one = Haptera_V1_CreateSnapshotRequest()
+                    one.volume = volume
+                    one.name = request.name
+                    one.labels = request.labels
+                    one.timeoutMilliseconds = request.timeoutMilliseconds
+                    return (place, try await self.createSnapshot(one))
+                }
+            }
+            var snapshots: [(Int, Haptera_V1_Snapshot)] = []
+            for try await snapshot in group { snapshots.append(snapshot) }
+            return snapshots.sorted { $0.0 < $1.0 }.map(\.1)
+        }
+    }
+
+    // MARK: Groups that came to nothing
+
+    /// Takes back what was taken of it. True: nothing is left.
+    private func undo(_ group: GroupRow) async -> Bool {
+        var isDone = true
+        for volume in group.volumes.split(separator: ",").map(String.init) {
+            do {
+                guard let found = try await existing(group.snapshot, of: volume),
+                    found.labels[Self.groupLabel] == group.id
+                else { continue }
+                var request = Haptera_V1_DeleteSnapshotRequest()
+                request.volume = volume
+                request.name = group.snapshot
+                try await deleteSnapshot(request)
+            } catch let error as ControlError where error.code == .notFound {
+                continue
+            } catch {
+                isDone = false
+            }
+        }
+        return isDone
+    }
+
+    /// One round: those that a controller before this one, or an engine that was late, has left.
+    package func undoGroups() async throws {
+        for group in try await store.groups() where !groupsUnderWay.contains(group.id) {
+            guard try await knowsNodes else { return }
+            let caller = Caller(actor: "group/\(group.snapshot)")
+            let isDone = await Caller.$current.withValue(caller) { await undo(group) }
+            let age = store.clock() - group.timeMilliseconds
+            if isDone, age >= Self.groupSettledMilliseconds { try await store.endGroup(group) }
+        }
+    }
+}

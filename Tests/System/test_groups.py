@@ -1,0 +1,151 @@
+"""Snapshots of several volumes at one instant: no effect without its cause, all of them or none."""
+
+import statistics
+import threading
+import time
+
+import nbd
+
+from harness.cluster import MIB, ControlError, control, wait_for
+from harness.plane import Plane
+from harness.workload import BLOCK
+
+SIZE = 16 * MIB
+
+
+class Chain(threading.Thread):
+    """A client of several volumes: each of its writes is caused by the one before, on another."""
+
+    def __init__(self, uris):
+        super().__init__(daemon=True)
+        self.handles = []
+        for uri in uris:
+            handle = nbd.NBD()
+            handle.connect_uri(uri)
+            self.handles.append(handle)
+        self.count, self.longest, self.failure, self.ends = 0, 0.0, None, False
+
+    def run(self):
+        try:
+            while not self.ends:
+                number = self.count
+                begun = time.monotonic()
+                block = number // len(self.handles) % (SIZE // BLOCK)
+                self.handles[number % len(self.handles)].pwrite(
+                    (number + 1).to_bytes(8, "little") * (BLOCK // 8), block * BLOCK)
+                self.count += 1
+                self.longest = max(self.longest, time.monotonic() - begun)
+        except nbd.Error as error:
+            self.failure = error
+
+    def stop(self):
+        self.ends = True
+        self.join()
+        for handle in self.handles:
+            handle.shutdown()
+        assert self.failure is None, self.failure
+
+
+def cut(uris):
+    """How many of the chain's writes the snapshots at these places hold, of each volume."""
+    counts = []
+    for uri in uris:
+        handle = nbd.NBD()
+        handle.connect_uri(uri)
+        latest = 0
+        for offset in range(0, SIZE, MIB):
+            data = handle.pread(MIB, offset)
+            latest = max([latest, *(int.from_bytes(data[at:at + 8], "little")
+                                    for at in range(0, MIB, BLOCK))])
+        counts.append(latest)
+        handle.shutdown()
+    return counts
+
+
+def check_cut(counts):
+    """The numbers of the last writes that the volumes hold are the last ones of one chain."""
+    last = max(counts)
+    expected = sorted(range(last - len(counts) + 1, last + 1))
+    assert sorted(counts) == expected, f"the volumes hold the chain up to {counts}"
+    return last
+
+
+def test_group_snapshots_are_one_cut(context):
+    """Twenty groups of three volumes under a client that writes to one when another has answered;
+    a group that fails half-way leaves nothing; a name of one volume's is refused."""
+    names = ("a", "b", "c")
+    with Plane(context) as plane:
+        for name in names:
+            plane.run("volume", "create", name, "--size", str(SIZE))
+            plane.run("volume", "attach", name)
+        uris = [plane.run("volume", "show", name)["engine"]["unixURI"] for name in names]
+        chain = Chain(uris)
+        chain.start()
+        pauses = []
+        for turn in range(20):
+            wait_for(lambda: chain.count > 50 * turn, "the client to get on")
+            chain.longest = 0.0
+            taken = plane.run("snapshot", "create", "--group", "a,b,c", f"g{turn}",
+                              "--label", "app=db")
+            wait_for(lambda: chain.count > 50 * turn + 20, "the client to go on")
+            pauses.append(chain.longest)
+            assert [s["volume"] for s in taken] == list(names), taken
+            assert taken[0]["labels"]["app"] == "db" and taken[0]["labels"]["haptera.io/group"]
+        # Without a hold they are none: the check would notice.
+        for name in names:
+            plane.run("snapshot", "create", name, "apart")
+        # Again: they are there.
+        again = plane.run("snapshot", "create", "--group", "a,b,c", "g3")
+        assert [s["layer"] for s in again] == [
+            s["layer"] for name in names
+            for s in plane.run("snapshot", "list", name) if s["name"] == "g3"]
+        plane.run("snapshot", "create", "b", "mine")
+        text = plane.run("snapshot", "create", "--group", "a,b,c", "mine", fails=True)
+        assert "choose another name" in text, text
+        # One that cannot be held: nobody has the snapshot.
+        plane.run("volume", "detach", "c") if chain.stop() is None else None
+        text = plane.run("snapshot", "create", "--group", "a,b,c", "half", fails=True)
+        assert "'c' is not attached" in text, text
+        for name in names:
+            held = [s["name"] for s in plane.run("snapshot", "list", name)]
+            assert "half" not in held and len(held) == 21 + (name == "b"), held
+        plane.run("volume", "attach", "c")
+        lasts = []
+        for turn in range(20):
+            shown = [plane.run("snapshot", "show", name, f"g{turn}") for name in names]
+            lasts.append(check_cut(cut([s["unixURI"] for s in shown])))
+        assert lasts == sorted(lasts) and lasts[0] > 0, lasts
+        shown = [plane.run("snapshot", "show", name, "apart") for name in names]
+        try:
+            check_cut(cut([s["unixURI"] for s in shown]))
+            raise RuntimeError("snapshots taken one after the other pass for a cut")
+        except AssertionError:
+            pass
+        return (f"20 groups, each one cut of {chain.count} writes; longest pause of each: median "
+                f"{statistics.median(pauses) * 1e3:.0f}, longest {max(pauses) * 1e3:.0f} ms")
+
+
+def test_a_hold_ends_by_itself(context):
+    """Whoever asked for it may be gone."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        handle = nbd.NBD()
+        handle.set_export_name("volume")
+        handle.connect_unix(str(cluster.engine.unix))
+        handle.pwrite(b"a" * BLOCK, 0)
+        control(cluster.engine.control, "hold", token=5, **{"for": 700})
+        begun = time.monotonic()
+        assert handle.pread(BLOCK, 0) == b"a" * BLOCK
+        assert time.monotonic() - begun < 0.5, "reads go on"
+        handle.pwrite(b"b" * BLOCK, 0)
+        waited = time.monotonic() - begun
+        assert 0.4 < waited < 2.0, f"the write was held for {waited:.2f} s"
+        assert control(cluster.engine.control, "release", token=5)["held"] == "0"
+        try:
+            control(cluster.engine.control, "snapshot", name="late", created=1, hold=5)
+            raise RuntimeError("a snapshot was taken under a hold that had ended")
+        except ControlError as error:
+            assert "hold is over" in str(error), error
+        handle.shutdown()
+        cluster.check_copies()
+        return f"held for {waited * 1e3:.0f} of 700 ms"
