@@ -10,6 +10,11 @@ extension VolumeRecord {
         growths.first { $0.head > layer }?.sizeBefore ?? size
     }
 
+    /// Whether the layer has room for anything of the region: older ones may end before it.
+    package func reaches(_ layer: LayerID, _ region: UInt64) -> Bool {
+        growths.isEmpty || region < Geometry.regionCount(size: size(of: layer))
+    }
+
     /// Whether another growth can be recorded; a second one at the same head needs no room.
     package var mayGrow: Bool {
         var record = self

@@ -111,7 +111,10 @@ extension World {
         }
         // The same replica may begin anew after it dropped out without a change.
         if record.change == .join { joinStartedAt = timeline.now }
-        note("record e\(record.epoch.rawValue): \(names(record))\(record.isClean ? " clean" : "")")
+        let reverts = record.reverts.map { "\($0.head.rawValue)>\($0.target.rawValue)" }
+        note(
+            "record e\(record.epoch.rawValue): \(names(record))\(record.isClean ? " clean" : "")"
+                + " layers \(record.layers.map(\.rawValue)) \(reverts.joined(separator: " "))")
         noteLoss()
     }
 

@@ -174,12 +174,15 @@ struct ReplicaImage {
 
     /// Retired layers count as their heirs'.
     private mutating func fold(_ retired: [LayerID]) {
-        for place in layers.indices.dropLast() where retired.contains(layers[place].id) {
-            // The next one of which it is seen; retired or not, what that inherits goes up in turn.
-            let above = layers.indices.dropFirst(place + 1).first {
-                Self.isSeen(layers[place].id, from: layers[$0].id, installed)
+        // The nearest first: what it holds hides what is below. Not into others that are retired:
+        // of one that was discarded it is not known any more what it was made over (seed 403429).
+        for place in layers.indices.dropLast().reversed()
+        where retired.contains(layers[place].id) {
+            let heir = layers.indices.dropFirst(place + 1).first {
+                !retired.contains(layers[$0].id)
+                    && Self.isSeen(layers[place].id, from: layers[$0].id, installed)
             }
-            if let above { layers[above].inherit(layers[place]) }
+            if let heir { layers[heir].inherit(layers[place]) }
         }
         layers.removeAll { retired.contains($0.id) }
     }

@@ -111,6 +111,26 @@ import Testing
         #expect(h.stored.inSync.count == 3)
     }
 
+    /// A snapshot's layer ends where the volume did: a copy sends it nothing behind that, not even
+    /// when the region was last written (seed 403123: the file grew, not durably, and the copy did
+    /// not open after a power cut).
+    @Test func nothingIsCopiedBehindTheEndOfALayer() {
+        let h = EngineHarness(members: 2)
+        h.start()
+        h.write(0, block(1))
+        h.run(.takeSnapshot(token: 1, name: "small", created: 1))
+        #expect(resize(h, 5, new) == .ok)
+        h.write(old, block(2))
+        h.pass(milliseconds: 5000)
+        #expect(h.stored.inSync.count == 3)
+        let lower = LayerID(rawValue: 1)
+        let isBehind = h.fakes[2].heard.contains {
+            $0.layer == lower && $0.offset >= old && ($0.kind == .write || $0.kind == .setState)
+        }
+        #expect(!isBehind && h.fakes[2].entry(old / 4096).state == .data)
+        #expect(h.fakes[2].layers[lower]?[0]?.data == block(1))
+    }
+
     /// The last region was partial when a job took it.
     @Test func aJobAtTheEndTakesWhatIsNewToo() {
         let h = EngineHarness(members: 2)

@@ -53,6 +53,20 @@ import Testing
             ])
     }
 
+    /// In the lowest layer both read zero (seed 401521: two members, nobody to decide, and a block
+    /// called lost that nobody had ever written). Above it they do not.
+    @Test func aTrimWhereNothingWasIsNoDamage() {
+        let h = filled(members: 2)
+        h.fakes[0].layers[lowest]?[310] = (BlockEntry(state: .zero), [])
+        h.scrub()
+        h.pass(milliseconds: 1000)
+        #expect(h.isScrubbed && h.found.bad == 0 && h.found.lost == 0)
+        h.fakes[0].layers[middle]?[310] = (BlockEntry(state: .zero), [])
+        h.scrub(id: 2)
+        h.pass(milliseconds: 1000)
+        #expect(h.isScrubbed && h.found.bad == 1 && h.found.lost == 1)
+    }
+
     /// Without its rules it finds nothing, or spreads what is bad.
     @Test(arguments: [.scrubBelieves, .scrubTrustsFirst] as [MutationSet])
     func withoutItsRulesDamageStays(mutation: MutationSet) {

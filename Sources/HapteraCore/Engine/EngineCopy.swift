@@ -49,7 +49,9 @@ extension EngineCore {
         }
         jobs[job].isFetched = true
         // One layer's birth is the region's: what the upper ones do not hold takes no space there.
-        jobs[job].isStampDue = jobs[job].layer == record?.layers.first
+        let region = jobs[job].region
+        jobs[job].isStampDue =
+            jobs[job].layer == record?.layers.first { record?.reaches($0, region) == true }
         beginCopy(job)
     }
 

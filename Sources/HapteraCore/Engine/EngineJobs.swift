@@ -129,13 +129,13 @@ extension EngineCore {
 
     /// The lowest layer that the job has not done and in which its participants may differ.
     private func nextLayer(_ job: Int) -> LayerID? {
-        let done = jobs[job].layer
-        if jobs[job].kind == .resolve, let suspects = suspectLayers[jobs[job].region] {
-            return suspects.first { $0 > done }
+        let (done, region) = (jobs[job].layer, jobs[job].region)
+        guard let record else { return nil }
+        if jobs[job].kind == .resolve, let suspects = suspectLayers[region] {
+            return suspects.first { $0 > done && record.reaches($0, region) }
         }
-        guard let layers = record?.layers else { return nil }
-        let place = layers.index(above: done)
-        return place < layers.count ? layers[place] : nil
+        let rest = record.layers[record.layers.index(above: done)...]
+        return rest.first { record.reaches($0, region) }
     }
     /// The participants are equal in this layer.
     func finishLayer(_ job: Int) {

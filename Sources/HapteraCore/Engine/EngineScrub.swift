@@ -375,7 +375,7 @@ extension EngineCore {
         var isBad = false
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            guard let its = RegionDigest.decode(index: block, from: digest(job, slot)),
+            guard let its = judged(job, slot, block),
                 !its.isDoubtful
             else {
                 isBad = true
@@ -397,12 +397,25 @@ extension EngineCore {
         var votes = 0
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            guard let its = RegionDigest.decode(index: block, from: digest(job, slot)) else {
+            guard let its = judged(job, slot, block) else {
                 continue
             }
             if its == content || its.isDoubtful && its.entry == content.entry { votes += 1 }
         }
         return votes
+    }
+    private func judged(_ job: Int, _ slot: ReplicaSlot, _ block: Int) -> RegionDigest.Block? {
+        guard let its = RegionDigest.decode(index: block, from: digest(job, slot)) else {
+            return nil
+        }
+        // Below the lowest layer everything reads zero: what is trimmed where nothing was is noted
+        // by a copy that has a deleted layer left, and by no other (seed 401521).
+        guard its.entry.state == .absent, jobs[job].layer == record?.layers.first else {
+            return its
+        }
+        return .init(
+            entry: BlockEntry(state: .zero), isDoubtful: false, hashLow: its.hashLow,
+            hashHigh: its.hashHigh)
     }
     func sourceForScrub(_ job: Int, _ block: Int) -> ReplicaSlot? {
         if mutations.contains(.scrubTrustsFirst) {

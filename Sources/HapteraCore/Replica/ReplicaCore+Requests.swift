@@ -151,7 +151,14 @@ extension ReplicaCore {
     /// what it holds.)
     private func isLayerLawful(_ header: FrameHeader) -> Bool {
         switch header.kind {
-        case .write, .setState, .adopt, .read, .digest, .status, .verify:
+        case .write, .setState, .adopt:
+            // What is written behind its end grows the file, durably or not (seed 403123).
+            let region = Geometry.region(ofByte: header.offset)
+            let isRoom =
+                header.layer == chain.head
+                || manifest.installed?.reaches(header.layer, region) ?? true
+            return isRoom && chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
+        case .read, .digest, .status, .verify:
             return chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
         default: return true
         }
