@@ -1,11 +1,13 @@
 """storagectl chaos run over real processes, and that it can fail."""
 
 from harness.cluster import MIB, wait_for
+from harness.context import once
 from harness.plane import Plane
 
 SIZE = 64 * MIB
 
 
+@once
 def test_chaos_command(context):
     with Plane(context) as plane:
         plane.run("volume", "create", "vol", "--size", str(SIZE))
@@ -46,6 +48,7 @@ def test_chaos_command(context):
         assert "no block ever written" in output, output
 
 
+@once
 def test_fault_ends_without_its_causer(context):
     """Who asked for it may be gone: a paused or cut off replica comes back by itself."""
     with Plane(context) as plane:

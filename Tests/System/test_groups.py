@@ -7,6 +7,7 @@ import time
 import nbd
 
 from harness.cluster import MIB, ControlError, control, wait_for
+from harness.context import once
 from harness.plane import Plane
 from harness.workload import BLOCK
 
@@ -70,6 +71,7 @@ def check_cut(counts):
     return last
 
 
+@once
 def test_group_snapshots_are_one_cut(context):
     """Twenty groups of three volumes under a client that writes to one when another has answered;
     a group that fails half-way leaves nothing; a name of one volume's is refused."""

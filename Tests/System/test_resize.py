@@ -6,6 +6,7 @@ import subprocess
 import nbd
 
 from harness.cluster import BINARIES, MIB, ControlError, control
+from harness.context import once
 from harness.plane import Plane
 from harness.workload import BLOCK, History, Workload, check_all
 
@@ -127,6 +128,7 @@ def test_a_replica_that_cannot_grow_keeps_the_size(context):
         return "refused"
 
 
+@once
 def test_resize_and_scrub_commands(context):
     """Over the whole control plane: the size outlives replicas and attachments, all of it is scrubbed."""
     with Plane(context) as plane:

@@ -3,6 +3,7 @@
 import time
 
 from harness.cluster import MIB, wait_for
+from harness.context import once
 from harness.plane import Plane
 
 SIZE = 16 * MIB
@@ -27,6 +28,7 @@ def check_scrubs(plane):
     assert {e["actor"] for e in asked} == {"schedule/scrubs"}, asked
 
 
+@once
 def test_schedules(context):
     """Two minutes of snapshots, one kept, and scrubs; the controller is killed in between."""
     with Plane(context) as plane:

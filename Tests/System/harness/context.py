@@ -5,6 +5,12 @@ class SkipTest(Exception):
     """The machine lacks what the test needs; the message says what."""
 
 
+def once(function):
+    """Marks a test of the control plane that takes long: one back end tells as much as two."""
+    function.is_once = True
+    return function
+
+
 class Context:
     """What the runner hands to a test."""
 
