@@ -44,7 +44,12 @@ package struct LayerTree: Equatable, Sendable {
     /// The layer itself if it is one of ascending `layers`, or the one that has what it held. Nil:
     /// nobody has.
     package func heir(of layer: LayerID, in layers: [LayerID]) -> LayerID? {
-        layers.first { $0 >= layer && isSeen(layer, from: $0) }
+        var place = layers.index(above: LayerID(rawValue: layer.rawValue &- 1))
+        while place < layers.count {
+            if isSeen(layer, from: layers[place]) { return layers[place] }
+            place += 1
+        }
+        return nil
     }
 }
 

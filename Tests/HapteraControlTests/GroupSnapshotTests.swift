@@ -85,6 +85,25 @@ extension SnapshotTests.World {
         #expect(try await world.test.store.groups().isEmpty)
     }
 
+    @Test func askedForAgainWhileItIsTaken() async throws {
+        let world = try await World()
+        let row = GroupRow(
+            id: "00000000000000aa", snapshot: "g", volumes: "vol",
+            timeMilliseconds: world.test.clock.now)
+        try await world.test.store.beginGroup(row)
+        let record = try await world.record
+        try await world.test.store.labelSnapshot(
+            "g", of: record.volume, [:], reserved: [Controller.groupLabel: row.id])
+        try await world.add("g", created: 1)
+        let refused = try await world.groupRefusal("g")
+        #expect(refused.code == .unavailable && refused.message.contains("try again"))
+        #expect(world.takeSteps().isEmpty)
+        // What a failure left is gone: it is taken anew, though the note is still there.
+        try await world.controller.undoGroups()
+        _ = world.takeSteps()
+        #expect(try await world.group("g").count == 1)
+    }
+
     @Test func whatCannotBeIsNotAskedFor() async throws {
         let world = try await World()
         _ = try await world.create("mine")

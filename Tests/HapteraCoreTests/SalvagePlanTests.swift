@@ -89,6 +89,25 @@ private func survey(_ number: UInt64, promise: UInt64, flushed: StablePoint) -> 
         #expect(VolumeRecord(decoding: next.encoded()) == next)
     }
 
+    /// What was frozen after the survivor had left is in the volume, or not known to it at all. But
+    /// what a revert kept since is nowhere else.
+    @Test(arguments: [false, true])
+    func snapshotsTheSurvivorHasNotGot(isReverted: Bool) throws {
+        var record = record
+        record.freezeHead("a", created: 1)
+        var second = survey(2, promise: 5, flushed: point(5, 10))
+        second.installed = record
+        record.freezeHead("b", created: 2)
+        if isReverted {
+            record.freezeHead("kept", created: 3, target: LayerID(rawValue: 1))
+            record.freezeHead("c", created: 4)
+        }
+        let plan = SalvagePlan(record: record, surveys: [second])
+        let next = try #require(plan.choices.first { $0.member == member(2) }?.record)
+        #expect(next.snapshots.map(\.name) == (isReverted ? ["a", "b", "kept"] : ["a"]))
+        #expect(VolumeRecord(decoding: next.encoded()) == next)
+    }
+
     @Test func oneThatLeftLaterThanTheSurvivorIsKeptToo() throws {
         let next = try #require(
             try choice(3, [survey(3, promise: 3, flushed: point(3, 10))]).record)

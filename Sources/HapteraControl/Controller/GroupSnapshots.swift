@@ -85,9 +85,22 @@ extension Controller {
             let found = try await existing(request.name, of: volume)
             groups.append(found.map { $0.labels[Self.groupLabel] ?? "" })
         }
+        let unfinished = try await store.groups()
+        let volumes = request.volumes.joined(separator: ",")
+        // Who asks again because an answer was lost is not told that the name is taken.
+        let isUnderWay = unfinished.contains {
+            $0.snapshot == request.name && $0.volumes == volumes
+                && (groupsUnderWay.contains($0.id) || groups.contains($0.id))
+        }
+        if isUnderWay {
+            throw ControlError(
+                .unavailable,
+                "snapshot '\(request.name)' of the group is being taken, or taken back after a "
+                    + "failure; try again")
+        }
         if groups.allSatisfy({ $0 == nil }) { return false }
         if let first = groups[0], !first.isEmpty, groups.allSatisfy({ $0 == first }),
-            try await !store.groups().contains(where: { $0.id == first })
+            !unfinished.contains(where: { $0.id == first })
         {
             return true
         }

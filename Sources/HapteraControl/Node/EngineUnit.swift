@@ -218,11 +218,15 @@ package actor EngineUnit {
     func takeSnapshot(_ request: Haptera_V1_TakeSnapshot) async throws {
         try requireServing(request.clientGeneration)
         try Self.requireWord(request.name)
-        _ = try await context.host.request(
+        let answer = try await context.host.request(
             supervision.files.control,
             "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)"
                 + (request.hold == 0 ? "" : " hold=\(request.hold)"),
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
+        // It was frozen at another time than under this hold.
+        guard request.hold == 0 || answer["existed"] != "1" else {
+            throw HostError("a snapshot of that name was there before")
+        }
     }
 
     /// Answers when no change of a client is on the way.
