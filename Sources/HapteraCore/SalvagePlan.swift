@@ -150,8 +150,8 @@ package struct SalvagePlan: Equatable, Sendable {
         next.inSync = [survivor]
         next.promised = min(
             next.promised, surveys.first { $0.member == survivor }?.promise ?? .zero)
-        // What was frozen after the survivor left it has not got. But what a revert has kept is seen
-        // from nowhere else: its name stays, for what the survivor holds of it.
+        // What was frozen after the survivor left it has not got. But what a revert has kept is
+        // seen from nowhere else: its name stays, for what the survivor holds of it.
         let head = surveys.first { $0.member == survivor }?.installed?.head ?? record.head
         let tree = record.tree
         next.snapshots.removeAll {
