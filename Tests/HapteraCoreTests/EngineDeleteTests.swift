@@ -49,6 +49,30 @@ extension EngineHarness {
         #expect(h.stored.layers == [three, LayerID(rawValue: 4)])
     }
 
+    /// A joiner's copy waits for a member's digest, which waits for a merge; then the layer's snapshot
+    /// is deleted, the job begins again, and the member refuses what it had not begun. It was
+    /// removed for that, though nobody wanted the answer any more.
+    @Test func aRefusalOfWhatABeginningAgainHasForgottenIsNoFailure() throws {
+        let h = layered(members: 2)
+        h.fakes[2].promise = .zero
+        let source = h.fakes[0]
+        source.mute = [FrameKind.digest.rawValue, FrameKind.read.rawValue]
+        h.start()
+        h.pass(milliseconds: 500)
+        #expect(h.core.joinStage == .copying)
+        let asked = try #require(
+            source.heard.last { $0.kind == .digest || $0.kind == .read && $0.layer != .head })
+        source.isDeaf = true
+        h.delete(5, asked.layer == one ? "a" : "b")
+        let install = try #require(source.unheard.first { $0.header.kind == .install }).header
+        h.refuse(source, asked, .staleEpoch, epoch: install.epoch)
+        source.mute = []
+        h.hear(source, from: 0)
+        h.pass(milliseconds: 4000)
+        let isLost = h.notes.contains { if case .replicaLost = $0 { true } else { false } }
+        #expect(!isLost && h.stored.inSync.count == 3 && h.deletions[5] == .ok)
+    }
+
     @Test func whatIsNotThereOrNotServedIsSaid() {
         let h = layered()
         h.delete(4, "a")

@@ -135,4 +135,37 @@ import Testing
             #expect(h.fakes[1].seen.filter { $0 == .write }.count == (mutation.isEmpty ? 1 : 0))
         }
     }
+
+    /// It answers a flush that an Install has overtaken in the later epoch, and has marked it in the
+    /// earlier one: that is no roll back, after which all of it would be compared.
+    @Test func aFlushAnsweredInALaterEpochIsNoRollBack() throws {
+        let h = EngineHarness()
+        h.start()
+        h.write(0, [UInt8](repeating: 1, count: 4096))
+        let late = h.fakes[2]
+        late.mute = [FrameKind.flush.rawValue]
+        h.submit(.flush)
+        let flush = try #require(late.heard.last { $0.kind == .flush })
+        h.run(.takeSnapshot(token: 1, name: "a", created: 1))
+        #expect(late.promise > flush.epoch)
+        late.flushed = StablePoint(epoch: flush.epoch, sequence: flush.sequence)
+        h.refuse(late, flush, .ok, epoch: late.promise)
+        h.kill(h.fakes[1])
+        h.pass(milliseconds: 300)
+        #expect(h.stored.inSync.count == 2)
+        // From here on it marks what it answers.
+        late.flushed = StablePoint(epoch: late.promise, sequence: SequenceNumber(1 << 40))
+        late.mute = []
+        h.answerMuted(late)
+        h.connect(h.fakes[1])
+        h.pass(milliseconds: 5000)
+        h.kill(late)
+        h.pass(milliseconds: 300)
+        h.connect(late)
+        h.pass(milliseconds: 5000)
+        let isRolledBack = h.notes.contains {
+            if case .joinerRolledBack = $0 { true } else { false }
+        }
+        #expect(!isRolledBack && h.stored.inSync.count == 3)
+    }
 }

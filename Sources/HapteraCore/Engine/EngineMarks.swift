@@ -19,7 +19,11 @@ extension EngineCore {
             replicas[slot].marked = max(replicas[slot].marked, replicas[slot].probedPoint)
         }
         guard header.auxiliary & FlushReply.isUnmarked == 0 else { return }
-        let point = StablePoint(epoch: header.epoch, sequence: header.sequence)
+        // The replica marks the epoch that the flush was sent in; it answers in that of an Install
+        // that has come since.
+        guard let index = slotIndex(ofTag: header.tag) else { return }
+        let epoch = min(header.epoch, slots[index].epoch)
+        let point = StablePoint(epoch: epoch, sequence: header.sequence)
         replicas[slot].answered = max(replicas[slot].answered, point)
     }
 

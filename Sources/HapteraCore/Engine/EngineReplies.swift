@@ -87,12 +87,22 @@ extension EngineCore {
         if header.epoch <= replicas[slot].sentEpoch,
             replicas[slot].installedEpoch < replicas[slot].sentEpoch,
             sendAgain(slot, header) || copyRefused(slot, header) || jobRefused(header)
-                || roomRefused(slot, header) || scrubRefused(header)
+                || roomRefused(slot, header) || scrubRefused(header) || isForgotten(header)
         {
             return
         }
         failReplica(slot, .disconnected)
         if phase == .installing, members.contains(slot) { mustClaimAgain = true }
+    }
+
+    /// Nobody waits for it any more: a job that began again, since the layer it looked at was
+    /// deleted by the very change that the refusal is for.
+    private func isForgotten(_ header: FrameHeader) -> Bool {
+        switch header.kind {
+        case .write, .setState, .flush, .read, .status, .digest, .adopt, .verify:
+            slotIndex(ofTag: header.tag) == nil
+        default: false
+        }
     }
 
     private func receivedForOperation(
