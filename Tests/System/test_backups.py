@@ -114,7 +114,7 @@ def test_incremental_backups_restore(context):
             assert restored(image) == kept[name], f"the backup of {name} is not what it was"
         cluster.wait_healthy()
         # The engine that serves has removed nobody: `away` was killed under the one before.
-        removals = int(cluster.engine.metrics()["haptera_engine_removals_total"])
+        removals = int(cluster.engine.metrics()["haptera_engine_replica_removals_total"])
         assert removals == 0, f"{removals} replicas were removed without a reason"
         cluster.check_copies()
         return f"{len(images)} backups, {sum(copied) // len(copied) // MIB} MiB changed each"
