@@ -11,6 +11,11 @@ extension Presentation {
             ("created", time(snapshot.createdUnixMilliseconds)),
             ("layer", .number(UInt64(snapshot.layer))),
             ("sizeBytes", .number(snapshot.sizeBytes)),
+            ("ownBytes", snapshot.hasOwnBytes ? .number(snapshot.ownBytes) : .null),
+            (
+                "cumulativeBytes",
+                snapshot.hasCumulativeBytes ? .number(snapshot.cumulativeBytes) : .null
+            ),
             ("parent", .optional(snapshot.parent)),
             ("isVolumeParent", .flag(snapshot.isVolumeParent)),
             ("uri", .optional(snapshot.uri)),
@@ -26,17 +31,18 @@ extension Presentation {
         let isChain =
             zip(snapshots, [""] + snapshots.map(\.name)).allSatisfy { $0.parent == $1 }
             && snapshots.last?.isVolumeParent != false
-        let header = ["NAME", "CREATED", "AGE", "LAYER", "SIZE"]
+        let header = ["NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "CUMULATIVE"]
         var rows = snapshots.map { snapshot in
             var row = [
                 snapshot.name, created(snapshot), age(snapshot, now), "\(snapshot.layer)",
-                VolumeSize.text(snapshot.sizeBytes),
+                VolumeSize.text(snapshot.sizeBytes), own(snapshot), cumulative(snapshot),
             ]
             if !isChain { row.append(snapshot.parent.isEmpty ? "-" : snapshot.parent) }
             return wide ? row + [snapshot.uri, Labels.text(snapshot.labels)] : row
         }
         if !isChain, let parent = snapshots.first(where: \.isVolumeParent)?.name {
-            rows.append(["(volume)", "-", "-", "-", "-", parent] + (wide ? ["", ""] : []))
+            let dashes = [String](repeating: "-", count: header.count - 1)
+            rows.append(["(volume)"] + dashes + [parent] + (wide ? ["", ""] : []))
         }
         let tree = isChain ? header : header + ["PARENT"]
         return TextTable(wide ? tree + ["URI", "LABELS"] : tree, rows)
@@ -49,6 +55,9 @@ extension Presentation {
             "layer:       \(snapshot.layer)",
             "size:        \(VolumeSize.text(snapshot.sizeBytes)) (\(snapshot.sizeBytes) bytes)",
         ]
+        if snapshot.hasOwnBytes {
+            lines.append("own:         \(own(snapshot)), \(cumulative(snapshot)) with those below")
+        }
         if !snapshot.parent.isEmpty { lines.append("parent:      \(snapshot.parent)") }
         if !snapshot.labels.isEmpty {
             lines.append("labels:      \(Labels.text(snapshot.labels))")
@@ -75,6 +84,13 @@ extension Presentation {
 
     package static func deletion(_ name: String, of volume: String) -> OutputValue {
         .object([("name", .text(name)), ("volume", .text(volume)), ("deleted", .flag(true))])
+    }
+
+    private static func own(_ snapshot: Haptera_V1_Snapshot) -> String {
+        snapshot.hasOwnBytes ? VolumeSize.text(snapshot.ownBytes) : "-"
+    }
+    private static func cumulative(_ snapshot: Haptera_V1_Snapshot) -> String {
+        snapshot.hasCumulativeBytes ? VolumeSize.text(snapshot.cumulativeBytes) : "-"
     }
 
     /// UTC, whole seconds: for people.

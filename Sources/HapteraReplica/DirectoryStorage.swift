@@ -203,6 +203,14 @@ package final class DirectoryStorage: ReplicaStorage {
         return total
     }
 
+    /// Bytes that one file occupies; zero if it is not open.
+    package func allocatedBytes(_ file: ReplicaFile) -> UInt64 {
+        var status = stat()
+        // SAFETY: `status` is a local that outlives the call.
+        guard let fd = descriptors[file], unsafe fstat(fd, &status) == 0 else { return 0 }
+        return UInt64(status.st_blocks) * 512
+    }
+
     package func create(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
         for path in [directory, "\(directory)/layers"] {
             // SAFETY: the string outlives the call.

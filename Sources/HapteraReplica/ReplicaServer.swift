@@ -328,7 +328,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             ("activeRegions", String(core.activeRegionCount)),
             ("allocatedBytes", String(storage.allocatedBytes())),
             ("logUsedPercent", String(core.logUsedPercent)),
-            ("layers", String(core.layers.count)),
+            ("layers", String(core.layers.count)), ("layerBytes", layerBytes()),
             ("retiredLayers", String(core.retiredLayerCount)),
             ("mergedRegions", String(core.mergedRegions)),
             ("mergedBytes", String(core.mergedBytes)),
@@ -336,6 +336,17 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             ("address", listener?.address.text ?? ""),
             ("directory", storage.directory), ("io", reactor.backendName),
         ]
+    }
+
+    /// `LAYER:BYTES,...`: what the data of each layer takes, with that of deleted ones which is its.
+    private func layerBytes() -> String {
+        var bytes: [LayerID: UInt64] = [:]
+        for layer in core.layers {
+            guard let owner = core.owner(of: layer) else { continue }
+            bytes[owner, default: 0] += storage.allocatedBytes(.data(layer))
+        }
+        return bytes.sorted { $0.key < $1.key }.map { "\($0.key.rawValue):\($0.value)" }
+            .joined(separator: ",")
     }
 
     // MARK: faults

@@ -19,6 +19,8 @@ import Testing
     ) -> Haptera_V1_Snapshot {
         var snapshot = Haptera_V1_Snapshot()
         snapshot.name = name
+        snapshot.ownBytes = UInt64(layer) << 20
+        snapshot.cumulativeBytes = 5 << 29
         snapshot.parent = parent
         snapshot.isVolumeParent = isLast
         snapshot.volume = "vol"
@@ -41,6 +43,8 @@ import Testing
                   "created": "2026-11-28T17:30:05.007Z",
                   "layer": 1,
                   "sizeBytes": 1610612736,
+                  "ownBytes": 1048576,
+                  "cumulativeBytes": 2684354560,
                   "parent": null,
                   "isVolumeParent": true,
                   "uri": "nbd://127.0.0.1:20000/vol@s",
@@ -70,21 +74,36 @@ import Testing
         ]
         #expect(
             Presentation.table(snapshots, now: Self.now, wide: false).text == """
-                NAME   CREATED               AGE    LAYER  SIZE
-                daily  2026-11-27T17:31:10Z  1d 1h  1      1.5GiB
-                s      2026-11-28T17:30:05Z  1h 2m  12     1.5GiB
-                new    2026-11-28T18:32:15Z  0s     13     1.5GiB
+                NAME   CREATED               AGE    LAYER  SIZE    OWN    CUMULATIVE
+                daily  2026-11-27T17:31:10Z  1d 1h  1      1.5GiB  1MiB   2.5GiB
+                s      2026-11-28T17:30:05Z  1h 2m  12     1.5GiB  12MiB  2.5GiB
+                new    2026-11-28T18:32:15Z  0s     13     1.5GiB  13MiB  2.5GiB
                 """)
         #expect(
             Presentation.table([Self.snapshot("s", layer: 12)], now: Self.now, wide: true)
                 == TextTable(
-                    ["NAME", "CREATED", "AGE", "LAYER", "SIZE", "URI", "LABELS"],
+                    [
+                        "NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "CUMULATIVE", "URI",
+                        "LABELS",
+                    ],
                     [
                         [
-                            "s", "2026-11-28T17:30:05Z", "1h 2m", "12", "1.5GiB",
+                            "s", "2026-11-28T17:30:05Z", "1h 2m", "12", "1.5GiB", "12MiB",
+                            "2.5GiB",
                             "nbd://127.0.0.1:20000/vol@s", "",
                         ]
                     ]))
+    }
+
+    @Test func whatNobodyHasSaidIsLeftOpen() {
+        var snapshot = Self.snapshot("s")
+        snapshot.clearOwnBytes()
+        snapshot.clearCumulativeBytes()
+        #expect(Presentation.value(snapshot).json(pretty: false).contains(#""ownBytes":null"#))
+        #expect(!Presentation.details(snapshot, now: Self.now).contains("own:"))
+        #expect(
+            Presentation.table([snapshot], now: Self.now, wide: false).text.hasSuffix(
+                "1.5GiB  -    -"))
     }
 
     @Test func aRevertMakesATree() {
@@ -94,11 +113,11 @@ import Testing
         ]
         #expect(
             Presentation.table(snapshots, now: Self.now, wide: false).text == """
-                NAME      CREATED               AGE    LAYER  SIZE    PARENT
-                a         2026-11-28T17:30:05Z  1h 2m  1      1.5GiB  -
-                b         2026-11-28T17:30:05Z  1h 2m  2      1.5GiB  a
-                kept      2026-11-28T17:30:05Z  1h 2m  3      1.5GiB  b
-                (volume)  -                     -      -      -       a
+                NAME      CREATED               AGE    LAYER  SIZE    OWN   CUMULATIVE  PARENT
+                a         2026-11-28T17:30:05Z  1h 2m  1      1.5GiB  1MiB  2.5GiB      -
+                b         2026-11-28T17:30:05Z  1h 2m  2      1.5GiB  2MiB  2.5GiB      a
+                kept      2026-11-28T17:30:05Z  1h 2m  3      1.5GiB  3MiB  2.5GiB      b
+                (volume)  -                     -      -      -       -     -           a
                 """)
         #expect(
             Presentation.details(snapshots[2], now: Self.now).contains("parent:      b\n"))
@@ -115,6 +134,7 @@ import Testing
                 created:     2026-11-28T17:30:05Z (1h 2m ago)
                 layer:       1
                 size:        1.5GiB (1610612736 bytes)
+                own:         1MiB, 2.5GiB with those below
                 uri:         nbd://127.0.0.1:20000/vol@s
                 unix uri:    nbd+unix:///vol@s?socket=/d/e.nbd
                 """)

@@ -65,6 +65,25 @@ extension SnapshotTests.World {
         #expect(try await world.record.reverts.count == 1)
     }
 
+    /// Own: what the layer takes where it takes most. With what it is read through, in its line.
+    @Test func sizesFollowTheTree() async throws {
+        let world = try await World()
+        for name in ["a", "b"] { _ = try await world.create(name) }
+        #expect(try await world.controller.snapshots(of: "vol").allSatisfy { !$0.hasOwnBytes })
+        _ = try await world.revert("a", keeping: "kept")
+        _ = try await world.create("c")
+        world.layerBytes.withLock {
+            $0 = ["a": [1: 100, 2: 20, 3: 5, 4: 7, 5: 1000], "b": [1: 90, 2: 30, 3: 5, 4: 7]]
+        }
+        try await world.report()
+        let list = try await world.controller.snapshots(of: "vol")
+        #expect(list.map(\.name) == ["a", "b", "kept", "c"])
+        #expect(list.map(\.ownBytes) == [100, 30, 5, 7])
+        #expect(list.map(\.cumulativeBytes) == [100, 130, 135, 107])
+        #expect(ReplicaUnit.layerBytes("1:4096,12:0,x:3,4") == [1: 4096, 12: 0])
+        #expect(ReplicaUnit.layerBytes("") == [:])
+    }
+
     @Test func whatCannotBeIsNotAskedFor() async throws {
         let world = try await World()
         _ = try await world.create("a")

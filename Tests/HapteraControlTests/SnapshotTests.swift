@@ -35,6 +35,8 @@ import Testing
         let askedToDelete = Mutex<[Haptera_V1_DeleteSnapshot]>([])
         /// What is asked of an engine for a group.
         let steps = Mutex<[String]>([])
+        /// By node, as its replica says.
+        let layerBytes = Mutex<[String: [UInt32: UInt64]]>([:])
         let askedToRevert = Mutex<[Haptera_V1_RevertToSnapshot]>([])
         let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
         let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
@@ -69,6 +71,7 @@ import Testing
                     replica.state = .running
                     replica.address = "127.0.0.1:2000\(index)"
                     replica.directory = "/\(name)"
+                    replica.layerBytes = layerBytes.withLock { $0[name] ?? [:] }
                     return replica
                 }
                 report.engines = desired.engines.map { wanted in

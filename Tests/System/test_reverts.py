@@ -214,6 +214,13 @@ def test_revert_command(context):
         snapshots = plane.run("snapshot", "list", "vol")
         assert [s["name"] for s in snapshots] == ["first", "second"], snapshots
         assert [s["isVolumeParent"] for s in snapshots] == [False, True], snapshots
+        # What the replicas say is told every second or so.
+        def are_known():
+            # A file system may need a block more to find the others.
+            return [[round((s[key] or 0) / MIB, 1) for key in ("ownBytes", "cumulativeBytes")]
+                    for s in plane.run("snapshot", "list", "vol")] == [[8, 8], [8, 16]]
+
+        wait_for(are_known, "the sizes to be known")
         kinds = {event["kind"] for event in plane.run("events", "--limit", "500")}
         assert {"RevertRequested", "VolumeReverted"} <= kinds, kinds
         return "there and back"

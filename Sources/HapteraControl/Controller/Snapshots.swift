@@ -14,8 +14,18 @@ extension Controller {
         let stored = try await store.volume(named: name)
         let volume = view(stored)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
+        let space = layerBytes(stored)
         return (stored.record?.snapshots ?? []).map {
-            Self.message($0, of: volume, stored.record, labels[$0.name])
+            Self.message($0, of: volume, stored.record, labels[$0.name], space)
+        }
+    }
+    /// By layer, what it takes on the replica where it takes most; empty: no replica has said.
+    private func layerBytes(_ stored: StoredVolume) -> [LayerID: UInt64] {
+        stored.replicas.filter { stored.isMember($0) }.reduce(into: [:]) { bytes, row in
+            for (layer, count) in observedNodes[row.node]?.replica(row.id)?.layerBytes ?? [:] {
+                let layer = LayerID(rawValue: layer)
+                bytes[layer] = max(bytes[layer] ?? 0, count)
+            }
         }
     }
 
@@ -192,7 +202,7 @@ extension Controller {
         let stored = try await store.volume(named: name)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
         return stored.record?.snapshot(named: snapshot).map {
-            Self.message($0, of: view(stored), stored.record, labels[snapshot])
+            Self.message($0, of: view(stored), stored.record, labels[snapshot], layerBytes(stored))
         }
     }
 
@@ -353,7 +363,7 @@ extension Controller {
 
     private static func message(
         _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume, _ record: VolumeRecord?,
-        _ labels: [String: String]?
+        _ labels: [String: String]?, _ space: [LayerID: UInt64]
     ) -> Haptera_V1_Snapshot {
         var message = Haptera_V1_Snapshot()
         message.labels = labels ?? [:]
@@ -365,6 +375,13 @@ extension Controller {
         if let record {
             message.parent = record.parent(of: snapshot.layer)?.name ?? ""
             message.isVolumeParent = record.parent(of: record.head) == snapshot
+            if let own = space[snapshot.layer] {
+                message.ownBytes = own
+                let tree = record.tree
+                message.cumulativeBytes = record.layers.reduce(0) {
+                    $0 + (tree.isSeen($1, from: snapshot.layer) ? space[$1] ?? 0 : 0)
+                }
+            }
         }
         if volume.state == .attached {
             message.uri = SnapshotExport.uri(volume.engine.uri, snapshot.name)

@@ -161,6 +161,18 @@ package actor ReplicaUnit {
 
     private var address: String { Names.endpoint(host: context.address, port: settings.port) }
 
+    /// `LAYER:BYTES,...`
+    static func layerBytes(_ text: String) -> [UInt32: UInt64] {
+        var bytes: [UInt32: UInt64] = [:]
+        for part in text.split(separator: ",") {
+            let words = part.split(separator: ":")
+            guard words.count == 2, let layer = UInt32(words[0]), let count = UInt64(words[1])
+            else { continue }
+            bytes[layer] = count
+        }
+        return bytes
+    }
+
     package var report: Haptera_V1_ReplicaReport {
         var report = Haptera_V1_ReplicaReport()
         report.replicaID = wanted.replicaID
@@ -169,6 +181,7 @@ package actor ReplicaUnit {
         report.restarts = supervision.backoff.restarts
         report.pid = supervision.process?.pid ?? 0
         report.allocatedBytes = supervision.status["allocatedBytes"].flatMap { UInt64($0) } ?? 0
+        report.layerBytes = Self.layerBytes(supervision.status["layerBytes"] ?? "")
         report.reason = failure.isEmpty ? supervision.reason : failure
         report.state =
             if isRemoved {

@@ -179,6 +179,9 @@ package final class ReplicaCore {
     /// The layer chain, lowest first.
     package var layers: [LayerID] { chain.ids }
     /// Layers of deleted snapshots that are still there.
+    /// The layer that what this one holds belongs to: itself, its heir if its snapshot was deleted,
+    /// nil if it was discarded.
+    package func owner(of layer: LayerID) -> LayerID? { chain.heir(of: layer) }
     package var retiredLayerCount: Int { chain.retiredCount }
     /// What merging them has done since the process started.
     package var mergedRegions: UInt64 { merge.regionsMerged }
