@@ -295,6 +295,9 @@ package nonisolated struct Haptera_V1_ReplicaReport: Sendable {
 
   package var restarts: UInt32 = 0
 
+  /// What the data of each layer takes there.
+  package var layerBytes: Dictionary<UInt32,UInt64> = [:]
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum State: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -1449,7 +1452,7 @@ nonisolated extension Haptera_V1_NodeReport: SwiftProtobuf.Message, SwiftProtobu
 
 nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ReplicaReport"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}state\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{1}reason\0\u{3}allocated_bytes\0\u{1}restarts\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}state\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{1}reason\0\u{3}allocated_bytes\0\u{1}restarts\0\u{3}layer_bytes\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1465,6 +1468,7 @@ nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProt
       case 6: try { try decoder.decodeSingularStringField(value: &self.reason) }()
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.allocatedBytes) }()
       case 8: try { try decoder.decodeSingularUInt32Field(value: &self.restarts) }()
+      case 9: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufUInt32,SwiftProtobuf.ProtobufUInt64>.self, value: &self.layerBytes) }()
       default: break
       }
     }
@@ -1495,6 +1499,9 @@ nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProt
     if self.restarts != 0 {
       try visitor.visitSingularUInt32Field(value: self.restarts, fieldNumber: 8)
     }
+    if !self.layerBytes.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufUInt32,SwiftProtobuf.ProtobufUInt64>.self, value: self.layerBytes, fieldNumber: 9)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1507,6 +1514,7 @@ nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProt
     if lhs.reason != rhs.reason {return false}
     if lhs.allocatedBytes != rhs.allocatedBytes {return false}
     if lhs.restarts != rhs.restarts {return false}
+    if lhs.layerBytes != rhs.layerBytes {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -1123,12 +1123,36 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
   /// The volume came after this one: it is what the next snapshot's parent would be.
   package var isVolumeParent: Bool = false
 
+  /// What was written between the snapshot before it and this one, and not again before it was taken:
+  /// the space that its own layer takes on a replica, the most of any. Not set: nobody has said.
+  package var ownBytes: UInt64 {
+    get {_ownBytes ?? 0}
+    set {_ownBytes = newValue}
+  }
+  /// Returns true if `ownBytes` has been explicitly set.
+  package var hasOwnBytes: Bool {self._ownBytes != nil}
+  /// Clears the value of `ownBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearOwnBytes() {self._ownBytes = nil}
+
+  /// The same of all layers that it is read through: what a copy of it takes.
+  package var cumulativeBytes: UInt64 {
+    get {_cumulativeBytes ?? 0}
+    set {_cumulativeBytes = newValue}
+  }
+  /// Returns true if `cumulativeBytes` has been explicitly set.
+  package var hasCumulativeBytes: Bool {self._cumulativeBytes != nil}
+  /// Clears the value of `cumulativeBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearCumulativeBytes() {self._cumulativeBytes = nil}
+
   /// haptera.io/schedule names the schedule that took it.
   package var labels: Dictionary<String,String> = [:]
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
+
+  fileprivate var _ownBytes: UInt64? = nil
+  fileprivate var _cumulativeBytes: UInt64? = nil
 }
 
 package nonisolated struct Haptera_V1_CreateGroupSnapshotRequest: Sendable {
@@ -2911,7 +2935,7 @@ nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, S
 
 nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Snapshot"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0\u{2}\u{15}labels\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0\u{3}own_bytes\0\u{3}cumulative_bytes\0\u{2}\u{13}labels\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2928,6 +2952,8 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
       case 8: try { try decoder.decodeSingularStringField(value: &self.parent) }()
       case 9: try { try decoder.decodeSingularBoolField(value: &self.isVolumeParent) }()
+      case 10: try { try decoder.decodeSingularUInt64Field(value: &self._ownBytes) }()
+      case 11: try { try decoder.decodeSingularUInt64Field(value: &self._cumulativeBytes) }()
       case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.labels) }()
       default: break
       }
@@ -2935,6 +2961,10 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if !self.name.isEmpty {
       try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
     }
@@ -2962,6 +2992,12 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if self.isVolumeParent != false {
       try visitor.visitSingularBoolField(value: self.isVolumeParent, fieldNumber: 9)
     }
+    try { if let v = self._ownBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 10)
+    } }()
+    try { if let v = self._cumulativeBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 11)
+    } }()
     if !self.labels.isEmpty {
       try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.labels, fieldNumber: 30)
     }
@@ -2978,6 +3014,8 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.parent != rhs.parent {return false}
     if lhs.isVolumeParent != rhs.isVolumeParent {return false}
+    if lhs._ownBytes != rhs._ownBytes {return false}
+    if lhs._cumulativeBytes != rhs._cumulativeBytes {return false}
     if lhs.labels != rhs.labels {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
