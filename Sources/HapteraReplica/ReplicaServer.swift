@@ -338,7 +338,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         ]
     }
 
-    /// `LAYER:BYTES,...`: what the data of each layer takes, with that of deleted ones which is its.
+    /// `LAYER:BYTES,...`: what the data of each layer takes, and that of deleted ones with it whose
+    /// heir it is.
     private func layerBytes() -> String {
         var bytes: [LayerID: UInt64] = [:]
         for layer in core.layers {

@@ -49,9 +49,9 @@ extension EngineHarness {
         #expect(h.stored.layers == [three, LayerID(rawValue: 4)])
     }
 
-    /// A joiner's copy waits for a member's digest, which waits for a merge; then the layer's snapshot
-    /// is deleted, the job begins again, and the member refuses what it had not begun. It was
-    /// removed for that, though nobody wanted the answer any more.
+    /// A joiner's copy waits for a member's digest, which waits for a merge; then the layer's
+    /// snapshot is deleted, the job begins again, and the member refuses what it had not begun. It
+    /// was removed for that, though nobody wanted the answer any more.
     @Test func aRefusalOfWhatABeginningAgainHasForgottenIsNoFailure() throws {
         let h = layered(members: 2)
         h.fakes[2].promise = .zero

@@ -136,8 +136,8 @@ import Testing
         }
     }
 
-    /// It answers a flush that an Install has overtaken in the later epoch, and has marked it in the
-    /// earlier one: that is no roll back, after which all of it would be compared.
+    /// It answers a flush that an Install has overtaken in the later epoch, and has marked it in
+    /// the earlier one: that is no roll back, after which all of it would be compared.
     @Test func aFlushAnsweredInALaterEpochIsNoRollBack() throws {
         let h = EngineHarness()
         h.start()
