@@ -35,7 +35,8 @@ extension ScheduleCommand {
                 """)
 
         @Argument(
-            help: "The schedule's name: \(Names.labelRule); at most 48.",
+            help:
+                "The schedule's name: \(Names.labelRule); at most \(ScheduleLimits.nameLengthMax).",
             transform: Label.init(typed:))
         package var name: Label
 
@@ -52,7 +53,8 @@ extension ScheduleCommand {
 
         @Option(
             parsing: .unconditional,
-            help: "How many snapshots of each volume to keep, 1 to 1000; with --snapshot.")
+            help:
+                "Snapshots of each volume to keep, 1 to \(ScheduleLimits.retain.upperBound).")
         package var retain: UInt32?
 
         @Flag(help: "Scrub; volumes that share a node one after the other.")
@@ -78,9 +80,10 @@ extension ScheduleCommand {
             guard snapshot != scrub else {
                 throw ValidationError("say what to do: --snapshot or --scrub")
             }
-            if snapshot, !(1...1000).contains(retain ?? 0) {
+            if snapshot, !ScheduleLimits.retain.contains(Int(retain ?? 0)) {
                 throw ValidationError(
-                    "say how many snapshots of each volume to keep: --retain N, 1 to 1000")
+                    "say how many snapshots of each volume to keep: --retain N, 1 to "
+                        + "\(ScheduleLimits.retain.upperBound)")
             }
             if scrub, retain != nil { throw ValidationError("--retain goes with --snapshot") }
             let choices = [all, selector != nil, !volume.isEmpty]

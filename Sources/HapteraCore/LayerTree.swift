@@ -72,13 +72,6 @@ extension VolumeRecord {
         }
     }
 
-    /// The snapshot that a layer came after; nil: none that is left.
-    package func parent(of layer: LayerID) -> Snapshot? {
-        let tree = tree
-        return snapshots.filter { $0.layer < layer && tree.isSeen($0.layer, from: layer) }
-            .max { $0.layer < $1.layer }
-    }
-
     /// Freezes the head under a name. `target`: the new one is made over that layer instead.
     package mutating func freezeHead(_ name: String, created: UInt64, target: LayerID? = nil) {
         snapshots.append(Snapshot(layer: head, name: name, created: created))

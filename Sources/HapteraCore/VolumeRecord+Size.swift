@@ -15,6 +15,11 @@ extension VolumeRecord {
         growths.isEmpty || region < Geometry.regionCount(size: size(of: layer))
     }
 
+    /// The lowest layer above that one which reaches the region; `.head`: the lowest of all.
+    package func layer(above layer: LayerID, reaching region: UInt64) -> LayerID? {
+        layers[layers.index(above: layer)...].first { reaches($0, region) }
+    }
+
     /// Whether another growth can be recorded; a second one at the same head needs no room.
     package var mayGrow: Bool {
         var record = self

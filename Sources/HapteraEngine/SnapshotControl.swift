@@ -10,8 +10,8 @@ import HapteraIO
 /// of that name.
 final class SnapshotControl {
     private let shell: EngineShell
+    /// For snapshots and for reverts, which take one: the verb tells.
     private var waiting: [UInt64: ControlRequest] = [:]
-    private var waitingReverts: [UInt64: ControlRequest] = [:]
     private var waitingDeletions: [UInt64: ControlRequest] = [:]
     /// Clients that read the snapshot of a layer, or ask what has changed since.
     var userCount: (LayerID) -> Int = { _ in 0 }
@@ -59,7 +59,7 @@ final class SnapshotControl {
                     + ", and what they remember of it would be wrong; disconnect them first")
         }
         nextToken += 1
-        waitingReverts[nextToken] = request
+        waiting[nextToken] = request
         shell.run(.revert(token: nextToken, target: name, kept: kept, created: created))
     }
 
@@ -92,10 +92,8 @@ final class SnapshotControl {
     }
 
     private func answer(_ token: UInt64, _ layer: LayerID, _ result: SnapshotResult) {
-        if let request = waitingReverts.removeValue(forKey: token) {
-            return answerRevert(request, layer, result)
-        }
         guard let request = waiting.removeValue(forKey: token) else { return }
+        if request.verb == "revert" { return answerRevert(request, layer, result) }
         let fields = [("layer", String(layer.rawValue))]
         switch result {
         case .ok: request.reply(fields)
@@ -157,12 +155,10 @@ final class SnapshotControl {
         let requests = waiting.values
         waiting = [:]
         for request in requests {
-            request.fail("\(reason); \(SnapshotResult.doubtText) is not known: ask again")
-        }
-        let reverts = waitingReverts.values
-        waitingReverts = [:]
-        for request in reverts {
-            request.fail("\(reason); \(SnapshotResult.revertDoubtText) is not known: ask again")
+            let doubt =
+                request.verb == "revert"
+                ? SnapshotResult.revertDoubtText : SnapshotResult.doubtText
+            request.fail("\(reason); \(doubt) is not known: ask again")
         }
         let deletions = waitingDeletions.values
         waitingDeletions = [:]

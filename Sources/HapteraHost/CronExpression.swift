@@ -1,3 +1,5 @@
+import Foundation
+
 /// Times that repeat, in the notation of cron: minute, hour, day of the month, month, day of the
 /// week. Pure: what a zone's clocks show is asked of `ZoneClock`.
 ///
@@ -22,6 +24,12 @@ package struct CronExpression: Equatable, Sendable {
         + "steps (*/10, 0-30/5), months and weekdays also by name (jan, mon); or @hourly, @daily, "
         + "@weekly, @monthly, @yearly"
     static let textLengthMax = 200
+
+    private static let calendar: Calendar = {
+        var calendar = Calendar(identifier: .gregorian)
+        calendar.timeZone = .gmt
+        return calendar
+    }()
 
     private static let shorthands = [
         "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
@@ -52,10 +60,16 @@ package struct CronExpression: Equatable, Sendable {
         }
     }
 
-    func matches(_ date: CivilDate) -> Bool {
-        guard months.contains(date.month) else { return false }
-        let isDay = days.contains(date.day)
-        let isWeekday = weekdays.contains(date.weekday)
+    /// `day`: days since 1970-01-01.
+    func matches(day: Int) -> Bool {
+        let date = Date(timeIntervalSince1970: Double(day) * 86_400)
+        let parts = Self.calendar.dateComponents([.month, .day, .weekday], from: date)
+        guard let month = parts.month, let dayOfMonth = parts.day, let weekday = parts.weekday,
+            months.contains(month)
+        else { return false }
+        let isDay = days.contains(dayOfMonth)
+        // The calendar's Sunday is 1.
+        let isWeekday = weekdays.contains(weekday - 1)
         return hasAnyDay || hasAnyWeekday ? isDay && isWeekday : isDay || isWeekday
     }
 }
@@ -134,33 +148,10 @@ struct CronField {
     }
 }
 
-/// A day of the Gregorian calendar.
-struct CivilDate: Equatable {
-    var year: Int
-    /// 1 to 12.
-    var month: Int
-    /// 1 to 31.
-    var day: Int
-    /// 0: Sunday.
-    var weekday: Int
-
-    /// `number`: days since 1970-01-01. In years that begin in March, leap days come last.
-    init(number: Int) {
-        let shifted = number + 719_468
-        let era = Self.floor(shifted, 146_097)
-        let dayOfEra = shifted - era * 146_097
-        let yearOfEra =
-            (dayOfEra - dayOfEra / 1460 + dayOfEra / 36_524 - dayOfEra / 146_096) / 365
-        let dayOfYear = dayOfEra - (365 * yearOfEra + yearOfEra / 4 - yearOfEra / 100)
-        let shiftedMonth = (5 * dayOfYear + 2) / 153
-        day = dayOfYear - (153 * shiftedMonth + 2) / 5 + 1
-        month = shiftedMonth < 10 ? shiftedMonth + 3 : shiftedMonth - 9
-        year = yearOfEra + era * 400 + (month <= 2 ? 1 : 0)
-        // 1970-01-01 was a Thursday.
-        weekday = number + 4 - Self.floor(number + 4, 7) * 7
-    }
-
-    static func floor(_ value: Int, _ divisor: Int) -> Int {
-        value >= 0 ? value / divisor : -((divisor - 1 - value) / divisor)
-    }
+/// What a schedule may be, whoever checks it.
+package enum ScheduleLimits {
+    /// So that the name of its snapshots, which end in 14 characters that say when, has its place.
+    package static let nameLengthMax = 48
+    /// Snapshots of each volume to keep.
+    package static let retain = 1...1000
 }

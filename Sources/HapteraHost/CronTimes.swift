@@ -74,7 +74,7 @@ extension CronExpression {
     /// A local time that clocks are put forward over comes when they are; one that comes twice
     /// counts once. With hours that begin with `*`, it follows the hours that pass instead.
     package func next(after time: Int, in zone: ZoneClock) -> Int? {
-        let start = CivilDate.floor(time + zone.offset(time), 86_400) - 1
+        let start = Self.day(time + zone.offset(time)) - 1
         return days(from: start, by: 1) { day in
             times(on: day, in: zone).first { $0 > time }
         }
@@ -82,16 +82,21 @@ extension CronExpression {
 
     /// The last time not after `time`. Nil: none in the last 40 years.
     package func last(notAfter time: Int, in zone: ZoneClock) -> Int? {
-        let start = CivilDate.floor(time + zone.offset(time), 86_400) + 1
+        let start = Self.day(time + zone.offset(time)) + 1
         return days(from: start, by: -1) { day in
             times(on: day, in: zone).last { $0 <= time }
         }
     }
 
+    /// Days since 1970-01-01 of a local time.
+    private static func day(_ local: Int) -> Int {
+        Int((Double(local) / 86_400).rounded(.down))
+    }
+
     private func days(from start: Int, by step: Int, _ find: (Int) -> Int?) -> Int? {
         for count in 0..<Self.searchDaysMax {
             let day = start + count * step
-            if matches(CivilDate(number: day)), let time = find(day) { return time }
+            if matches(day: day), let time = find(day) { return time }
         }
         return nil
     }

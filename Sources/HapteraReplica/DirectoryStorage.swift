@@ -192,23 +192,13 @@ package final class DirectoryStorage: ReplicaStorage {
         return UInt64(status.st_size)
     }
 
-    /// Bytes the files occupy.
-    package func allocatedBytes() -> UInt64 {
-        var total: UInt64 = 0
-        for fd in descriptors.values {
+    /// Bytes that each open file occupies.
+    package func allocatedBytes() -> [ReplicaFile: UInt64] {
+        descriptors.compactMapValues { fd in
             var status = stat()
             // SAFETY: `status` is a local that outlives the call.
-            if unsafe fstat(fd, &status) == 0 { total += UInt64(status.st_blocks) * 512 }
+            return unsafe fstat(fd, &status) == 0 ? UInt64(status.st_blocks) * 512 : nil
         }
-        return total
-    }
-
-    /// Bytes that one file occupies; zero if it is not open.
-    package func allocatedBytes(_ file: ReplicaFile) -> UInt64 {
-        var status = stat()
-        // SAFETY: `status` is a local that outlives the call.
-        guard let fd = descriptors[file], unsafe fstat(fd, &status) == 0 else { return 0 }
-        return UInt64(status.st_blocks) * 512
     }
 
     package func create(_ file: ReplicaFile, size: UInt64) throws(StorageError) {

@@ -37,7 +37,7 @@ package struct InspectReport {
         fields.append(("inUse", .flag(isInUse)))
         take(reader)
         try takeBirths(reader)
-        fields.append(("allocatedBytes", .number(storage.allocatedBytes())))
+        fields.append(("allocatedBytes", .number(storage.allocatedBytes().values.reduce(0, +))))
     }
 
     private mutating func take(_ manifest: Manifest) {

@@ -321,14 +321,15 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     }
 
     private func status() -> [(key: String, value: String)] {
-        [
+        let allocated = storage.allocatedBytes()
+        return [
             ("pid", String(getpid())), ("replica", core.identity.replica.text),
             ("volume", core.identity.volume.text), ("name", core.identity.name),
             ("epoch", String(core.promise.rawValue)), ("size", String(core.size)),
             ("activeRegions", String(core.activeRegionCount)),
-            ("allocatedBytes", String(storage.allocatedBytes())),
+            ("allocatedBytes", String(allocated.values.reduce(0, +))),
             ("logUsedPercent", String(core.logUsedPercent)),
-            ("layers", String(core.layers.count)), ("layerBytes", layerBytes()),
+            ("layers", String(core.layers.count)), ("layerBytes", layerBytes(allocated)),
             ("retiredLayers", String(core.retiredLayerCount)),
             ("mergedRegions", String(core.mergedRegions)),
             ("mergedBytes", String(core.mergedBytes)),
@@ -340,11 +341,11 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
 
     /// `LAYER:BYTES,...`: what the data of each layer takes, and that of deleted ones with it whose
     /// heir it is.
-    private func layerBytes() -> String {
+    private func layerBytes(_ allocated: [ReplicaFile: UInt64]) -> String {
         var bytes: [LayerID: UInt64] = [:]
         for layer in core.layers {
             guard let owner = core.owner(of: layer) else { continue }
-            bytes[owner, default: 0] += storage.allocatedBytes(.data(layer))
+            bytes[owner, default: 0] += allocated[.data(layer)] ?? 0
         }
         return bytes.sorted { $0.key < $1.key }.map { "\($0.key.rawValue):\($0.value)" }
             .joined(separator: ",")

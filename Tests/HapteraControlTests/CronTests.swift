@@ -125,20 +125,6 @@ import Testing
         }
     }
 
-    @Test func datesAreThoseOfTheCalendar() throws {
-        var calendar = Calendar(identifier: .gregorian)
-        calendar.timeZone = try #require(TimeZone(identifier: "UTC"))
-        for number in stride(from: -200_000, through: 200_000, by: 37) {
-            let date = Date(timeIntervalSince1970: Double(number) * 86_400)
-            guard number > -141_000 else { continue }  // Foundation's calendar was Julian then.
-            let parts = calendar.dateComponents([.year, .month, .day, .weekday], from: date)
-            let ours = CivilDate(number: number)
-            #expect(
-                [ours.year, ours.month, ours.day, ours.weekday + 1]
-                    == [parts.year, parts.month, parts.day, parts.weekday].compactMap { $0 })
-        }
-    }
-
     // MARK: Time zones
 
     @Test func zones() throws {

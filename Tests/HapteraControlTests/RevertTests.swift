@@ -84,6 +84,19 @@ extension SnapshotTests.World {
         #expect(ReplicaUnit.layerBytes("") == [:])
     }
 
+    /// A group of that name failed a moment ago, and its engine might still come to it: what the
+    /// revert keeps is not the group's, which is taken back.
+    @Test func whatIsKeptIsNoFailedGroups() async throws {
+        let world = try await World()
+        _ = try await world.create("a")
+        world.engine.withLock { $0 = .cannotHold }
+        _ = try await world.groupRefusal("kept")
+        world.engine.withLock { $0 = .obeys }
+        #expect(try await world.revert("a", keeping: "kept").labels.isEmpty)
+        try await world.controller.undoGroups()
+        #expect(try await world.names == ["a", "kept"])
+    }
+
     @Test func whatCannotBeIsNotAskedFor() async throws {
         let world = try await World()
         _ = try await world.create("a")

@@ -103,7 +103,7 @@ import Testing
 
     /// The longest name there is makes a snapshot name that is one.
     @Test func snapshotsAreNamedAfterTheTime() throws {
-        let name = String(repeating: "s", count: ScheduleRow.nameLengthMax)
+        let name = String(repeating: "s", count: ScheduleLimits.nameLengthMax)
         let row = try ScheduleRow(name: name, cron: "* * * * *", action: .snapshot, now: 0)
         let snapshot = row.snapshotName(at: 1_795_935_900_000)
         #expect(snapshot == name + "-20261129-0705")

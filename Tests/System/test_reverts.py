@@ -8,7 +8,7 @@ import time
 from harness.cluster import MIB, ControlError, control, wait_for
 from harness.plane import Plane
 from harness.workload import BLOCK
-from test_snapshots import SIZE, connect, digest, offline_digest, take
+from test_snapshots import SIZE, connect, digest, offline_digest, scribble, take
 
 
 def revert(cluster, snapshot, keep):
@@ -29,19 +29,10 @@ def refusal(cluster, snapshot, keep):
         return str(error)
 
 
-def scribble(cluster, model, chance, count=60):
-    """Writes and trims at random, to the volume and to the model; flushed."""
+def change(cluster, model, chance, count=60):
+    """Scribbles, flushes, and leaves."""
     live = connect(cluster)
-    for _ in range(count):
-        offset = chance.randrange(SIZE // 512 - 64) * 512
-        if chance.random() < 0.2:
-            offset, length = offset // BLOCK * BLOCK, 4 * BLOCK
-            live.trim(length, offset)
-            model[offset:offset + length] = bytes(length)
-        else:
-            data = chance.randbytes(chance.randrange(1, 65) * 512)
-            live.pwrite(data, offset)
-            model[offset:offset + len(data)] = data
+    scribble(live, model, chance, count)
     live.flush()
     live.shutdown()
     wait_for(lambda: cluster.engine.status()["connections"] == "0", "the client to be gone")
@@ -81,20 +72,20 @@ def test_reverts_against_a_model(context):
             wait_for(lambda: cluster.engine.status()["connections"] == "0", "the reader to be gone")
 
         def snap(name):
-            scribble(cluster, model, chance)
+            change(cluster, model, chance)
             take(cluster, name)
             kept[name] = bytes(model)
 
         snap("a")
         snap("b")
-        scribble(cluster, model, chance)
+        change(cluster, model, chance)
         back("a")
         snap("c")
         away.process.kill()
         cluster.engine.wait_state(away, "absent")
-        scribble(cluster, model, chance)
+        change(cluster, model, chance)
         back("b")
-        scribble(cluster, model, chance)
+        change(cluster, model, chance)
         delete(cluster, "kept-1")
         del kept["kept-1"]
         back("c")
@@ -103,12 +94,12 @@ def test_reverts_against_a_model(context):
         away.start()
         cluster.engine.wait_state(away, "inSync")
         for name in ("b", "c", "kept-2"):
-            scribble(cluster, model, chance, 20)
+            change(cluster, model, chance, 20)
             back(name, dies=True)
         for name in chance.sample(sorted(kept), 3):
             delete(cluster, name)
             del kept[name]
-        scribble(cluster, model, chance)
+        change(cluster, model, chance)
         for name, image in kept.items():
             assert digest(cluster, name) == hashlib.sha256(image).hexdigest(), f"{name} has changed"
         assert digest(cluster) == hashlib.sha256(model).hexdigest()

@@ -54,6 +54,20 @@ def offline_digest(replica, snapshot):
     return hashlib.sha256(image).hexdigest()
 
 
+def scribble(live, model, chance, count=60):
+    """Writes and trims at random, to the volume and to the model."""
+    for _ in range(count):
+        offset = chance.randrange(SIZE // 512 - 64) * 512
+        if chance.random() < 0.2:
+            offset, length = offset // BLOCK * BLOCK, 4 * BLOCK
+            live.trim(length, offset)
+            model[offset:offset + length] = bytes(length)
+        else:
+            data = chance.randbytes(chance.randrange(1, 65) * 512)
+            live.pwrite(data, offset)
+            model[offset:offset + len(data)] = data
+
+
 def test_snapshots_hold_what_was_written_before(context):
     """Byte for byte against a model: partial blocks, trims, several layers, a new engine."""
     with context.cluster(size=SIZE) as cluster:
@@ -62,16 +76,7 @@ def test_snapshots_hold_what_was_written_before(context):
         model, kept = bytearray(SIZE), {}
         live = connect(cluster)
         for turn in range(5):
-            for _ in range(60):
-                offset = chance.randrange(SIZE // 512 - 64) * 512
-                if chance.random() < 0.2:
-                    offset, length = offset // BLOCK * BLOCK, 4 * BLOCK
-                    live.trim(length, offset)
-                    model[offset:offset + length] = bytes(length)
-                else:
-                    data = chance.randbytes(chance.randrange(1, 65) * 512)
-                    live.pwrite(data, offset)
-                    model[offset:offset + len(data)] = data
+            scribble(live, model, chance)
             name = f"turn-{turn}"
             assert "existed" not in take(cluster, name)
             kept[name] = hashlib.sha256(model).hexdigest()

@@ -23,6 +23,8 @@ package actor Controller {
     var attempts = ScheduleAttempts()
     /// Of snapshots of groups that are being taken, by id.
     var groupsUnderWay: Set<String> = []
+    /// When those that came to nothing are looked at again.
+    var groupsRetryAt: Int64 = 0
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
     private let startedMilliseconds: Int64
 

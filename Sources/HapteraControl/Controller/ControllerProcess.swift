@@ -49,8 +49,18 @@ package struct ControllerProcess: Sendable {
                 services: [
                     .init(service: recordService), .init(service: api),
                     .init(service: Ticker(changes: controller.changes)),
-                    .init(service: UpkeepLoop(controller: controller, logger: logger)),
-                    .init(service: ScheduleLoop(controller: controller, logger: logger)),
+                    .init(
+                        service: PeriodicLoop(name: "upkeep", logger: logger) {
+                            try await controller.upkeep()
+                        }),
+                    .init(
+                        service: PeriodicLoop(name: "schedules", logger: logger) {
+                            try await controller.runSchedules()
+                        }),
+                    .init(
+                        service: PeriodicLoop(name: "undoing groups", logger: logger) {
+                            try await controller.undoGroups()
+                        }),
                 ],
                 gracefulShutdownSignals: [.sigterm, .sigint], logger: logger))
         try await group.run()
@@ -99,40 +109,21 @@ package struct GRPCService: Service {
     }
 }
 
-/// Lets the controller look after replicas that stay away.
-struct UpkeepLoop: Service {
+/// Something the controller looks after by itself, round after round.
+struct PeriodicLoop: Service {
     static let period = Duration.seconds(1)
-    let controller: Controller
+    /// For the log.
+    let name: String
     let logger: Logger
+    let round: @Sendable () async throws -> Void
 
     func run() async throws {
         await cancelWhenGracefulShutdown {
             while !Task.isCancelled {
                 do {
-                    try await controller.upkeep()
+                    try await round()
                 } catch {
-                    logger.error("upkeep failed", metadata: ["reason": "\(error)"])
-                }
-                try? await Task.sleep(for: Self.period)
-            }
-        }
-    }
-}
-
-/// Lets the controller act for its schedules.
-struct ScheduleLoop: Service {
-    static let period = Duration.seconds(1)
-    let controller: Controller
-    let logger: Logger
-
-    func run() async throws {
-        await cancelWhenGracefulShutdown {
-            while !Task.isCancelled {
-                do {
-                    try await controller.undoGroups()
-                    try await controller.runSchedules()
-                } catch {
-                    logger.error("schedules failed", metadata: ["reason": "\(error)"])
+                    logger.error("\(name) failed", metadata: ["reason": "\(error)"])
                 }
                 try? await Task.sleep(for: Self.period)
             }

@@ -19,6 +19,7 @@ extension Controller {
     static let groupHoldMilliseconds: UInt64 = 3000
     /// An engine that was asked for a snapshot may still take it so long afterwards.
     static let groupSettledMilliseconds: Int64 = 60_000
+    static let groupRetryMilliseconds: Int64 = 15_000
 
     private struct Member: Sendable {
         let stored: StoredVolume
@@ -69,9 +70,12 @@ extension Controller {
             }
             try await freeze(members, request.name, token)
         } catch {
-            _ = await undo(group)
+            let isUndone = await undo(group)
             changes.notify()
-            throw error
+            guard !isUndone, let failure = error as? ControlError else { throw error }
+            throw ControlError(
+                failure.code,
+                failure.message + "; what was taken of it is deleted when its engine can be asked")
         }
         try await store.endGroup(group)
         changes.notify()
@@ -157,8 +161,10 @@ extension Controller {
                             fill(&$0, member.stored.volume)
                         }
                     } catch let error as ControlError {
+                        // All of it is taken back. Not `unavailable`, which is asked again at once:
+                        // every attempt holds the clients of all the others.
                         throw ControlError(
-                            error.code == .inDoubt ? .unavailable : error.code,
+                            error.code == .inDoubt ? .precondition : error.code,
                             "no snapshot of the group was taken: volume "
                                 + "'\(member.stored.volume.name)': \(error.message)")
                     }
@@ -218,10 +224,13 @@ extension Controller {
 
     /// One round: those that a controller before this one, or an engine that was late, has left.
     package func undoGroups() async throws {
+        guard store.clock() >= groupsRetryAt else { return }
         for group in try await store.groups() where !groupsUnderWay.contains(group.id) {
             guard try await knowsNodes else { return }
             let caller = Caller(actor: "group/\(group.snapshot)")
             let isDone = await Caller.$current.withValue(caller) { await undo(group) }
+            // A reader, or a node that is away, may hold it up for long.
+            if !isDone { groupsRetryAt = store.clock() + Self.groupRetryMilliseconds }
             let age = store.clock() - group.timeMilliseconds
             if isDone, age >= Self.groupSettledMilliseconds { try await store.endGroup(group) }
         }

@@ -14,9 +14,9 @@ extension Controller {
         let stored = try await store.volume(named: name)
         let volume = view(stored)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
-        let space = layerBytes(stored)
+        let lineage = SnapshotLineage(stored.record, own: layerBytes(stored))
         return (stored.record?.snapshots ?? []).map {
-            Self.message($0, of: volume, stored.record, labels[$0.name], space)
+            Self.message($0, of: volume, stored.record, labels[$0.name], lineage)
         }
     }
     /// By layer, what it takes on the replica where it takes most; empty: no replica has said.
@@ -126,6 +126,11 @@ extension Controller {
             return (stored, try nodeThatReverts(request, stored))
         }
         try await tasks.requireConnected(node)
+        // Whatever waits under that name was wanted for a snapshot that never came: with a group's
+        // label, what is kept would be deleted as one of its.
+        if let id = stored.record?.volume {
+            try await store.labelSnapshot(request.keep, of: id, [:])
+        }
         try await store.addEvent(
             "RevertRequested", "volume/\(request.volume)",
             "to snapshot \(request.snapshot), keeping \(request.keep)", by: Caller.current)
@@ -202,7 +207,9 @@ extension Controller {
         let stored = try await store.volume(named: name)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
         return stored.record?.snapshot(named: snapshot).map {
-            Self.message($0, of: view(stored), stored.record, labels[snapshot], layerBytes(stored))
+            Self.message(
+                $0, of: view(stored), stored.record, labels[snapshot],
+                SnapshotLineage(stored.record, own: layerBytes(stored)))
         }
     }
 
@@ -363,7 +370,7 @@ extension Controller {
 
     private static func message(
         _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume, _ record: VolumeRecord?,
-        _ labels: [String: String]?, _ space: [LayerID: UInt64]
+        _ labels: [String: String]?, _ lineage: SnapshotLineage
     ) -> Haptera_V1_Snapshot {
         var message = Haptera_V1_Snapshot()
         message.labels = labels ?? [:]
@@ -373,15 +380,12 @@ extension Controller {
         message.createdUnixMilliseconds = Int64(clamping: snapshot.created)
         message.sizeBytes = record?.size(of: snapshot.layer) ?? volume.sizeBytes
         if let record {
-            message.parent = record.parent(of: snapshot.layer)?.name ?? ""
-            message.isVolumeParent = record.parent(of: record.head) == snapshot
-            if let own = space[snapshot.layer] {
-                message.ownBytes = own
-                let tree = record.tree
-                message.cumulativeBytes = record.layers.reduce(0) {
-                    $0 + (tree.isSeen($1, from: snapshot.layer) ? space[$1] ?? 0 : 0)
-                }
-            }
+            message.parent = lineage.parents[snapshot.layer]?.name ?? ""
+            message.isVolumeParent = lineage.parents[record.head] == snapshot
+        }
+        if let own = lineage.own[snapshot.layer] {
+            message.ownBytes = own
+            message.cumulativeBytes = lineage.cumulative[snapshot.layer] ?? own
         }
         if volume.state == .attached {
             message.uri = SnapshotExport.uri(volume.engine.uri, snapshot.name)

@@ -13,9 +13,6 @@ package enum ScheduleKind: String, Codable, Sendable {
 /// A schedule as it was asked for, checked, and how far it is.
 package struct ScheduleRow: Codable, Equatable, Sendable, FetchableRecord, PersistableRecord {
     package static let databaseTableName = "schedules"
-    /// So that the name of its snapshots, which end in 14 characters that say when, has its place.
-    package static let nameLengthMax = 48
-    package static let retainMax = 1000
     package static let volumesMax = 256
     /// Of the snapshots it took, set by the controller: its name.
     package static let label = "\(Labels.reservedPrefix)/schedule"
@@ -41,11 +38,12 @@ package struct ScheduleRow: Codable, Equatable, Sendable, FetchableRecord, Persi
         name: String, cron: String, timeZone: String = ZoneClock.utcName, action: ScheduleKind,
         retain: Int = 0, selector: String = "", volumes: [String] = [], now: Int64
     ) throws(ControlError) {
-        guard Names.isValidLabel(name), name.utf8.count <= Self.nameLengthMax else {
+        guard Names.isValidLabel(name), name.utf8.count <= ScheduleLimits.nameLengthMax
+        else {
             throw ControlError(
                 .invalid,
                 "'\(name.prefix(100))' is no schedule name: use \(Names.labelRule), and at most "
-                    + "\(Self.nameLengthMax) of them")
+                    + "\(ScheduleLimits.nameLengthMax) of them")
         }
         self.name = name
         self.cron = cron
@@ -72,12 +70,12 @@ package struct ScheduleRow: Codable, Equatable, Sendable, FetchableRecord, Persi
             throw ControlError(.invalid, "a schedule takes snapshots or scrubs: say which")
         }
         let retain = Int(wanted.retain)
-        guard kind == .snapshot ? (1...Self.retainMax).contains(retain) : retain == 0 else {
+        guard kind == .snapshot ? ScheduleLimits.retain.contains(retain) : retain == 0 else {
             throw ControlError(
                 .invalid,
                 kind == .snapshot
-                    ? "a schedule keeps 1 to \(Self.retainMax) snapshots of each volume, not "
-                        + "\(retain)"
+                    ? "a schedule keeps 1 to \(ScheduleLimits.retain.upperBound) snapshots of each "
+                        + "volume, not \(retain)"
                     : "a schedule that scrubs has no snapshots to keep")
         }
         let choices = [wanted.all, !wanted.selector.isEmpty, !wanted.volumes.isEmpty]

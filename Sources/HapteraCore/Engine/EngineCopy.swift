@@ -49,9 +49,8 @@ extension EngineCore {
         }
         jobs[job].isFetched = true
         // One layer's birth is the region's: what the upper ones do not hold takes no space there.
-        let region = jobs[job].region
         jobs[job].isStampDue =
-            jobs[job].layer == record?.layers.first { record?.reaches($0, region) == true }
+            jobs[job].layer == record?.layer(above: .head, reaching: jobs[job].region)
         beginCopy(job)
     }
 

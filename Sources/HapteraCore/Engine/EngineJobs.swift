@@ -134,8 +134,7 @@ extension EngineCore {
         if jobs[job].kind == .resolve, let suspects = suspectLayers[region] {
             return suspects.first { $0 > done && record.reaches($0, region) }
         }
-        let rest = record.layers[record.layers.index(above: done)...]
-        return rest.first { record.reaches($0, region) }
+        return record.layer(above: done, reaching: region)
     }
     /// The participants are equal in this layer.
     func finishLayer(_ job: Int) {

@@ -26,7 +26,6 @@ struct LayerChain {
     private(set) var retiredCount = 0
     private var regionCount: UInt64
     private(set) var head: LayerID
-    private var tree = LayerTree()
 
     /// `retired`: those of `ids` that are.
     init(
@@ -46,7 +45,6 @@ struct LayerChain {
 
     /// Layers come and go: what `body` does counts as one change.
     mutating func change(_ tree: LayerTree, _ body: (inout LayerChain) -> Void) {
-        self.tree = tree
         body(&self)
         let left = ids.indices.filter { layers[$0].merged == nil }.map { ids[$0] }
         for place in ids.indices {

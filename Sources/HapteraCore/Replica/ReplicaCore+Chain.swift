@@ -36,9 +36,11 @@ extension ReplicaCore {
                 guard let frame = residentFrame(slot, layer, requests[index].region) else { return }
                 let isComplete = take(
                     cache.entries(frame), blocks, owner: place + 1, into: table)
-                if isComplete { break }
+                // Nothing is asked again, should the data have to wait for buffers.
+                requests[index].layersLeft = isComplete ? 0 : Int32(chain.below(place) + 1)
+            } else {
+                requests[index].layersLeft = Int32(chain.below(place) + 1)
             }
-            requests[index].layersLeft = Int32(chain.below(place) + 1)
         }
         readOwners(slot, table)
     }
