@@ -1,8 +1,8 @@
 /// Rules of the protocol that a simulation may switch off, to see that their absence is noticed.
 /// Always empty in a real process.
 package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
-    package var rawValue: UInt64
-    package init(rawValue: UInt64) { self.rawValue = rawValue }
+    package var rawValue: UInt128
+    package init(rawValue: UInt128) { self.rawValue = rawValue }
     package init() { rawValue = 0 }
     /// Clients: serve a new session beside what an old one left (a rule of the shell).
     package static let oldSessionNotFenced = MutationSet(rawValue: 1 << 48)

@@ -20,6 +20,13 @@ extension MutationSet {
     /// Merges: answer for a layer while a deleted one below it still holds some of it.
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
+    /// Clones: answer for a layer without what is stuck under it.
+    package static let foldIgnored = MutationSet(rawValue: 1 << 64)
+    /// Clones: merge layers whose files another copy has as well.
+    package static let sharedIsMerged = MutationSet(rawValue: 1 << 65)
+    /// Clones: link files before what is in memory is in them.
+    package static let sharedBeforeDrained = MutationSet(rawValue: 1 << 66)
+
     /// G: answer for room in the head's files that no sync has made durable.
     package static let growthNotSynced = MutationSet(rawValue: 1 << 53)
     /// G: record a size that no replica was asked about. (Judged by `EngineResizeTests`.)

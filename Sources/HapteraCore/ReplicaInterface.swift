@@ -71,6 +71,8 @@ package enum ReplicaNote: BitwiseCopyable, Sendable {
     case installed(Epoch)
     case refusedStale(connection: Int, Epoch)
     case checksumMismatch(offset: UInt64)
+    /// A change was refused: a layer that clones share would not be what it was.
+    case sharedLayerDiffers(offset: UInt64)
     case logFull
 }
 
@@ -98,6 +100,8 @@ package protocol ReplicaStorage: AnyObject {
     func remove(_ layer: LayerID) throws(StorageError)
     /// Layers that have any file.
     func layersPresent() throws(StorageError) -> [LayerID]
+    /// Whether the layer's files have names in another directory as well.
+    func isShared(_ layer: LayerID) -> Bool
     /// Makes created files' names durable.
     func syncDirectories() throws(StorageError)
     /// Ranges of the file that hold data (SEEK_DATA / SEEK_HOLE), at or after `offset`; nil: none.
@@ -120,6 +124,7 @@ extension ReplicaStorage {
         throw StorageError(.unsupported, "layer \(layer.rawValue) cannot be deleted here")
     }
     package func layersPresent() throws(StorageError) -> [LayerID] { [] }
+    package func isShared(_ layer: LayerID) -> Bool { false }
     /// Makes a layer's files of a volume of `size` bytes, or finds them as an earlier making left
     /// them: nothing is written to a layer before it is in the manifest. Durable after syncs of
     /// both and of the directories.

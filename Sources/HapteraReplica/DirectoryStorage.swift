@@ -90,7 +90,8 @@ package final class DirectoryStorage: ReplicaStorage {
 
     private func lock(_ fd: Int32, _ file: ReplicaFile) throws(StorageError) {
         guard mode != .peek, file != .layers else { return }
-        let kind = mode == .serve ? LOCK_EX : LOCK_SH
+        // Two processes serve a file that two copies share; both leave it as it is.
+        let kind = mode == .serve && linkCount(fd) < 2 ? LOCK_EX : LOCK_SH
         if flock(fd, kind | LOCK_NB) == 0 { return }
         guard errno == EWOULDBLOCK else {
             throw Self.error(errno, "cannot lock \(path(file)): \(errorText(errno))")

@@ -7,6 +7,8 @@ package enum ReplicaCommand {
     package static let usage = """
         usage: haptera-replica create --dir DIR --volume-id HEX32 --volume NAME --replica-id HEX16
                                       --incarnation HEX16 --size BYTES
+               haptera-replica clone --dir DIR --record HEX --replica-id HEX16 --incarnation HEX16
+                                     --layers N,... --size BYTES --log-index N
                haptera-replica serve --dir DIR --listen HOST:PORT --control PATH [--allow-faults]
                haptera-replica inspect --dir DIR [--json]
                haptera-replica verify --dir DIR [--json]
@@ -21,6 +23,7 @@ package enum ReplicaCommand {
             raiseFileLimit()
             switch arguments.verb {
             case "create": try create(arguments)
+            case "clone": try clone(arguments)
             case "serve": return try serve(arguments)
             case "inspect":
                 let report = try InspectReport(directory: try arguments.required("--dir"))
@@ -59,6 +62,23 @@ package enum ReplicaCommand {
         }
         try ReplicaCore.create(
             storage: DirectoryStorage(directory: directory, mode: .serve), identity: identity)
+    }
+
+    /// The layers were linked into the directory by the replica they are from, on its control
+    /// socket (`share`), whose answer the last three options are.
+    private static func clone(_ arguments: ReplicaArguments) throws {
+        let (member, record, source) = try arguments.clone()
+        let directory = try arguments.required("--dir")
+        // As in `create`.
+        let peek = DirectoryStorage(directory: directory, mode: .peek)
+        if case .manifest(let found)? = try? ReplicaCore.loadManifest(peek),
+            found.identity.member == member, found.identity.volume == record.volume
+        {
+            return
+        }
+        try ReplicaCore.createClone(
+            storage: DirectoryStorage(directory: directory, mode: .serve), member: member,
+            record: record, source: source)
     }
 
     /// Two files per layer: as many as the system lets this process have.
@@ -144,6 +164,10 @@ package struct ReplicaArguments {
         "create": [
             "--dir", "--volume-id", "--volume", "--replica-id", "--incarnation", "--size",
         ],
+        "clone": [
+            "--dir", "--record", "--replica-id", "--incarnation", "--layers", "--size",
+            "--log-index",
+        ],
         "serve": ["--dir", "--listen", "--control", "--allow-faults"],
         "inspect": ["--dir", "--json"],
         "verify": ["--dir", "--json"],
@@ -182,11 +206,7 @@ package struct ReplicaArguments {
 
     package func optional(_ name: String) -> String? { options[name] }
 
-    package func identity() throws(UsageError) -> ReplicaIdentity {
-        let volumeText = try required("--volume-id")
-        guard let volume = VolumeID(volumeText) else {
-            throw UsageError("--volume-id: '\(volumeText)' is not 32 hexadecimal digits")
-        }
+    private func member() throws(UsageError) -> VolumeRecord.Member {
         let replicaText = try required("--replica-id")
         guard let replica = ReplicaID(replicaText) else {
             throw UsageError("--replica-id: '\(replicaText)' is not 16 hexadecimal digits, not 0")
@@ -196,6 +216,10 @@ package struct ReplicaArguments {
             throw UsageError(
                 "--incarnation: '\(incarnationText)' is not 16 hexadecimal digits, not 0")
         }
+        return VolumeRecord.Member(
+            replica: replica, incarnation: Incarnation(rawValue: incarnation.rawValue))
+    }
+    private func size() throws(UsageError) -> UInt64 {
         let sizeText = try required("--size")
         guard let size = UInt64(sizeText), size > 0, size <= Geometry.volumeSizeMax,
             size % UInt64(Geometry.blockSize) == 0
@@ -203,9 +227,53 @@ package struct ReplicaArguments {
             throw UsageError(
                 "--size: '\(sizeText)' is not a number of bytes, a multiple of 4096 up to 2^50")
         }
+        return size
+    }
+    private func number(_ name: String) throws(UsageError) -> UInt64 {
+        let text = try required(name)
+        guard let number = UInt64(text) else {
+            throw UsageError("\(name): '\(text)' is not a number")
+        }
+        return number
+    }
+
+    func clone() throws(UsageError) -> (
+        VolumeRecord.Member, VolumeRecord, ReplicaCore.CloneSource
+    ) {
+        guard let bytes = Self.bytes(try required("--record")),
+            let record = VolumeRecord(decoding: bytes)
+        else { throw UsageError("--record is not a volume's record in hexadecimal digits") }
+        let layersText = try required("--layers")
+        let layers = layersText.split(separator: ",", omittingEmptySubsequences: false)
+            .compactMap { UInt32($0).map(LayerID.init) }
+        guard layersText.split(separator: ",").count == layers.count, !layers.isEmpty else {
+            throw UsageError("--layers: '\(layersText)' is not a list of numbers")
+        }
+        return (
+            try member(), record,
+            .init(layers: layers, size: try size(), logIndex: try number("--log-index"))
+        )
+    }
+    private static func bytes(_ text: String) -> [UInt8]? {
+        let digits = Array(text.utf8)
+        guard digits.count % 2 == 0 else { return nil }
+        var bytes: [UInt8] = []
+        for at in stride(from: 0, to: digits.count, by: 2) {
+            guard let byte = parseHexadecimal(digits[at..<at + 2]) else { return nil }
+            bytes.append(UInt8(byte))
+        }
+        return bytes
+    }
+
+    package func identity() throws(UsageError) -> ReplicaIdentity {
+        let volumeText = try required("--volume-id")
+        guard let volume = VolumeID(volumeText) else {
+            throw UsageError("--volume-id: '\(volumeText)' is not 32 hexadecimal digits")
+        }
+        let member = try member()
         let identity = ReplicaIdentity(
-            volume: volume, name: try required("--volume"), replica: replica,
-            incarnation: Incarnation(rawValue: incarnation.rawValue), size: size)
+            volume: volume, name: try required("--volume"), replica: member.replica,
+            incarnation: member.incarnation, size: try size())
         guard identity.isValid else {
             throw UsageError(
                 "--volume: a name has 1 to \(VolumeRecord.nameLengthMax) bytes")

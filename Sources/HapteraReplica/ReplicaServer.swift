@@ -28,6 +28,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     private var isStopped = false
     private var shutdownRequests: [ControlRequest] = []
     private var stopDeadline: Instant?
+    private let sharing: LayerSharing
     /// What could be logged very often is logged once a second.
     private var quietUntil = Instant.zero
     private let hostBoot: BootID
@@ -52,6 +53,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         options.hash = BlockHash.hash
         core = try storage.open(options: options, pool: reactor.pool, boot: hostBoot)
         storage.releaseLogPages()
+        sharing = LayerSharing(core: core, storage: storage)
         log = reactor.register(file: try storage.descriptor(.log), label: "log")
         manifest = reactor.register(file: try storage.descriptor(.manifest), label: "manifest")
         lastFile = (.log, log)
@@ -121,7 +123,10 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             Log.warn("stopping without draining: it takes too long")
             reactor.stop()
         }
-        if token == Token.tick { endFaults() }
+        if token == Token.tick {
+            endFaults()
+            sharing.claim(now: reactor.now)
+        }
         step(token == Token.tick ? .tick : .disk(token: token, result: result))
     }
 
@@ -132,6 +137,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             isCoreFull = false
             resumeReceiving()
         }
+        sharing.advance(now: reactor.now, isStopping: stopDeadline != nil)
         if core.isShutDown { finishStopping() }
     }
 
@@ -282,6 +288,10 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             Log.warn("refused an engine of another epoch", ("epoch", String(epoch.rawValue)))
         case .checksumMismatch(let offset):
             Log.warn("a block does not match its checksum", ("offset", String(offset)))
+        case .sharedLayerDiffers(let offset):
+            Log.error(
+                "a block of a layer that clones share is not what the other members have; "
+                    + "replace this replica", ("offset", String(offset)))
         case .logFull: Log.info("writes wait for room in the activity log")
         }
     }
@@ -314,9 +324,12 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         case "shutdown":
             shutdownRequests.append(request)
             shutdown("control socket")
+        case "share":
+            sharing.begin(request, now: reactor.now)
+            step(.tick)
         case "fault" where faults != nil: causeFault(request)
         default:
-            request.fail("unknown verb '\(request.verb)': ping, status, metrics, shutdown")
+            request.fail("unknown verb '\(request.verb)': ping, status, metrics, share, shutdown")
         }
     }
 
@@ -331,6 +344,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             ("logUsedPercent", String(core.logUsedPercent)),
             ("layers", String(core.layers.count)), ("layerBytes", layerBytes(allocated)),
             ("retiredLayers", String(core.retiredLayerCount)),
+            ("sharedLayers", String(core.sharedLayers.count)),
+            ("sharedBytes", String(sharing.bytes(allocated))),
             ("mergedRegions", String(core.mergedRegions)),
             ("mergedBytes", String(core.mergedBytes)),
             ("state", stopDeadline == nil ? "serving" : "stopping"),

@@ -14,18 +14,22 @@ final class ChainModel {
     private var parents: [UInt32: UInt32] = [1: 0]
     private(set) var deletions = 0
     private(set) var reverts = 0
+    private(set) var clones: [Clone] = []
+    private(set) var clonesMade = 0
     private var head: UInt32 = 1
     private var epoch: UInt64 = 1
     private var sequence: UInt64 = 1
 
     private let deletes: Bool
     private let isTree: Bool
+    private let isCloned: Bool
     /// Installs that the copy has missed.
     private var missed = 0
 
     /// `isTree`: with reverts, and now and then with several changes in one Install, as for a
-    /// replica that was away.
-    init(seed: UInt64, deletes: Bool = true, isTree: Bool = false) throws {
+    /// replica that was away. `isCloned`: clones come and go.
+    init(seed: UInt64, deletes: Bool = true, isTree: Bool = false, isCloned: Bool = false) throws {
+        self.isCloned = isCloned
         self.deletes = deletes
         self.isTree = isTree
         bench = try ReplicaBench(seed: seed)
@@ -34,6 +38,7 @@ final class ChainModel {
     }
 
     func act(_ step: Int) throws {
+        if isCloned, missed == 0, bench.random.below(12) == 0 { return try changeClones() }
         sequence += 1
         let first = bench.random.below(22)
         let length = min(1 + bench.random.below(3), 8 - first % 8)
@@ -145,6 +150,52 @@ final class ChainModel {
         missed = 0
         epoch += 1
         bench.install(epoch: epoch, layers: Int(head))
+    }
+
+    /// A copy that shares layers with this one.
+    struct Clone {
+        var disk: ReplicaTestDisk
+        var layer: UInt32
+        var view: [UInt64]
+    }
+    /// One is made, or one goes.
+    private func changeClones() throws {
+        if clones.count > 2 || (!clones.isEmpty && bench.random.below(2) == 0) {
+            return discardClone(bench.random.below(clones.count))
+        }
+        guard let layer = views.keys.filter({ $0 != head }).sorted().randomElement(bench),
+            let view = views[layer], let record = bench.core.installedRecord
+        else { return }
+        let (disk, _) = try bench.clone(LayerID(rawValue: layer), of: record) {
+            self.sequence += 1
+            return self.sequence
+        }
+        clones.append(Clone(disk: disk, layer: layer, view: view))
+        clonesMade += 1
+    }
+    func discardClone(_ index: Int) {
+        clones.remove(at: index).disk.discard()
+        for layer in bench.core.sharedLayers where !bench.disk.isShared(layer) {
+            bench.core.setShared(layer, false)
+        }
+    }
+    /// Each holds what its snapshot did, whatever has become of that.
+    func checkClones(_ step: Int) throws {
+        for clone in clones {
+            let reader = try ReplicaReader(opening: clone.disk)
+            for region in 0..<3 as Range<UInt64> {
+                try reader.view(region, from: reader.manifest.head) {
+                    (block, verdict, bytes) throws(StorageError) in
+                    guard block < 8 else { return }
+                    let value = clone.view[Int(region) * 8 + block]
+                    let expected = value == 0 ? zero(1) : ReplicaBench.pattern(value)
+                    #expect(
+                        bytes.bytes() == expected && verdict == (value == 0 ? .zero : .intact),
+                        "step \(step), clone of layer \(clone.layer), \(region)/\(block)")
+                }
+            }
+        }
+        #expect(bench.disk.violations == [], "step \(step)")
     }
 
     /// Nothing was missed that changes what a copy says of layers that are left.

@@ -25,6 +25,8 @@ final class ReplicaTestDisk: ReplicaStorage {
         var durableSize: UInt64
         /// Sectors that may differ from what is durable.
         var dirty: Set<Int> = []
+        /// Names, in the directories of several disks.
+        var links = 1
         init(size: UInt64) {
             now = MemoryBlock(count: Int(size))
             durable = MemoryBlock(count: Int(size))
@@ -64,6 +66,9 @@ final class ReplicaTestDisk: ReplicaStorage {
         }
     }
     private var files: [ReplicaFile: File] = [:]
+    /// What was done to files that another disk has as well, and must not be: pages written, bytes
+    /// changed.
+    private(set) var violations: [String] = []
     private var namesDurable: Set<ReplicaFile> = []
     /// Changes (writes, creations, syncs) so far, and after how many the power fails.
     private(set) var changeCount = 0
@@ -91,6 +96,11 @@ final class ReplicaTestDisk: ReplicaStorage {
     func write(_ name: ReplicaFile, offset: UInt64, from memory: RawMemory) throws(StorageError) {
         let file = try file(name)
         try change()
+        if file.links > 1 {
+            let now = file.now.memory.slice(Int(offset), memory.count)
+            if case .table = name { violations.append("\(name) written at \(offset)") }
+            if !now.equals(memory) { violations.append("\(name) changed at \(offset)") }
+        }
         file.now.memory.copy(from: memory, at: Int(offset))
         file.markAll(Int(offset)..<Int(offset) + memory.count)
     }
@@ -116,8 +126,24 @@ final class ReplicaTestDisk: ReplicaStorage {
     }
     func remove(_ layer: LayerID) throws(StorageError) {
         try change()
-        files[.data(layer)] = nil
-        files[.table(layer)] = nil
+        for name in [ReplicaFile.data(layer), .table(layer)] {
+            files.removeValue(forKey: name)?.links -= 1
+        }
+    }
+    func isShared(_ layer: LayerID) -> Bool { files[.data(layer)].map { $0.links > 1 } ?? false }
+    /// Gives the layers' files names on another disk.
+    func link(_ layers: [LayerID], to other: ReplicaTestDisk) {
+        for layer in layers {
+            for name in [ReplicaFile.data(layer), .table(layer)] {
+                files[name]?.links += 1
+                other.files[name] = files[name]
+            }
+        }
+    }
+    /// The directory is deleted.
+    func discard() {
+        for file in files.values { file.links -= 1 }
+        files = [:]
     }
     func layersPresent() throws(StorageError) -> [LayerID] {
         files.keys.compactMap { if case .data(let layer) = $0 { layer } else { nil } }.sorted()

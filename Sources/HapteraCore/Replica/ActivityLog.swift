@@ -169,11 +169,12 @@ package final class ActivityLog {
         UInt64(ringOffset) + capacity * UInt64(LogRecord.size)
     }
 
-    /// Writes the first header of a new log into its (zeroed) first 8 KiB.
-    package static func format(_ memory: RawMemory, capacity: UInt64) {
+    /// Writes the first header of a new log into its (zeroed) first 8 KiB. `first`: the index of
+    /// its first record.
+    package static func format(_ memory: RawMemory, capacity: UInt64, first: UInt64 = 0) {
         storeHeader(
             to: memory,
-            Header(counter: 0, tail: 0, capacity: capacity, flushed: .zero, stable: .zero))
+            Header(counter: 0, tail: first, capacity: capacity, flushed: .zero, stable: .zero))
     }
 
     /// Reads the header; call `replay` before appending.

@@ -6,6 +6,9 @@
 /// holds belongs to the next layer above that is not, its heir. The two count as one, whether a
 /// region has been merged (`ReplicaCore+Merge`) or not. One without an heir holds nothing any more.
 ///
+/// A layer whose files are another copy's as well (`ReplicaCore+Sharing`) stays as it is: a retired
+/// one that has to do with such a layer is stuck, and is merged when the files are this copy's own.
+///
 /// In memory a layer costs a bit per region, a retired one two: 128 KiB per TiB.
 struct LayerChain {
     private struct Layer {
@@ -20,6 +23,10 @@ struct LayerChain {
         var below = -1
         /// The place of what its content belongs to: its own, its heir's, or -1.
         var heir = -1
+        /// Its files are another copy's as well.
+        var isShared = false
+        /// Retired, and not to be merged at present.
+        var isStuck = false
     }
     private(set) var ids: [LayerID] = []
     private var layers: [Layer] = []
@@ -58,6 +65,7 @@ struct LayerChain {
             guard layers[place].heir < 0 else { continue }
             layers[place].merged = FixedArray(repeating: ~0, count: layers[place].map.count)
         }
+        findStuck()
     }
 
     /// A new, empty head. As the two that follow: only within `change`.
@@ -141,6 +149,40 @@ struct LayerChain {
     private func existing(_ id: LayerID) -> Int {
         guard let index = index(of: id) else { preconditionFailure("no such layer") }
         return index
+    }
+
+    // MARK: shared layers
+
+    private(set) var sharedCount = 0
+    func isShared(_ index: Int) -> Bool { layers[index].isShared }
+    /// Retired, and shared itself, or its heir is, or one between the two.
+    func isStuck(_ index: Int) -> Bool { layers[index].isStuck }
+    mutating func setShared(_ id: LayerID, _ isShared: Bool) {
+        layers[existing(id)].isShared = isShared
+        findStuck()
+    }
+    private mutating func findStuck() {
+        sharedCount = layers.count { $0.isShared }
+        for place in ids.indices { layers[place].isStuck = false }
+        guard sharedCount > 0 else { return }
+        for heir in ids.indices where !isRetired(heir) {
+            var isStuck = layers[heir].isShared
+            var place = below(heir)
+            while place >= 0, isRetired(place) {
+                isStuck = isStuck || layers[place].isShared
+                layers[place].isStuck = isStuck
+                place = below(place)
+            }
+        }
+    }
+    /// The layer and all that is seen through it, ascending.
+    func seen(from index: Int) -> [LayerID] {
+        var (seen, place) = ([LayerID](), index)
+        while place >= 0 {
+            seen.append(ids[place])
+            place = below(place)
+        }
+        return seen.reversed()
     }
 
     // MARK: which regions a layer may know

@@ -1,4 +1,5 @@
-// What is seen through the chain: reads from a layer that has others below it.
+// What is seen through the chain: reads from a layer that has others below it, and what else is
+// answered from several layers (ReplicaCore+Sharing).
 //
 // Layers are asked from the top; the first that holds a block is the one it is read from. What was
 // found is kept in the request, so that no page has to stay in memory: the engine lets nothing else
@@ -8,7 +9,7 @@
 extension ReplicaCore {
     /// While layers are asked, an entry of the reply's table is the block's, with the place of its
     /// layer, counted from one, in bytes 1..<4; zero: not found yet.
-    private func owner(_ table: RawMemory, _ block: Int) -> Int {
+    func owner(_ table: RawMemory, _ block: Int) -> Int {
         Int(table.load(UInt32.self, block * BlockEntry.size) >> 8)
     }
     private func setOwner(_ table: RawMemory, _ block: Int, _ owner: Int) {
@@ -19,13 +20,15 @@ extension ReplicaCore {
     func resumeChainRead(_ slot: Int32) {
         let index = Int(slot)
         let (header, blocks) = (requests[index].header, requests[index].blocks)
-        guard reserveTable(slot, blocks.count * BlockEntry.size) else { return }
-        let table = pool.memory(requests[index].table).slice(0, blocks.count * BlockEntry.size)
+        guard reserveTable(slot, chainTableNeeded(slot)) else { return }
+        let table = chainTable(slot)
         let serial = chainSerial(requests[index].region)
         // `extents` is zero until the request has begun.
         if requests[index].extents == 0 || requests[index].serial != serial {
             requests[index].extents = 1
             requests[index].serial = serial
+            requests[index].unreadable = BlockSet()
+            requests[index].birth = .zero
             table.fill()
             requests[index].layersLeft = Int32((chain.index(of: header.layer) ?? 0) + 1)
         }
@@ -36,10 +39,14 @@ extension ReplicaCore {
                 guard let frame = residentFrame(slot, layer, requests[index].region) else { return }
                 let isComplete = take(
                     cache.entries(frame), blocks, owner: place + 1, into: table)
-                // Nothing is asked again, should the data have to wait for buffers.
-                requests[index].layersLeft = isComplete ? 0 : Int32(chain.below(place) + 1)
+                requests[index].birth = max(
+                    requests[index].birth, cache.frames[Int(frame)].birth)
+                // Nothing is asked again, should the data have to wait for buffers. A digest's
+                // birth is the latest of all.
+                let isDone = isComplete && header.kind != .digest
+                requests[index].layersLeft = isDone ? 0 : placeBelow(slot, place)
             } else {
-                requests[index].layersLeft = Int32(chain.below(place) + 1)
+                requests[index].layersLeft = placeBelow(slot, place)
             }
         }
         readOwners(slot, table)
@@ -64,7 +71,7 @@ extension ReplicaCore {
     }
 
     /// Data blocks of one layer that lie side by side.
-    private func nextRun(_ table: RawMemory, from start: Int, count: Int) -> Range<Int>? {
+    func nextRun(_ table: RawMemory, from start: Int, count: Int) -> Range<Int>? {
         var first = start
         while first < count, state(table, first) != BlockState.data.rawValue { first += 1 }
         guard first < count else { return nil }
@@ -81,14 +88,15 @@ extension ReplicaCore {
     private func readOwners(_ slot: Int32, _ table: RawMemory) {
         let index = Int(slot)
         let count = requests[index].blocks.count
+        if requests[index].isMutation { return compareWithShared(slot, table) }
         guard nextRun(table, from: 0, count: count) != nil else { return answerChainRead(slot) }
         // Enough for the worst case, at once: a request that holds some and waits for more might
         // wait for ever.
         guard freeOperationCount > Self.operationsForUpkeep + count,
-            let buffer = pool.allocate(Int(requests[index].header.length))
+            let buffer = pool.allocate(count * Geometry.blockSize)
         else { return push(slot, &awaitingResources) }
         requests[index].buffer = buffer
-        requests[index].dataResult = Int(requests[index].header.length)
+        requests[index].dataResult = count * Geometry.blockSize
         requests[index].layersLeft = -1
         var next = 0
         while let run = nextRun(table, from: next, count: count) {
@@ -99,9 +107,16 @@ extension ReplicaCore {
         }
     }
 
-    func chainDataRead(_ slot: Int32, _ result: Int, _ length: Int) {
+    func chainDataRead(_ operation: DiskOperation, _ result: Int) {
+        let slot = operation.index
         let index = Int(slot)
-        if result != length { requests[index].dataResult = -1 }
+        if result != operation.length {
+            requests[index].dataResult = -1
+            let first = Int(operation.region)
+            for block in first..<first + operation.length / Geometry.blockSize {
+                requests[index].unreadable[block] = true
+            }
+        }
         requests[index].operationsLeft -= 1
         if requests[index].operationsLeft == 0 { answerChainRead(slot) }
     }
@@ -112,8 +127,12 @@ extension ReplicaCore {
             requests[Int(slot)].buffer = .none
             return resumeChainRead(slot)
         }
-        let table = pool.memory(requests[Int(slot)].table)
+        let table = chainTable(slot)
         for block in 0..<requests[Int(slot)].blocks.count { setOwner(table, block, 0) }
-        answerFromTable(slot)
+        switch requests[Int(slot)].header.kind {
+        case .digest: answerFoldedDigest(slot)
+        case .verify: takeFold(slot, table)
+        default: answerFromTable(slot)
+        }
     }
 }

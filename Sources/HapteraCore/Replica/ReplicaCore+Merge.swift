@@ -170,7 +170,7 @@ extension ReplicaCore {
     }
     private func nextToMerge() -> (LayerID, UInt64)? {
         for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
-            for index in 0..<chain.count where chain.isRetired(index) {
+            for index in 0..<chain.count where chain.isRetired(index) && !chain.isStuck(index) {
                 var start = from
                 while start < regionCount, let region = chain.nextUnmerged(index, from: start) {
                     if !isMerging(region), let heir = chain.heir(of: chain.id(index)) {
@@ -208,7 +208,7 @@ extension ReplicaCore {
         guard shutdown == .none, currentInstall < 0 else { return }
         let region = mergeJobs[job].region
         guard let place = chain.index(of: mergeJobs[job].heir), !chain.isRetired(place),
-            let below = chain.unmerged(under: place, region)
+            let below = chain.unmerged(under: place, region), !chain.isStuck(below)
         else { return end(job) }
         if mergeJobs[job].layer != chain.id(below) {
             unpinFrames(job)

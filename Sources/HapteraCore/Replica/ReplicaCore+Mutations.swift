@@ -71,6 +71,7 @@ extension ReplicaCore {
     func resumeMutation(_ slot: Int32) {
         let layer = requests[Int(slot)].header.layer
         if awaitsMerge(slot) { return }
+        if chain.sharedCount > 0, isAboutShared(slot) { return }
         guard let frame = residentFrame(slot, layer, requests[Int(slot)].region) else { return }
         if cache.frames[Int(frame)].isMerging { return wait(slot, on: frame) }
         switch cache.frames[Int(frame)].state {

@@ -9,10 +9,13 @@ extension ReplicaCore {
         let region = requests[index].region
         let isOwn = header.flags & FrameFlags.resync != 0
         // One that has begun to ask layers goes on so, though others be removed below.
-        guard isOwn || header.layer == chain.id(0) && requests[index].extents == 0 else {
+        guard requests[index].extents == 0, isOwn || header.layer == chain.id(0) else {
             return resumeChainRead(slot)
         }
-        if isOwn, requests[index].buffer == .none, awaitsMerge(slot) { return }
+        if isOwn, requests[index].buffer == .none {
+            if awaitsMerge(slot) { return }
+            if isFolded(slot) { return resumeChainRead(slot) }
+        }
         let known = cache.find(header.layer, region)
         if requests[index].buffer != .none {
             // The page has come; perhaps the data has, too.
@@ -70,6 +73,7 @@ extension ReplicaCore {
     func startDataRead(_ slot: Int32, _ layer: LayerID, at position: Int, length: Int) {
         requests[Int(slot)].operationsLeft += 1
         let token = startOperation(.dataRead, index: slot, length: length)
+        operations[Int(token & 0xffff_ffff)].region = UInt64(position / Geometry.blockSize)
         actions.append(
             .read(
                 .data(layer), offset: requests[Int(slot)].header.offset + UInt64(position),
@@ -80,7 +84,7 @@ extension ReplicaCore {
     func dataRead(_ operation: DiskOperation, _ result: Int) {
         let slot = operation.index
         let index = Int(slot)
-        if requests[index].layersLeft < 0 { return chainDataRead(slot, result, operation.length) }
+        if requests[index].layersLeft < 0 { return chainDataRead(operation, result) }
         requests[index].dataResult = result
         let kind = requests[index].header.kind
         if kind == .adopt { return adoptRead(slot, result) }
@@ -167,6 +171,7 @@ extension ReplicaCore {
         let layer = requests[index].header.layer
         let region = requests[index].region
         if awaitsMerge(slot) { return }
+        if requests[index].extents != 0 || isFolded(slot) { return resumeChainRead(slot) }
         guard let frame = residentFrame(slot, layer, region) else { return }
         // `residentFrame` returns nil having queued the request, and so do these.
         guard reserveTable(slot, RegionDigest.size) else { return }

@@ -420,6 +420,7 @@ extension ReplicaCore {
         case .layerRemove: layerRemoved()
         case .mergeRead: mergeRead(Int(ended.index), result)
         case .mergeWrite: mergeWritten(Int(ended.index), result)
+        case .rewrite: rewritten(ended, result)
         }
     }
 

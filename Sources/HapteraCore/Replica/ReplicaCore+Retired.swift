@@ -19,7 +19,8 @@ extension ReplicaCore {
             header.kind == .digest || header.kind == .adopt || header.kind == .verify
                 || header.flags & FrameFlags.resync != 0,
             let place = chain.index(of: header.layer),
-            chain.unmerged(under: place, requests[Int(slot)].region) != nil
+            let lower = chain.unmerged(under: place, requests[Int(slot)].region),
+            !chain.isStuck(lower)
         else { return false }
         guard currentInstall < 0, shutdown == .none else {
             finish(slot, shutdown == .none ? .staleEpoch : .unavailable)

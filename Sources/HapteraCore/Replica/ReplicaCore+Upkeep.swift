@@ -74,7 +74,8 @@ extension ReplicaCore {
         switch upkeep.phase {
         case .idle:
             let isDue = upkeep.isTickDue
-            guard isDue || isLogFilling || isCrowded || shutdown == .draining else { return false }
+            guard isDue || isLogFilling || isCrowded || !sharing.isEmpty || shutdown == .draining
+            else { return false }
             upkeep.isTickDue = false
             if now >= upkeep.notBefore { collect(isTick: isDue) }
             if upkeep.count == 0 {
@@ -135,6 +136,7 @@ extension ReplicaCore {
         upkeep.count = 0
         upkeep.ticket = 0
         if isLogFilling { collectOldest() }
+        if !sharing.isEmpty { collectShared() }
         if isTick || isCrowded || shutdown == .draining { collectIdle() }
         guard upkeep.count > 0 else { return }
         upkeep.logIndex = log.nextIndex
@@ -180,6 +182,18 @@ extension ReplicaCore {
             }
             if canDrain(frame) { startDraining(frame) }
             looks -= 1
+            frame = next
+        }
+    }
+
+    /// Regions of layers that are to be shared, however lately they were used.
+    private func collectShared() {
+        var frame = cache.first(.active)
+        while frame >= 0, upkeep.count < Upkeep.batchMax {
+            let next = cache.next(frame)
+            if sharing.contains(cache.frames[Int(frame)].layer), canDrain(frame) {
+                startDraining(frame)
+            }
             frame = next
         }
     }

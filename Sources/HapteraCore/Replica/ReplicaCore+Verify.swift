@@ -13,12 +13,8 @@ extension ReplicaCore {
     /// fingerprint.
     func resumeVerify(_ slot: Int32) {
         let index = Int(slot)
-        guard reserveTable(slot, RegionVerification.size) else { return }
-        if requests[index].buffer == .none {
-            guard let buffer = pool.allocate(Self.blocksPerPiece * Geometry.blockSize) else {
-                return push(slot, &awaitingResources)
-            }
-            requests[index].buffer = buffer
+        if requests[index].table == .none {
+            guard reserveTable(slot, chainTableNeeded(slot)) else { return }
             RegionVerification().encode(to: pool.memory(requests[index].table))
         }
         while true {
@@ -26,6 +22,7 @@ extension ReplicaCore {
                 !chain.isRetired(place)
             else { return finish(slot, .invalid) }
             if awaitsMerge(slot) { return }
+            if requests[index].extents != 0 || isFolded(slot) { return resumeChainRead(slot) }
             if chain.mayHold(place, requests[index].region) {
                 guard
                     let frame = residentFrame(
@@ -68,8 +65,14 @@ extension ReplicaCore {
     }
 
     private func readPiece(_ slot: Int32, _ frame: Int32, _ piece: Range<Int>) {
-        guard hasOperationForRequests else { return push(slot, &awaitingResources) }
         let index = Int(slot)
+        if requests[index].buffer == .none {
+            guard let buffer = pool.allocate(Self.blocksPerPiece * Geometry.blockSize) else {
+                return push(slot, &awaitingResources)
+            }
+            requests[index].buffer = buffer
+        }
+        guard hasOperationForRequests else { return push(slot, &awaitingResources) }
         pin(slot, frame)
         requests[index].position = UInt64(piece.upperBound)
         requests[index].operationsLeft = 1
@@ -109,6 +112,36 @@ extension ReplicaCore {
             $0.suspect += suspect
         }
         unpin(slot)
+        resumeVerify(slot)
+    }
+
+    /// The layer at hand with what is stuck under it: all of it was read at once.
+    func takeFold(_ slot: Int32, _ table: RawMemory) {
+        let index = Int(slot)
+        var (checked, suspect) = (UInt32(0), UInt32(0))
+        for block in 0..<Geometry.blocksPerRegion
+        where state(table, block) == BlockState.data.rawValue {
+            checked += 1
+            let bytes = pool.memory(requests[index].buffer).slice(
+                block * Geometry.blockSize, Geometry.blockSize)
+            let expected = table.load(UInt32.self, block * BlockEntry.size + 4)
+            if requests[index].unreadable[block] || CRC32C.checksum(bytes) != expected {
+                suspect += 1
+            }
+        }
+        if !table.isZero {
+            requests[index].loads += 1
+            change(slot) { $0.add(requests[index].header.layer, options.hash(table)) }
+        }
+        change(slot) {
+            $0.checked += checked
+            $0.suspect += suspect
+        }
+        release(requests[index].buffer)
+        requests[index].buffer = .none
+        requests[index].extents = 0
+        guard let place = chain.index(of: requests[index].header.layer), goBelow(slot, place)
+        else { return answerVerify(slot) }
         resumeVerify(slot)
     }
 

@@ -124,6 +124,8 @@ package final class ReplicaCore {
     var upkeep = Upkeep()
     let batch = FixedArray<Int32>(repeating: -1, count: Upkeep.batchMax)
     var merge = MergeState()
+    /// Layers that are about to be linked, and drain.
+    var sharing: Set<LayerID> = []
     let mergeJobs = FixedArray(repeating: MergeJob(), count: MergeJob.jobsMax)
     var punchRun: Range<Int>?
     var punchingFrame: Int32 = -1
@@ -154,6 +156,9 @@ package final class ReplicaCore {
         flushedPoint = opened.log.flushed
         knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
+        for layer in opened.manifest.layers where storage.isShared(layer) {
+            chain.setShared(layer, true)
+        }
         isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID
         for slot in 0..<Self.requestsMax {
             requests[slot].next = slot + 1 < Self.requestsMax ? Int32(slot + 1) : -1
@@ -290,6 +295,8 @@ struct Request: BitwiseCopyable {
     var position: UInt64 = 0
     /// Digest: blocks the disk cannot read.
     var unreadable = BlockSet()
+    /// Digest of several layers: the latest of theirs.
+    var birth = Epoch.zero
     var extents: Int32 = 0
     var loads: Int32 = 0
     var operationsLeft: Int32 = 0
@@ -312,8 +319,11 @@ struct Request: BitwiseCopyable {
     var tickets: (UInt64, UInt64, UInt64) = (0, 0, 0)
 
     var region: UInt64 { Geometry.region(ofByte: header.offset) }
-    /// Within the region.
+    /// Within the region: for what is about all of it, all of them.
     var blocks: Range<Int> {
+        if header.kind == .digest || header.kind == .verify {
+            return 0..<Geometry.blocksPerRegion
+        }
         let first = Int(header.offset % UInt64(Geometry.regionSize)) / Geometry.blockSize
         return first..<first + Int(header.length) / Geometry.blockSize
     }
@@ -357,6 +367,8 @@ struct DiskOperation: BitwiseCopyable {
         /// Index: the merge's job.
         case mergeRead
         case mergeWrite
+        /// Of blocks of a shared layer, as they were.
+        case rewrite
     }
     var kind = Kind.free
     /// Request, frame, file or place in the batch, by kind.

@@ -1,0 +1,226 @@
+// Layers whose files another copy has as well: a clone of a snapshot begins with links to them, in
+// a directory of its own, which a process of its own serves.
+//
+// What such a layer holds and its table stay as they are, for as long as its files have two names:
+// nothing is merged into it or out of it, and no page of its table is written. (Space of blocks
+// that hold no data may be given back: the table says so to both.) So both processes may read it,
+// and need not know of each other.
+//
+// To begin (`beginSharing`), what the copy has in memory of the layer and of all that is seen
+// through it must be in the tables: regions drain, merges under way end (`layersToLink`). Then the
+// shell links the files, and the clone's directory is made (`ReplicaCore.createClone`). A crash
+// before leaves nothing, a crash after it files with two names, which opening finds.
+//
+// A retired layer that cannot be merged is stuck. To the engine it and its heir are one layer all
+// the same: what is asked of that one is answered from their fold, each block from the uppermost of
+// them that holds it.
+//
+// What the engine writes into such a layer, a repair or a copy to a joiner, can only be what is
+// there by its entries: then the bytes are written in place. Anything else is refused.
+
+/// Why a layer can't be shared.
+package enum SharingRefusal: Error, Equatable, Sendable {
+    /// No layer of a snapshot is there by that number.
+    case noSuchLayer
+    /// The copy is not in sync, or is about to end.
+    case notInSync
+    case epochTooLow
+}
+
+extension ReplicaCore {
+    // MARK: beginning and end
+
+    /// The layer of a snapshot is to be shared with a clone that begins at `epoch`: from here on
+    /// it and what is seen through it stay as they are. Returns these, ascending.
+    package func beginSharing(_ top: LayerID, epoch: Epoch) throws(SharingRefusal) -> [LayerID] {
+        guard let record = manifest.installed, record.inSync.contains(identity.member),
+            shutdown == .none, !hasFailed
+        else { throw .notInSync }
+        guard let place = chain.index(of: top), !chain.isRetired(place), top != chain.head else {
+            throw .noSuchLayer
+        }
+        guard max(promise, admittedEpoch) < epoch else { throw .epochTooLow }
+        let layers = chain.seen(from: place)
+        for layer in layers { chain.setShared(layer, true) }
+        sharing.formUnion(layers)
+        return layers
+    }
+    /// Those of the layers that are to be linked, now; one of which nothing was left may have gone.
+    /// Nil: not everything is in their files yet.
+    package func layersToLink(_ layers: [LayerID]) -> [LayerID]? {
+        isInFiles(layers) ? layers.filter { chain.index(of: $0) != nil } : nil
+    }
+    private func isInFiles(_ layers: [LayerID]) -> Bool {
+        for job in 0..<mergeJobs.count
+        where mergeJobs[job].stage != .free
+            && (layers.contains(mergeJobs[job].layer) || layers.contains(mergeJobs[job].heir))
+        {
+            return false
+        }
+        for frame in 0..<cache.frames.count where layers.contains(cache.frames[frame].layer) {
+            switch cache.frames[frame].state {
+            case .free, .loading, .clean: continue
+            case .activating, .active, .draining, .punching: return false
+            }
+        }
+        return true
+    }
+    /// They are linked, or will not be.
+    package func endSharing(_ layers: [LayerID]) { sharing.subtract(layers) }
+    /// Has the layer's files another name than this copy's?
+    package func setShared(_ layer: LayerID, _ isShared: Bool) {
+        guard chain.index(of: layer) != nil, isShared || !sharing.contains(layer) else { return }
+        chain.setShared(layer, isShared)
+        if !isShared { merge.notBefore = now }
+    }
+    package var sharedLayers: [LayerID] {
+        guard chain.sharedCount > 0 else { return [] }
+        return (0..<chain.count).filter(chain.isShared).map(chain.id)
+    }
+    /// Where a clone's log begins: pages that it shares name records below.
+    package var logNextIndex: UInt64 { log.nextIndex }
+
+    // MARK: the fold of a layer and what is stuck under it
+
+    /// What the request is about cannot be merged: it is answered from the fold.
+    func isFolded(_ slot: Int32) -> Bool {
+        guard chain.sharedCount > 0,
+            let place = chain.index(of: requests[Int(slot)].header.layer),
+            let lower = chain.unmerged(under: place, requests[Int(slot)].region)
+        else { return false }
+        return chain.isStuck(lower) && !options.mutations.contains(.foldIgnored)
+    }
+    /// Only a client's read sees through the layers below.
+    private func isFold(_ slot: Int32) -> Bool {
+        let header = requests[Int(slot)].header
+        return header.kind != .read || header.flags & FrameFlags.resync != 0
+    }
+    /// The place of the next layer to be asked, counted from one; zero: there is none.
+    func placeBelow(_ slot: Int32, _ place: Int) -> Int32 {
+        let below = chain.below(place)
+        guard below >= 0, !isFold(slot) || chain.isRetired(below) else { return 0 }
+        return Int32(below + 1)
+    }
+
+    static let foldTableOffset = 64
+    /// Of the reply's table, which holds the entries while layers are asked.
+    func chainTableNeeded(_ slot: Int32) -> Int {
+        switch requests[Int(slot)].header.kind {
+        case .digest: RegionDigest.size
+        case .verify: Self.foldTableOffset + TablePage.entriesSize
+        default: requests[Int(slot)].blocks.count * BlockEntry.size
+        }
+    }
+    func chainTable(_ slot: Int32) -> RawMemory {
+        let offset = requests[Int(slot)].header.kind == .verify ? Self.foldTableOffset : 0
+        return pool.memory(requests[Int(slot)].table).slice(
+            offset, requests[Int(slot)].blocks.count * BlockEntry.size)
+    }
+
+    /// The digest's table holds the entries, without owners. Each makes way for its block's record,
+    /// which is behind those that are still needed.
+    func answerFoldedDigest(_ slot: Int32) {
+        let index = Int(slot)
+        let table = pool.memory(requests[index].table)
+        for block in (0..<Geometry.blocksPerRegion).reversed() {
+            let entry = BlockEntry(decoding: table, at: block * BlockEntry.size) ?? .absent
+            var digest = RegionDigest.Block(
+                entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0)
+            if entry.state == .data {
+                let isRead = !requests[index].unreadable[block]
+                let bytes = pool.memory(requests[index].buffer).slice(
+                    block * Geometry.blockSize, Geometry.blockSize)
+                digest.isDoubtful = !isRead || CRC32C.checksum(bytes) != entry.checksum
+                if isRead { (digest.hashLow, digest.hashHigh) = options.hash(bytes) }
+            }
+            RegionDigest.encode(digest, index: block, to: table)
+        }
+        table.store(requests[index].birth.rawValue, 0)
+        finish(slot, .ok, table: takeTable(slot), tableLength: RegionDigest.size)
+    }
+
+    // MARK: mutations
+
+    /// True: the change is about a layer that stays as it is, or about what one would show.
+    func isAboutShared(_ slot: Int32) -> Bool {
+        let header = requests[Int(slot)].header
+        guard requests[Int(slot)].extents >= 0, let place = chain.index(of: header.layer) else {
+            return false
+        }
+        let isReveal =
+            header.kind == .setState && header.auxiliary == UInt64(BlockState.absent.rawValue)
+        guard chain.isShared(place) || (isReveal || header.kind == .adopt) && isFolded(slot)
+        else { return false }
+        resumeChainRead(slot)
+        return true
+    }
+
+    /// What is there by the entries of the fold is known.
+    func compareWithShared(_ slot: Int32, _ table: RawMemory) {
+        let index = Int(slot)
+        let header = requests[index].header
+        guard let place = chain.index(of: header.layer) else { return finish(slot, .invalid) }
+        let count = requests[index].blocks.count
+        let isSame = (0..<count).allSatisfy { block in
+            // Not decoded as an entry: its owner is in it.
+            let state = state(table, block)
+            switch header.kind {
+            case .write:
+                let checksum = table.load(UInt32.self, block * BlockEntry.size + 4)
+                return state == BlockState.data.rawValue
+                    && checksum == payloadChecksum(slot, block)
+            case .setState where chain.isShared(place):
+                return UInt64(state) == header.auxiliary
+            case .setState:
+                return state == BlockState.absent.rawValue || owner(table, block) == place + 1
+            default: return !chain.isShared(place) && owner(table, block) == place + 1
+            }
+        }
+        guard isSame else {
+            actions.append(.note(.sharedLayerDiffers(offset: header.offset)))
+            return finish(slot, .ioError)
+        }
+        guard chain.isShared(place) else {
+            requests[index].extents = -1
+            return resumeMutation(slot)
+        }
+        guard header.kind == .write else { return finishDurably(slot) }
+        rewrite(slot, table)
+    }
+
+    /// The same bytes again, where they were.
+    private func rewrite(_ slot: Int32, _ table: RawMemory) {
+        let index = Int(slot)
+        let count = requests[index].blocks.count
+        guard freeOperationCount > Self.operationsForUpkeep + count else {
+            return push(slot, &awaitingResources)
+        }
+        var next = 0
+        while let run = nextRun(table, from: next, count: count) {
+            next = run.upperBound
+            let layer = chain.id(owner(table, run.lowerBound) - 1)
+            let length = run.count * Geometry.blockSize
+            requests[index].operationsLeft += 1
+            let token = startOperation(.rewrite, index: slot, length: length)
+            operations[Int(token & 0xffff_ffff)].layer = layer
+            let position = run.lowerBound * Geometry.blockSize
+            actions.append(
+                .write(
+                    .data(layer), offset: requests[index].header.offset + UInt64(position),
+                    length: length, buffer: requests[index].buffer, bufferOffset: position,
+                    token: token))
+        }
+    }
+    func rewritten(_ operation: DiskOperation, _ result: Int) {
+        let slot = operation.index
+        syncs[FileSync.data].written += 1
+        if chain.index(of: operation.layer) != nil { chain.dataWritten(operation.layer) }
+        if result != operation.length { requests[Int(slot)].status = status(ofError: result) }
+        requests[Int(slot)].operationsLeft -= 1
+        guard requests[Int(slot)].operationsLeft == 0 else { return }
+        guard requests[Int(slot)].status == .ok else {
+            return finish(slot, requests[Int(slot)].status)
+        }
+        finishDurably(slot)
+    }
+}

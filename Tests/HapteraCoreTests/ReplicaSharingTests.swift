@@ -1,0 +1,311 @@
+import Testing
+
+@testable import HapteraCore
+
+extension ReplicaBench {
+    static let cloneMember = VolumeRecord.Member(
+        replica: ReplicaID(rawValue: 17), incarnation: Incarnation(rawValue: 18))
+
+    /// Makes a copy of a clone of the layer's snapshot, which has everything flushed first.
+    func clone(
+        _ layer: LayerID, of source: VolumeRecord, sequence: () -> UInt64
+    ) throws -> (disk: ReplicaTestDisk, record: VolumeRecord) {
+        let snapshot = try #require(source.snapshots.first { $0.layer == layer })
+        let record = VolumeRecord(
+            cloning: snapshot, of: source, volume: Self.volume, name: "clone", size: core.size,
+            nonce: 3, inSync: [Self.cloneMember])
+        let layers = try core.beginSharing(layer, epoch: record.epoch)
+        for _ in 0..<20 where core.layersToLink(layers) == nil {
+            let (number, epoch) = (sequence(), core.promise.rawValue)
+            send(.flush, epoch: epoch, sequence: number)
+            try run()
+            send(.stable, epoch: epoch, sequence: number, auxiliary: epoch)
+            try tick()
+        }
+        let linked = try #require(core.layersToLink(layers))
+        let other = ReplicaTestDisk()
+        disk.link(linked, to: other)
+        core.endSharing(layers)
+        try ReplicaCore.createClone(
+            storage: other, member: Self.cloneMember, record: record,
+            source: .init(layers: linked, size: core.identity.size, logIndex: core.logNextIndex),
+            logCapacity: ActivityLog.capacityMin)
+        return (other, record)
+    }
+}
+
+/// Layers whose files two copies have: neither changes what the other one sees.
+@Suite struct ReplicaSharingTests {
+    private let block = 4096
+    private func zero(_ blocks: Int) -> [UInt8] { [UInt8](repeating: 0, count: blocks * 4096) }
+
+    private func read(
+        _ bench: ReplicaBench, _ first: Int, _ count: Int, layer: UInt32 = 0, flags: UInt16 = 0
+    ) throws -> [UInt8]? {
+        let tag = bench.send(
+            .read, epoch: bench.core.promise.rawValue, offset: UInt64(first * block),
+            length: count * block, flags: flags, layer: layer)
+        try bench.run()
+        guard let reply = bench.reply(tag), reply.header.status == .ok else { return nil }
+        return reply.data.isEmpty ? zero(count) : reply.data
+    }
+    private func install(_ bench: ReplicaBench, layers: Int = 0) throws {
+        let tag = bench.install(epoch: bench.core.promise.rawValue + 1, layers: layers)
+        try bench.run()
+        #expect(bench.status(tag) == .ok)
+    }
+    private func settle(_ bench: ReplicaBench) throws {
+        for round in 0..<8 as Range<UInt64> {
+            let epoch = bench.core.promise.rawValue
+            bench.send(.flush, epoch: epoch, sequence: 500 + round)
+            try bench.run()
+            bench.send(.stable, epoch: epoch, sequence: 500 + round, auxiliary: epoch)
+            try bench.tick(milliseconds: 20_000)
+        }
+    }
+
+    /// Blocks 0..<8 in layer 1, 2..<4 again in layer 2, 3..<5 again in layer 3, 1 trimmed there;
+    /// layer 4 is empty. What each shows.
+    private func four() throws -> (bench: ReplicaBench, seen: [UInt32: [UInt8]]) {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        var view = ReplicaBench.pattern(10, blocks: 8)
+        var seen: [UInt32: [UInt8]] = [:]
+        func put(_ data: [UInt8], _ first: Int) throws {
+            bench.write(data, at: UInt64(first * block), epoch: bench.core.promise.rawValue)
+            try bench.run()
+            view.replaceSubrange(first * block..<first * block + data.count, with: data)
+        }
+        try put(view, 0)
+        seen[1] = view
+        try install(bench, layers: 2)
+        try put(ReplicaBench.pattern(30, blocks: 2), 2)
+        seen[2] = view
+        try install(bench, layers: 3)
+        try put(ReplicaBench.pattern(50, blocks: 2), 3)
+        bench.send(
+            .setState, epoch: 3, offset: 4096, length: 4096, sequence: 2,
+            auxiliary: UInt64(BlockState.zero.rawValue))
+        try bench.run()
+        view.replaceSubrange(4096..<8192, with: zero(1))
+        seen[3] = view
+        try install(bench, layers: 4)
+        return (bench, seen)
+    }
+    private func clone(
+        _ bench: ReplicaBench, _ layer: UInt32
+    ) throws -> (disk: ReplicaTestDisk, record: VolumeRecord) {
+        var sequence: UInt64 = 100
+        let record = try #require(bench.core.installedRecord)
+        return try bench.clone(LayerID(rawValue: layer), of: record) {
+            sequence += 1
+            return sequence
+        }
+    }
+    private func open(_ disk: ReplicaTestDisk, _ record: VolumeRecord) throws -> ReplicaBench {
+        let bench = try ReplicaBench(disk: disk, create: false)
+        bench.lineage = record
+        _ = try bench.attach(epoch: record.epoch.rawValue + 1)
+        return bench
+    }
+
+    /// The clone has the layers below its snapshot's, whether their snapshots are still there or
+    /// not; both go their ways; when one has gone, the other's deleted layers are merged.
+    @Test(arguments: [[], [1], [1, 2], [1, 2, 3]] as [Set<UInt32>], [2, 3] as [UInt32])
+    func cloneAndSourceAreIndependent(deleted: Set<UInt32>, layer: UInt32) throws {
+        let (bench, seen) = try four()
+        let expected = try #require(seen[layer])
+        if deleted.contains(1), !deleted.contains(2) {
+            // Retired, and not merged yet.
+            bench.deleted = [1]
+            try install(bench)
+        }
+        let (disk, record) = try clone(bench, layer)
+        let other = try open(disk, record)
+        #expect(try read(other, 0, 8) == expected)
+        #expect(try read(other, 0, 8, layer: layer) == expected)
+        #expect(other.core.retiredLayerCount == Int(layer) - 1)
+
+        other.write(ReplicaBench.pattern(90), at: 0, epoch: record.epoch.rawValue + 1)
+        bench.write(ReplicaBench.pattern(80), at: 0, epoch: bench.core.promise.rawValue)
+        try other.run()
+        try bench.run()
+        bench.deleted = deleted
+        try install(bench)
+        try settle(bench)
+        try settle(other)
+        for kept in [1, 2, 3] as Set<UInt32> where !deleted.contains(kept) {
+            #expect(try read(bench, 0, 8, layer: kept) == seen[kept])
+        }
+        let head = ReplicaBench.pattern(80) + (seen[3] ?? []).dropFirst(block)
+        #expect(try read(bench, 0, 8) == head)
+        #expect(try read(other, 0, 8) == ReplicaBench.pattern(90) + expected.dropFirst(block))
+        #expect(disk.violations == [] && bench.disk.violations == [])
+        #expect(!deleted.contains(layer) || bench.core.retiredLayerCount > 0)
+
+        // The source is deleted: the clone's layers are its own, and become one.
+        bench.disk.discard()
+        for layer in other.core.sharedLayers { other.core.setShared(layer, false) }
+        try settle(other)
+        #expect(other.core.retiredLayerCount == 0)
+        #expect(try read(other, 0, 8, layer: layer) == expected)
+        #expect(try read(other, 0, 8) == ReplicaBench.pattern(90) + expected.dropFirst(block))
+        #expect(other.pool.inUse == 0 && other.failure == nil && bench.pool.inUse == 0)
+    }
+
+    @Test func theSourceMergesWhenTheCloneHasGone() throws {
+        let (bench, seen) = try four()
+        let (disk, _) = try clone(bench, 2)
+        bench.deleted = [1, 2]
+        try install(bench)
+        try settle(bench)
+        #expect(bench.core.retiredLayerCount == 2)
+        try bench.reopen()
+        _ = try bench.attach(epoch: 30)
+        #expect(bench.core.sharedLayers == [1, 2].map(LayerID.init))
+        try settle(bench)
+        #expect(try read(bench, 0, 8, layer: 3) == seen[3] && bench.core.retiredLayerCount == 2)
+        disk.discard()
+        for layer in bench.core.sharedLayers { bench.core.setShared(layer, false) }
+        try settle(bench)
+        #expect(bench.core.layers == [3, 4].map(LayerID.init))
+        #expect(try read(bench, 0, 8, layer: 3) == seen[3])
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
+    /// What is stuck counts as its heir's: every answer about the layer is that of a copy that has
+    /// merged the two.
+    @Test func answersAreThoseOfAMergedCopy() throws {
+        func answers(isShared: Bool) throws -> [[UInt8]] {
+            let (bench, _) = try four()
+            if isShared { _ = try clone(bench, 2) }
+            bench.deleted = [1, 2]
+            try install(bench)
+            if !isShared { try settle(bench) }
+            let epoch = bench.core.promise.rawValue
+            var answers: [[UInt8]] = []
+            func ask(_ kind: FrameKind, layer: UInt32, length: Int, flags: UInt16 = 0) throws {
+                let tag = bench.send(
+                    kind, epoch: epoch, length: length, flags: flags, layer: layer)
+                try bench.run()
+                let reply = try #require(bench.reply(tag))
+                #expect(reply.header.status == .ok)
+                answers += [reply.table, reply.data]
+            }
+            for layer in [3, 4] as [UInt32] {
+                try ask(.digest, layer: layer, length: Geometry.regionSize)
+                try ask(.read, layer: layer, length: 8 * block, flags: FrameFlags.resync)
+                try ask(.verify, layer: layer, length: Geometry.regionSize)
+                try ask(.status, layer: layer, length: Geometry.regionSize)
+            }
+            #expect(bench.pool.inUse == 0 && bench.core.retiredLayerCount == (isShared ? 2 : 0))
+            return answers
+        }
+        let (shared, merged) = (try answers(isShared: true), try answers(isShared: false))
+        for (index, answer) in shared.enumerated() where index != 0 {
+            #expect(answer == merged[index], "answer \(index)")
+        }
+        // The digest's birth is at most later.
+        #expect(shared[0].dropFirst(8) == merged[0].dropFirst(8))
+    }
+
+    /// A repair is what the layer holds by its entries: its bytes are written where they were.
+    /// Anything else is no repair, and refused.
+    @Test(arguments: [2, 3] as [UInt32]) func sharedLayersTakeRepairsOnly(layer: UInt32) throws {
+        let (bench, seen) = try four()
+        let (disk, record) = try clone(bench, layer)
+        bench.deleted = [1]
+        try install(bench)
+        let view = try #require(seen[layer])
+        // Of layer 1, and of the layer itself.
+        for (place, holder) in [(7, 1), (3, layer)] as [(Int, UInt32)] {
+            let memory = try disk.memory(.data(LayerID(rawValue: holder)))
+            memory[place * block + 5] ^= 1
+            #expect(try read(bench, place, 1, layer: layer) == nil)
+        }
+        let epoch = bench.core.promise.rawValue
+        func write(_ data: [UInt8], _ first: Int) throws -> FrameStatus? {
+            let tag = bench.write(
+                data, at: UInt64(first * block), epoch: epoch, sequence: 40,
+                flags: FrameFlags.resync | FrameFlags.fua, layer: layer)
+            try bench.run()
+            return bench.status(tag)
+        }
+        #expect(try write(ReplicaBench.pattern(77), 7) == .ioError)
+        let target = [UInt8](view[3 * block..<8 * block])
+        // The bottom layer is deleted in one case only: then both are one.
+        let isFold = layer == 2
+        #expect(try write(target, 3) == (isFold ? .ok : .ioError))
+        guard isFold else { return }
+        #expect(try read(bench, 0, 8, layer: layer) == view)
+        let other = try open(disk, record)
+        #expect(try read(other, 0, 8) == view)
+        #expect(bench.pool.inUse == 0 && other.pool.inUse == 0)
+        // Only these two were changed, and no page.
+        #expect(bench.disk.violations.count == 1 || bench.disk.violations.count == 2)
+        #expect(bench.disk.violations.allSatisfy { $0.contains("changed") })
+    }
+
+    @Test func whatCannotBeSharedIsRefused() throws {
+        let (bench, _) = try four()
+        func refusal(_ layer: UInt32, _ epoch: UInt64 = 1000) -> SharingRefusal? {
+            do throws(SharingRefusal) {
+                _ = try bench.core.beginSharing(LayerID(rawValue: layer), epoch: Epoch(epoch))
+                return nil
+            } catch { return error }
+        }
+        #expect(refusal(9) == .noSuchLayer && refusal(4) == .noSuchLayer)
+        #expect(refusal(2, 4) == .epochTooLow)
+        bench.deleted = [1]
+        try install(bench)
+        #expect(refusal(1) == .noSuchLayer)
+        #expect(bench.core.sharedLayers == [])
+        #expect(refusal(2) == nil && bench.core.sharedLayers == [1, 2].map(LayerID.init))
+        // Nothing is flushed: not yet. And it can be given up.
+        #expect(bench.core.layersToLink(bench.core.sharedLayers) == nil)
+        let layers = bench.core.sharedLayers
+        bench.core.endSharing(layers)
+        for layer in layers { bench.core.setShared(layer, false) }
+        try settle(bench)
+        #expect(bench.core.retiredLayerCount == 0)
+    }
+
+    /// A clone's log begins where its source's was: pages that it shares name records below, and
+    /// those that it writes later, when the layers are its own, must count.
+    @Test func changesAfterMergesSurviveAPowerCut() throws {
+        let (bench, seen) = try four()
+        let (disk, record) = try clone(bench, 3)
+        bench.disk.discard()
+        let other = try open(disk, record)
+        try settle(other)
+        #expect(other.core.retiredLayerCount == 0)
+        var random = TestRandom(seed: 5)
+        disk.cutPower(&random, keepPercent: 100)
+        try other.reopen(boot: 2)
+        _ = try other.attach(epoch: record.epoch.rawValue + 5)
+        #expect(try read(other, 0, 8) == seen[3])
+    }
+
+    /// Any work on a volume whose snapshots are cloned all the time, deleted, with kills.
+    @Test(arguments: 1...6 as ClosedRange<UInt64>, [false, true])
+    func clonesStayAsTheyWere(seed: UInt64, isTree: Bool) throws {
+        let model = try ChainModel(seed: seed, isTree: isTree, isCloned: true)
+        for step in 0..<200 {
+            try model.act(step)
+            if step % 20 == 0, model.isInstalled {
+                try model.check(step)
+                try model.checkClones(step)
+            }
+        }
+        try model.installAll()
+        try model.check(200)
+        try model.checkClones(200)
+        #expect(model.clonesMade > 2)
+        while !model.clones.isEmpty { model.discardClone(0) }
+        try settle(model.bench)
+        try model.check(201)
+        #expect(model.bench.core.sharedLayers == [])
+        #expect(model.bench.core.retiredLayerCount == 0)
+        #expect(model.bench.pool.inUse == 0 && model.bench.failure == nil)
+    }
+}
