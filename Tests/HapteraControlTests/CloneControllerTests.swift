@@ -43,7 +43,7 @@ extension SnapshotTests.World {
         for row in stored.replicas {
             let replicas = try await world.desired(on: row.node)
             let wanted = try #require(replicas.first { $0.replicaID == row.id })
-            #expect(wanted.phase == .create)
+            #expect(wanted.phase == .clone)
             #expect(wanted.cloneSource.replicaID == row.source)
             #expect(wanted.cloneSource.layer == 1)
             let record = VolumeRecord(decoding: [UInt8](wanted.cloneSource.record))

@@ -74,7 +74,7 @@ import Testing
 
     @Test func isMadeOfWhatItsSourceShares() async throws {
         let (bench, source) = try await Self.sourceRunning()
-        Self.want(bench, .create)
+        Self.want(bench, .clone)
         let replica = try await Self.until(bench, .running)
         let directory = Self.directory(bench, Self.clone)
         #expect(replica.directory == directory)
@@ -104,7 +104,7 @@ import Testing
         let (bench, _) = try await Self.sourceRunning()
         let marker = Self.directory(bench, Self.source) + "/unfrozen"
         _ = FileManager.default.createFile(atPath: marker, contents: nil)
-        Self.want(bench, .create)
+        Self.want(bench, .clone)
         let replica = try await Self.until(bench, .failed)
         #expect(
             replica.reason.contains("replica \(Self.source) does not share its layers: ")
@@ -119,7 +119,7 @@ import Testing
 
     @Test func waitsForASourceThatIsDown() async throws {
         let bench = try Bench()
-        Self.want(bench, .create)
+        Self.want(bench, .clone)
         let replica = try await Self.until(bench, .failed, "does not share its layers")
         #expect(replica.pid == 0)
         bench.want(.create)
@@ -131,7 +131,7 @@ import Testing
         let (bench, _) = try await Self.sourceRunning()
         let marker = bench.directory.path + "/replicas/refuse"
         _ = FileManager.default.createFile(atPath: marker, contents: nil)
-        Self.want(bench, .create)
+        Self.want(bench, .clone)
         _ = try await Self.until(bench, .failed, "cannot be created (status 1)")
         let directory = Self.directory(bench, Self.clone)
         #expect(FileManager.default.fileExists(atPath: directory + "/layers/2"))
@@ -146,7 +146,7 @@ import Testing
     /// Once it is there it needs its source no more, though the controller does not know that yet.
     @Test func oneThatIsMadeDoesNotAskItsSource() async throws {
         let (bench, source) = try await Self.sourceRunning()
-        Self.want(bench, .create)
+        Self.want(bench, .clone)
         let before = try await Self.until(bench, .running)
         // While its process runs, and when that has ended too.
         bench.desired.replicas.removeAll { $0.replicaID == Self.source }
@@ -172,8 +172,13 @@ import Testing
 
     @Test func nothingIsMadeOfAMalformedRecord() async throws {
         let (bench, _) = try await Self.sourceRunning()
-        Self.want(bench, .create, record: [1, 2, 3])
+        Self.want(bench, .clone, record: [1, 2, 3])
         _ = try await Self.until(bench, .failed, "first record is malformed")
+        // Nor is an empty one made where the source is missing.
+        bench.want(.clone, id: Self.clone)
+        try await bench.restartAgent()
+        _ = try await Self.until(bench, .failed, "first record is malformed")
+        #expect(!FileManager.default.fileExists(atPath: Self.directory(bench, Self.clone)))
         #expect(try Self.shares(bench).isEmpty)
     }
 
@@ -182,7 +187,7 @@ import Testing
         let (bench, source) = try await Self.sourceRunning()
         let marker = bench.directory.path + "/replicas/refuse"
         _ = FileManager.default.createFile(atPath: marker, contents: nil)
-        Self.want(bench, .create)
+        Self.want(bench, .clone)
         _ = try await Self.until(bench, .failed)
         Self.want(bench, .remove)
         _ = try await Self.until(bench, .removed)

@@ -117,7 +117,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
   /// Its process takes faults.
   package var scratch: Bool = false
 
-  /// With PHASE_CREATE: not made empty, but of layers that it shares.
+  /// With PHASE_CLONE.
   package var cloneSource: Haptera_V1_CloneSource {
     get {_cloneSource ?? Haptera_V1_CloneSource()}
     set {_cloneSource = newValue}
@@ -141,6 +141,10 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
 
     /// Stop the process and remove the directory.
     case remove // = 3
+
+    /// As PHASE_CREATE, but of the layers of `clone_source`. A phase of its own: an agent that does
+    /// not know it makes nothing, where an empty replica would pass for a member.
+    case clone // = 4
     case UNRECOGNIZED(Int)
 
     package init() {
@@ -153,6 +157,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
       case 1: self = .create
       case 2: self = .run
       case 3: self = .remove
+      case 4: self = .clone
       default: self = .UNRECOGNIZED(rawValue)
       }
     }
@@ -163,6 +168,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
       case .create: return 1
       case .run: return 2
       case .remove: return 3
+      case .clone: return 4
       case .UNRECOGNIZED(let i): return i
       }
     }
@@ -173,6 +179,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
       .create,
       .run,
       .remove,
+      .clone,
     ]
 
   }
@@ -1318,7 +1325,7 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
 }
 
 nonisolated extension Haptera_V1_DesiredReplica.Phase: SwiftProtobuf._ProtoNameProviding {
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0PHASE_UNSPECIFIED\0\u{1}PHASE_CREATE\0\u{1}PHASE_RUN\0\u{1}PHASE_REMOVE\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0PHASE_UNSPECIFIED\0\u{1}PHASE_CREATE\0\u{1}PHASE_RUN\0\u{1}PHASE_REMOVE\0\u{1}PHASE_CLONE\0")
 }
 
 nonisolated extension Haptera_V1_CloneSource: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {

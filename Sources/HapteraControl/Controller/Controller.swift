@@ -144,12 +144,12 @@ package actor Controller {
         wanted.scratch = volume.isScratch
         wanted.phase =
             switch replica.phase {
-            case .create: .create
+            case .create: replica.source == nil ? .create : .clone
             case .run, .leave: .run
             case .remove: .remove
             }
-        if replica.phase == .create, let source = replica.source,
-            let bytes = volume.firstRecord, let layer = volume.cloneRecord?.layers.first
+        if wanted.phase == .clone, let source = replica.source, let bytes = volume.firstRecord,
+            let layer = volume.cloneRecord?.layers.first
         {
             wanted.cloneSource.replicaID = source
             wanted.cloneSource.layer = layer.rawValue

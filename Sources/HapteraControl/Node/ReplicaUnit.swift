@@ -69,7 +69,7 @@ package actor ReplicaUnit {
         }
         supervision.observe(context.host, now: now)
         switch wanted.phase {
-        case .create, .run: await serve(now: now)
+        case .create, .clone, .run: await serve(now: now)
         case .remove: await remove(now: now)
         case .unspecified, .UNRECOGNIZED: return
         }
@@ -98,7 +98,7 @@ package actor ReplicaUnit {
         guard creation.mayStart(now: now) else { return }
         do {
             try HostFiles.makeDirectory(context.directory + "/replicas")
-            if wanted.hasCloneSource {
+            if wanted.phase == .clone {
                 try await makeClone()
             } else {
                 try await make([

@@ -34,8 +34,8 @@ package struct Placement: Equatable, Sendable {
 
     /// `requested` with as many names as replicas: exactly there, repeats allowed. Otherwise it
     /// limits the choice (empty: all candidates): first one for each of `sources`, on its node,
-    /// then one on each other node, those with the fewest replicas first. `candidates` are the nodes
-    /// that are ready.
+    /// then one on each other node, those with the fewest replicas first. `candidates` are the
+    /// nodes that are ready.
     package static func choose(
         replicas: Int, requested: [String], candidates: [Candidate], sources: [Source] = []
     ) throws(ControlError) -> [Place] {
