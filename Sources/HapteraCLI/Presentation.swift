@@ -20,9 +20,27 @@ package enum Presentation {
             ("replicas", .list(volume.replicas.map { value($0) })),
             ("replicaCount", .number(UInt64(volume.replicaCount))),
             ("snapshotCount", .number(UInt64(volume.snapshotCount))),
+            ("originVolume", .optional(volume.originVolume)),
+            ("originSnapshot", .optional(volume.originSnapshot)),
             ("settings", value(volume.settings)),
             ("labels", value(volume.labels)),
         ])
+    }
+
+    /// VOLUME@SNAPSHOT; nil: it was made empty.
+    private static func origin(_ volume: Haptera_V1_Volume) -> String? {
+        volume.originVolume.isEmpty ? nil : "\(volume.originVolume)@\(volume.originSnapshot)"
+    }
+
+    /// What `volume create` answers.
+    package static func creation(_ volume: Haptera_V1_Volume) -> String {
+        let from = origin(volume).map { " from \($0)" } ?? ""
+        let text =
+            "volume \(volume.name) created\(from): \(VolumeSize.text(volume.sizeBytes)), replicas "
+            + "on \(volume.replicas.map(\.node).joined(separator: ", "))"
+        let empty = volume.replicas.filter { !$0.inSync }.map(\.node)
+        guard volume.state == .detached, !from.isEmpty, !empty.isEmpty else { return text }
+        return text + "; filled when the volume is attached: \(empty.joined(separator: ", "))"
     }
 
     private static func value(_ settings: Haptera_V1_VolumeSettings) -> OutputValue {
@@ -127,6 +145,7 @@ package enum Presentation {
             "state:       \(word(volume.state))", "robustness:  \(word(volume.robustness))",
         ]
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
+        if let origin = origin(volume) { lines.append("origin:      \(origin)") }
         lines.append("epoch:       \(volume.epoch)")
         if volume.snapshotCount > 0 { lines.append("snapshots:   \(volume.snapshotCount)") }
         if !volume.labels.isEmpty { lines.append("labels:      \(Labels.text(volume.labels))") }

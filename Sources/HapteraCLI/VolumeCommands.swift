@@ -38,21 +38,49 @@ package struct SizeArgument: Equatable, Sendable {
     }
 }
 
+/// `VOLUME@SNAPSHOT`, as exports of snapshots are named too.
+package struct SnapshotOfVolumeArgument: Equatable, Sendable {
+    package var volume: Label
+    package var snapshot: SnapshotArgument
+    package init(typed: String) throws {
+        let parts = typed.split(separator: "@", maxSplits: 1, omittingEmptySubsequences: false)
+        guard parts.count == 2 else {
+            throw ValidationError("'\(typed)' names no snapshot: write VOLUME@SNAPSHOT")
+        }
+        volume = try Label(typed: String(parts[0]))
+        snapshot = try SnapshotArgument(typed: String(parts[1]))
+    }
+}
+
 extension VolumeCommand {
     package struct Create: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Create a volume; the same arguments again change nothing.")
+            abstract: "Create a volume; the same arguments again change nothing.",
+            discussion: """
+                With --from it begins as a snapshot: at once, whatever the size, since its \
+                replicas share the snapshot's data on the nodes that have it. From then on the two \
+                volumes have nothing to do with each other; each can be deleted.
+                """)
 
         @Argument(help: "The volume's name: \(Names.labelRule).", transform: Label.init(typed:))
         package var name: Label
 
         @Option(
-            parsing: .unconditional, help: "As in 10GiB: \(VolumeSize.rule).",
+            parsing: .unconditional,
+            help: "As in 10GiB: \(VolumeSize.rule). With --from: the snapshot's, or more.",
             transform: SizeArgument.init(typed:))
-        package var size: SizeArgument
+        package var size: SizeArgument?
 
-        @Option(parsing: .unconditional, help: "Copies, 1 to 5.")
-        package var replicas = 3
+        @Option(
+            parsing: .unconditional,
+            help: ArgumentHelp("The snapshot to begin as.", valueName: "volume@snapshot"),
+            transform: SnapshotOfVolumeArgument.init(typed:))
+        package var from: SnapshotOfVolumeArgument?
+
+        @Option(
+            parsing: .unconditional,
+            help: "Copies, 1 to 5; 3, or with --from as many as share the snapshot's data.")
+        package var replicas: Int?
 
         @Option(
             name: .long, parsing: .singleValue,
@@ -71,21 +99,31 @@ extension VolumeCommand {
         package init() {}
 
         package func validate() throws {
-            guard (1...5).contains(replicas) else {
+            if let replicas, !(1...5).contains(replicas) {
                 throw ValidationError("a volume has 1 to 5 replicas, not \(replicas)")
             }
+            guard size != nil || from != nil else {
+                throw ValidationError(
+                    "how large? Give --size SIZE, or --from VOLUME@SNAPSHOT to begin as a snapshot")
+            }
+        }
+
+        package var request: Haptera_V1_CreateVolumeRequest {
+            var request = Haptera_V1_CreateVolumeRequest()
+            request.name = name.text
+            request.sizeBytes = size?.bytes ?? 0
+            request.replicas = UInt32(replicas ?? (from == nil ? 3 : 0))
+            request.nodes = node.map(\.text)
+            request.settings = settings.message
+            request.labels = labels.map
+            request.scratch = scratch
+            request.sourceVolume = from?.volume.text ?? ""
+            request.sourceSnapshot = from?.snapshot.text ?? ""
+            return request
         }
 
         package func run() async throws {
             try await Session.run(options) { session in
-                var request = Haptera_V1_CreateVolumeRequest()
-                request.name = name.text
-                request.sizeBytes = size.bytes
-                request.replicas = UInt32(replicas)
-                request.nodes = node.map(\.text)
-                request.settings = settings.message
-                request.labels = labels.map
-                request.scratch = scratch
                 let wanted = request
                 _ = try await session.change {
                     try await session.volumes.createVolume(wanted, options: session.callOptions)
@@ -106,8 +144,7 @@ extension VolumeCommand {
                 }
                 guard let volume else { return }
                 session.say(Presentation.value(volume), quiet: volume.name) { _ in
-                    "volume \(volume.name) created: \(VolumeSize.text(volume.sizeBytes)), replicas "
-                        + "on \(volume.replicas.map(\.node).joined(separator: ", "))"
+                    Presentation.creation(volume)
                 }
             }
         }

@@ -1,4 +1,5 @@
 import ArgumentParser
+import HapteraAPI
 import HapteraHost
 import Testing
 
@@ -17,12 +18,46 @@ import Testing
             "volume create vol-1 --size 10GiB --replicas 2 --node a --node a -o json --timeout 2m -q"
         )
         #expect(command.name.text == "vol-1")
-        #expect(command.size.bytes == 10 << 30)
+        #expect(command.size?.bytes == 10 << 30)
         #expect(command.replicas == 2)
         #expect(command.node.map(\.text) == ["a", "a"])
         #expect(command.options.output == .json)
         #expect(command.options.timeout.seconds == 120)
         #expect(command.options.quiet)
+    }
+
+    /// Size and copies are the snapshot's unless they are given.
+    @Test func createTakesASnapshotToBeginAs() throws {
+        func request(_ line: String) throws -> Haptera_V1_CreateVolumeRequest {
+            try parse(VolumeCommand.Create.self, "volume create new " + line).request
+        }
+        let clone = try request("--from vol@Before-1.0 --node a --label k=v --min-in-sync 2")
+        #expect(clone.name == "new")
+        #expect(clone.sourceVolume == "vol" && clone.sourceSnapshot == "Before-1.0")
+        #expect(clone.sizeBytes == 0 && clone.replicas == 0)
+        #expect(clone.nodes == ["a"] && clone.labels == ["k": "v"])
+        #expect(clone.settings.minInSync == 2)
+        let larger = try request("--from=vol@s --size 20GiB --replicas 2")
+        #expect(larger.sizeBytes == 20 << 30 && larger.replicas == 2)
+        let empty = try request("--size 1GiB")
+        #expect(empty.sourceVolume.isEmpty && empty.sourceSnapshot.isEmpty)
+        #expect(empty.sizeBytes == 1 << 30 && empty.replicas == 3)
+    }
+
+    @Test(arguments: [
+        ("", "how large? Give --size SIZE, or --from VOLUME@SNAPSHOT"),
+        ("--from vol", "'vol' names no snapshot: write VOLUME@SNAPSHOT"),
+        ("--from vol@", "'' is no snapshot name"), ("--from @s", "'' is no name"),
+        ("--from Vol@s", "'Vol' is no name"), ("--from vol@.s", "'.s' is no snapshot name"),
+        ("--from vol@a@b", "'a@b' is no snapshot name"), ("--from -v@s", "'-v' is no name"),
+        ("--from vol@s --replicas 0", "a volume has 1 to 5 replicas, not 0"),
+        ("--from vol@s --size 5k", "'5k' is no volume size"),
+    ])
+    func whatIsWrongWithACreateIsSaid(_ line: String, _ words: String) {
+        let typed = ("volume create new " + line).split(separator: " ").map(String.init)
+        let error = #expect(throws: (any Error).self) { _ = try Storagectl.parseAsRoot(typed) }
+        let message = error.map { Storagectl.message(for: $0) } ?? ""
+        #expect(message.contains(words), "\(message)")
     }
 
     @Test func snapshotDeleteAsksUnlessTold() throws {
@@ -78,6 +113,7 @@ import Testing
         "snapshot revert v s --keep before --yes", "snapshot revert v s",
         "snapshot export v s file --format qcow2 --force", "snapshot export v s -",
         "volume create v --size 1GiB --label a=1 --label example.com/b=",
+        "volume create v --from w@s", "volume create v --from w@s --size 1GiB --replicas 2",
         "volume label v a=1 b- example.com/c=x", "volume list --selector a=1,!b",
         "snapshot create v s --label a=1", "snapshot list v --selector a!=1",
         "schedule create s --cron @hourly --snapshot --retain 24 --all", "schedule list --watch",
@@ -108,6 +144,7 @@ import Testing
         "volume create v --size 1GiB --label a=1 --label a=2", "volume label v", "volume label v a",
         "volume label v a=1 a-", "volume label v haptera.io/a=1", "volume list --selector a,",
         "snapshot create v s --label haptera.io/schedule=x", "snapshot list v --selector =",
+        "volume create v --from w", "volume create v --from w@s@t", "volume create --from w@s",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

@@ -96,6 +96,8 @@ import Testing
                   ],
                   "replicaCount": 2,
                   "snapshotCount": 0,
+                  "originVolume": null,
+                  "originSnapshot": null,
                   "settings": {
                     "minInSync": 1,
                     "ioTimeoutMilliseconds": 0,
@@ -109,6 +111,30 @@ import Testing
                   }
                 }
                 """)
+    }
+
+    @Test func whatAVolumeBeganAs() {
+        var volume = Self.volume()
+        #expect(!Presentation.details(volume, wide: true).contains("origin"))
+        #expect(
+            Presentation.creation(volume)
+                == "volume vol created: 1GiB, replicas on node-1, node-2")
+        volume.originVolume = "gold"
+        volume.originSnapshot = "v1.0"
+        volume.state = .detached
+        #expect(
+            Presentation.details(volume, wide: false).contains("\norigin:      gold@v1.0\nepoch:"))
+        #expect(
+            Presentation.value(volume).json(pretty: false)
+                .contains(#","originVolume":"gold","originSnapshot":"v1.0","#))
+        #expect(
+            Presentation.creation(volume)
+                == "volume vol created from gold@v1.0: 1GiB, replicas on node-1, node-2; filled "
+                + "when the volume is attached: node-2")
+        volume.replicas[1].inSync = true
+        #expect(
+            Presentation.creation(volume)
+                == "volume vol created from gold@v1.0: 1GiB, replicas on node-1, node-2")
     }
 
     @Test func labelsOfVolumes() {

@@ -159,33 +159,53 @@ import Testing
 @Suite struct PlacementTests {
     private let three = ["a", "b", "c"].map { Placement.Candidate(name: $0, replicas: 0) }
 
+    private func nodes(
+        _ replicas: Int, _ candidates: [Placement.Candidate], _ requested: [String] = []
+    ) throws -> [String] {
+        try Placement.choose(replicas: replicas, requested: requested, candidates: candidates)
+            .map(\.node)
+    }
+
     @Test func theEmptiestNodesComeFirst() throws {
-        let nodes = [("a", 5), ("b", 1), ("c", 3), ("d", 1)].map {
+        let four = [("a", 5), ("b", 1), ("c", 3), ("d", 1)].map {
             Placement.Candidate(name: $0.0, replicas: $0.1)
         }
-        #expect(
-            try Placement.choose(replicas: 3, requested: [], candidates: nodes) == ["b", "d", "c"])
+        #expect(try nodes(3, four) == ["b", "d", "c"])
     }
 
     @Test func aNodeIsUsedTwiceOnlyIfNamedSo() throws {
-        let error = #expect(throws: ControlError.self) {
-            try Placement.choose(replicas: 4, requested: [], candidates: three)
-        }
+        let error = #expect(throws: ControlError.self) { try nodes(4, three) }
         #expect(error?.code == .precondition)
-        #expect(
-            try Placement.choose(replicas: 3, requested: ["a", "a", "b"], candidates: three)
-                == ["a", "a", "b"])
-        #expect(throws: ControlError.self) {
-            try Placement.choose(replicas: 3, requested: ["a", "b"], candidates: three)
-        }
-        #expect(
-            try Placement.choose(replicas: 1, requested: ["c", "b"], candidates: three) == ["b"])
+        #expect(try nodes(3, three, ["a", "a", "b"]) == ["a", "a", "b"])
+        #expect(throws: ControlError.self) { try nodes(3, three, ["a", "b"]) }
+        #expect(try nodes(1, three, ["c", "b"]) == ["b"])
     }
 
     @Test func anUnknownNodeIsRefused() {
-        let error = #expect(throws: ControlError.self) {
-            try Placement.choose(replicas: 1, requested: ["x"], candidates: three)
-        }
+        let error = #expect(throws: ControlError.self) { try nodes(1, three, ["x"]) }
         #expect(error?.code == .precondition)
+    }
+
+    /// Each source once; one of every node before a second one of any.
+    @Test func sourcesComeFirst() throws {
+        let candidates = [("a", 5), ("b", 1), ("c", 0), ("d", 2)].map {
+            Placement.Candidate(name: $0.0, replicas: $0.1)
+        }
+        let sources = [("1", "a"), ("2", "a"), ("3", "b"), ("4", "gone")].map {
+            Placement.Source(replica: $0.0, node: $0.1)
+        }
+        func places(_ replicas: Int, _ requested: [String] = []) throws -> [String] {
+            try Placement.choose(
+                replicas: replicas, requested: requested, candidates: candidates, sources: sources
+            ).map { "\($0.node)\($0.source ?? "-")" }
+        }
+        #expect(try places(1) == ["b3"])
+        #expect(try places(2) == ["b3", "a1"])
+        #expect(try places(3) == ["b3", "a1", "a2"])
+        #expect(try places(5) == ["b3", "a1", "a2", "c-", "d-"])
+        #expect(throws: ControlError.self) { try places(6) }
+        #expect(try places(2, ["a", "c", "d"]) == ["a1", "a2"])
+        #expect(try places(3, ["a", "a", "a"]) == ["a1", "a2", "a-"])
+        #expect(try places(2, ["c", "b"]) == ["c-", "b3"])
     }
 }

@@ -11,6 +11,11 @@
 /// Between the controller and the node agents. An agent does nothing irreversible because something
 /// is missing from its desired state: data is removed, and engines detached, only when told so.
 
+#if canImport(FoundationEssentials)
+import FoundationEssentials
+#else
+import Foundation
+#endif
 import SwiftProtobuf
 
 // If the compiler emits an error on this type, it is because this file
@@ -112,6 +117,16 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
   /// Its process takes faults.
   package var scratch: Bool = false
 
+  /// With PHASE_CLONE.
+  package var cloneSource: Haptera_V1_CloneSource {
+    get {_cloneSource ?? Haptera_V1_CloneSource()}
+    set {_cloneSource = newValue}
+  }
+  /// Returns true if `cloneSource` has been explicitly set.
+  package var hasCloneSource: Bool {self._cloneSource != nil}
+  /// Clears the value of `cloneSource`. Subsequent reads from it will return its default value.
+  package mutating func clearCloneSource() {self._cloneSource = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum Phase: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -126,6 +141,10 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
 
     /// Stop the process and remove the directory.
     case remove // = 3
+
+    /// As PHASE_CREATE, but of the layers of `clone_source`. A phase of its own: an agent that does
+    /// not know it makes nothing, where an empty replica would pass for a member.
+    case clone // = 4
     case UNRECOGNIZED(Int)
 
     package init() {
@@ -138,6 +157,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
       case 1: self = .create
       case 2: self = .run
       case 3: self = .remove
+      case 4: self = .clone
       default: self = .UNRECOGNIZED(rawValue)
       }
     }
@@ -148,6 +168,7 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
       case .create: return 1
       case .run: return 2
       case .remove: return 3
+      case .clone: return 4
       case .UNRECOGNIZED(let i): return i
       }
     }
@@ -158,9 +179,31 @@ package nonisolated struct Haptera_V1_DesiredReplica: Sendable {
       .create,
       .run,
       .remove,
+      .clone,
     ]
 
   }
+
+  package init() {}
+
+  fileprivate var _cloneSource: Haptera_V1_CloneSource? = nil
+}
+
+/// A replica on the same node that has a snapshot which the new one begins as.
+package nonisolated struct Haptera_V1_CloneSource: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var replicaID: String = String()
+
+  /// The snapshot's.
+  package var layer: UInt32 = 0
+
+  /// The first volume record of the new one's volume, encoded.
+  package var record: Data = Data()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 }
@@ -1214,7 +1257,7 @@ nonisolated extension Haptera_V1_DesiredState: SwiftProtobuf.Message, SwiftProto
 
 nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DesiredReplica"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}replica_id\0\u{1}incarnation\0\u{3}size_bytes\0\u{1}phase\0\u{1}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}replica_id\0\u{1}incarnation\0\u{3}size_bytes\0\u{1}phase\0\u{1}scratch\0\u{3}clone_source\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1229,12 +1272,17 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
       case 5: try { try decoder.decodeSingularUInt64Field(value: &self.sizeBytes) }()
       case 6: try { try decoder.decodeSingularEnumField(value: &self.phase) }()
       case 7: try { try decoder.decodeSingularBoolField(value: &self.scratch) }()
+      case 8: try { try decoder.decodeSingularMessageField(value: &self._cloneSource) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if !self.volumeID.isEmpty {
       try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
     }
@@ -1256,6 +1304,9 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
     if self.scratch != false {
       try visitor.visitSingularBoolField(value: self.scratch, fieldNumber: 7)
     }
+    try { if let v = self._cloneSource {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 8)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1267,13 +1318,54 @@ nonisolated extension Haptera_V1_DesiredReplica: SwiftProtobuf.Message, SwiftPro
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.phase != rhs.phase {return false}
     if lhs.scratch != rhs.scratch {return false}
+    if lhs._cloneSource != rhs._cloneSource {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
 }
 
 nonisolated extension Haptera_V1_DesiredReplica.Phase: SwiftProtobuf._ProtoNameProviding {
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0PHASE_UNSPECIFIED\0\u{1}PHASE_CREATE\0\u{1}PHASE_RUN\0\u{1}PHASE_REMOVE\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0PHASE_UNSPECIFIED\0\u{1}PHASE_CREATE\0\u{1}PHASE_RUN\0\u{1}PHASE_REMOVE\0\u{1}PHASE_CLONE\0")
+}
+
+nonisolated extension Haptera_V1_CloneSource: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".CloneSource"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}layer\0\u{1}record\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.replicaID) }()
+      case 2: try { try decoder.decodeSingularUInt32Field(value: &self.layer) }()
+      case 3: try { try decoder.decodeSingularBytesField(value: &self.record) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.replicaID.isEmpty {
+      try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 1)
+    }
+    if self.layer != 0 {
+      try visitor.visitSingularUInt32Field(value: self.layer, fieldNumber: 2)
+    }
+    if !self.record.isEmpty {
+      try visitor.visitSingularBytesField(value: self.record, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_CloneSource, rhs: Haptera_V1_CloneSource) -> Bool {
+    if lhs.replicaID != rhs.replicaID {return false}
+    if lhs.layer != rhs.layer {return false}
+    if lhs.record != rhs.record {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
 }
 
 nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {

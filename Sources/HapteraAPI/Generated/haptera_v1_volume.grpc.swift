@@ -391,7 +391,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_CreateVolumeRequest` messages.
@@ -834,7 +835,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -1275,7 +1277,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_CreateVolumeRequest` message.
@@ -2580,7 +2583,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -3151,7 +3155,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+        /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -3972,7 +3977,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     /// > Source IDL Documentation:
     /// >
     /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+    /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -4672,7 +4678,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     /// > Source IDL Documentation:
     /// >
     /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
-    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS.
+    /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
+    /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
     ///
     /// - Parameters:
     ///   - message: request message to send.

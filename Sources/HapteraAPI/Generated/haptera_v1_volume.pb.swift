@@ -354,6 +354,17 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._labels = newValue}
   }
 
+  /// The snapshot that it began as, by the names of then; empty: none.
+  package var originVolume: String {
+    get {_storage._originVolume}
+    set {_uniqueStorage()._originVolume = newValue}
+  }
+
+  package var originSnapshot: String {
+    get {_storage._originSnapshot}
+    set {_uniqueStorage()._originSnapshot = newValue}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -641,10 +652,12 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   /// A DNS label of up to 63 characters.
   package var name: String = String()
 
-  /// A multiple of 4096, from 1 MiB to 1 PiB.
+  /// A multiple of 4096, from 1 MiB to 1 PiB. With a source: not below the snapshot's, and 0 means
+  /// as large.
   package var sizeBytes: UInt64 = 0
 
-  /// 1 to 5; 0 means 3.
+  /// 1 to 5; 0 means 3. With a source, 0 means one for each replica of it that is in sync and runs,
+  /// on the nodes that may be used.
   package var replicas: UInt32 = 0
 
   /// Where to put the replicas. As many as `replicas`: exactly there, repeats allowed. Otherwise
@@ -662,6 +675,11 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
 
   /// Keys of the prefix haptera.io are the controller's.
   package var labels: Dictionary<String,String> = [:]
+
+  /// The snapshot to begin as, whose layers it shares on the nodes that have them; both or neither.
+  package var sourceVolume: String = String()
+
+  package var sourceSnapshot: String = String()
 
   /// For tests: faults may be injected, and its data may be overwritten.
   package var scratch: Bool = false
@@ -1399,7 +1417,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{2}\u{a}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{2}\u{8}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1419,6 +1437,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _decisionInstance: UInt64 = 0
     var _snapshotCount: UInt32 = 0
     var _labels: Dictionary<String,String> = [:]
+    var _originVolume: String = String()
+    var _originSnapshot: String = String()
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1446,6 +1466,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _decisionInstance = source._decisionInstance
       _snapshotCount = source._snapshotCount
       _labels = source._labels
+      _originVolume = source._originVolume
+      _originSnapshot = source._originSnapshot
     }
   }
 
@@ -1480,6 +1502,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
         case 23: try { try decoder.decodeSingularUInt32Field(value: &_storage._snapshotCount) }()
         case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &_storage._labels) }()
+        case 31: try { try decoder.decodeSingularStringField(value: &_storage._originVolume) }()
+        case 32: try { try decoder.decodeSingularStringField(value: &_storage._originSnapshot) }()
         case 40: try { try decoder.decodeSingularBoolField(value: &_storage._scratch) }()
         default: break
         }
@@ -1541,6 +1565,12 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if !_storage._labels.isEmpty {
         try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: _storage._labels, fieldNumber: 30)
       }
+      if !_storage._originVolume.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._originVolume, fieldNumber: 31)
+      }
+      if !_storage._originSnapshot.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._originSnapshot, fieldNumber: 32)
+      }
       if _storage._scratch != false {
         try visitor.visitSingularBoolField(value: _storage._scratch, fieldNumber: 40)
       }
@@ -1570,6 +1600,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._decisionInstance != rhs_storage._decisionInstance {return false}
         if _storage._snapshotCount != rhs_storage._snapshotCount {return false}
         if _storage._labels != rhs_storage._labels {return false}
+        if _storage._originVolume != rhs_storage._originVolume {return false}
+        if _storage._originSnapshot != rhs_storage._originSnapshot {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -1959,7 +1991,7 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
 
 nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".CreateVolumeRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0\u{2}\u{a}labels\0\u{2}\u{a}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}size_bytes\0\u{1}replicas\0\u{1}nodes\0\u{2}\u{10}settings\0\u{2}\u{a}labels\0\u{3}source_volume\0\u{3}source_snapshot\0\u{2}\u{8}scratch\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1973,6 +2005,8 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
       case 4: try { try decoder.decodeRepeatedStringField(value: &self.nodes) }()
       case 20: try { try decoder.decodeSingularMessageField(value: &self._settings) }()
       case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.labels) }()
+      case 31: try { try decoder.decodeSingularStringField(value: &self.sourceVolume) }()
+      case 32: try { try decoder.decodeSingularStringField(value: &self.sourceSnapshot) }()
       case 40: try { try decoder.decodeSingularBoolField(value: &self.scratch) }()
       default: break
       }
@@ -2002,6 +2036,12 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     if !self.labels.isEmpty {
       try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.labels, fieldNumber: 30)
     }
+    if !self.sourceVolume.isEmpty {
+      try visitor.visitSingularStringField(value: self.sourceVolume, fieldNumber: 31)
+    }
+    if !self.sourceSnapshot.isEmpty {
+      try visitor.visitSingularStringField(value: self.sourceSnapshot, fieldNumber: 32)
+    }
     if self.scratch != false {
       try visitor.visitSingularBoolField(value: self.scratch, fieldNumber: 40)
     }
@@ -2015,6 +2055,8 @@ nonisolated extension Haptera_V1_CreateVolumeRequest: SwiftProtobuf.Message, Swi
     if lhs.nodes != rhs.nodes {return false}
     if lhs._settings != rhs._settings {return false}
     if lhs.labels != rhs.labels {return false}
+    if lhs.sourceVolume != rhs.sourceVolume {return false}
+    if lhs.sourceSnapshot != rhs.sourceSnapshot {return false}
     if lhs.scratch != rhs.scratch {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true

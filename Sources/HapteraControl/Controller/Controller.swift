@@ -144,10 +144,17 @@ package actor Controller {
         wanted.scratch = volume.isScratch
         wanted.phase =
             switch replica.phase {
-            case .create: .create
+            case .create: replica.source == nil ? .create : .clone
             case .run, .leave: .run
             case .remove: .remove
             }
+        if wanted.phase == .clone, let source = replica.source, let bytes = volume.firstRecord,
+            let layer = volume.cloneRecord?.layers.first
+        {
+            wanted.cloneSource.replicaID = source
+            wanted.cloneSource.layer = layer.rawValue
+            wanted.cloneSource.record = bytes
+        }
         return wanted
     }
 
@@ -229,6 +236,12 @@ package actor Controller {
     private var readyNodes: [String] {
         observed.filter { isFresh($0.value.seen) }.keys.sorted()
     }
+    /// On nodes that are ready.
+    private var runningReplicas: Set<String> {
+        Set(
+            observed.values.filter { isFresh($0.seen) }.flatMap(\.report.replicas)
+                .filter { $0.state == .running }.map(\.replicaID))
+    }
 
     // MARK: Volumes
 
@@ -247,8 +260,19 @@ package actor Controller {
 
     package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
         try await knowingNodes {
-            try changed(await store.createVolume(wanted, candidates: readyNodes))
+            try await requireKnownSources(wanted)
+            return try changed(
+                await store.createVolume(
+                    wanted, candidates: readyNodes, running: runningReplicas))
         }
+    }
+    /// A controller that has just started takes replicas for dead that have yet to be reported: a
+    /// clone would get fewer than it should.
+    private func requireKnownSources(_ wanted: VolumeSpecification) async throws {
+        guard wanted.source != nil, try await !knowsNodes,
+            try await store.volumes(named: wanted.name).isEmpty
+        else { return }
+        throw ControlError(.precondition, "it is not known yet which replicas run")
     }
     package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
         try await knowingNodes {

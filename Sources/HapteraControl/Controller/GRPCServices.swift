@@ -36,11 +36,7 @@ struct VolumeService: Haptera_V1_VolumeService.SimpleServiceProtocol {
     func createVolume(
         request: Haptera_V1_CreateVolumeRequest, context: ServerContext
     ) async throws -> Haptera_V1_Volume {
-        try await controller.create(
-            try VolumeSpecification(
-                name: request.name, sizeBytes: request.sizeBytes, replicas: request.replicas,
-                nodes: request.nodes, settings: request.settings, labels: request.labels,
-                isScratch: request.scratch))
+        try await controller.create(try VolumeSpecification(request))
     }
 
     func labelVolume(

@@ -34,7 +34,7 @@ extension Controller {
     ) async throws -> Haptera_V1_Snapshot {
         try Self.check(snapshot)
         guard let found = try await existing(snapshot, of: name) else {
-            throw Self.unknown(snapshot, of: name)
+            throw MetadataStore.noSnapshot(snapshot, of: name)
         }
         return found
     }
@@ -87,10 +87,11 @@ extension Controller {
         let (stored, snapshot, node) = try await knowingNodes {
             let stored = try await store.volume(named: request.volume)
             guard let snapshot = stored.record?.snapshot(named: request.name) else {
-                throw Self.unknown(request.name, of: request.volume)
+                throw MetadataStore.noSnapshot(request.name, of: request.volume)
             }
             return (stored, snapshot, try nodeThatDeletes(from: stored))
         }
+        try await store.requireNoCloneUnderWay(of: stored.volume, snapshot: request.name)
         try await tasks.requireConnected(node)
         try await store.addEvent(
             "SnapshotDeletionRequested", "volume/\(request.volume)", "snapshot \(request.name)",
@@ -155,7 +156,7 @@ extension Controller {
         let volume = stored.volume.name
         guard let record = stored.record,
             let target = record.snapshot(named: request.snapshot)
-        else { throw Self.unknown(request.snapshot, of: volume) }
+        else { throw MetadataStore.noSnapshot(request.snapshot, of: volume) }
         if let kept = record.snapshot(named: request.keep) {
             guard record.hasReverted(to: target, keeping: kept) else {
                 throw Self.refused(
@@ -234,13 +235,6 @@ extension Controller {
                 .invalid,
                 "'\(name.prefix(100))' is no snapshot name: use \(VolumeRecord.snapshotNameRule)")
         }
-    }
-
-    private static func unknown(_ snapshot: String, of volume: String) -> ControlError {
-        ControlError(
-            .notFound,
-            "volume '\(volume)' has no snapshot '\(snapshot)'; see 'storagectl snapshot list "
-                + "\(volume)'")
     }
 
     static func refused(_ reason: String) -> ControlError {

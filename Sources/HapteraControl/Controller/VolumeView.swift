@@ -56,6 +56,8 @@ package struct VolumeView: Sendable {
         message.replicas = stored.replicas.map(replica)
         message.settings = volume.settings.message
         message.labels = stored.labels
+        message.originVolume = volume.origin?.volume ?? ""
+        message.originSnapshot = volume.origin?.snapshot ?? ""
         message.replicaCount = UInt32(volume.replicaCount)
         message.snapshotCount = UInt32(stored.record?.snapshots.count ?? 0)
         if let engine, engine.needsDecision { message.decisionInstance = engine.instance }

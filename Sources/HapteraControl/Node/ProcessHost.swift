@@ -18,6 +18,8 @@ package protocol ProcessHost: Sendable {
     func isPortFree(_ port: Int, at host: String) -> Bool
     func findPort(at host: String, in range: ClosedRange<Int>) throws -> Int
     func directoryExists(_ path: String) -> Bool
+    /// A file that is not empty.
+    func hasContent(_ path: String) -> Bool
     func removeDirectory(_ path: String) async throws
     /// The end of a log file, for saying why a process ended.
     func lastLine(of log: String) -> String
@@ -106,6 +108,11 @@ package struct RealProcessHost: ProcessHost {
         // SAFETY: the out-parameter is a local that outlives the call.
         return unsafe FileManager.default.fileExists(atPath: path, isDirectory: &isDirectory)
             && isDirectory.boolValue
+    }
+
+    package func hasContent(_ path: String) -> Bool {
+        let attributes = try? FileManager.default.attributesOfItem(atPath: path)
+        return (attributes?[.size] as? UInt64 ?? 0) > 0
     }
 
     /// Renamed first: a crash in the middle leaves nothing that looks like a replica.

@@ -1,3 +1,4 @@
+import Foundation
 import HapteraAPI
 import HapteraCore
 import HapteraHost
@@ -42,6 +43,8 @@ package actor ReplicaUnit {
 
     /// After being told to shut down, a replica gets this long to write its log back.
     package static let shutdownMilliseconds: Int64 = 10_000
+    /// A replica answers `share` when what it still has to write back is on its disk.
+    static let shareTimeoutSeconds = 10
 
     package init(_ wanted: Haptera_V1_DesiredReplica, _ context: NodeContext) {
         self.wanted = wanted
@@ -66,7 +69,7 @@ package actor ReplicaUnit {
         }
         supervision.observe(context.host, now: now)
         switch wanted.phase {
-        case .create, .run: await serve(now: now)
+        case .create, .clone, .run: await serve(now: now)
         case .remove: await remove(now: now)
         case .unspecified, .UNRECOGNIZED: return
         }
@@ -95,16 +98,14 @@ package actor ReplicaUnit {
         guard creation.mayStart(now: now) else { return }
         do {
             try HostFiles.makeDirectory(context.directory + "/replicas")
-            let status = try await context.host.run(
-                context.replicaProgram,
-                [
+            if wanted.phase == .clone {
+                try await makeClone()
+            } else {
+                try await make([
                     "create", "--dir", directory, "--volume-id", wanted.volumeID, "--volume",
                     wanted.volume, "--replica-id", wanted.replicaID, "--incarnation",
                     wanted.incarnation, "--size", "\(wanted.sizeBytes)",
-                ], log: supervision.files.log)
-            guard status == 0 else {
-                let line = context.host.lastLine(of: supervision.files.log)
-                throw HostError("cannot be created (status \(status)): \(line)")
+                ])
             }
             isCreated = true
             failure = ""
@@ -112,6 +113,54 @@ package actor ReplicaUnit {
             failure = "\(error)"
             creation.ended(now: now)
         }
+    }
+
+    private func make(_ arguments: [String]) async throws {
+        let status = try await context.host.run(
+            context.replicaProgram, arguments, log: supervision.files.log)
+        guard status == 0 else {
+            let line = context.host.lastLine(of: supervision.files.log)
+            throw HostError("cannot be created (status \(status)): \(line)")
+        }
+    }
+
+    /// 1. the source links its layers  -> a directory without a manifest, which is no replica yet
+    /// 2. the new one gets its manifest -> a replica, which needs its source no more
+    ///
+    /// Both may be done again, and are after a crash between them.
+    private func makeClone() async throws {
+        // Made before our own restart: its source may have gone since.
+        guard !context.host.hasContent(directory + "/manifest") else { return }
+        let source = wanted.cloneSource
+        let record = [UInt8](source.record)
+        guard let epoch = VolumeRecord(decoding: record)?.epoch else {
+            throw HostError("cannot be created: its volume's first record is malformed")
+        }
+        let control = UnitFiles(run: context.run, prefix: "r", id: source.replicaID).control
+        let shared: [String: String]
+        do {
+            shared = try await context.host.request(
+                control, "share layer=\(source.layer) into=\(directory) epoch=\(epoch.rawValue)",
+                timeoutSeconds: Self.shareTimeoutSeconds)
+        } catch {
+            throw HostError("replica \(source.replicaID) does not share its layers: \(error)")
+        }
+        guard let layers = shared["layers"], let size = shared["size"],
+            let logIndex = shared["logIndex"]
+        else {
+            throw HostError("replica \(source.replicaID) does not say which layers it shared")
+        }
+        try await make([
+            "clone", "--dir", directory, "--record", Self.hexadecimal(record), "--replica-id",
+            wanted.replicaID, "--incarnation", wanted.incarnation, "--layers", layers, "--size",
+            size, "--log-index", logIndex,
+        ])
+    }
+
+    private static func hexadecimal(_ bytes: [UInt8]) -> String {
+        let digits = Array("0123456789abcdef".utf8)
+        let text = bytes.flatMap { [digits[Int($0 >> 4)], digits[Int($0 & 15)]] }
+        return String(decoding: text, as: UTF8.self)
     }
 
     private func start(now: Int64) {

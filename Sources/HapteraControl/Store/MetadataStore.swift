@@ -62,6 +62,7 @@ package final class MetadataStore: Sendable {
         registerLabels(&migrator)
         registerGroups(&migrator)
         registerSchedules(&migrator, clock: clock)
+        registerClones(&migrator)
         return migrator
     }
 

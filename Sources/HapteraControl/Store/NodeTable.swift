@@ -184,18 +184,17 @@ extension MetadataStore {
         guard stored.replicas.count == volume.replicaCount,
             stored.replicas.allSatisfy({ $0.phase == .run }), let id = VolumeID(volume.id)
         else { return }
-        var record = VolumeRecord(
-            volume: id, name: volume.name, epoch: Epoch(1),
-            nonce: UInt64.random(in: 1 ... .max), size: UInt64(volume.sizeBytes),
-            inSync: stored.replicas.compactMap(\.member))
-        record.minInSync = UInt8(clamping: volume.minInSync)
-        record.leaseMilliseconds = UInt32(clamping: volume.leaseMilliseconds)
-        try db.execute(
-            sql: "INSERT INTO records (volumeID, epoch, record) VALUES (?, 1, ?)",
-            arguments: [volume.id, Data(record.encoded())])
-        try noteHistory(db, record)
+        var record =
+            volume.cloneRecord
+            ?? VolumeRecord(
+                volume: id, name: volume.name, epoch: Epoch(1),
+                nonce: UInt64.random(in: 1 ... .max), size: UInt64(volume.sizeBytes),
+                inSync: stored.replicas.compactMap(\.member))
+        record.take(volume.settings)
+        try putRecord(db, record)
         var row = volume
         row.phase = .ready
+        row.firstRecord = nil
         try row.update(db)
         try addEvent(
             db, "VolumeCreated", "volume/\(volume.name)", "id \(volume.id)", by: .controller)

@@ -8,12 +8,12 @@ extension ReplicaRow {
     /// A new replica of the volume, with an identity nobody had before.
     init(
         of volume: VolumeRow, ordinal: Int, node: String, replaces: String? = nil,
-        isAutomatic: Bool = false
+        isAutomatic: Bool = false, source: String? = nil
     ) {
         self.init(
             id: hexadecimal(UInt64.random(in: 1 ... .max)), volumeID: volume.id, ordinal: ordinal,
             node: node, incarnation: hexadecimal(UInt64.random(in: 1 ... .max)), phase: .create,
-            replaces: replaces, isAutomatic: isAutomatic)
+            replaces: replaces, isAutomatic: isAutomatic, source: source)
     }
 }
 

@@ -1,3 +1,4 @@
+import Foundation
 import GRDB
 import HapteraCore
 
@@ -38,6 +39,12 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     package var acceptLossInstance: String
     /// For tests: faults may be injected.
     package var isScratch = false
+    /// The snapshot that it began as, by the names of then; all three or none.
+    package var originVolumeID: String?
+    package var originVolume: String?
+    package var originSnapshot: String?
+    /// Of a clone, until every replica runs and it is the volume's.
+    package var firstRecord: Data?
 
     package init(id: VolumeID, name: String, sizeBytes: Int64, replicaCount: Int, created: Int64) {
         self.id = id.text
@@ -87,11 +94,13 @@ package struct ReplicaRow: Codable, Equatable, Sendable, FetchableRecord, Persis
     package var replaces: String?
     /// Nobody asked for the replacement: it is given up if the other one comes back first.
     package var isAutomatic = false
+    /// The replica on its node whose layers it begins with; nil: made empty.
+    package var source: String?
 
     package init(
         id: String, volumeID: String, ordinal: Int, node: String, incarnation: String,
         phase: ReplicaPhase, address: String = "", directory: String = "",
-        replaces: String? = nil, isAutomatic: Bool = false
+        replaces: String? = nil, isAutomatic: Bool = false, source: String? = nil
     ) {
         self.id = id
         self.volumeID = volumeID
@@ -103,6 +112,7 @@ package struct ReplicaRow: Codable, Equatable, Sendable, FetchableRecord, Persis
         self.directory = directory
         self.replaces = replaces
         self.isAutomatic = isAutomatic
+        self.source = source
     }
 
     var member: VolumeRecord.Member? {

@@ -110,6 +110,14 @@ package struct VolumeSettings: Equatable, Sendable {
     }
 }
 
+extension VolumeRecord {
+    /// Those that the record has too, in a first record: later they are the engine's to change.
+    mutating func take(_ settings: VolumeSettings) {
+        minInSync = UInt8(clamping: settings.minInSync)
+        leaseMilliseconds = UInt32(clamping: settings.lease)
+    }
+}
+
 extension VolumeRow {
     package var settings: VolumeSettings {
         get {

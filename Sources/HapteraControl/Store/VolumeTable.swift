@@ -16,7 +16,9 @@ package struct StoredVolume: Equatable, Sendable {
 package struct VolumeSpecification: Equatable, Sendable {
     package static let replicasDefault = 3
     package var name: String
+    /// 0: with a source, as large as it.
     package var sizeBytes: UInt64
+    /// 0: with a source, as many as can share its layers.
     package var replicas: Int
     package var nodes: [String]
     /// What was said of the settings; the rest is as usual.
@@ -24,19 +26,21 @@ package struct VolumeSpecification: Equatable, Sendable {
     package var labels: [String: String]
     /// For tests: faults may be injected.
     package var isScratch: Bool
+    /// What to begin as; nil: empty.
+    package var source: CloneSource?
 
     package init(
         name: String, sizeBytes: UInt64, replicas: UInt32, nodes: [String],
         settings: Haptera_V1_VolumeSettings = .init(), labels: [String: String] = [:],
-        isScratch: Bool = false
+        isScratch: Bool = false, source: CloneSource? = nil
     ) throws(ControlError) {
         guard Names.isValidLabel(name) else {
             throw ControlError(.invalid, "'\(name)' is no volume name: use \(Names.labelRule)")
         }
-        guard VolumeSize.isValid(sizeBytes) else {
+        guard VolumeSize.isValid(sizeBytes) || (source != nil && sizeBytes == 0) else {
             throw ControlError(.invalid, "a volume's size is \(VolumeSize.rule), not \(sizeBytes)")
         }
-        let count = replicas == 0 ? Self.replicasDefault : Int(replicas)
+        let count = replicas == 0 && source == nil ? Self.replicasDefault : Int(replicas)
         guard count <= Geometry.replicasMax else {
             throw ControlError(
                 .invalid, "a volume has 1 to \(Geometry.replicasMax) replicas, not \(count)")
@@ -44,7 +48,8 @@ package struct VolumeSpecification: Equatable, Sendable {
         for node in nodes where !Names.isValidLabel(node) {
             throw ControlError(.invalid, "'\(node)' is no node name: use \(Names.labelRule)")
         }
-        try VolumeSettings().changed(by: settings).check(replicas: count)
+        try VolumeSettings().changed(by: settings)
+            .check(replicas: count == 0 ? Geometry.replicasMax : count)
         if let objection = Labels.objection(to: labels) { throw ControlError(.invalid, objection) }
         self.labels = labels
         self.isScratch = isScratch
@@ -53,7 +58,29 @@ package struct VolumeSpecification: Equatable, Sendable {
         self.sizeBytes = sizeBytes
         self.replicas = count
         self.nodes = nodes
+        self.source = source
     }
+
+    package init(_ request: Haptera_V1_CreateVolumeRequest) throws(ControlError) {
+        let (volume, snapshot) = (request.sourceVolume, request.sourceSnapshot)
+        guard volume.isEmpty == snapshot.isEmpty else {
+            throw ControlError(
+                .invalid, "a source is a volume and a snapshot of it: name both or neither")
+        }
+        try self.init(
+            name: request.name, sizeBytes: request.sizeBytes, replicas: request.replicas,
+            nodes: request.nodes, settings: request.settings, labels: request.labels,
+            isScratch: request.scratch,
+            source: volume.isEmpty ? nil : CloneSource(volume: volume, snapshot: snapshot))
+    }
+}
+
+/// What a new volume is made of.
+struct VolumePlan {
+    var sizeBytes: UInt64
+    var places: [Placement.Place]
+    /// Nil: empty.
+    var origin: CloneOrigin?
 }
 
 extension MetadataStore {
@@ -88,9 +115,9 @@ extension MetadataStore {
     }
 
     /// Adds the volume and its replicas, to be made by their nodes. A volume of that name with the
-    /// same arguments is returned as it is.
+    /// same arguments is returned as it is. `running`: replicas, on nodes that are ready.
     package func createVolume(
-        _ wanted: VolumeSpecification, candidates ready: [String]
+        _ wanted: VolumeSpecification, candidates ready: [String], running: Set<String> = []
     ) async throws -> StoredVolume {
         try await transaction { db in
             if let row = try VolumeRow.filter(Column("name") == wanted.name).fetchOne(db) {
@@ -98,32 +125,49 @@ extension MetadataStore {
                 try Self.requireSame(existing, wanted)
                 return existing
             }
-            let counts = try Row.fetchAll(
-                db, sql: "SELECT node, COUNT(*) AS count FROM replicas GROUP BY node")
-            let used =
-                Dictionary(uniqueKeysWithValues: counts.map { ($0["node"], $0["count"]) })
-                as [String: Int]
-            let nodes = try Placement.choose(
-                replicas: wanted.replicas, requested: wanted.nodes,
-                candidates: ready.map { .init(name: $0, replicas: used[$0] ?? 0) })
+            let plan = try Self.plan(db, wanted, ready: ready, running: running)
             var row = VolumeRow(
-                id: .random(), name: wanted.name, sizeBytes: Int64(wanted.sizeBytes),
-                replicaCount: wanted.replicas, created: self.clock())
+                id: .random(), name: wanted.name, sizeBytes: Int64(plan.sizeBytes),
+                replicaCount: plan.places.count, created: self.clock())
             row.settings = row.settings.changed(by: wanted.settings)
+            try row.settings.check(replicas: row.replicaCount)
             row.isScratch = wanted.isScratch
+            let replicas = plan.places.enumerated().map { ordinal, place in
+                ReplicaRow(of: row, ordinal: ordinal, node: place.node, source: place.source)
+            }
+            if let origin = plan.origin { row.begin(as: origin, replicas) }
             try row.insert(db)
             try self.putLabels(db, wanted.labels, of: row.id)
-            for (ordinal, node) in nodes.enumerated() {
-                try ReplicaRow(of: row, ordinal: ordinal, node: node).insert(db)
-            }
+            for replica in replicas { try replica.insert(db) }
             try db.execute(
                 sql: "DELETE FROM deletedVolumes WHERE name = ?", arguments: [wanted.name])
-            let size = VolumeSize.text(wanted.sizeBytes)
+            let origin = row.origin.map { ", from \($0.text)" } ?? ""
             try self.addEvent(
                 db, "VolumeRequested", "volume/\(wanted.name)",
-                "\(size), replicas on \(nodes.joined(separator: ", "))")
+                "\(VolumeSize.text(plan.sizeBytes))\(origin), replicas on "
+                    + replicas.map(\.node).joined(separator: ", "))
             return try Self.stored(db, row)
         }
+    }
+
+    private static func plan(
+        _ db: Database, _ wanted: VolumeSpecification, ready: [String], running: Set<String>
+    ) throws -> VolumePlan {
+        let counts = try Row.fetchAll(
+            db, sql: "SELECT node, COUNT(*) AS count FROM replicas GROUP BY node")
+        let used =
+            Dictionary(uniqueKeysWithValues: counts.map { ($0["node"], $0["count"]) })
+            as [String: Int]
+        let candidates = ready.map {
+            Placement.Candidate(name: $0, replicas: used[$0] ?? 0)
+        }
+        if let source = wanted.source {
+            let origin = try CloneOrigin(source, of: clonable(db, source))
+            return try origin.plan(wanted, candidates: candidates, running: running)
+        }
+        let places = try Placement.choose(
+            replicas: wanted.replicas, requested: wanted.nodes, candidates: candidates)
+        return VolumePlan(sizeBytes: wanted.sizeBytes, places: places)
     }
 
     private static func requireSame(
@@ -135,13 +179,15 @@ extension MetadataStore {
                 .precondition, "volume '\(volume.name)' is being deleted; try again when it is gone"
             )
         }
+        try requireSameOrigin(volume, wanted)
         let nodes = existing.replicas.map(\.node)
+        let size = wanted.sizeBytes == 0 ? UInt64(volume.sizeBytes) : wanted.sizeBytes
+        let count = wanted.replicas == 0 ? volume.replicaCount : wanted.replicas
         let isPlacedAsAsked =
-            wanted.nodes.count == wanted.replicas
+            wanted.nodes.count == count
             ? nodes.sorted() == wanted.nodes.sorted()
             : wanted.nodes.isEmpty || Set(nodes).isSubset(of: wanted.nodes)
-        guard volume.sizeBytes == Int64(wanted.sizeBytes),
-            volume.replicaCount == wanted.replicas, isPlacedAsAsked,
+        guard volume.sizeBytes == Int64(size), volume.replicaCount == count, isPlacedAsAsked,
             volume.settings.changed(by: wanted.settings) == volume.settings,
             existing.labels.merging(wanted.labels, uniquingKeysWith: { $1 }) == existing.labels
         else {
@@ -251,6 +297,7 @@ extension MetadataStore {
                     "volume '\(name)' is attached to \(node); detach it first: "
                         + "storagectl volume detach \(name)")
             }
+            try Self.requireNoCloneUnderWay(db, of: row)
             row.phase = .deleting
             try row.update(db)
             let snapshots = try Self.stored(db, row).record?.snapshots.count ?? 0
