@@ -151,6 +151,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("clientGenerationIgnored", .clientGenerationIgnored), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
         ("revertIgnored", .revertIgnored), ("revertForgotten", .revertForgotten),
+        ("foldIgnored", .foldIgnored), ("sharedIsMerged", .sharedIsMerged),
+        ("sharedBeforeDrained", .sharedBeforeDrained),
         ("scrubBelieves", .scrubBelieves), ("scrubTrustsFirst", .scrubTrustsFirst),
     ]
 }

@@ -113,6 +113,7 @@ extension World {
         observeRecord(next, before: record)
         history.append(.salvaged, step: timeline.step)
         promises.salvaged()
+        reverts.pending?.before?.salvaged()
         forgetSnapshots()
         lastWrites = [:]
         startEngine(generation: generation)

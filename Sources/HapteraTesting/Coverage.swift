@@ -26,12 +26,13 @@ package struct Coverage: Sendable {
         case growth
         case revert
         case scrub
+        case clone
     }
     /// Those of `docs/replication.md`.
-    package static let numbers = Array(1...34)
+    package static let numbers = Array(1...35)
 
     /// Times each invariant was evaluated, by number.
-    package private(set) var invariants = [Int](repeating: 0, count: 35)
+    package private(set) var invariants = [Int](repeating: 0, count: 36)
     /// Times each kind of fault was injected, by `FaultPlan.Kind`.
     private(set) var faults = [Int](repeating: 0, count: FaultPlan.Kind.allCases.count)
     private var turns = [Int](repeating: 0, count: Turn.allCases.count)

@@ -69,6 +69,9 @@ final class SimulatedDisk: ReplicaStorage {
     var callsUntilCut: Int?
     /// A sync failed: nothing written before it can be relied on until the host restarts.
     private(set) var hasFailedSync = false
+    /// Layers whose files a clone has as well, and what was done to them that must not be.
+    private(set) var shared: Set<LayerID> = []
+    var violation: String?
 
     init(random: RandomSource) {
         self.random = random
@@ -177,10 +180,14 @@ final class SimulatedDisk: ReplicaStorage {
                 )
             }
         case .write(let bytes):
+            judgeShared(
+                operation.file, offset: operation.offset, bytes: bytes, length: bytes.count)
             result = write(file, operation, bytes)
         case .sync(let before, let snapshot):
             result = finishSync(file, before: before, snapshot: snapshot)
         case .punch:
+            judgeShared(
+                operation.file, offset: operation.offset, bytes: [], length: operation.length)
             land(file, offset: operation.offset, bytes: [], length: operation.length)
             result = 0
         case .create, .extend, .remove, .syncNames: preconditionFailure("is about no file")
@@ -338,6 +345,7 @@ final class SimulatedDisk: ReplicaStorage {
     /// Puts a copy back. The process must be gone.
     func restore(_ backup: Backup) {
         unlinked = []
+        shared = []
         files = backup.files.map(\.copy)
         operations = []
         hasFailedSync = false
@@ -346,6 +354,7 @@ final class SimulatedDisk: ReplicaStorage {
     func replace() {
         files = []
         unlinked = []
+        shared = []
         operations = []
         hasFailedSync = false
         trouble = DiskTrouble()
@@ -390,7 +399,12 @@ final class SimulatedDisk: ReplicaStorage {
         }
         unlinked += files.filter(isOf)
         files.removeAll(where: isOf)
+        shared.remove(layer)
     }
+    func isShared(_ layer: LayerID) -> Bool { shared.contains(layer) }
+    func share(_ layers: [LayerID]) { shared.formUnion(layers) }
+    /// Every clone is deleted.
+    func unshare() { shared = [] }
     func remove(_ layer: LayerID) throws(StorageError) {
         try countCall()
         unlink(layer)

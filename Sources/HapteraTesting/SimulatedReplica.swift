@@ -341,8 +341,9 @@ extension World {
 
     func diskCompleted(_ host: SimulatedReplica, process: Int, operation: UInt64) {
         let isSame = host.process == process && host.core != nil
-        guard let done = host.disk.complete(operation, pool: isSame ? host.pool : nil), isSame
-        else { return }
+        let done = host.disk.complete(operation, pool: isSame ? host.pool : nil)
+        checkShared(host)
+        guard let done, isSame else { return }
         if done.result < 0 { note("\(host.name): disk error \(done.result)") }
         deliver(.disk(token: done.token, result: done.result), to: host)
         deliverReplicaCloses()

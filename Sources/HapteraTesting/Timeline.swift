@@ -24,6 +24,8 @@ enum WorldEvent {
     case growth
     /// A scrub is due, or to be gone on with.
     case scrub
+    /// A clone is made or deleted, or the making of one gets on.
+    case clone
     /// Trouble at the very moment something changed.
     case stageFault
     /// A client writes where nobody has.

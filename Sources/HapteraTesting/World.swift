@@ -35,6 +35,7 @@ package final class World {
     var workload: Workload
     var growth: SimulatedGrowth
     var reverts: SimulatedReverts
+    var clones: SimulatedClones
     let faults: FaultPlan
     let leases: SimulatedLeases
     private(set) var hosts: [SimulatedReplica] = []
@@ -94,6 +95,7 @@ package final class World {
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)
         reverts = SimulatedReverts(seed: seed)
+        clones = SimulatedClones(seed: seed, mutations: options.mutations)
         growth = SimulatedGrowth(seed: seed, size: size)
         hotSectors = Set(
             (Array(workload.clusters.joined()) + workload.freshBlocks).flatMap {
@@ -211,6 +213,7 @@ package final class World {
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
         if workload.snapshotsMax > 0 { scheduleSnapshot() }
         if workload.snapshotsMax > 0, reverts.areThere { scheduleRevert() }
+        if workload.snapshotsMax > 0, clones.areThere { scheduleClone() }
         if !growth.sizes.isEmpty { timeline.schedule(after: growth.pause(), .growth) }
         if scrubs { scheduleScrub() }
     }
@@ -274,6 +277,7 @@ package final class World {
         case .growth: requestGrowth()
         case .revert: if isChaos { requestRevert() } else { continueRevert() }
         case .scrub: requestScrub()
+        case .clone: cloneOrNot()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
         case .lateBytes(let index): deliverLate(engines[index])

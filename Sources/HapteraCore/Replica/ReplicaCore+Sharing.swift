@@ -41,7 +41,9 @@ extension ReplicaCore {
         }
         guard max(promise, admittedEpoch) < epoch else { throw .epochTooLow }
         let layers = chain.seen(from: place)
-        for layer in layers { chain.setShared(layer, true) }
+        if !options.mutations.contains(.sharedIsMerged) {
+            for layer in layers { chain.setShared(layer, true) }
+        }
         sharing.formUnion(layers)
         return layers
     }
@@ -51,6 +53,7 @@ extension ReplicaCore {
         isInFiles(layers) ? layers.filter { chain.index(of: $0) != nil } : nil
     }
     private func isInFiles(_ layers: [LayerID]) -> Bool {
+        if options.mutations.contains(.sharedBeforeDrained) { return true }
         for job in 0..<mergeJobs.count
         where mergeJobs[job].stage != .free
             && (layers.contains(mergeJobs[job].layer) || layers.contains(mergeJobs[job].heir))

@@ -156,7 +156,8 @@ package final class ReplicaCore {
         flushedPoint = opened.log.flushed
         knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
-        for layer in opened.manifest.layers where storage.isShared(layer) {
+        for layer in opened.manifest.layers
+        where storage.isShared(layer) && !options.mutations.contains(.sharedIsMerged) {
             chain.setShared(layer, true)
         }
         isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID

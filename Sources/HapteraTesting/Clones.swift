@@ -1,0 +1,131 @@
+import HapteraCore
+
+/// A world's clones, drawn from a source of their own: the rest of it does not depend on them. Of
+/// each only the links are there: they change what the source may do, and nobody but it must keep
+/// to the rules.
+struct SimulatedClones {
+    /// A replica that was asked to share a snapshot's layers.
+    struct Pending {
+        var host: Int
+        var process: Int
+        var layers: [LayerID]
+        /// Nanoseconds.
+        var deadline: UInt64
+    }
+    var pending: Pending?
+    let random: RandomSource
+    /// Whether this world has any.
+    let areThere: Bool
+
+    init(seed: UInt64, mutations: MutationSet) {
+        random = RandomSource(seed: RandomSource.mix(seed ^ 0x434C_4F4E))
+        areThere = random.permille(500) || !mutations.isDisjoint(with: Self.rules)
+    }
+    static let rules: MutationSet = [.foldIgnored, .sharedIsMerged, .sharedBeforeDrained]
+}
+
+// Clones are made of snapshots on one replica or another, and deleted, under everything else.
+extension World {
+    func scheduleClone() {
+        timeline.schedule(after: milliseconds(clones.random.between(20, 1500)), .clone)
+    }
+
+    func cloneOrNot() {
+        guard clones.pending == nil else { return linkClone() }
+        defer { if clones.pending == nil { scheduleClone() } }
+        let host = clones.random.pick(hosts)
+        let isLate = !isChaos && host.core?.retiredLayerCount ?? 0 > 0
+        if !host.disk.shared.isEmpty, isLate || clones.random.permille(400) {
+            note("clones of layers of \(host.name) are deleted")
+            host.disk.unshare()
+        }
+        notice(host)
+        guard isChaos, let core = host.core, host.pausedUntil <= timeline.now,
+            let record = core.installedRecord, !record.snapshots.isEmpty
+        else { return }
+        let snapshot = clones.random.pick(record.snapshots)
+        do throws(SharingRefusal) {
+            let layers = try core.beginSharing(snapshot.layer, epoch: Epoch(1 << 40))
+            clones.pending = .init(
+                host: host.index, process: host.process, layers: layers,
+                deadline: timeline.now + milliseconds(3000))
+            timeline.schedule(after: milliseconds(1), .clone)
+        } catch { trace("\(host.name) cannot share \(snapshot.name): \(error)") }
+    }
+
+    /// The process looks at its files' links from time to time.
+    private func notice(_ host: SimulatedReplica) {
+        guard let core = host.core, host.pausedUntil <= timeline.now else { return }
+        for layer in core.sharedLayers where !host.disk.isShared(layer) {
+            core.setShared(layer, false)
+        }
+    }
+
+    private func linkClone() {
+        guard let pending = clones.pending else { return }
+        let host = hosts[pending.host]
+        guard host.process == pending.process, let core = host.core else {
+            clones.pending = nil
+            return scheduleClone()
+        }
+        let ready = core.layersToLink(pending.layers)
+        guard ready != nil || timeline.now >= pending.deadline else {
+            return timeline.schedule(after: milliseconds(clones.random.between(1, 50)), .clone)
+        }
+        if let ready {
+            note("\(host.name) shares layers \(ready.map(\.rawValue)) with a clone")
+            host.disk.share(ready)
+            coverage.took(.clone)
+        }
+        core.endSharing(pending.layers)
+        notice(host)
+        clones.pending = nil
+        scheduleClone()
+    }
+
+    /// 35: what a layer holds and its table stay as they are while a clone has its files.
+    func checkShared(_ host: SimulatedReplica) {
+        guard !host.disk.shared.isEmpty else { return }
+        coverage.evaluated(35)
+        if let violation = host.disk.violation {
+            fail("invariant 35: \(host.name): \(violation)")
+        }
+    }
+}
+
+extension SimulatedDisk {
+    /// Judges a write, or a hole, of a layer whose files a clone has as well.
+    func judgeShared(_ name: ReplicaFile, offset: Int, bytes: [UInt8], length: Int) {
+        switch name {
+        case .table(let layer) where shared.contains(layer):
+            violation = "a page of the table of shared layer \(layer.rawValue) is written"
+        case .data(let layer) where shared.contains(layer):
+            for at in stride(from: 0, to: length, by: Geometry.blockSize) {
+                let block = (offset + at) / Geometry.blockSize
+                let entry = entry(layer, block)
+                let isLawful =
+                    bytes.isEmpty
+                    ? entry.state != .data
+                    : entry.state == .data && entry.checksum == checksum(bytes, at)
+                if !isLawful {
+                    violation = "block \(block) of shared layer \(layer.rawValue) is changed"
+                }
+            }
+        default: break
+        }
+    }
+    private func checksum(_ bytes: [UInt8], _ at: Int) -> UInt32 {
+        HapteraCore.checksum(of: [UInt8](bytes[at..<at + Geometry.blockSize]))
+    }
+    private func entry(_ layer: LayerID, _ block: Int) -> BlockEntry {
+        let region = UInt64(block / Geometry.blocksPerRegion)
+        let start = Int(TablePage.pairOffset(region: region))
+        guard let table = file(.table(layer)), start + TablePage.pairSize <= table.size,
+            case .page(let page, _) = TablePage.loadPair(
+                table.current.slice(start, TablePage.pairSize), layer: layer, region: region)
+        else { return .absent }
+        let entries = start + Int(page.version % 2) * TablePage.size + TablePage.entriesOffset
+        let place = block % Geometry.blocksPerRegion * BlockEntry.size
+        return BlockEntry(decoding: table.current, at: entries + place) ?? .absent
+    }
+}
