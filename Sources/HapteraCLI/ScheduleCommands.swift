@@ -64,7 +64,7 @@ extension ScheduleCommand {
         package var all = false
 
         @Option(
-            help: "Volumes whose labels match at that time, as in app=db,tier!=test.",
+            help: "Volumes whose labels match at that time: \(LabelSelector.rule).",
             transform: SelectorArgument.init(typed:))
         package var selector: SelectorArgument?
 

@@ -3,6 +3,7 @@ import Foundation
 import GRPCCore
 import HapteraAPI
 import HapteraCore
+import HapteraHost
 
 package struct SnapshotCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
@@ -114,7 +115,7 @@ extension SnapshotCommand {
         package var volume: Label
 
         @Option(
-            help: "Only those whose labels match, as in app=db,tier!=test.",
+            help: "Only those whose labels match: \(LabelSelector.rule).",
             transform: SelectorArgument.init(typed:))
         package var selector: SelectorArgument?
 

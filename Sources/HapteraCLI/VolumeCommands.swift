@@ -154,7 +154,7 @@ extension VolumeCommand {
         package static let configuration = CommandConfiguration(abstract: "List all volumes.")
 
         @Option(
-            help: "Only those whose labels match, as in app=db,tier!=test.",
+            help: "Only those whose labels match: \(LabelSelector.rule).",
             transform: SelectorArgument.init(typed:))
         package var selector: SelectorArgument?
 

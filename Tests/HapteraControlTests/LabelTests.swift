@@ -61,30 +61,6 @@ import Testing
             #expect(throws: NotationError.self) { try LabelChange(text) }
         }
     }
-
-    @Test func selectors() throws {
-        let labels = ["app": "db", "tier": "prod", "empty": "", "example.com/x": "1"]
-        for text in [
-            "", "app=db", "app==db", "app=db,tier=prod", "app=db, tier!=test", "none!=x", "app",
-            "!none", "empty", "empty=", " app = db , ! none ", "tier == prod", "example.com/x=1",
-            "tier!=test,!none,app",
-        ] {
-            #expect(try LabelSelector(text).matches(labels), "\(text)")
-        }
-        for text in [
-            "app=web", "app=DB", "app!=db", "none", "!app", "none=", "app=db,tier=test", "none=x",
-        ] {
-            #expect(try !LabelSelector(text).matches(labels), "\(text)")
-        }
-        for text in [
-            ",", "a,", "=", "=x", "!", "!a=b", "a=b=c", "a!b", "a in (b)", "a=-", "!!a", "a b",
-            "a=b c", " ",
-        ] {
-            #expect(throws: NotationError.self) { try LabelSelector(text) }
-        }
-        let long = Array(repeating: "a", count: 65).joined(separator: ",")
-        #expect(throws: NotationError.self) { try LabelSelector(long) }
-    }
 }
 
 @Suite struct LabelTests {

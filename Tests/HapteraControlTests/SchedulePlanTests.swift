@@ -97,6 +97,8 @@ import Testing
         #expect(chosen(try hourly()) == ["a", "b", "c"])
         #expect(chosen(try hourly(selector: "app=db")) == ["a", "b"])
         #expect(chosen(try hourly(selector: "app=db,tier!=test")) == ["a"])
+        #expect(chosen(try hourly(selector: "app in (db,web),tier notin (test)")) == ["a"])
+        #expect(chosen(try hourly(selector: "tier notin (test,x)")) == ["a", "c"])
         #expect(chosen(try hourly(volumes: ["c", "a", "gone"])) == ["a", "c"])
         #expect(chosen(try hourly(selector: "app=web")) == [])
     }
