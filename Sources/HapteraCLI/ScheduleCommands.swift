@@ -8,7 +8,7 @@ package struct ScheduleCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
         commandName: "schedule", abstract: "Snapshots and scrubs at certain times.",
         subcommands: [
-            Create.self, List.self, Show.self, Pause.self, Resume.self, Delete.self,
+            Create.self, Update.self, List.self, Show.self, Pause.self, Resume.self, Delete.self,
         ])
     package init() {}
 }

@@ -157,4 +157,50 @@ import Testing
         }
         #expect(error.map { Storagectl.message(for: $0) }?.contains("'61' is no minute") == true)
     }
+
+    private func update(_ words: [String]) throws -> Haptera_V1_UpdateScheduleRequest {
+        let command = try Storagectl.parseAsRoot(["schedule", "update"] + words)
+        return try #require(command as? ScheduleCommand.Update).request
+    }
+
+    /// What is not named is not in the request.
+    @Test func anUpdateSaysWhatIsNamed() throws {
+        var wanted = Haptera_V1_UpdateScheduleRequest()
+        wanted.name = "n"
+        wanted.retain = 3
+        #expect(try update(["n", "--retain", "3"]) == wanted)
+        wanted.cron = "@daily"
+        wanted.timeZone = "Europe/Berlin"
+        wanted.selector = "app in (a,b)"
+        wanted.action = .snapshot
+        wanted.paused = false
+        #expect(
+            try update([
+                "n", "--retain=3", "--cron", "@Daily", "--time-zone", "Europe/Berlin",
+                "--selector", "app in (a,b)", "--snapshot", "--resume",
+            ]) == wanted)
+        let paused = try update(["n", "--pause", "--all"])
+        #expect(paused.hasPaused && paused.paused && paused.all && !paused.hasSelector)
+        #expect(try update(["n", "--volume", "a", "--volume", "b"]).volumes == ["a", "b"])
+        #expect(try update(["n", "--scrub"]).action == .scrub)
+        #expect(try !update(["n", "--cron", "@daily"]).hasPaused)
+    }
+
+    @Test(arguments: [
+        ([], "say what to change: --cron, --time-zone"),
+        (["--retain", "0"], "1 to 1000 snapshots"),
+        (["--retain", "1001"], "not 1001"), (["--retain", "-1"], "'-1' is invalid"),
+        (["--cron", "61 * * * *"], "'61' is no minute"), (["--cron", "0 0 30 2 *"], "never comes"),
+        (["--selector", ""], "the selector is empty"),
+        (["--selector", "a in ()"], "selector, character 7: there is no value"),
+        (["--all", "--volume", "v"], "say which volumes once"), (["--volume", "V"], "no name"),
+        (["--all", "--selector", "a"], "say which volumes once"),
+        (["--pause", "--resume"], "not both"), (["--snapshot", "--scrub"], "or scrubs"),
+        (["--scrub", "--retain", "1"], "--retain goes with --snapshot"),
+    ])
+    func wrongUpdatesAreNamed(_ words: [String], _ what: String) {
+        let error = #expect(throws: (any Error).self) { _ = try update(["n"] + words) }
+        let message = error.map { Storagectl.message(for: $0) } ?? ""
+        #expect(message.contains(what), "\(message)")
+    }
 }

@@ -57,7 +57,18 @@ import Testing
             _ = try await test.store.createSchedule(ScheduleRow(other, now: test.clock.now))
         }
         #expect(error?.code == .conflict)
-        #expect(error?.message.contains("delete it first (its snapshots stay)") == true)
+        #expect(
+            error?.message == "schedule 'hourly' exists with other arguments: snapshots, 3 kept, "
+                + "of all volumes, at '@hourly' UTC; to change it: storagectl schedule update "
+                + "hourly")
+        let scrub = await #expect(throws: ControlError.self) {
+            let other = Self.wanted {
+                $0.action = .scrub
+                $0.retain = 0
+            }
+            _ = try await test.store.createSchedule(ScheduleRow(other, now: test.clock.now))
+        }
+        #expect(scrub?.message.contains("delete it first (its snapshots stay)") == true)
     }
 
     @Test func whatMakesNoScheduleIsRefused() throws {

@@ -61,6 +61,19 @@ package enum Haptera_V1_ScheduleService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "UpdateSchedule" metadata.
+        package enum UpdateSchedule: Sendable {
+            /// Request type for "UpdateSchedule".
+            package typealias Input = Haptera_V1_UpdateScheduleRequest
+            /// Response type for "UpdateSchedule".
+            package typealias Output = Haptera_V1_Schedule
+            /// Descriptor for "UpdateSchedule".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.ScheduleService"),
+                method: "UpdateSchedule",
+                type: .unary
+            )
+        }
         /// Namespace for "DeleteSchedule" metadata.
         package enum DeleteSchedule: Sendable {
             /// Request type for "DeleteSchedule".
@@ -105,6 +118,7 @@ package enum Haptera_V1_ScheduleService: Sendable {
             CreateSchedule.descriptor,
             GetSchedule.descriptor,
             ListSchedules.descriptor,
+            UpdateSchedule.descriptor,
             DeleteSchedule.descriptor,
             PauseSchedule.descriptor,
             ResumeSchedule.descriptor
@@ -184,6 +198,26 @@ extension Haptera_V1_ScheduleService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ListSchedulesRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ListSchedulesResponse>
+
+        /// Handle the "UpdateSchedule" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+        /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+        /// > what is not begun of a volume that is not meant any more. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_UpdateScheduleRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Schedule` messages.
+        func updateSchedule(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_UpdateScheduleRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Schedule>
 
         /// Handle the "DeleteSchedule" method.
         ///
@@ -299,6 +333,26 @@ extension Haptera_V1_ScheduleService {
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ListSchedulesResponse>
 
+        /// Handle the "UpdateSchedule" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+        /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+        /// > what is not begun of a volume that is not meant any more. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateScheduleRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Schedule` message.
+        func updateSchedule(
+            request: GRPCCore.ServerRequest<Haptera_V1_UpdateScheduleRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Schedule>
+
         /// Handle the "DeleteSchedule" method.
         ///
         /// > Source IDL Documentation:
@@ -411,6 +465,26 @@ extension Haptera_V1_ScheduleService {
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_ListSchedulesResponse
 
+        /// Handle the "UpdateSchedule" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+        /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+        /// > what is not begun of a volume that is not meant any more. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_UpdateScheduleRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Schedule` to respond with.
+        func updateSchedule(
+            request: Haptera_V1_UpdateScheduleRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Schedule
+
         /// Handle the "DeleteSchedule" method.
         ///
         /// > Source IDL Documentation:
@@ -505,6 +579,17 @@ extension Haptera_V1_ScheduleService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: Haptera_V1_ScheduleService.Method.UpdateSchedule.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_UpdateScheduleRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Schedule>(),
+            handler: { request, context in
+                try await self.updateSchedule(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: Haptera_V1_ScheduleService.Method.DeleteSchedule.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ScheduleRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_DeleteScheduleResponse>(),
@@ -570,6 +655,17 @@ extension Haptera_V1_ScheduleService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_ListSchedulesResponse> {
         let response = try await self.listSchedules(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func updateSchedule(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_UpdateScheduleRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Schedule> {
+        let response = try await self.updateSchedule(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -645,6 +741,19 @@ extension Haptera_V1_ScheduleService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_ListSchedulesResponse> {
         return GRPCCore.ServerResponse<Haptera_V1_ListSchedulesResponse>(
             message: try await self.listSchedules(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func updateSchedule(
+        request: GRPCCore.ServerRequest<Haptera_V1_UpdateScheduleRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Schedule> {
+        return GRPCCore.ServerResponse<Haptera_V1_Schedule>(
+            message: try await self.updateSchedule(
                 request: request.message,
                 context: context
             ),
@@ -765,6 +874,31 @@ extension Haptera_V1_ScheduleService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_ListSchedulesResponse>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_ListSchedulesResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "UpdateSchedule" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+        /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+        /// > what is not begun of a volume that is not meant any more. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateScheduleRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_UpdateScheduleRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Schedule` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func updateSchedule<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_UpdateScheduleRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_UpdateScheduleRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Schedule>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Schedule>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "DeleteSchedule" method.
@@ -945,6 +1079,42 @@ extension Haptera_V1_ScheduleService {
             try await self.client.unary(
                 request: request,
                 descriptor: Haptera_V1_ScheduleService.Method.ListSchedules.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "UpdateSchedule" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+        /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+        /// > what is not begun of a volume that is not meant any more. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateScheduleRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_UpdateScheduleRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Schedule` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func updateSchedule<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_UpdateScheduleRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_UpdateScheduleRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Schedule>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Schedule>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_ScheduleService.Method.UpdateSchedule.descriptor,
                 serializer: serializer,
                 deserializer: deserializer,
                 options: options,
@@ -1143,6 +1313,37 @@ extension Haptera_V1_ScheduleService.ClientProtocol {
         )
     }
 
+    /// Call the "UpdateSchedule" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+    /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+    /// > what is not begun of a volume that is not meant any more. Idempotent.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_UpdateScheduleRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func updateSchedule<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_UpdateScheduleRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Schedule>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.updateSchedule(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_UpdateScheduleRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Schedule>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
     /// Call the "DeleteSchedule" method.
     ///
     /// > Source IDL Documentation:
@@ -1324,6 +1525,41 @@ extension Haptera_V1_ScheduleService.ClientProtocol {
             metadata: metadata
         )
         return try await self.listSchedules(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "UpdateSchedule" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Changes what is given and leaves the rest; what a schedule does stays. A new cron or time zone
+    /// > counts from now on: times that have passed, and what is not begun of one, are given up. So is
+    /// > what is not begun of a volume that is not meant any more. Idempotent.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func updateSchedule<Result>(
+        _ message: Haptera_V1_UpdateScheduleRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Schedule>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_UpdateScheduleRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.updateSchedule(
             request: request,
             options: options,
             onResponse: handleResponse

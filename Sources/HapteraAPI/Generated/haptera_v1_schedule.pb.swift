@@ -87,6 +87,7 @@ package nonisolated struct Haptera_V1_ScheduleSpecification: Sendable {
   /// Which volumes, one of: all; those whose labels match; those named.
   package var all: Bool = false
 
+  /// As for ListVolumes.
   package var selector: String = String()
 
   package var volumes: [String] = []
@@ -220,6 +221,79 @@ package nonisolated struct Haptera_V1_CreateScheduleRequest: Sendable {
   package init() {}
 
   fileprivate var _specification: Haptera_V1_ScheduleSpecification? = nil
+}
+
+package nonisolated struct Haptera_V1_UpdateScheduleRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var cron: String {
+    get {_cron ?? String()}
+    set {_cron = newValue}
+  }
+  /// Returns true if `cron` has been explicitly set.
+  package var hasCron: Bool {self._cron != nil}
+  /// Clears the value of `cron`. Subsequent reads from it will return its default value.
+  package mutating func clearCron() {self._cron = nil}
+
+  /// Empty: UTC.
+  package var timeZone: String {
+    get {_timeZone ?? String()}
+    set {_timeZone = newValue}
+  }
+  /// Returns true if `timeZone` has been explicitly set.
+  package var hasTimeZone: Bool {self._timeZone != nil}
+  /// Clears the value of `timeZone`. Subsequent reads from it will return its default value.
+  package mutating func clearTimeZone() {self._timeZone = nil}
+
+  /// If given: what it does already. Another is refused.
+  package var action: Haptera_V1_ScheduleAction = .unspecified
+
+  package var retain: UInt32 {
+    get {_retain ?? 0}
+    set {_retain = newValue}
+  }
+  /// Returns true if `retain` has been explicitly set.
+  package var hasRetain: Bool {self._retain != nil}
+  /// Clears the value of `retain`. Subsequent reads from it will return its default value.
+  package mutating func clearRetain() {self._retain = nil}
+
+  /// Which volumes from now on: one of these, or none for those of before.
+  package var all: Bool = false
+
+  package var selector: String {
+    get {_selector ?? String()}
+    set {_selector = newValue}
+  }
+  /// Returns true if `selector` has been explicitly set.
+  package var hasSelector: Bool {self._selector != nil}
+  /// Clears the value of `selector`. Subsequent reads from it will return its default value.
+  package mutating func clearSelector() {self._selector = nil}
+
+  package var volumes: [String] = []
+
+  /// As by PauseSchedule and ResumeSchedule.
+  package var paused: Bool {
+    get {_paused ?? false}
+    set {_paused = newValue}
+  }
+  /// Returns true if `paused` has been explicitly set.
+  package var hasPaused: Bool {self._paused != nil}
+  /// Clears the value of `paused`. Subsequent reads from it will return its default value.
+  package mutating func clearPaused() {self._paused = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _cron: String? = nil
+  fileprivate var _timeZone: String? = nil
+  fileprivate var _retain: UInt32? = nil
+  fileprivate var _selector: String? = nil
+  fileprivate var _paused: Bool? = nil
 }
 
 package nonisolated struct Haptera_V1_ScheduleRequest: Sendable {
@@ -476,6 +550,80 @@ nonisolated extension Haptera_V1_CreateScheduleRequest: SwiftProtobuf.Message, S
 
   package static func ==(lhs: Haptera_V1_CreateScheduleRequest, rhs: Haptera_V1_CreateScheduleRequest) -> Bool {
     if lhs._specification != rhs._specification {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_UpdateScheduleRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".UpdateScheduleRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}cron\0\u{3}time_zone\0\u{1}action\0\u{1}retain\0\u{1}all\0\u{1}selector\0\u{1}volumes\0\u{1}paused\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self._cron) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self._timeZone) }()
+      case 4: try { try decoder.decodeSingularEnumField(value: &self.action) }()
+      case 5: try { try decoder.decodeSingularUInt32Field(value: &self._retain) }()
+      case 6: try { try decoder.decodeSingularBoolField(value: &self.all) }()
+      case 7: try { try decoder.decodeSingularStringField(value: &self._selector) }()
+      case 8: try { try decoder.decodeRepeatedStringField(value: &self.volumes) }()
+      case 9: try { try decoder.decodeSingularBoolField(value: &self._paused) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    try { if let v = self._cron {
+      try visitor.visitSingularStringField(value: v, fieldNumber: 2)
+    } }()
+    try { if let v = self._timeZone {
+      try visitor.visitSingularStringField(value: v, fieldNumber: 3)
+    } }()
+    if self.action != .unspecified {
+      try visitor.visitSingularEnumField(value: self.action, fieldNumber: 4)
+    }
+    try { if let v = self._retain {
+      try visitor.visitSingularUInt32Field(value: v, fieldNumber: 5)
+    } }()
+    if self.all != false {
+      try visitor.visitSingularBoolField(value: self.all, fieldNumber: 6)
+    }
+    try { if let v = self._selector {
+      try visitor.visitSingularStringField(value: v, fieldNumber: 7)
+    } }()
+    if !self.volumes.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.volumes, fieldNumber: 8)
+    }
+    try { if let v = self._paused {
+      try visitor.visitSingularBoolField(value: v, fieldNumber: 9)
+    } }()
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_UpdateScheduleRequest, rhs: Haptera_V1_UpdateScheduleRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs._cron != rhs._cron {return false}
+    if lhs._timeZone != rhs._timeZone {return false}
+    if lhs.action != rhs.action {return false}
+    if lhs._retain != rhs._retain {return false}
+    if lhs.all != rhs.all {return false}
+    if lhs._selector != rhs._selector {return false}
+    if lhs.volumes != rhs.volumes {return false}
+    if lhs._paused != rhs._paused {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

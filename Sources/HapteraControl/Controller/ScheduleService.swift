@@ -10,6 +10,12 @@ struct ScheduleService: Haptera_V1_ScheduleService.SimpleServiceProtocol {
         try await controller.createSchedule(request.specification)
     }
 
+    func updateSchedule(
+        request: Haptera_V1_UpdateScheduleRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Schedule {
+        try await controller.updateSchedule(request)
+    }
+
     func getSchedule(
         request: Haptera_V1_ScheduleRequest, context: ServerContext
     ) async throws -> Haptera_V1_Schedule {

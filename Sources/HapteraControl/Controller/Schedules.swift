@@ -10,6 +10,14 @@ extension Controller {
         try await store.createSchedule(ScheduleRow(wanted, now: store.clock())).message
     }
 
+    package func updateSchedule(
+        _ request: Haptera_V1_UpdateScheduleRequest
+    ) async throws -> Haptera_V1_Schedule {
+        let schedule = try await store.updateSchedule(request).message
+        changes.notify()
+        return schedule
+    }
+
     package func schedules() async throws -> [Haptera_V1_Schedule] {
         try await store.schedules().map(\.message)
     }
@@ -146,16 +154,30 @@ extension Controller {
         _ = try await createSnapshot(request, reserved: [ScheduleRow.label: run.schedule])
     }
 
-    private func deleteSnapshot(_ run: ScheduleRunRow, _ name: String) async throws {
+    func deleteSnapshot(_ run: ScheduleRunRow, _ name: String) async throws {
         var request = Haptera_V1_DeleteSnapshotRequest()
         request.volume = run.volume
         request.name = name
         do {
+            guard try await isExcess(name, run) else { return }
             try await deleteSnapshot(request)
         } catch let error as ControlError {
             if error.code == .notFound { return }
             throw ControlError(error.code, "snapshot '\(name)' is not deleted: \(error.message)")
         }
+    }
+
+    /// Whether the schedule, as it is by now, does not keep that snapshot: it may have been updated
+    /// to keep more, or paused, since that was planned.
+    private func isExcess(_ snapshot: String, _ run: ScheduleRunRow) async throws -> Bool {
+        let schedule = try await store.schedule(named: run.schedule).row
+        let stored = try await store.volume(named: run.volume)
+        let labels = try await store.snapshotLabels(of: stored.volume.id)
+        let taken = (stored.record?.snapshots ?? []).filter {
+            labels[$0.name]?[ScheduleRow.label] == schedule.name
+        }
+        return !schedule.isPaused
+            && taken.dropLast(schedule.retain).contains { $0.name == snapshot }
     }
 
     private func scrub(_ run: ScheduleRunRow) async throws {

@@ -137,6 +137,15 @@ package struct ScheduleRow: Codable, Equatable, Sendable, FetchableRecord, Persi
             && volumes == other.volumes
     }
 
+    /// What may be changed, in words; as many of all schedules of one kind.
+    var clauses: [String] {
+        let chosen =
+            volumes.isEmpty
+            ? (selector.isEmpty ? "all volumes" : "volumes with \(selector)") : "volumes \(volumes)"
+        return (action == .snapshot ? ["\(retain) kept"] : [])
+            + ["of \(chosen)", "at '\(cron)' \(timeZone)"]
+    }
+
     func selects(_ volume: String, _ labels: [String: String]) -> Bool {
         if !volumes.isEmpty { return volumeNames.contains(volume) }
         guard let selector = try? LabelSelector(selector) else { return false }

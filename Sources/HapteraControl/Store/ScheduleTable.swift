@@ -43,10 +43,10 @@ extension MetadataStore {
     }
 
     package func schedule(named name: String) async throws -> StoredSchedule {
-        try await database.read { db in try Self.stored(db, try Self.row(db, name)) }
+        try await database.read { db in try Self.stored(db, try Self.scheduleRow(db, name)) }
     }
 
-    private static func stored(_ db: Database, _ row: ScheduleRow) throws -> StoredSchedule {
+    static func stored(_ db: Database, _ row: ScheduleRow) throws -> StoredSchedule {
         let runs = try ScheduleRunRow.fetchAll(
             db,
             sql: "SELECT scheduleRuns.*, volumes.name AS volume FROM scheduleRuns "
@@ -55,7 +55,7 @@ extension MetadataStore {
         return StoredSchedule(row: row, runs: runs)
     }
 
-    private static func row(_ db: Database, _ name: String) throws -> ScheduleRow {
+    static func scheduleRow(_ db: Database, _ name: String) throws -> ScheduleRow {
         guard let row = try ScheduleRow.fetchOne(db, key: name) else {
             throw ControlError(
                 .notFound,
@@ -69,11 +69,15 @@ extension MetadataStore {
         try await transaction { db in
             if let row = try ScheduleRow.fetchOne(db, key: wanted.name) {
                 guard row.isSame(as: wanted) else {
+                    let advice =
+                        row.action == wanted.action
+                        ? "to change it: storagectl schedule update \(row.name)"
+                        : "delete it first (its snapshots stay): storagectl schedule delete "
+                            + row.name
                     throw ControlError(
                         .conflict,
                         "schedule '\(row.name)' exists with other arguments: \(Self.words(row)); "
-                            + "delete it first (its snapshots stay): storagectl schedule delete "
-                            + "\(row.name)")
+                            + advice)
                 }
                 return try Self.stored(db, row)
             }
@@ -83,10 +87,7 @@ extension MetadataStore {
                     "there are \(Self.schedulesMax) schedules, and cannot be more; see "
                         + "'storagectl schedule list'")
             }
-            for name in wanted.volumeNames
-            where try VolumeRow.filter(Column("name") == name).fetchCount(db) == 0 {
-                throw Self.noVolume(name)
-            }
+            try Self.requireVolumes(db, wanted.volumeNames)
             try wanted.insert(db)
             try self.addEvent(
                 db, "ScheduleCreated", "schedule/\(wanted.name)", Self.words(wanted))
@@ -94,18 +95,19 @@ extension MetadataStore {
         }
     }
 
+    static func requireVolumes(_ db: Database, _ names: [String]) throws {
+        for name in names where try VolumeRow.filter(Column("name") == name).fetchCount(db) == 0 {
+            throw Self.noVolume(name)
+        }
+    }
+
     static func words(_ row: ScheduleRow) -> String {
-        let volumes =
-            row.volumes.isEmpty
-            ? (row.selector.isEmpty ? "all volumes" : "volumes with \(row.selector)")
-            : "volumes \(row.volumes)"
-        let action = row.action == .snapshot ? "snapshots, \(row.retain) kept" : "scrubs"
-        return "\(action), of \(volumes), at '\(row.cron)' \(row.timeZone)"
+        ([row.action == .snapshot ? "snapshots" : "scrubs"] + row.clauses).joined(separator: ", ")
     }
 
     package func deleteSchedule(_ name: String) async throws {
         try await transaction { db in
-            try Self.row(db, name).delete(db)
+            try Self.scheduleRow(db, name).delete(db)
             try self.addEvent(db, "ScheduleDeleted", "schedule/\(name)", "its snapshots stay")
         }
     }
@@ -113,7 +115,7 @@ extension MetadataStore {
     /// A schedule that is resumed goes on with the next time, and gives up what it had not begun.
     package func pauseSchedule(_ name: String, isPaused: Bool) async throws -> StoredSchedule {
         try await transaction { db in
-            var row = try Self.row(db, name)
+            var row = try Self.scheduleRow(db, name)
             if row.isPaused != isPaused {
                 row.isPaused = isPaused
                 if !isPaused {
