@@ -59,6 +59,40 @@ package struct LabelOptions: ParsableArguments {
     }
 }
 
+/// What `label` shall do to an object's labels.
+package struct LabelChangeArguments: ParsableArguments {
+    @Argument(
+        help: "KEY=VALUE sets a label, KEY- removes it.",
+        transform: LabelChangeArgument.init(typed:))
+    package var changes: [LabelChangeArgument]
+
+    package init() {}
+
+    package var set: [String: String] {
+        changes.reduce(into: [:]) { set, word in
+            if case .set(let key, let value) = word.change { set[key] = value }
+        }
+    }
+    package var remove: [String] {
+        changes.compactMap { word in
+            if case .remove(let key) = word.change { key } else { nil }
+        }
+    }
+
+    package func validate() throws {
+        var keys: Set<String> = []
+        for word in changes {
+            let key =
+                switch word.change {
+                case .set(let key, _), .remove(let key): key
+                }
+            guard keys.insert(key).inserted else {
+                throw ValidationError("label '\(key)' is named twice")
+            }
+        }
+    }
+}
+
 extension VolumeCommand {
     package struct SetLabels: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
@@ -68,48 +102,66 @@ extension VolumeCommand {
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
         package var name: Label
 
-        @Argument(
-            help: "KEY=VALUE sets a label, KEY- removes it.",
-            transform: LabelChangeArgument.init(typed:))
-        package var changes: [LabelChangeArgument]
-
+        @OptionGroup package var changes: LabelChangeArguments
         @OptionGroup package var options: GlobalOptions
         package init() {}
 
-        package func validate() throws { _ = try request }
-
         package var request: Haptera_V1_LabelVolumeRequest {
-            get throws {
-                var request = Haptera_V1_LabelVolumeRequest()
-                request.name = name.text
-                var keys: Set<String> = []
-                for change in changes.map(\.change) {
-                    let key: String
-                    switch change {
-                    case .set(let name, let value):
-                        key = name
-                        request.set[key] = value
-                    case .remove(let name):
-                        key = name
-                        request.remove.append(key)
-                    }
-                    guard keys.insert(key).inserted else {
-                        throw ValidationError("label '\(key)' is named twice")
-                    }
-                }
-                return request
-            }
+            var request = Haptera_V1_LabelVolumeRequest()
+            request.name = name.text
+            request.set = changes.set
+            request.remove = changes.remove
+            return request
         }
 
         package func run() async throws {
-            let wanted = try request
+            let wanted = request
             try await Session.run(options) { session in
                 let volume = try await session.change {
                     try await session.volumes.labelVolume(wanted, options: session.callOptions)
                 }
                 session.say(Presentation.value(volume), quiet: volume.name) { _ in
-                    let words = volume.labels.isEmpty ? "none" : Labels.text(volume.labels)
-                    return "labels of volume \(volume.name): \(words)"
+                    Presentation.labelled(volume.labels, "volume \(volume.name)")
+                }
+            }
+        }
+    }
+}
+
+extension SnapshotCommand {
+    package struct SetLabels: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            commandName: "label", abstract: "Set and remove labels of a snapshot; others stay.",
+            discussion: "KEY is \(Labels.keyRule). VALUE is \(Labels.valueRule).")
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var volume: Label
+
+        @Argument(help: "The snapshot's name.", transform: SnapshotArgument.init(typed:))
+        package var name: SnapshotArgument
+
+        @OptionGroup package var changes: LabelChangeArguments
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package var request: Haptera_V1_LabelSnapshotRequest {
+            var request = Haptera_V1_LabelSnapshotRequest()
+            request.volume = volume.text
+            request.name = name.text
+            request.set = changes.set
+            request.remove = changes.remove
+            return request
+        }
+
+        package func run() async throws {
+            let wanted = request
+            try await Session.run(options) { session in
+                let snapshot = try await session.change {
+                    try await session.volumes.labelSnapshot(wanted, options: session.callOptions)
+                }
+                session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
+                    Presentation.labelled(
+                        snapshot.labels, "snapshot \(snapshot.name) of volume \(snapshot.volume)")
                 }
             }
         }
@@ -117,6 +169,11 @@ extension VolumeCommand {
 }
 
 extension Presentation {
+    /// What `label` says.
+    package static func labelled(_ labels: [String: String], _ what: String) -> String {
+        "labels of \(what): \(labels.isEmpty ? "none" : Labels.text(labels))"
+    }
+
     static func value(_ labels: [String: String]) -> OutputValue {
         .object(labels.sorted { $0.key < $1.key }.map { ($0.key, .text($0.value)) })
     }

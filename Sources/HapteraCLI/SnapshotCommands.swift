@@ -9,8 +9,8 @@ package struct SnapshotCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
         commandName: "snapshot", abstract: "Take, look at, read and delete snapshots of volumes.",
         subcommands: [
-            Create.self, List.self, Show.self, Compare.self, Export.self, Access.self, Revert.self,
-            Delete.self,
+            Create.self, List.self, Show.self, SetLabels.self, Compare.self, Export.self,
+            Access.self, Revert.self, Delete.self,
         ])
     package init() {}
 }

@@ -68,6 +68,41 @@ import Testing
         #expect(try parse(SnapshotCommand.Delete.self, "snapshot delete vol s --yes").yes)
     }
 
+    @Test func labelsAreChanged() throws {
+        let volume = try parse(
+            VolumeCommand.SetLabels.self, "volume label v a=1 b- example.com/c= d-"
+        ).request
+        #expect(volume.name == "v" && volume.set == ["a": "1", "example.com/c": ""])
+        #expect(volume.remove == ["b", "d"])
+        let snapshot = try parse(
+            SnapshotCommand.SetLabels.self, "snapshot label v Before-1.0 a=1 b- -o json"
+        ).request
+        #expect(snapshot.volume == "v" && snapshot.name == "Before-1.0")
+        #expect(snapshot.set == ["a": "1"] && snapshot.remove == ["b"])
+        #expect(
+            Presentation.labelled(["b": "", "a": "1"], "volume v") == "labels of volume v: a=1, b=")
+        #expect(Presentation.labelled([:], "snapshot s of volume v").hasSuffix("volume v: none"))
+    }
+
+    /// One word of the shell, with its spaces and commas.
+    @Test func selectorsAreTakenAsTheyAre() throws {
+        let text = "tier in (a, b),app notin (,x)"
+        for words in [["volume", "list"], ["snapshot", "list", "v"]] {
+            let command = try Storagectl.parseAsRoot(words + ["--selector", text])
+            let selector =
+                (command as? VolumeCommand.List)?.selector
+                ?? (command as? SnapshotCommand.List)?.selector
+            #expect(selector?.text == text)
+        }
+        let error = #expect(throws: (any Error).self) {
+            _ = try Storagectl.parseAsRoot(["volume", "list", "--selector", "tier in (a,b"])
+        }
+        let message = error.map { Storagectl.message(for: $0) } ?? ""
+        #expect(
+            message.contains("selector, character 13: it ends where ',' or ')' should be"),
+            "\(message)")
+    }
+
     /// A value that begins with a hyphen is a wrong value, not a missing one.
     @Test(arguments: [
         ("volume create v --size -2GiB", "'-2GiB' is no volume size"),
@@ -118,6 +153,7 @@ import Testing
         "snapshot create v s --label a=1", "snapshot list v --selector a!=1",
         "schedule create s --cron @hourly --snapshot --retain 24 --all", "schedule list --watch",
         "schedule show s", "schedule pause s", "schedule resume s", "schedule delete s -q",
+        "schedule update s --retain 3 -o json", "snapshot label v s a=1 b- example.com/c=",
     ])
     func everyVerbIsThere(_ line: String) throws {
         _ = try parse((any ParsableCommand).self, line)
@@ -145,6 +181,10 @@ import Testing
         "volume label v a=1 a-", "volume label v haptera.io/a=1", "volume list --selector a,",
         "snapshot create v s --label haptera.io/schedule=x", "snapshot list v --selector =",
         "volume create v --from w", "volume create v --from w@s@t", "volume create --from w@s",
+        "snapshot label v", "snapshot label v s", "snapshot label v s a", "snapshot label v .s a=1",
+        "snapshot label v s a=1 a-", "snapshot label v s a=1 a=1", "snapshot label V s a=1",
+        "snapshot label v s haptera.io/schedule=x", "snapshot label v s haptera.io/schedule-",
+        "schedule update s", "schedule update --retain 1", "schedule update s --cron @never",
     ])
     func usageErrorsAreStatusTwo(_ line: String) async {
         let words = line.split(separator: " ").map(String.init)

@@ -189,6 +189,116 @@ import Testing
         #expect(try await world.test.store.snapshotLabels(of: id) == ["s": ["b": "2"]])
     }
 
+    private func label(
+        _ world: World, _ name: String, set: [String: String] = [:], remove: [String] = [],
+        volume: String = "vol"
+    ) async throws -> Haptera_V1_Snapshot {
+        var request = Haptera_V1_LabelSnapshotRequest()
+        request.volume = volume
+        request.name = name
+        request.set = set
+        request.remove = remove
+        return try await world.controller.labelSnapshot(request)
+    }
+
+    @Test func snapshotsAreLabelledLater() async throws {
+        let world = try await World()
+        let schedule = ["haptera.io/schedule": "h"]
+        _ = try await create(world, "s", ["app": "db", "old": "1"], reserved: schedule)
+        _ = try await create(world, "t", ["app": "db"])
+        let caller = Caller(actor: "ann@host")
+        let now = try await Caller.$current.withValue(caller) {
+            try await label(world, "s", set: ["app": "web", "new": ""], remove: ["old", "none"])
+        }
+        let wanted = ["app": "web", "new": ""].merging(schedule) { $1 }
+        #expect(now.name == "s" && now.labels == wanted)
+        let event = try #require(try await world.events.last)
+        #expect(event.kind == "SnapshotLabelled" && event.subject == "volume/vol")
+        #expect(event.actor == "ann@host" && event.message == "snapshot s: app=web new= old- none-")
+        // The same again is no change.
+        #expect(try await label(world, "s", set: ["app": "web"], remove: ["old"]) == now)
+        #expect(try await world.events.last == event)
+
+        let again = try MetadataStore(path: world.test.directory.path + "/store")
+        let id = try await again.volume(named: "vol").volume.id
+        #expect(try await again.snapshotLabels(of: id) == ["s": wanted, "t": ["app": "db"]])
+        for (selector, names) in [
+            ("", ["s", "t"]), ("app in (web,x)", ["s"]), ("new notin (x)", ["s", "t"]),
+            ("!new", ["t"]), ("haptera.io/schedule=h", ["s"]), ("old", []),
+        ] {
+            let found = try await world.controller.snapshots(of: "vol", selector: selector)
+            #expect(found.map(\.name) == names, "\(selector)")
+        }
+        let error = await #expect(throws: ControlError.self) {
+            _ = try await world.controller.snapshots(of: "vol", selector: "app in")
+        }
+        #expect(error?.code == .invalid)
+        #expect(error?.message == "selector, character 7: it ends where '(' should be")
+    }
+
+    /// They are the store's: no engine is asked. And they are of this snapshot, not of its name.
+    @Test func labelsSetLaterGoWithTheirSnapshot() async throws {
+        let world = try await World()
+        _ = try await create(world, "s")
+        _ = try await create(world, "t")
+        _ = try await label(world, "t", set: ["a": "1"])
+        _ = try await label(world, "s", set: ["a": "1"])
+        try await world.remove("s")
+        let id = try await world.test.store.volume(named: "vol").volume.id
+        #expect(try await world.test.store.snapshotLabels(of: id) == ["t": ["a": "1"]])
+        #expect(try await create(world, "s").labels.isEmpty)
+
+        let asked = world.asked.withLock { $0.count }
+        _ = try await world.controller.detach("vol")
+        let stored = try await world.test.store.volume(named: "vol")
+        try await world.test.reportEngine(stored, detached: true)
+        #expect(try await label(world, "t", set: ["b": "2"]).labels == ["a": "1", "b": "2"])
+        #expect(world.asked.withLock { $0.count } == asked)
+    }
+
+    @Test func whatIsNoLabelOfASnapshotIsRefused() async throws {
+        let world = try await World()
+        _ = try await create(world, "s", ["a": "1"], reserved: ["haptera.io/schedule": "h"])
+        world.engine.withLock { $0 = .isSilent }
+        await #expect(throws: ControlError.self) { _ = try await create(world, "p", ["c": "3"]) }
+        let before = try await world.events
+        func refused(
+            _ name: String, set: [String: String] = [:], remove: [String] = [],
+            volume: String = "vol"
+        ) async throws -> ControlError? {
+            await #expect(throws: ControlError.self) {
+                _ = try await label(world, name, set: set, remove: remove, volume: volume)
+            }
+        }
+        for (set, remove) in [
+            (["-": "1"], []), (["haptera.io/schedule": "x"], []), ([:], ["haptera.io/schedule"]),
+            (["x.haptera.io/a": ""], []), (["a": "b c"], []), (["a": "1"], ["a"]), ([:], [""]),
+        ] as [([String: String], [String])] {
+            #expect(try await refused("s", set: set, remove: remove)?.code == .invalid)
+        }
+        #expect(try await refused(".s", set: ["a": "2"])?.code == .invalid)
+        let unknown = try await refused("x", set: ["a": "2"])
+        #expect(unknown?.code == .notFound)
+        #expect(unknown?.message.hasPrefix("volume 'vol' has no snapshot 'x'") == true)
+        #expect(try await refused("s", set: ["a": "2"], volume: "none")?.code == .notFound)
+        // Asked for, and not there yet: what it is to be labelled with stays.
+        #expect(try await refused("p", set: ["c": "4"])?.code == .notFound)
+        // The controller's count too.
+        let many = Dictionary(uniqueKeysWithValues: (0..<63).map { ("k\($0)", "") })
+        let full = try await refused("s", set: many)
+        #expect(full?.code == .precondition)
+        #expect(full?.message == "snapshot 's': 65 labels are too many: at most 64")
+
+        #expect(try await world.events == before)
+        try await world.add("p", created: 1)
+        let id = try await world.test.store.volume(named: "vol").volume.id
+        #expect(
+            try await world.test.store.snapshotLabels(of: id)
+                == ["s": ["a": "1", "haptera.io/schedule": "h"], "p": ["c": "3"]])
+        // As many as there may be, one in place of another.
+        #expect(try await label(world, "s", set: many, remove: ["a"]).labels.count == 64)
+    }
+
     @Test func nothingIsLeftOfADeletedVolume() async throws {
         let world = try await World()
         _ = try await create(world, "s", ["a": "1"])

@@ -92,6 +92,14 @@ def test_schedules(context):
                   "Europe/Berlin", "--scrub", "--volume", "vol")
         assert "Nowhere" in plane.run("schedule", "create", "x", "--cron", "@daily", "--time-zone",
                                       "Europe/Nowhere", "--scrub", "--all", fails=True)
+        later = plane.run("schedule", "update", "later", "--cron", "@weekly", "--pause")
+        assert later["cron"] == "@weekly" and later["paused"] and later["volumes"] == ["vol"], later
+        assert "cannot be changed" in plane.run("schedule", "update", "later", "--snapshot",
+                                                fails=True)
+        labels = plane.run("snapshot", "label", "vol", "mine", "kept-", "app=db")["labels"]
+        assert labels == {"app": "db"}, labels
+        assert names(plane, "--selector", "app in (db,x),haptera.io/schedule notin (often)") == [
+            "mine"]
         plane.run("schedule", "delete", "often")
         assert names(plane) == ["mine", *second]
         return f"{waited:.0f} s of schedule"

@@ -334,6 +334,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "LabelSnapshot" metadata.
+        package enum LabelSnapshot: Sendable {
+            /// Request type for "LabelSnapshot".
+            package typealias Input = Haptera_V1_LabelSnapshotRequest
+            /// Response type for "LabelSnapshot".
+            package typealias Output = Haptera_V1_Snapshot
+            /// Descriptor for "LabelSnapshot".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "LabelSnapshot",
+                type: .unary
+            )
+        }
         /// Descriptors for all methods in the "haptera.v1.VolumeService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             CreateVolume.descriptor,
@@ -359,7 +372,8 @@ package enum Haptera_V1_VolumeService: Sendable {
             RevertVolume.descriptor,
             ResizeVolume.descriptor,
             ScrubVolume.descriptor,
-            LabelVolume.descriptor
+            LabelVolume.descriptor,
+            LabelSnapshot.descriptor
         ]
     }
 }
@@ -820,6 +834,25 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_LabelVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "LabelSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+        /// > such snapshot, also while one is being taken that it does not name yet.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_LabelSnapshotRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Snapshot` messages.
+        func labelSnapshot(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_LabelSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot>
     }
 
     /// Service protocol for the "haptera.v1.VolumeService" service.
@@ -1264,6 +1297,25 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_LabelVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "LabelSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+        /// > such snapshot, also while one is being taken that it does not name yet.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_LabelSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Snapshot` message.
+        func labelSnapshot(
+            request: GRPCCore.ServerRequest<Haptera_V1_LabelSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot>
     }
 
     /// Simple service protocol for the "haptera.v1.VolumeService" service.
@@ -1707,6 +1759,25 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_LabelVolumeRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "LabelSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+        /// > such snapshot, also while one is being taken that it does not name yet.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_LabelSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Snapshot` to respond with.
+        func labelSnapshot(
+            request: Haptera_V1_LabelSnapshotRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Snapshot
     }
 }
 
@@ -1978,6 +2049,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
                 )
             }
         )
+        router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.LabelSnapshot.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_LabelSnapshotRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Snapshot>(),
+            handler: { request, context in
+                try await self.labelSnapshot(
+                    request: request,
+                    context: context
+                )
+            }
+        )
     }
 }
 
@@ -2242,6 +2324,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
         let response = try await self.labelVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func labelSnapshot(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_LabelSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot> {
+        let response = try await self.labelSnapshot(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2561,6 +2654,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
         return GRPCCore.ServerResponse<Haptera_V1_Volume>(
             message: try await self.labelVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func labelSnapshot(
+        request: GRPCCore.ServerRequest<Haptera_V1_LabelSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot> {
+        return GRPCCore.ServerResponse<Haptera_V1_Snapshot>(
+            message: try await self.labelSnapshot(
                 request: request.message,
                 context: context
             ),
@@ -3131,6 +3237,30 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "LabelSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+        /// > such snapshot, also while one is being taken that it does not name yet.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_LabelSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_LabelSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func labelSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_LabelSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_LabelSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result
         ) async throws -> Result where Result: Sendable
     }
 
@@ -3966,6 +4096,41 @@ extension Haptera_V1_VolumeService {
                 onResponse: handleResponse
             )
         }
+
+        /// Call the "LabelSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+        /// > such snapshot, also while one is being taken that it does not name yet.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_LabelSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_LabelSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func labelSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_LabelSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_LabelSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.LabelSnapshot.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
     }
 }
 
@@ -4664,6 +4829,36 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_LabelVolumeRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "LabelSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+    /// > such snapshot, also while one is being taken that it does not name yet.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_LabelSnapshotRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func labelSnapshot<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_LabelSnapshotRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.labelSnapshot(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_LabelSnapshotRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Snapshot>(),
             options: options,
             onResponse: handleResponse
         )
@@ -5460,6 +5655,40 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.labelVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "LabelSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The same of a snapshot, whether its volume is attached or not. NOT_FOUND if the volume names no
+    /// > such snapshot, also while one is being taken that it does not name yet.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func labelSnapshot<Result>(
+        _ message: Haptera_V1_LabelSnapshotRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_LabelSnapshotRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.labelSnapshot(
             request: request,
             options: options,
             onResponse: handleResponse

@@ -177,10 +177,16 @@ extension VolumeService {
         request: Haptera_V1_ListSnapshotsRequest, context: ServerContext
     ) async throws -> Haptera_V1_ListSnapshotsResponse {
         var response = Haptera_V1_ListSnapshotsResponse()
-        let selector = try Controller.selector(request.selector)
-        response.snapshots = try await controller.snapshots(of: try checked(request.volume))
-            .filter { selector.matches($0.labels) }
+        response.snapshots = try await controller.snapshots(
+            of: try checked(request.volume), selector: request.selector)
         return response
+    }
+
+    func labelSnapshot(
+        request: Haptera_V1_LabelSnapshotRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Snapshot {
+        _ = try checked(request.volume)
+        return try await controller.labelSnapshot(request)
     }
 
     func getSnapshot(

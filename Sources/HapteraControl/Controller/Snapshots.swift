@@ -10,7 +10,10 @@ extension Controller {
     static let snapshotTimeoutDefault: UInt64 = 60_000
 
     /// Oldest first.
-    package func snapshots(of name: String) async throws -> [Haptera_V1_Snapshot] {
+    package func snapshots(
+        of name: String, selector: String = ""
+    ) async throws -> [Haptera_V1_Snapshot] {
+        let selector = try Self.selector(selector)
         let stored = try await store.volume(named: name)
         let volume = view(stored)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
@@ -18,6 +21,7 @@ extension Controller {
         return (stored.record?.snapshots ?? []).map {
             Self.message($0, of: volume, stored.record, labels[$0.name], lineage)
         }
+        .filter { selector.matches($0.labels) }
     }
     /// By layer, what it takes on the replica where it takes most; empty: no replica has said.
     private func layerBytes(_ stored: StoredVolume) -> [LayerID: UInt64] {
@@ -37,6 +41,17 @@ extension Controller {
             throw MetadataStore.noSnapshot(snapshot, of: name)
         }
         return found
+    }
+
+    /// Of one that the record names; no engine is asked.
+    package func labelSnapshot(
+        _ request: Haptera_V1_LabelSnapshotRequest
+    ) async throws -> Haptera_V1_Snapshot {
+        try Self.check(request.name)
+        try await store.relabelSnapshot(
+            request.name, of: request.volume, set: request.set, remove: request.remove)
+        changes.notify()
+        return try await snapshot(request.name, of: request.volume)
     }
 
     /// Answers when the snapshot is taken, and durable on every member: only the engine knows that.

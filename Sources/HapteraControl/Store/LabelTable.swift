@@ -48,6 +48,20 @@ extension MetadataStore {
     package func labelVolume(
         _ name: String, set: [String: String], remove: [String]
     ) async throws -> StoredVolume {
+        try Self.check(set, remove)
+        return try await changeVolume(name) { db, stored in
+            let labels = try Self.changed(stored.labels, set, remove, of: "volume '\(name)'")
+            guard labels != stored.labels else { return }
+            try db.execute(
+                sql: "DELETE FROM volumeLabels WHERE volumeID = ?", arguments: [stored.volume.id])
+            try self.putLabels(db, labels, of: stored.volume.id)
+            try self.addEvent(
+                db, "VolumeLabelled", "volume/\(name)", Self.words(set, remove))
+        }
+    }
+
+    /// Refuses what is no label, or not for somebody to change.
+    private static func check(_ set: [String: String], _ remove: [String]) throws(ControlError) {
         if let objection = Labels.objection(to: set) { throw ControlError(.invalid, objection) }
         for key in remove {
             if let objection = Labels.objection(to: key) { throw ControlError(.invalid, objection) }
@@ -55,21 +69,22 @@ extension MetadataStore {
                 throw ControlError(.invalid, "label '\(key)' is both set and removed")
             }
         }
-        return try await changeVolume(name) { db, stored in
-            var labels = stored.labels.merging(set) { $1 }
-            for key in remove { labels[key] = nil }
-            guard labels != stored.labels else { return }
-            if let objection = Labels.countObjection(labels.count) {
-                throw ControlError(.precondition, "volume '\(name)': \(objection)")
-            }
-            try db.execute(
-                sql: "DELETE FROM volumeLabels WHERE volumeID = ?", arguments: [stored.volume.id])
-            try self.putLabels(db, labels, of: stored.volume.id)
-            let words = set.sorted { $0.key < $1.key }.map { "\($0.key)=\($0.value)" }
-            try self.addEvent(
-                db, "VolumeLabelled", "volume/\(name)",
-                (words + remove.map { "\($0)-" }).joined(separator: " "))
+    }
+
+    private static func changed(
+        _ labels: [String: String], _ set: [String: String], _ remove: [String], of what: String
+    ) throws(ControlError) -> [String: String] {
+        var labels = labels.merging(set) { $1 }
+        for key in remove { labels[key] = nil }
+        if let objection = Labels.countObjection(labels.count) {
+            throw ControlError(.precondition, "\(what): \(objection)")
         }
+        return labels
+    }
+
+    private static func words(_ set: [String: String], _ remove: [String]) -> String {
+        let words = set.sorted { $0.key < $1.key }.map { "\($0.key)=\($0.value)" }
+        return (words + remove.map { "\($0)-" }).joined(separator: " ")
     }
 
     // MARK: Snapshots
@@ -109,6 +124,38 @@ extension MetadataStore {
             for (key, value) in labels.merging(reserved, uniquingKeysWith: { $1 }) {
                 try self.put(db, key, value, name, volume.text, layer: Self.pendingLayer)
             }
+        }
+    }
+
+    /// Sets and removes what is named, of a snapshot that the record names, and leaves the rest.
+    package func relabelSnapshot(
+        _ name: String, of volume: String, set: [String: String], remove: [String]
+    ) async throws {
+        try Self.check(set, remove)
+        _ = try await changeVolume(volume) { db, stored in
+            guard let snapshot = stored.record?.snapshot(named: name) else {
+                throw Self.noSnapshot(name, of: volume)
+            }
+            let id = stored.volume.id
+            let rows = try Row.fetchAll(
+                db,
+                sql: "SELECT key, value FROM snapshotLabels WHERE volumeID = ? AND snapshot = ?",
+                arguments: [id, name])
+            let old: [String: String] = Dictionary(rows.map { ($0["key"], $0["value"]) }) { $1 }
+            let labels = try Self.changed(old, set, remove, of: "snapshot '\(name)'")
+            guard labels != old else { return }
+            for (key, value) in set {
+                try self.put(db, key, value, name, id, layer: Int(snapshot.layer.rawValue))
+            }
+            for key in remove {
+                try db.execute(
+                    sql: "DELETE FROM snapshotLabels "
+                        + "WHERE volumeID = ? AND snapshot = ? AND key = ?",
+                    arguments: [id, name, key])
+            }
+            try self.addEvent(
+                db, "SnapshotLabelled", "volume/\(volume)",
+                "snapshot \(name): \(Self.words(set, remove))")
         }
     }
 
