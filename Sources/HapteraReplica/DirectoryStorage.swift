@@ -22,6 +22,8 @@ package final class DirectoryStorage: ReplicaStorage {
     package let directory: String
     private let mode: Mode
     private var descriptors: [ReplicaFile: Int32] = [:]
+    /// Of layers, and locked together with other copies' processes.
+    var sharedFiles: Set<ReplicaFile> = []
     private var mapping: RawMemory?
     private var logCopy: MemoryBlock?
     /// What is durable is unknown from then on.
@@ -91,7 +93,9 @@ package final class DirectoryStorage: ReplicaStorage {
     private func lock(_ fd: Int32, _ file: ReplicaFile) throws(StorageError) {
         guard mode != .peek, file != .layers else { return }
         // Two processes serve a file that two copies share; both leave it as it is.
-        let kind = mode == .serve && linkCount(fd) < 2 ? LOCK_EX : LOCK_SH
+        let isShared = mode == .serve && linkCount(fd) > 1
+        let kind = mode == .serve && !isShared ? LOCK_EX : LOCK_SH
+        if isShared { sharedFiles.insert(file) }
         if flock(fd, kind | LOCK_NB) == 0 { return }
         guard errno == EWOULDBLOCK else {
             throw Self.error(errno, "cannot lock \(path(file)): \(errorText(errno))")

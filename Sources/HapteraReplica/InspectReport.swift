@@ -58,7 +58,10 @@ package struct InspectReport {
                     hexadecimal(manifest.settledBoot.high) + hexadecimal(manifest.settledBoot.low))
             ),
             ("isRebooted", .flag(!manifest.isClean && manifest.settledBoot != boot)),
-            ("layers", .list(manifest.layers.map { .number(UInt64($0.rawValue)) })),
+            (
+                "layers",
+                .list(manifest.layers.map { .number(UInt64(manifest.name(of: $0).rawValue)) })
+            ),
             ("manifestVersion", .number(manifest.counter)),
             ("record", .text((manifest.installed?.encoded() ?? []).map(Self.digits).joined())),
         ]

@@ -60,7 +60,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         layerFiles[.layers] = reactor.register(
             file: try storage.descriptor(.layers), label: "layers")
         id = reactor.register(self)
-        for layer in core.layers { try register(layer) }
+        for layer in core.layerFiles { try register(layer) }
         listener = try Listener.waiting(reactor: reactor, address: listen) { [unowned self] fd in
             self.accepted(fd)
         }
@@ -358,7 +358,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     /// heir it is.
     private func layerBytes(_ allocated: [ReplicaFile: UInt64]) -> String {
         var bytes: [LayerID: UInt64] = [:]
-        for layer in core.layers {
+        for layer in core.layerFiles {
             guard let owner = core.owner(of: layer) else { continue }
             bytes[owner, default: 0] += allocated[.data(layer)] ?? 0
         }

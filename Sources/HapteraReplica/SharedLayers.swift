@@ -6,9 +6,11 @@ import HapteraIO
 /// link count says so, across any crash; only a process that serves one of the copies makes links,
 /// so that files which have one name keep it.
 extension DirectoryStorage {
+    /// Until `claim` says otherwise: who had it last may still have writes on their way.
     package func isShared(_ layer: LayerID) -> Bool {
         [ReplicaFile.data(layer), .table(layer)].contains { file in
-            (try? descriptor(file)).map { linkCount($0) > 1 } ?? false
+            guard let fd = try? descriptor(file) else { return false }
+            return sharedFiles.contains(file) || linkCount(fd) > 1
         }
     }
     func linkCount(_ fd: Int32) -> UInt64 {
@@ -17,14 +19,14 @@ extension DirectoryStorage {
         return unsafe fstat(fd, &status) == 0 ? UInt64(status.st_nlink) : 1
     }
 
-    /// Gives the layers' files names in `target`/layers as well, which is made if need be; durable
-    /// when that directory is synced. All of them or none. Files that have theirs already are fine.
+    /// Gives the layers' files names in `target`/layers as well, durable when that directory is
+    /// synced. All of them or none. Files that have theirs already are fine. `target` has to be
+    /// there: a request that comes late must not make a directory nobody knows of.
     func share(_ layers: [LayerID], into target: String) throws(StorageError) {
-        for path in [target, "\(target)/layers"] {
-            // SAFETY: the string outlives the call.
-            guard unsafe mkdir(path, 0o700) == 0 || errno == EEXIST else {
-                throw Self.error(errno, "cannot create \(path): \(errorText(errno))")
-            }
+        let path = "\(target)/layers"
+        // SAFETY: the string outlives the call.
+        guard unsafe mkdir(path, 0o700) == 0 || errno == EEXIST else {
+            throw Self.error(errno, "cannot create \(path): \(errorText(errno))")
         }
         var made: [String] = []
         do throws(StorageError) {
@@ -40,6 +42,7 @@ extension DirectoryStorage {
         }
         for layer in layers {
             for file in [ReplicaFile.data(layer), .table(layer)] {
+                sharedFiles.insert(file)
                 // From an exclusive lock this never waits.
                 flock(try descriptor(file), LOCK_SH | LOCK_NB)
             }
@@ -72,10 +75,16 @@ extension DirectoryStorage {
 
     /// True: nobody else has the layer's files any more, and the lock is this process's alone.
     func claim(_ layer: LayerID) -> Bool {
-        [ReplicaFile.data(layer), .table(layer)].allSatisfy { file in
+        let files = [ReplicaFile.data(layer), .table(layer)]
+        let isOwn = files.allSatisfy { file in
             guard let fd = try? descriptor(file), linkCount(fd) < 2 else { return false }
-            return flock(fd, LOCK_EX | LOCK_NB) == 0
+            if flock(fd, LOCK_EX | LOCK_NB) == 0 { return true }
+            // The kernel gives the old lock up first.
+            flock(fd, LOCK_SH | LOCK_NB)
+            return false
         }
+        if isOwn { sharedFiles.subtract(files) }
+        return isOwn
     }
 }
 
@@ -132,25 +141,24 @@ final class LayerSharing {
     /// After every turn.
     func advance(now: Instant, isStopping: Bool) {
         guard !pending.isEmpty, now >= checkAt || isStopping else { return }
-        checkAt = now.adding(milliseconds: 2)
+        checkAt = now.adding(milliseconds: 5)
         pending.removeAll { share in
             let ready = core.layersToLink(share.layers)
             guard ready != nil || isStopping || now >= share.deadline else { return false }
+            var linked: [LayerID] = []
             if let ready {
-                link(ready, share)
+                linked = link(ready, share)
             } else {
                 share.request.fail(
                     "what was written before the snapshot is not known to be flushed on all "
                         + "replicas; attach the volume, if no engine serves it, and try again")
             }
-            core.endSharing(share.layers)
-            for layer in share.layers where !storage.isShared(layer) {
-                core.setShared(layer, false)
-            }
+            // What is not linked is found to be this copy's own by `claim`.
+            core.endSharing(share.layers, linked: linked)
             return true
         }
     }
-    private func link(_ layers: [LayerID], _ share: Pending) {
+    private func link(_ layers: [LayerID], _ share: Pending) -> [LayerID] {
         do throws(StorageError) {
             try storage.share(layers, into: share.target)
             Log.info("layers shared", ("layers", String(layers.count)), ("with", share.target))
@@ -158,8 +166,10 @@ final class LayerSharing {
                 ("layers", layers.map { String($0.rawValue) }.joined(separator: ",")),
                 ("size", String(core.identity.size)), ("logIndex", String(core.logNextIndex)),
             ])
+            return layers
         } catch {
             share.request.fail(error.message)
+            return []
         }
     }
 
@@ -167,7 +177,7 @@ final class LayerSharing {
     func claim(now: Instant) {
         guard now >= claimAt else { return }
         claimAt = now.adding(milliseconds: 1000)
-        for layer in core.sharedLayers where storage.claim(layer) {
+        for layer in core.sharedLayers where !core.isSharing(layer) && storage.claim(layer) {
             Log.info("layer is not shared any more", ("layer", String(layer.rawValue)))
             core.setShared(layer, false)
         }
@@ -186,6 +196,9 @@ extension SharingRefusal {
         switch self {
         case .noSuchLayer: "this replica has no snapshot's layer of that number"
         case .notInSync: "this replica is not in sync"
+        case .tooManyLayers:
+            "this replica has too many layers of deleted snapshots that clones still share; delete "
+                + "some of these clones"
         case .epochTooLow:
             "the volume's epoch has passed the one the clone would begin at; create it again"
         }

@@ -77,7 +77,7 @@ extension World {
             host.disk.share(ready)
             coverage.took(.clone)
         }
-        core.endSharing(pending.layers)
+        core.endSharing(pending.layers, linked: ready ?? [])
         notice(host)
         clones.pending = nil
         scheduleClone()

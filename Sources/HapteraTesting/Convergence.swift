@@ -103,6 +103,9 @@ extension World {
     func finish() {
         guard let current = currentEngine else { return }
         let engine = engines[current]
+        if hosts.contains(where: { $0.core.map { $0.layers != $0.layerFiles } ?? false }) {
+            coverage.took(.mergeDown)
+        }
         scrubAtEnd(engine)
         guard failure == nil else { return }
         note("the store is down")

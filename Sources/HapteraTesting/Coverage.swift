@@ -27,6 +27,7 @@ package struct Coverage: Sendable {
         case revert
         case scrub
         case clone
+        case mergeDown
     }
     /// Those of `docs/replication.md`.
     package static let numbers = Array(1...35)

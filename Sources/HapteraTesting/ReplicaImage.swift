@@ -7,6 +7,8 @@ struct ReplicaImage {
     /// One layer by itself.
     struct Layer {
         let id: LayerID
+        /// The number of its files.
+        fileprivate let file: LayerID
         fileprivate(set) var entries: [BlockEntry]
         fileprivate(set) var activeRegions: [UInt64] = []
         fileprivate var births: [Epoch] = []
@@ -73,7 +75,7 @@ struct ReplicaImage {
         installed = manifest.installed
         for id in manifest.layers {
             guard let data = image(.data(id)), let table = image(.table(id)),
-                let layer = Self.layer(id, data, table, sizeBytes)
+                let layer = Self.layer(id, manifest.name(of: id), data, table, sizeBytes)
             else { return nil }
             layers.append(layer)
         }
@@ -86,16 +88,17 @@ struct ReplicaImage {
         for record in records { replay(record, covered) }
         // As opening does it after a power cut.
         if isDurable { dropUnsynced() }
-        fold(manifest.retiredLayers)
+        fold(manifest.retiredLayers.map(manifest.name(of:)))
         self.record = record ?? installed
         look(from: top ?? self.record?.head ?? manifest.head)
     }
 
     private static func layer(
-        _ id: LayerID, _ data: RawMemory, _ table: RawMemory, _ sizeBytes: UInt64
+        _ id: LayerID, _ name: LayerID, _ data: RawMemory, _ table: RawMemory, _ sizeBytes: UInt64
     ) -> Layer? {
         let blocks = Int(sizeBytes) / Geometry.blockSize
-        var layer = Layer(id: id, entries: Array(repeating: .absent, count: blocks), data: data)
+        var layer = Layer(
+            id: name, file: id, entries: Array(repeating: .absent, count: blocks), data: data)
         for region in 0..<Geometry.regionCount(size: sizeBytes) {
             let at = Int(TablePage.pairOffset(region: region))
             guard at + TablePage.pairSize <= table.count else {
@@ -141,7 +144,7 @@ struct ReplicaImage {
 
     private mutating func replay(_ record: LogRecord, _ covered: UInt64) {
         guard record.kind == .activate || record.kind == .entry,
-            let place = layers.firstIndex(where: { $0.id == record.layer })
+            let place = layers.firstIndex(where: { $0.file == record.layer })
         else { return }
         let perRegion = UInt64(Geometry.blocksPerRegion)
         let region = record.kind == .entry ? record.position / perRegion : record.position

@@ -32,7 +32,10 @@ import Testing
     }
 
     /// Blocks 0..<8 in layer 1, 2..<4 again in layer 2, 3..<5 again in layer 3, 1 trimmed there.
-    private func three(regions: Int = 8) throws -> (bench: ReplicaBench, seen: [UInt32: [UInt8]]) {
+    /// `isUpperLarger`: layer 2 knows more regions than layer 1, so that that one goes over to it.
+    private func three(
+        regions: Int = 8, isUpperLarger: Bool = false
+    ) throws -> (bench: ReplicaBench, seen: [UInt32: [UInt8]]) {
         let bench = try ReplicaBench(regions: regions)
         _ = try bench.attach()
         var view = ReplicaBench.pattern(10, blocks: 8)
@@ -47,6 +50,10 @@ import Testing
         seen[1] = view
         try install(bench, layers: 2)
         try put(ReplicaBench.pattern(30, blocks: 2), 2)
+        if isUpperLarger {
+            bench.write(ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), epoch: 2)
+            try bench.run()
+        }
         seen[2] = view
         try install(bench, layers: 3)
         try put(ReplicaBench.pattern(50, blocks: 2), 3)
@@ -60,7 +67,8 @@ import Testing
     }
 
     private func settle(_ bench: ReplicaBench) throws {
-        for round in 0..<8 as Range<UInt64> {
+        // One layer after the other may go over to the one below.
+        for round in 0..<60 as Range<UInt64> where round < 8 || bench.core.isMergeDue {
             try flush(bench, 100 + round)
             try bench.tick(milliseconds: 20_000)
         }
@@ -88,7 +96,7 @@ import Testing
         #expect(bench.core.retiredLayerCount == 0)
         let left = [1, 2, 3].filter { !deleted.contains($0) }.map(LayerID.init)
         #expect(bench.core.layers == left)
-        #expect(try bench.disk.layersPresent() == left)
+        #expect(try bench.disk.layersPresent() == bench.core.layerFiles)
         try bench.reopen()
         _ = try bench.attach(epoch: 20)
         try check()
@@ -141,7 +149,7 @@ import Testing
 
     /// No space for the heir's blocks: what waits is refused, the copy goes on and merges later.
     @Test func aFullDiskDelaysAMerge() throws {
-        let (bench, seen) = try three()
+        let (bench, seen) = try three(isUpperLarger: true)
         bench.deleted = [1]
         bench.fault = { action in
             if case .write(.data, _, _, _, _, _) = action { -28 } else { nil }
@@ -161,7 +169,7 @@ import Testing
 
     /// What was written before the disk was full gives its space back: others need it.
     @Test func aMergeThatFailsLeavesNothingBehind() throws {
-        let (bench, seen) = try three()
+        let (bench, seen) = try three(isUpperLarger: true)
         bench.deleted = [1]
         var written = 0
         bench.fault = { action in
@@ -180,7 +188,7 @@ import Testing
 
     /// Seed 500543: what cannot be read now is not lost over it.
     @Test func anUnreadableBlockDelaysAMerge() throws {
-        let (bench, seen) = try three()
+        let (bench, seen) = try three(isUpperLarger: true)
         bench.deleted = [1]
         bench.fault = { action in
             if case .read(.data, _, _, _, _, _) = action { -5 } else { nil }
@@ -199,11 +207,17 @@ import Testing
     }
 
     /// The power fails after any change of the disk: what was flushed is there, in every layer.
-    @Test(arguments: [0, 50, 100]) func anyCutWhileALayerGoesIsLawful(keepPercent: Int) throws {
+    @Test(
+        arguments: [0, 50, 100],
+        [([1, 2], false), ([1], false), ([1], true)] as [(Set<UInt32>, Bool)])
+    func anyCutWhileALayerGoesIsLawful(
+        keepPercent: Int, what: (deleted: Set<UInt32>, isUpperLarger: Bool)
+    ) throws {
+        let left = ([1, 2, 3] as Set<UInt32>).subtracting(what.deleted).sorted()
         for cut in stride(from: 1, to: 2000, by: 7) {
-            let (bench, seen) = try three(regions: 2)
+            let (bench, seen) = try three(regions: 2, isUpperLarger: what.isUpperLarger)
             try flush(bench, 90)
-            bench.deleted = [1, 2]
+            bench.deleted = what.deleted
             bench.disk.changesMax = bench.disk.changeCount + cut
             bench.random = TestRandom(seed: UInt64(cut))
             let isCut: Bool
@@ -217,15 +231,107 @@ import Testing
             if bench.core.installedRecord?.epoch != Epoch(4) { bench.deleted = [] }
             _ = try bench.attach(epoch: 9)
             #expect(try read(bench, 0, 8) == seen[3], "cut after \(cut)")
-            bench.deleted = [1, 2]
+            #expect(try read(bench, 0, 8, layer: left[0]) == seen[left[0]], "cut after \(cut)")
+            bench.deleted = what.deleted
             try install(bench)
             try settle(bench)
             #expect(try read(bench, 0, 8) == seen[3], "cut after \(cut), merged")
-            #expect(bench.core.layers == [LayerID(rawValue: 3)], "cut after \(cut)")
+            #expect(try read(bench, 0, 8, layer: left[0]) == seen[left[0]], "cut after \(cut)")
+            #expect(bench.core.layers == left.map(LayerID.init), "cut after \(cut)")
             #expect(bench.failure == nil && bench.pool.inUse == 0)
             if !isCut { return }
         }
         Issue.record("it never ended")
+    }
+
+    /// The lowest snapshot holds nearly everything, the next one little: that is what moves. The
+    /// layer has the files of the one that is gone from then on, over restarts, and is merged
+    /// upwards under its new name when its own snapshot goes.
+    @Test func theSmallerOneMoves() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        var view = ReplicaBench.pattern(10, blocks: 200)
+        bench.write(view, at: 0)
+        bench.write(ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), sequence: 2)
+        try bench.run()
+        try install(bench, layers: 2)
+        bench.write(ReplicaBench.pattern(300, blocks: 3), at: 8192, epoch: 2, sequence: 3)
+        bench.send(
+            .setState, epoch: 2, offset: UInt64(100 * block), length: 2 * block, sequence: 4,
+            auxiliary: UInt64(BlockState.zero.rawValue))
+        try bench.run()
+        view.replaceSubrange(8192..<8192 + 3 * block, with: ReplicaBench.pattern(300, blocks: 3))
+        view.replaceSubrange(100 * block..<102 * block, with: zero(2))
+        try install(bench, layers: 3)
+        bench.deleted = [1]
+        try install(bench)
+        #expect(try read(bench, 0, 200, layer: 2, flags: FrameFlags.resync) == view)
+        try settle(bench)
+        #expect(bench.core.mergedBytes == UInt64(3 * block) && bench.core.retiredLayerCount == 0)
+        func check(files: [UInt32], names: [UInt32]) throws {
+            #expect(bench.core.layers.map(\.rawValue) == names)
+            #expect(bench.core.layerFiles.map(\.rawValue) == files)
+            #expect(try bench.disk.layersPresent().map(\.rawValue) == files)
+            #expect(try read(bench, 0, 200, layer: names[0]) == view)
+            #expect(try read(bench, 0, 200) == view)
+            #expect(try read(bench, 256, 1) == ReplicaBench.pattern(9))
+            let reader = try ReplicaReader(opening: bench.disk)
+            try reader.view(0, from: LayerID(rawValue: names[0])) {
+                (index, verdict, bytes) throws(StorageError) in
+                guard index < 200 else { return }
+                #expect(bytes.bytes() == [UInt8](view[index * block..<(index + 1) * block]))
+                #expect(verdict != .damaged)
+            }
+        }
+        try check(files: [1, 3], names: [2, 3])
+        // What the trim covers has given its space back.
+        let data = try bench.disk.memory(.data(LayerID(rawValue: 1)))
+        #expect(data.slice(100 * block, 2 * block).isZero)
+        try bench.reopen(boot: 2)
+        _ = try bench.attach(epoch: 20)
+        try check(files: [1, 3], names: [2, 3])
+        bench.deleted = [1, 2]
+        try install(bench)
+        #expect(try read(bench, 0, 1, layer: 2) == nil, "it can't be meant")
+        try settle(bench)
+        try check(files: [3], names: [3])
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
+    /// Resync writes to the heir while it goes over: what they leave is there afterwards.
+    @Test func changesMeetAMergeDownwards() throws {
+        let (bench, seen) = try three()
+        bench.deleted = [1]
+        try install(bench)
+        let epoch = bench.core.promise.rawValue
+        var view = try #require(seen[2])
+        for (place, sequence) in zip([0, 2, 6], 50...)
+            as Zip2Sequence<[Int], PartialRangeFrom<UInt64>>
+        {
+            let tag = bench.write(
+                ReplicaBench.pattern(UInt64(70 + place)), at: UInt64(place * block), epoch: epoch,
+                sequence: sequence, flags: FrameFlags.resync, layer: 2)
+            try bench.run()
+            #expect(bench.status(tag) == .ok)
+            view.replaceSubrange(
+                place * block..<(place + 1) * block, with: ReplicaBench.pattern(UInt64(70 + place)))
+            try bench.tick()
+        }
+        // A copy may say that nothing is there.
+        let tag = bench.send(
+            .setState, epoch: epoch, offset: UInt64(5 * block), length: block, sequence: 60,
+            flags: FrameFlags.resync, layer: 2)
+        try bench.run()
+        #expect(bench.status(tag) == .ok)
+        view.replaceSubrange(5 * block..<6 * block, with: zero(1))
+        #expect(try read(bench, 0, 8, layer: 2) == view)
+        try settle(bench)
+        #expect(bench.core.retiredLayerCount == 0)
+        #expect(try read(bench, 0, 8, layer: 2) == view)
+        try bench.reopen()
+        _ = try bench.attach(epoch: 30)
+        #expect(try read(bench, 0, 8, layer: 2) == view)
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
 
     /// Writes, trims, snapshots, deletions, flushes, kills and idle times in any order against a

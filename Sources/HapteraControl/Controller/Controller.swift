@@ -261,6 +261,7 @@ package actor Controller {
     package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
         try await knowingNodes {
             try await requireKnownSources(wanted)
+            try await requireFinishedSource(wanted)
             return try changed(
                 await store.createVolume(
                     wanted, candidates: readyNodes, running: runningReplicas))
@@ -273,6 +274,18 @@ package actor Controller {
             try await store.volumes(named: wanted.name).isEmpty
         else { return }
         throw ControlError(.precondition, "it is not known yet which replicas run")
+    }
+    /// The record names a snapshot before every replica has all of it: its engine knows.
+    private func requireFinishedSource(_ wanted: VolumeSpecification) async throws {
+        guard let source = wanted.source,
+            try await store.volumes(named: wanted.name).isEmpty,
+            let stored = try await store.volumes(named: source.volume).first,
+            stored.volume.phase == .ready, stored.record?.snapshot(named: source.snapshot) != nil
+        else { return }
+        var request = Haptera_V1_CreateSnapshotRequest()
+        request.volume = source.volume
+        request.name = source.snapshot
+        _ = try await createSnapshot(request)
     }
     package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
         try await knowingNodes {

@@ -1,4 +1,5 @@
 import Foundation
+import HapteraCore
 import HapteraHost
 
 /// What supervision needs of the operating system; a fake in unit tests.
@@ -19,7 +20,8 @@ package protocol ProcessHost: Sendable {
     func findPort(at host: String, in range: ClosedRange<Int>) throws -> Int
     func directoryExists(_ path: String) -> Bool
     /// A file that is not empty.
-    func hasContent(_ path: String) -> Bool
+    /// Whether a replica's manifest is there and was written: its making ends with that.
+    func isManifestWritten(_ path: String) -> Bool
     func removeDirectory(_ path: String) async throws
     /// The end of a log file, for saying why a process ended.
     func lastLine(of log: String) -> String
@@ -110,9 +112,15 @@ package struct RealProcessHost: ProcessHost {
             && isDirectory.boolValue
     }
 
-    package func hasContent(_ path: String) -> Bool {
-        let attributes = try? FileManager.default.attributesOfItem(atPath: path)
-        return (attributes?[.size] as? UInt64 ?? 0) > 0
+    package func isManifestWritten(_ path: String) -> Bool {
+        guard let handle = FileHandle(forReadingAtPath: path) else { return false }
+        defer { try? handle.close() }
+        return [0, UInt64(Manifest.slotSize)].contains { offset in
+            guard (try? handle.seek(toOffset: offset)) != nil,
+                let magic = try? handle.read(upToCount: 4), magic.count == 4
+            else { return false }
+            return [UInt8](magic) == Array("HPMF".utf8)
+        }
     }
 
     /// Renamed first: a crash in the middle leaves nothing that looks like a replica.

@@ -130,7 +130,9 @@ package actor ReplicaUnit {
     /// Both may be done again, and are after a crash between them.
     private func makeClone() async throws {
         // Made before our own restart: its source may have gone since.
-        guard !context.host.hasContent(directory + "/manifest") else { return }
+        guard !context.host.isManifestWritten(directory + "/manifest") else { return }
+        // The source never makes it: it may come late to a request, when nobody wants it any more.
+        try HostFiles.makeDirectory(directory)
         let source = wanted.cloneSource
         let record = [UInt8](source.record)
         guard let epoch = VolumeRecord(decoding: record)?.epoch else {

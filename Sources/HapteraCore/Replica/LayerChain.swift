@@ -6,6 +6,10 @@
 /// holds belongs to the next layer above that is not, its heir. The two count as one, whether a
 /// region has been merged (`ReplicaCore+Merge`) or not. One without an heir holds nothing any more.
 ///
+/// A layer has a name, which is the engine's for it, and a number, by which its files, the log and
+/// everything here know it. They are the same until a layer is merged downwards: then its name goes
+/// over to the lower one, whose number is smaller. Both ascend along the chain.
+///
 /// A layer whose files are another copy's as well (`ReplicaCore+Sharing`) stays as it is: a retired
 /// one that has to do with such a layer is stuck, and is merged when the files are this copy's own.
 ///
@@ -27,6 +31,13 @@ struct LayerChain {
         var isShared = false
         /// Retired, and not to be merged at present.
         var isStuck = false
+        /// Retired: its heir, right above it, is the smaller one, and is merged into it.
+        var isDown = false
+        var name: LayerID
+        /// Regions that its files have room for, at least.
+        var room: UInt64
+        /// Merged downwards: a bit per region, 1 if nothing of it is left here.
+        var absorbed: FixedArray<UInt64>?
     }
     private(set) var ids: [LayerID] = []
     private var layers: [Layer] = []
@@ -34,15 +45,20 @@ struct LayerChain {
     private var regionCount: UInt64
     private(set) var head: LayerID
 
-    /// `retired`: those of `ids` that are.
+    /// `retired`: those of `ids` that are. `names`, `rooms`: of all of them; nil: their numbers,
+    /// the whole volume.
     init(
         _ ids: [LayerID], regionCount: UInt64, retired: [LayerID] = [],
-        tree: LayerTree = LayerTree()
+        tree: LayerTree = LayerTree(), names: [LayerID]? = nil, rooms: [UInt64]? = nil
     ) {
         self.regionCount = regionCount
         head = .head
         change(tree) { chain in
             for id in ids { chain.append(id) }
+            for place in ids.indices {
+                chain.layers[place].name = names?[place] ?? ids[place]
+                chain.layers[place].room = rooms?[place] ?? regionCount
+            }
             for id in retired { chain.retire(id) }
         }
     }
@@ -53,26 +69,43 @@ struct LayerChain {
     /// Layers come and go: what `body` does counts as one change.
     mutating func change(_ tree: LayerTree, _ body: (inout LayerChain) -> Void) {
         body(&self)
-        let left = ids.indices.filter { layers[$0].merged == nil }.map { ids[$0] }
+        let names = names
+        let left = ids.indices.filter { layers[$0].merged == nil }.map { names[$0] }
         for place in ids.indices {
-            layers[place].below = tree.below(place, in: ids) ?? -1
+            layers[place].below = tree.below(place, in: names) ?? -1
             guard isRetired(place) else {
                 layers[place].heir = place
                 continue
             }
             layers[place].heir =
-                tree.heir(of: ids[place], in: left).flatMap { ids.index(ofLayer: $0) } ?? -1
+                tree.heir(of: names[place], in: left).flatMap { names.index(ofLayer: $0) } ?? -1
             guard layers[place].heir < 0 else { continue }
             layers[place].merged = FixedArray(repeating: ~0, count: layers[place].map.count)
         }
-        findStuck()
+        decide()
+    }
+
+    var names: [LayerID] { layers.map(\.name) }
+    func name(_ index: Int) -> LayerID { layers[index].name }
+    /// Nil: none of the chain's has that name.
+    func place(named name: LayerID) -> Int? {
+        if name == head { return count - 1 }
+        var (low, high) = (0, count)
+        while low < high {
+            let middle = (low + high) / 2
+            if layers[middle].name < name { low = middle + 1 } else { high = middle }
+        }
+        return low < count && layers[low].name == name ? low : nil
     }
 
     /// A new, empty head. As the two that follow: only within `change`.
     mutating func append(_ id: LayerID) {
         precondition(id > head)
         ids.append(id)
-        layers.append(Layer(map: FixedArray(repeating: 0, count: Int((regionCount + 63) / 64))))
+        layers.append(
+            Layer(
+                map: FixedArray(repeating: 0, count: Int((regionCount + 63) / 64)), name: id,
+                room: regionCount))
         head = id
     }
 
@@ -82,6 +115,7 @@ struct LayerChain {
         let words = Int((regionCount + 63) / 64)
         for index in 0..<layers.count where layers[index].map.count < words {
             layers[index].map = layers[index].map.extended(to: words, with: 0)
+            layers[index].absorbed = layers[index].absorbed?.extended(to: words, with: 0)
             if let merged = layers[index].merged {
                 let isDiscarded = layers[index].heir < 0
                 layers[index].merged = merged.extended(to: words, with: isDiscarded ? ~0 : 0)
@@ -105,9 +139,21 @@ struct LayerChain {
         layers.remove(at: index)
         retiredCount -= 1
     }
+    /// All that the layer held is in the one below it, which has its name from here on, and is not
+    /// retired any more.
+    mutating func removeAbsorbed(_ id: LayerID) {
+        let index = existing(id)
+        precondition(layers[index - 1].isDown && layers[index].merged == nil)
+        layers[index - 1].name = layers[index].name
+        layers[index - 1].merged = nil
+        ids.remove(at: index)
+        layers.remove(at: index)
+        retiredCount -= 1
+    }
     func isRetired(_ index: Int) -> Bool { layers[index].merged != nil }
     /// The layer that what this one holds belongs to: itself, if it is not retired; nil: to none,
     /// it was discarded.
+    func heirPlace(_ index: Int) -> Int? { layers[index].heir < 0 ? nil : layers[index].heir }
     func heir(of id: LayerID) -> LayerID? {
         let heir = layers[existing(id)].heir
         return heir < 0 ? nil : ids[heir]
@@ -131,10 +177,15 @@ struct LayerChain {
     /// The first region, at `start` or later, that a retired layer may still hold something of.
     func nextUnmerged(_ index: Int, from start: UInt64) -> UInt64? {
         guard let merged = layers[index].merged else { return nil }
+        return next(in: layers[index].map, without: merged, from: start)
+    }
+    private func next(
+        in map: FixedArray<UInt64>, without gone: FixedArray<UInt64>, from start: UInt64
+    ) -> UInt64? {
         var word = Int(start / 64)
         var mask = ~UInt64(0) << (start % 64)
-        while word < merged.count {
-            let left = layers[index].map[word] & ~merged[word] & mask
+        while word < gone.count {
+            let left = map[word] & ~gone[word] & mask
             if left != 0 { return UInt64(word * 64 + left.trailingZeroBitCount) }
             mask = ~0
             word += 1
@@ -159,12 +210,44 @@ struct LayerChain {
     func isStuck(_ index: Int) -> Bool { layers[index].isStuck }
     mutating func setShared(_ id: LayerID, _ isShared: Bool) {
         layers[existing(id)].isShared = isShared
-        findStuck()
+        decide()
     }
-    private mutating func findStuck() {
+    /// What is to be merged, and which way.
+    private mutating func decide() {
         sharedCount = layers.count { $0.isShared }
         for place in ids.indices { layers[place].isStuck = false }
-        guard sharedCount > 0 else { return }
+        if sharedCount > 0 { findStuck() }
+        downCount = 0
+        for place in ids.indices {
+            layers[place].isDown = isSmallerAbove(place)
+            if layers[place].isDown {
+                downCount += 1
+                if layers[place + 1].absorbed == nil {
+                    layers[place + 1].absorbed = FixedArray(
+                        repeating: 0, count: layers[place + 1].map.count)
+                }
+            }
+        }
+    }
+    /// Not into the head's: it is written to, and would never be empty.
+    private func isSmallerAbove(_ place: Int) -> Bool {
+        let heir = place + 1
+        guard isRetired(place), layers[place].heir == heir, heir < count - 1,
+            layers[heir].below == place, !layers[place].isStuck
+        else { return false }
+        let (above, own) = (known(heir), known(place))
+        return above.count <= own.count && above.end <= layers[place].room
+    }
+    /// How many regions the layer may know, and one past the last of them.
+    private func known(_ place: Int) -> (count: Int, end: UInt64) {
+        var (count, end) = (0, UInt64(0))
+        for word in 0..<layers[place].map.count where layers[place].map[word] != 0 {
+            count += layers[place].map[word].nonzeroBitCount
+            end = UInt64(word * 64 + 64 - layers[place].map[word].leadingZeroBitCount)
+        }
+        return (count, end)
+    }
+    private mutating func findStuck() {
         for heir in ids.indices where !isRetired(heir) {
             var isStuck = layers[heir].isShared
             var place = below(heir)
@@ -175,6 +258,31 @@ struct LayerChain {
             }
         }
     }
+    // MARK: merging downwards
+
+    private(set) var downCount = 0
+    func isDown(_ index: Int) -> Bool { layers[index].isDown }
+    /// What is under the layer is answered with it, not merged first.
+    func isFoldDue(_ index: Int) -> Bool {
+        let below = layers[index].below
+        return below >= 0 && (isStuck(below) || layers[below].isDown)
+    }
+    /// Of a layer that is merged downwards; the lower one holds something of the region, perhaps
+    /// again.
+    mutating func markAbsorbed(_ id: LayerID, _ region: UInt64) {
+        layers[existing(id)].absorbed?[Int(region / 64)] |= 1 << (region % 64)
+    }
+    func willHold(_ id: LayerID, _ region: UInt64) {
+        let index = existing(id)
+        layers[index].absorbed?[Int(region / 64)] &= ~(1 << (region % 64))
+        layers[index].merged?[Int(region / 64)] &= ~(1 << (region % 64))
+    }
+    /// The first region, at `start` or later, that the layer may still hold something of.
+    func nextToAbsorb(_ index: Int, from start: UInt64) -> UInt64? {
+        guard let absorbed = layers[index].absorbed else { return nil }
+        return next(in: layers[index].map, without: absorbed, from: start)
+    }
+
     /// The layer and all that is seen through it, ascending.
     func seen(from index: Int) -> [LayerID] {
         var (seen, place) = ([LayerID](), index)

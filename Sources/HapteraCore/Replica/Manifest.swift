@@ -43,20 +43,21 @@ package struct ReplicaIdentity: Equatable, Sendable {
 ///
 ///     offset  size  slot
 ///          0     4  magic      "HPMF"
-///          4     4  format     2
+///          4     4  format     2, or 3 if a layer has another name than its number
 ///          8     8  counter    grows by one per change
 ///         16     4  length     bytes of the body
 ///         20     4  checksum   CRC32C of bytes 0..<20, then of the body
 ///         24        body       in this order, integers little-endian, texts and lists with a
 ///                              4-byte count: volume (16), name, replica (8), incarnation (8),
 ///                              size (8), promise (8), engine it was promised to (8), settled boot
-///                              (16), boot (16), clean (1), layers, installed record (bytes, as
-///                              a list)
+///                              (16), boot (16), clean (1), layers, in format 3 names that differ
+///                              (number, name), installed record (bytes, as a list)
 package struct Manifest: Equatable, Sendable {
     package static let slotSize = 64 << 10
     package static let fileSize = UInt64(2 * slotSize)
     package static let magic: UInt32 = 0x464d_5048
     package static let formatVersion: UInt32 = 2
+    package static let formatVersionNamed: UInt32 = 3
     private static let bodyOffset = 24
 
     package var counter: UInt64 = 0
@@ -69,7 +70,10 @@ package struct Manifest: Equatable, Sendable {
     package var boot: BootID = .none
     /// Everything was synced and nothing has been written since.
     package var isClean = true
+    /// Their numbers, ascending.
     package var layers: [LayerID] = [LayerID(rawValue: 1)]
+    /// Of layers that the record knows by another one.
+    package var names: [LayerID: LayerID] = [:]
     package var installed: VolumeRecord?
 
     package init(identity: ReplicaIdentity) { self.identity = identity }
@@ -77,19 +81,21 @@ package struct Manifest: Equatable, Sendable {
     package var head: LayerID { layers[layers.count - 1] }
     /// Bytes of the volume, by the record installed.
     package var size: UInt64 { installed?.size ?? identity.size }
+    package func name(of layer: LayerID) -> LayerID { names[layer] ?? layer }
     /// Bytes that a layer's data file has at least: more if the volume was about to grow. Of one
     /// that is retired the record does not know it any more (seed 361), only that it is no older
     /// than the copy.
     package func size(of layer: LayerID) -> UInt64 {
-        guard let installed, installed.layers.index(ofLayer: layer) != nil else {
+        let name = name(of: layer)
+        guard let installed, installed.layers.index(ofLayer: name) != nil else {
             return identity.size
         }
-        return installed.size(of: layer)
+        return installed.size(of: name)
     }
     /// Of deleted snapshots, and not merged yet.
     package var retiredLayers: [LayerID] {
         guard let installed else { return [] }
-        return layers.filter { installed.layers.index(ofLayer: $0) == nil }
+        return layers.filter { installed.layers.index(ofLayer: name(of: $0)) == nil }
     }
     package var slotOffset: UInt64 { UInt64(slot * Self.slotSize) }
     /// Where it is written first; then the other slot gets the same.
@@ -113,13 +119,20 @@ package struct Manifest: Equatable, Sendable {
         body.append(isClean ? 1 as UInt8 : 0)
         body.append(UInt32(layers.count))
         for layer in layers { body.append(layer.rawValue) }
+        if !names.isEmpty {
+            body.append(UInt32(names.count))
+            for (layer, name) in names.sorted(by: { $0.key < $1.key }) {
+                body.append(layer.rawValue)
+                body.append(name.rawValue)
+            }
+        }
         let record = installed?.encoded() ?? []
         body.append(UInt32(record.count))
         body.append(raw: record)
 
         var slot = ByteWriter()
         slot.append(Self.magic)
-        slot.append(Self.formatVersion)
+        slot.append(names.isEmpty ? Self.formatVersion : Self.formatVersionNamed)
         slot.append(counter)
         slot.append(UInt32(body.bytes.count))
         slot.append(checksum(of: slot.bytes + body.bytes))
@@ -132,7 +145,7 @@ package struct Manifest: Equatable, Sendable {
     /// Nil unless `memory` (one slot) holds a whole valid manifest.
     package init?(decoding memory: RawMemory) {
         guard memory.count >= Self.bodyOffset, memory.load(UInt32.self, 0) == Self.magic,
-            memory.load(UInt32.self, 4) == Self.formatVersion
+            Self.formatVersion...Self.formatVersionNamed ~= memory.load(UInt32.self, 4)
         else { return nil }
         let length = Int(memory.load(UInt32.self, 16))
         guard length <= min(memory.count, Self.slotSize) - Self.bodyOffset else { return nil }
@@ -140,12 +153,14 @@ package struct Manifest: Equatable, Sendable {
         let expected = CRC32C.checksum(
             body, continuing: CRC32C.checksum(memory.slice(0, 20)))
         guard memory.load(UInt32.self, 20) == expected else { return nil }
-        self.init(body: body.bytes())
+        self.init(
+            body: body.bytes(),
+            isNamed: memory.load(UInt32.self, 4) == Self.formatVersionNamed)
         counter = memory.load(UInt64.self, 8)
         guard counter < 1 << 62 else { return nil }
     }
 
-    private init?(body: [UInt8]) {
+    private init?(body: [UInt8], isNamed: Bool) {
         var r = ByteReader(body)
         let volume = VolumeID(high: r.read(UInt64.self), low: r.read(UInt64.self))
         let name = r.readText(limit: VolumeRecord.nameLengthMax)
@@ -159,6 +174,18 @@ package struct Manifest: Equatable, Sendable {
         let clean = r.read(UInt8.self)
         isClean = clean == 1
         layers = (0..<r.readCount(limit: 4096)).map { _ in LayerID(rawValue: r.read(UInt32.self)) }
+        if isNamed {
+            for _ in 0..<r.readCount(limit: 4096) {
+                let layer = LayerID(rawValue: r.read(UInt32.self))
+                names[layer] = LayerID(rawValue: r.read(UInt32.self))
+            }
+            // A layer is named after itself or after one that it has taken in.
+            let all = layers.map(name(of:))
+            guard Set(names.keys).isSubset(of: layers), !names.isEmpty,
+                zip(layers, all).allSatisfy({ $0 <= $1 }), all.last == layers.last,
+                zip(all, all.dropFirst()).allSatisfy({ $0 < $1 })
+            else { return nil }
+        }
         let record = r.read(raw: r.readCount(limit: VolumeRecord.encodedSizeMax))
         if !record.isEmpty {
             guard let decoded = VolumeRecord(decoding: record) else { return nil }

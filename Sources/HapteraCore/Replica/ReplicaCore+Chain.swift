@@ -30,7 +30,7 @@ extension ReplicaCore {
             requests[index].unreadable = BlockSet()
             requests[index].birth = .zero
             table.fill()
-            requests[index].layersLeft = Int32((chain.index(of: header.layer) ?? 0) + 1)
+            requests[index].layersLeft = Int32((chain.place(named: header.layer) ?? 0) + 1)
         }
         while requests[index].layersLeft > 0 {
             let place = Int(requests[index].layersLeft) - 1
@@ -92,6 +92,9 @@ extension ReplicaCore {
         guard nextRun(table, from: 0, count: count) != nil else { return answerChainRead(slot) }
         // Enough for the worst case, at once: a request that holds some and waits for more might
         // wait for ever.
+        // A verification's, of the layer before (seed 225).
+        release(requests[index].buffer)
+        requests[index].buffer = .none
         guard freeOperationCount > Self.operationsForUpkeep + count,
             let buffer = pool.allocate(count * Geometry.blockSize)
         else { return push(slot, &awaitingResources) }
@@ -113,12 +116,25 @@ extension ReplicaCore {
         if result != operation.length {
             requests[index].dataResult = -1
             let first = Int(operation.region)
-            for block in first..<first + operation.length / Geometry.blockSize {
-                requests[index].unreadable[block] = true
+            let blocks = first..<first + operation.length / Geometry.blockSize
+            if requests[index].header.kind == .digest, blocks.count > 1, hasOperationForRequests {
+                readOneByOne(slot, blocks)
+            } else {
+                for block in blocks { requests[index].unreadable[block] = true }
             }
         }
         requests[index].operationsLeft -= 1
         if requests[index].operationsLeft == 0 { answerChainRead(slot) }
+    }
+
+    /// One bad sector must not cost the copy its other blocks.
+    private func readOneByOne(_ slot: Int32, _ blocks: Range<Int>) {
+        let table = chainTable(slot)
+        for block in blocks {
+            startDataRead(
+                slot, chain.id(owner(table, block) - 1), at: block * Geometry.blockSize,
+                length: Geometry.blockSize)
+        }
     }
 
     private func answerChainRead(_ slot: Int32) {

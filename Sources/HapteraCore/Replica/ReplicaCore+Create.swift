@@ -46,9 +46,12 @@ extension ReplicaCore {
         var manifest = Manifest(
             identity: ReplicaIdentity(
                 volume: record.volume, name: record.name, replica: member.replica,
-                incarnation: member.incarnation, size: source.size))
+                incarnation: member.incarnation,
+                // No layer is shorter: the source's copy may be younger than the snapshot.
+                size: min(source.size, record.layers.first.map(record.size(of:)) ?? 0)))
         guard manifest.identity.isValid, record.inSync.contains(member),
-            record.layers.dropLast() == source.layers.suffix(1), source.size <= record.size,
+            record.layers.count == 2,
+            let top = source.layers.last, top <= record.layers[0],
             zip(source.layers, source.layers.dropFirst()).allSatisfy({ $0 < $1 }),
             source.logIndex < 1 << 61
         else {
@@ -61,6 +64,7 @@ extension ReplicaCore {
                 .notFound, "layer \(layer.rawValue) is not linked from the source's directory")
         }
         manifest.layers = source.layers + [record.head]
+        if top != record.layers[0] { manifest.names[top] = record.layers[0] }
         manifest.promise = record.epoch
         manifest.installed = record
         try make(storage, manifest, logCapacity: logCapacity, logFirst: source.logIndex)

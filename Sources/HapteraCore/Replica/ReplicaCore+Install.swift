@@ -78,7 +78,7 @@ extension ReplicaCore {
     private func isChainLawful(_ record: VolumeRecord) -> Bool {
         guard record.head >= chain.head else { return false }
         return record.layers.allSatisfy { layer in
-            layer > chain.head || chain.index(of: layer).map { !chain.isRetired($0) } ?? false
+            layer > chain.head || chain.place(named: layer).map { !chain.isRetired($0) } ?? false
         }
     }
 
@@ -223,8 +223,10 @@ extension ReplicaCore {
         while frame >= 0 {
             let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
             // Once it is merged its heir's region says all there is to say.
-            if chain.mayHold(layer, region), let heir = chain.heir(of: layer) {
-                regions.append(LayerRegion(heir, region))
+            if chain.mayHold(layer, region), let place = chain.index(of: layer),
+                let heir = chain.heirPlace(place)
+            {
+                regions.append(LayerRegion(chain.name(heir), region))
             }
             frame = cache.nextActive(frame)
         }
@@ -261,8 +263,7 @@ extension ReplicaCore {
     /// The region stays active past the point: some member has not got all that was written to it.
     private func leaveOut(_ region: LayerRegion, _ point: StablePoint) {
         // Wherever of the two it is, if the layer was deleted since.
-        guard chain.index(of: region.layer) != nil, let heir = chain.heir(of: region.layer),
-            var place = chain.index(of: heir)
+        guard let named = chain.place(named: region.layer), var place = chain.heirPlace(named)
         else { return }
         repeat {
             if let frame = cache.find(chain.id(place), region.region) {
@@ -344,11 +345,19 @@ extension ReplicaCore {
         let tree = isIgnored ? LayerTree() : made.installed?.tree ?? LayerTree()
         chain.change(tree) { chain in
             for layer in made.layers where layer > chain.head { chain.append(layer) }
-            for layer in merge.leaving where chain.index(of: layer) != nil { chain.remove(layer) }
+            for layer in merge.leaving {
+                guard let place = chain.index(of: layer) else { continue }
+                if chain.isRetired(place) {
+                    chain.remove(layer)
+                } else {
+                    chain.removeAbsorbed(layer)
+                }
+            }
             for layer in made.retiredLayers where !chain.isRetired(chain.index(of: layer) ?? 0) {
                 chain.retire(layer)
             }
         }
         merge.leaving = []
+        retryAwaitingMerge()
     }
 }

@@ -23,79 +23,6 @@
 // refuses them, flushes pass. Reads through the chain go on; one that a merge or a removal has met
 // begins again.
 
-/// The merge of one region.
-struct MergeJob: BitwiseCopyable {
-    enum Stage: UInt8, BitwiseCopyable {
-        case free
-        /// For frames, activations, room in the log, a buffer.
-        case waiting
-        /// Writes to Y's region end.
-        case settling
-        case copying
-        /// What Y has becomes durable.
-        case syncing
-        /// The covered record does.
-        case covering
-    }
-    var stage = Stage.free
-    var heir = LayerID.head
-    var layer = LayerID.head
-    var region: UInt64 = 0
-    /// Of X and Y; pinned.
-    var lower: Int32 = -1
-    var upper: Int32 = -1
-    /// Blocks that Y lacks, and those not yet read.
-    var missing = BlockSet()
-    var left = BlockSet()
-    private var runStart: Int32 = 0
-    private var runEnd: Int32 = 0
-    /// What is being moved.
-    var run: Range<Int> {
-        get { Int(runStart)..<Int(runEnd) }
-        set { (runStart, runEnd) = (Int32(newValue.lowerBound), Int32(newValue.upperBound)) }
-    }
-    var reserved = 0
-    var buffer = BufferID.none
-    var tickets: (UInt64, UInt64) = (0, 0)
-    var coverIndex: UInt64 = 0
-
-    static let jobsMax = 8
-    /// Regions begun in the background per tick (100 ms): one at a time beside requests, which are
-    /// felt by whoever waits for the disk; more when there were fewer than this since the last.
-    static let perBusyTick = 1
-    static let perIdleTick = 32
-    static let idleRequests: UInt64 = 4
-    static let retryMilliseconds: UInt64 = 100
-}
-
-/// What merging has on its way.
-struct MergeState {
-    /// Requests for regions that are not merged.
-    var waiting = SlotQueue()
-    var budget = 0
-    var isBusy = false
-    /// `nextNumber` at the last tick.
-    var lastNumber: UInt64 = 0
-    var regionsMerged: UInt64 = 0
-    var bytesMoved: UInt64 = 0
-    /// Behind the last region whose merge failed: others may need no space.
-    var cursor: UInt64 = 0
-    /// One waits for room in the log.
-    var needsRoom = false
-    /// Whether layers are empty is asked once a tick.
-    var isRemovalDue = false
-    /// A merge failed for want of space: not again in the background before this.
-    var notBefore = Instant.zero
-    /// By region: counts the layers that were emptied of it.
-    let serials = FixedArray<UInt32>(repeating: 0, count: 256)
-    var removals: UInt32 = 0
-    /// Layers on their way out of the manifest.
-    var leaving: [LayerID] = []
-    /// Gone from the manifest: deleted when the disk operations of that moment have ended.
-    var deletions: [(layer: LayerID, barrier: [UInt64])] = []
-    var isDeleting = false
-}
-
 extension ReplicaCore {
     // MARK: jobs
 
@@ -135,7 +62,7 @@ extension ReplicaCore {
 
     private func beginAwaited() {
         while let job = freeJob, let slot = nextAwaited() {
-            begin(job, requests[Int(slot)].header.layer, requests[Int(slot)].region)
+            begin(job, layer(of: slot), requests[Int(slot)].region)
         }
     }
     private func nextAwaited() -> Int32? {
@@ -160,22 +87,28 @@ extension ReplicaCore {
             !isUnderPressure
         else { return }
         while merge.budget > 0, !merge.isBusy || runningJobs == 0, let job = freeJob {
-            guard let (heir, region) = nextToMerge() else {
+            guard let (heir, region, isDown) = nextToMerge() else {
                 merge.budget = 0
                 return
             }
             merge.budget -= 1
-            begin(job, heir, region)
+            begin(job, heir, region, isDown: isDown)
         }
     }
-    private func nextToMerge() -> (LayerID, UInt64)? {
+    private func nextToMerge() -> (heir: LayerID, region: UInt64, isDown: Bool)? {
         for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
             for index in 0..<chain.count where chain.isRetired(index) && !chain.isStuck(index) {
+                guard let heir = chain.heirPlace(index) else { continue }
+                let isDown = chain.isDown(index)
+                // What is below one that its heir goes over to waits for that.
+                if !isDown, chain.isFoldDue(heir) { continue }
                 var start = from
-                while start < regionCount, let region = chain.nextUnmerged(index, from: start) {
-                    if !isMerging(region), let heir = chain.heir(of: chain.id(index)) {
-                        return (heir, region)
-                    }
+                while start < regionCount,
+                    let region = isDown
+                        ? chain.nextToAbsorb(heir, from: start)
+                        : chain.nextUnmerged(index, from: start)
+                {
+                    if !isMerging(region) { return (chain.id(heir), region, isDown) }
                     start = region + 1
                 }
             }
@@ -183,8 +116,11 @@ extension ReplicaCore {
         return nil
     }
 
-    private func begin(_ job: Int, _ heir: LayerID, _ region: UInt64) {
+    private func begin(
+        _ job: Int, _ heir: LayerID, _ region: UInt64, isDown: Bool = false
+    ) {
         mergeJobs[job] = MergeJob()
+        mergeJobs[job].isDown = isDown
         mergeJobs[job].stage = .waiting
         mergeJobs[job].heir = heir
         mergeJobs[job].region = region
@@ -196,7 +132,8 @@ extension ReplicaCore {
         case .free, .copying: break
         case .waiting: prepare(job)
         case .settling:
-            if cache.frames[Int(mergeJobs[job].upper)].writes == 0 { plan(job) }
+            let (source, target) = (Int(mergeJobs[job].source), Int(mergeJobs[job].target))
+            if cache.frames[source].writes + cache.frames[target].writes == 0 { plan(job) }
         case .syncing, .covering: becomeDurable(job)
         }
     }
@@ -205,28 +142,35 @@ extension ReplicaCore {
 
     /// The nearest layer first: what it holds hides the ones below.
     private func prepare(_ job: Int) {
-        guard shutdown == .none, currentInstall < 0 else { return }
-        let region = mergeJobs[job].region
+        guard shutdown == .none, currentInstall < 0, merge.leaving.isEmpty else { return }
         guard let place = chain.index(of: mergeJobs[job].heir), !chain.isRetired(place),
-            let below = chain.unmerged(under: place, region), !chain.isStuck(below)
+            let below = placeBelow(job, place), !chain.isStuck(below)
         else { return end(job) }
         if mergeJobs[job].layer != chain.id(below) {
             unpinFrames(job)
             mergeJobs[job].layer = chain.id(below)
         }
-        guard let lower = pinned(job, \.lower, mergeJobs[job].layer),
-            let upper = pinned(job, \.upper, mergeJobs[job].heir),
-            isAtRest(lower), isAtRest(upper)
+        guard let source = pinned(job, \.source, mergeJobs[job].from),
+            let target = pinned(job, \.target, mergeJobs[job].to),
+            isAtRest(source), isAtRest(target),
+            // Nobody looks at Y by itself who began before it was merged downwards.
+            !mergeJobs[job].isDown || cache.frames[Int(source)].pins == 1
         else { return }
-        let count = heldCount(lower)
+        let count = heldCount(source)
         // What became absent is a change, too: who missed it is told by the birth.
-        guard count > 0 || cache.frames[Int(lower)].birth > cache.frames[Int(upper)].birth else {
+        guard count > 0 || cache.frames[Int(source)].birth > cache.frames[Int(target)].birth else {
             return emptied(job)
         }
-        guard isActive(upper, limit: activeRegionsForCopies), isActive(lower, limit: .max) else {
+        guard isActive(target, limit: activeRegionsForCopies), isActive(source, limit: .max) else {
             return
         }
         lock(job, records: 2 * count)
+    }
+    private func placeBelow(_ job: Int, _ place: Int) -> Int? {
+        guard mergeJobs[job].isDown else {
+            return chain.unmerged(under: place, mergeJobs[job].region)
+        }
+        return place > 0 && chain.isDown(place - 1) ? place - 1 : nil
     }
     private func heldCount(_ frame: Int32) -> Int {
         var count = 0
@@ -251,7 +195,7 @@ extension ReplicaCore {
         return frame
     }
     private func unpinFrames(_ job: Int) {
-        for path in [\MergeJob.lower, \MergeJob.upper] {
+        for path in [\MergeJob.source, \MergeJob.target] {
             let frame = mergeJobs[job][keyPath: path]
             guard frame >= 0 else { continue }
             mergeJobs[job][keyPath: path] = -1
@@ -287,8 +231,8 @@ extension ReplicaCore {
         log.reserve(records)
         mergeJobs[job].reserved = records
         mergeJobs[job].buffer = buffer
-        cache.frames[Int(mergeJobs[job].lower)].isMerging = true
-        cache.frames[Int(mergeJobs[job].upper)].isMerging = true
+        cache.frames[Int(mergeJobs[job].source)].isMerging = true
+        cache.frames[Int(mergeJobs[job].target)].isMerging = true
         mergeJobs[job].stage = .settling
         advance(job)
     }
@@ -304,12 +248,12 @@ extension ReplicaCore {
     // MARK: steps 2 and 3
 
     private func plan(_ job: Int) {
-        let (lower, upper) = (mergeJobs[job].lower, mergeJobs[job].upper)
+        let (source, target) = (mergeJobs[job].source, mergeJobs[job].target)
         var missing = BlockSet()
         var data = BlockSet()
         for block in 0..<Geometry.blocksPerRegion
-        where cache.entry(upper, block).state == .absent {
-            let state = cache.entry(lower, block).state
+        where mergeJobs[job].isDown || cache.entry(target, block).state == .absent {
+            let state = cache.entry(source, block).state
             if state != .absent { missing[block] = true }
             if state == .data { data[block] = true }
         }
@@ -325,7 +269,7 @@ extension ReplicaCore {
         let token = startOperation(.mergeRead, index: Int32(job))
         actions.append(
             .read(
-                .data(mergeJobs[job].layer), offset: offset(job, run), length: length(run),
+                .data(mergeJobs[job].from), offset: offset(job, run), length: length(run),
                 buffer: mergeJobs[job].buffer, bufferOffset: 0, token: token))
     }
     private func offset(_ job: Int, _ run: Range<Int>) -> UInt64 {
@@ -341,15 +285,15 @@ extension ReplicaCore {
         let token = startOperation(.mergeWrite, index: Int32(job))
         actions.append(
             .write(
-                .data(mergeJobs[job].heir), offset: offset(job, run), length: length(run),
+                .data(mergeJobs[job].to), offset: offset(job, run), length: length(run),
                 buffer: mergeJobs[job].buffer, bufferOffset: 0, token: token))
     }
     func mergeWritten(_ job: Int, _ result: Int) {
-        let upper = Int(mergeJobs[job].upper)
+        let target = Int(mergeJobs[job].target)
         let run = mergeJobs[job].run
         syncs[FileSync.data].written += 1
-        chain.dataWritten(mergeJobs[job].heir)
-        cache.frames[upper].dataTicket = syncs[FileSync.data].written
+        chain.dataWritten(mergeJobs[job].to)
+        cache.frames[target].dataTicket = syncs[FileSync.data].written
         guard result == length(run) else {
             return fail(job, status(ofError: result))
         }
@@ -359,33 +303,38 @@ extension ReplicaCore {
     }
     /// What is there under absent entries gives its space back when the region has drained.
     private func abandonCopies(_ job: Int) {
-        let upper = Int(mergeJobs[job].upper)
+        let target = Int(mergeJobs[job].target)
         for block in 0..<Geometry.blocksPerRegion
         where mergeJobs[job].missing[block]
             && (!mergeJobs[job].left[block] || mergeJobs[job].run.contains(block))
+            && !holdsSpace(cache.entry(Int32(target), block).state)
         {
-            cache.frames[upper].unneeded[block] = true
+            cache.frames[target].unneeded[block] = true
         }
         // Nobody else may want this, and the region drains behind it.
-        want(FileSync.data, cache.frames[upper].dataTicket)
+        want(FileSync.data, cache.frames[target].dataTicket)
+    }
+    /// Merging downwards, what Y hides of X is written over: it counts as before.
+    private func holdsSpace(_ state: BlockState) -> Bool {
+        state == .data || state == .zeroAllocated
     }
     private func copied(_ job: Int, _ run: Range<Int>) {
         for block in run { mergeJobs[job].left[block] = false }
     }
 
     private func record(_ job: Int) {
-        let (lower, upper) = (mergeJobs[job].lower, mergeJobs[job].upper)
+        let (source, target) = (mergeJobs[job].source, mergeJobs[job].target)
         for block in 0..<Geometry.blocksPerRegion where mergeJobs[job].missing[block] {
-            record(upper, block, cache.entry(lower, block))
+            record(target, block, cache.entry(source, block))
             mergeJobs[job].reserved -= 1
         }
-        let (from, to) = (Int(lower), Int(upper))
+        let (from, to) = (Int(source), Int(target))
         if !options.mutations.contains(.mergeLosesBirth) {
             cache.frames[to].birth = max(cache.frames[to].birth, cache.frames[from].birth)
         }
         cache.frames[to].lastWrite = max(cache.frames[to].lastWrite, cache.frames[from].lastWrite)
         cache.frames[to].lastUse = now
-        cache.move(upper, to: .active)
+        cache.move(target, to: .active)
         unlock(job)
         if options.mutations.contains(.mergeNotDurable) { return clear(job) }
         mergeJobs[job].stage = .syncing
@@ -399,10 +348,10 @@ extension ReplicaCore {
     private func unlock(_ job: Int) {
         release(mergeJobs[job].buffer)
         mergeJobs[job].buffer = .none
-        let upper = mergeJobs[job].upper
-        guard upper >= 0, cache.frames[Int(upper)].isMerging else { return }
-        cache.frames[Int(upper)].isMerging = false
-        wake(upper)
+        let target = mergeJobs[job].target
+        guard target >= 0, cache.frames[Int(target)].isMerging else { return }
+        cache.frames[Int(target)].isMerging = false
+        wake(target)
     }
 
     // MARK: steps 4 and 5
@@ -422,21 +371,21 @@ extension ReplicaCore {
     }
 
     private func clear(_ job: Int) {
-        let lower = mergeJobs[job].lower
+        let source = mergeJobs[job].source
         let first = mergeJobs[job].region * UInt64(Geometry.blocksPerRegion)
         var held = BlockSet()
         for block in 0..<Geometry.blocksPerRegion {
-            let state = cache.entry(lower, block).state
+            let state = cache.entry(source, block).state
             guard state != .absent else { continue }
             held[block] = true
-            cache.setEntry(lower, block, .absent)
-            if state != .zero { cache.frames[Int(lower)].unneeded[block] = true }
+            cache.setEntry(source, block, .absent)
+            if state != .zero { cache.frames[Int(source)].unneeded[block] = true }
         }
         while let run = held.firstRun() {
             for block in run { held[block] = false }
             log.appendReserved(
                 .entry(
-                    layer: mergeJobs[job].layer, block: first + UInt64(run.lowerBound),
+                    layer: mergeJobs[job].from, block: first + UInt64(run.lowerBound),
                     count: run.count, .absent))
             mergeJobs[job].reserved -= 1
         }
@@ -446,9 +395,13 @@ extension ReplicaCore {
     /// Nothing of the region is left in this layer: on to the next one below.
     private func emptied(_ job: Int) {
         let region = mergeJobs[job].region
-        chain.markMerged(mergeJobs[job].layer, region)
         merge.regionsMerged += 1
         merge.serials[Int(region % 256)] &+= 1
+        if mergeJobs[job].isDown {
+            chain.markAbsorbed(mergeJobs[job].heir, region)
+            return end(job)
+        }
+        chain.markMerged(mergeJobs[job].layer, region)
         letGo(job)
         mergeJobs[job].stage = .waiting
         prepare(job)
@@ -457,10 +410,10 @@ extension ReplicaCore {
         log.unreserve(mergeJobs[job].reserved)
         mergeJobs[job].reserved = 0
         unlock(job)
-        let lower = mergeJobs[job].lower
-        if lower >= 0 {
-            cache.frames[Int(lower)].isMerging = false
-            wake(lower)
+        let source = mergeJobs[job].source
+        if source >= 0 {
+            cache.frames[Int(source)].isMerging = false
+            wake(source)
         }
         unpinFrames(job)
     }

@@ -69,10 +69,11 @@ extension ReplicaCore {
     }
 
     func resumeMutation(_ slot: Int32) {
-        let layer = requests[Int(slot)].header.layer
         if awaitsMerge(slot) { return }
         if chain.sharedCount > 0, isAboutShared(slot) { return }
-        guard let frame = residentFrame(slot, layer, requests[Int(slot)].region) else { return }
+        guard let frame = residentFrame(slot, layer(of: slot), requests[Int(slot)].region) else {
+            return
+        }
         if cache.frames[Int(frame)].isMerging { return wait(slot, on: frame) }
         switch cache.frames[Int(frame)].state {
         case .clean:
@@ -96,7 +97,7 @@ extension ReplicaCore {
             let state = cache.entry(frame, block).state
             let isSame =
                 UInt64(state.rawValue) == header.auxiliary
-                || state == .absent && header.layer == chain.id(0)
+                || state == .absent && cache.frames[Int(frame)].layer == chain.id(0)
                     && header.auxiliary == UInt64(BlockState.zero.rawValue)
             if !isSame { return false }
         }
@@ -234,14 +235,15 @@ extension ReplicaCore {
         requests[index].operationsLeft = 1
         let buffer = requests[index].buffer
         let kind = header.kind == .write ? DiskOperation.Kind.dataWrite : .dataRead
+        let layer = cache.frames[Int(frame)].layer
         let token = startOperation(kind, index: slot, length: length)
         actions.append(
             kind == .dataWrite
                 ? .write(
-                    .data(header.layer), offset: header.offset, length: length, buffer: buffer,
+                    .data(layer), offset: header.offset, length: length, buffer: buffer,
                     bufferOffset: 0, token: token)
                 : .read(
-                    .data(header.layer), offset: header.offset, length: length, buffer: buffer,
+                    .data(layer), offset: header.offset, length: length, buffer: buffer,
                     bufferOffset: 0, token: token))
     }
 
@@ -263,14 +265,16 @@ extension ReplicaCore {
         guard let state = BlockState(rawValue: UInt8(header.auxiliary)) else { return }
         let entry = BlockEntry(state: state)
         if options.mutations.contains(.punchBeforeDrain) {
-            punchAtOnce(header.layer, header.offset, header.length)
+            punchAtOnce(cache.frames[Int(frame)].layer, header.offset, header.length)
         }
+        let layer = cache.frames[Int(frame)].layer
+        if chain.downCount > 0 { chain.willHold(layer, cache.frames[Int(frame)].region) }
         log.append(
             .entry(
-                layer: header.layer, block: header.offset / UInt64(Geometry.blockSize),
+                layer: layer, block: header.offset / UInt64(Geometry.blockSize),
                 count: blocks.count, entry))
         // What comes after it, and is torn, may have to give way to it.
-        if header.layer != chain.id(0) { freshEnd = log.nextIndex }
+        if layer != chain.id(0) { freshEnd = log.nextIndex }
         for block in blocks {
             let old = cache.entry(frame, block).state
             let mayHoldSpace = old == .data || old == .zeroAllocated
@@ -289,7 +293,7 @@ extension ReplicaCore {
         let frame = requests[index].frame
         let blocks = requests[index].blocks
         syncs[FileSync.data].written += 1
-        chain.dataWritten(header.layer)
+        chain.dataWritten(cache.frames[Int(frame)].layer)
         cache.frames[Int(frame)].dataTicket = syncs[FileSync.data].written
         cache.frames[Int(frame)].writes -= 1
         requests[index].operationsLeft = 0
@@ -316,13 +320,16 @@ extension ReplicaCore {
         {
             freshEnd = log.nextIndex + 1
         }
-        let first = cache.frames[Int(frame)].region * UInt64(Geometry.blocksPerRegion)
+        let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
+        if chain.downCount > 0 { chain.willHold(layer, region) }
+        let first = region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
-            .entry(
-                layer: cache.frames[Int(frame)].layer, block: first + UInt64(block), count: 1,
-                entry))
+            .entry(layer: layer, block: first + UInt64(block), count: 1, entry))
+        // Only a merge downwards covers data with something that is none.
+        let old = cache.entry(frame, block).state
+        cache.frames[Int(frame)].unneeded[block] =
+            entry.state == .zero && (old == .data || old == .zeroAllocated)
         cache.setEntry(frame, block, entry)
-        cache.frames[Int(frame)].unneeded[block] = false
     }
 
     /// The bytes that are there become the data of blocks whose entries they do not match.

@@ -20,7 +20,7 @@ package struct OpenedReplica {
     package let manifest: Manifest
     package let log: ActivityLog
     package let cache: TableCache
-    let chain: LayerChain
+    private(set) var chain: LayerChain
     private let storage: ReplicaStorage
     private let pair = MemoryBlock(count: TablePage.pairSize)
     /// Records below are durable with their data.
@@ -62,9 +62,16 @@ package struct OpenedReplica {
         let tree = manifest.installed?.tree ?? LayerTree()
         let head = manifest.head
         let retired = manifest.retiredLayers.filter { $0 < head }
-        chain = LayerChain(manifest.layers, regionCount: regions, retired: retired, tree: tree)
+        var rooms: [UInt64] = []
+        for layer in manifest.layers {
+            rooms.append(try storage.size(.table(layer)) / UInt64(TablePage.pairSize))
+        }
+        chain = LayerChain(
+            manifest.layers, regionCount: regions, retired: retired, tree: tree,
+            names: manifest.layers.map(manifest.name(of:)), rooms: rooms)
         covered = manifest.layers.count > 1 ? log.findCovered() : 0
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
+        chain.change(tree) { _ in }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
         guard !isReadOnly else { return }

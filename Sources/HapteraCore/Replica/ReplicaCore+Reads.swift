@@ -9,14 +9,15 @@ extension ReplicaCore {
         let region = requests[index].region
         let isOwn = header.flags & FrameFlags.resync != 0
         // One that has begun to ask layers goes on so, though others be removed below.
-        guard requests[index].extents == 0, isOwn || header.layer == chain.id(0) else {
+        guard requests[index].extents == 0, isOwn || header.layer == chain.name(0) else {
             return resumeChainRead(slot)
         }
         if isOwn, requests[index].buffer == .none {
             if awaitsMerge(slot) { return }
             if isFolded(slot) { return resumeChainRead(slot) }
         }
-        let known = cache.find(header.layer, region)
+        let layer = layer(of: slot)
+        let known = cache.find(layer, region)
         if requests[index].buffer != .none {
             // The page has come; perhaps the data has, too.
             guard let frame = known else { preconditionFailure("woken by a region not in memory") }
@@ -29,13 +30,13 @@ extension ReplicaCore {
             if isKnown, !holdsData(known, requests[index].blocks) {
                 return answerRead(slot, known)
             }
-        } else if !chain.mayHold(header.layer, region) {
+        } else if !chain.mayHold(layer, region) {
             return answerAbsent(slot)
         }
         guard hasOperationForRequests, let buffer = pool.allocate(Int(header.length)) else {
             return push(slot, &awaitingResources)
         }
-        guard let frame = known ?? bringIn(header.layer, region) else {
+        guard let frame = known ?? bringIn(layer, region) else {
             pool.release(buffer)
             return push(slot, &awaitingResources)
         }
@@ -68,7 +69,7 @@ extension ReplicaCore {
     /// `position`: from the request's offset on, and in its buffer.
     private func startDataRead(_ slot: Int32, at position: Int = 0, length: Int) {
         requests[Int(slot)].operationsLeft = 0
-        startDataRead(slot, requests[Int(slot)].header.layer, at: position, length: length)
+        startDataRead(slot, layer(of: slot), at: position, length: length)
     }
     func startDataRead(_ slot: Int32, _ layer: LayerID, at position: Int, length: Int) {
         requests[Int(slot)].operationsLeft += 1
@@ -168,7 +169,7 @@ extension ReplicaCore {
 
     func resumeDigest(_ slot: Int32) {
         let index = Int(slot)
-        let layer = requests[index].header.layer
+        let layer = layer(of: slot)
         let region = requests[index].region
         if awaitsMerge(slot) { return }
         if requests[index].extents != 0 || isFolded(slot) { return resumeChainRead(slot) }
@@ -288,11 +289,11 @@ extension ReplicaCore {
     /// and only if its heir is. False: the base is no layer, or above the other one.
     private func collectPlaces(_ header: FrameHeader) -> Bool {
         placesAsked.removeAll(keepingCapacity: true)
-        guard var upper = chain.index(of: header.layer) else { return false }
+        guard var upper = chain.place(named: header.layer) else { return false }
         var base = -1
         if header.auxiliary > 0 {
             guard let raw = UInt32(exactly: header.auxiliary),
-                let place = chain.index(of: LayerID(rawValue: raw)), place <= upper,
+                let place = chain.place(named: LayerID(rawValue: raw)), place <= upper,
                 !chain.isRetired(place)
             else { return false }
             base = place

@@ -147,6 +147,13 @@ extension ReplicaCore {
         resume(slot)
     }
 
+    /// The number of the layer that the request names, which is one of the chain's.
+    func layer(of slot: Int32) -> LayerID {
+        let name = requests[Int(slot)].header.layer
+        guard chain.downCount + manifest.names.count > 0 else { return name }
+        return chain.place(named: name).map(chain.id) ?? name
+    }
+
     /// A layer that is retired counts as its heir, and can't be meant. (A point may have left out
     /// what it holds.)
     private func isLayerLawful(_ header: FrameHeader) -> Bool {
@@ -157,9 +164,9 @@ extension ReplicaCore {
             let isRoom =
                 header.layer == chain.head
                 || manifest.installed?.reaches(header.layer, region) ?? true
-            return isRoom && chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
+            return isRoom && chain.place(named: header.layer).map { !chain.isRetired($0) } ?? false
         case .read, .digest, .status, .verify:
-            return chain.index(of: header.layer).map { !chain.isRetired($0) } ?? false
+            return chain.place(named: header.layer).map { !chain.isRetired($0) } ?? false
         default: return true
         }
     }

@@ -18,10 +18,13 @@ extension ReplicaCore {
         guard
             header.kind == .digest || header.kind == .adopt || header.kind == .verify
                 || header.flags & FrameFlags.resync != 0,
-            let place = chain.index(of: header.layer),
-            let lower = chain.unmerged(under: place, requests[Int(slot)].region),
-            !chain.isStuck(lower)
+            let place = chain.place(named: header.layer)
         else { return false }
+        if !isLeaving(place) {
+            guard let lower = chain.unmerged(under: place, requests[Int(slot)].region),
+                !chain.isStuck(lower), isMutation(header.kind) || !chain.isFoldDue(place)
+            else { return false }
+        }
         guard currentInstall < 0, shutdown == .none else {
             finish(slot, shutdown == .none ? .staleEpoch : .unavailable)
             return true
@@ -29,6 +32,13 @@ extension ReplicaCore {
         setAside(slot)
         push(slot, &merge.waiting)
         return true
+    }
+    private func isMutation(_ kind: FrameKind) -> Bool {
+        kind == .write || kind == .setState || kind == .adopt
+    }
+    /// All that the layer held is in the one below it, and the manifest is about to say so.
+    private func isLeaving(_ place: Int) -> Bool {
+        !merge.leaving.isEmpty && merge.leaving.contains(chain.id(place))
     }
     func refuseAwaitingMerge(_ status: FrameStatus) {
         while let slot = pop(&merge.waiting) { refuse(slot, status) }
@@ -62,7 +72,7 @@ extension ReplicaCore {
         let empty = emptyLayers()
         guard !empty.isEmpty else { return }
         var proposal = manifest
-        proposal.layers.removeAll(where: empty.contains)
+        for layer in empty { proposal.remove(layer, of: chain) }
         writeManifest(proposal, .removal)
         // Nil: no buffer at present.
         if manifestProposal != nil { merge.leaving = empty }
@@ -75,6 +85,10 @@ extension ReplicaCore {
             let layer = chain.id(index)
             if chain.nextUnmerged(index, from: 0) == nil, forgetFrames(of: layer) {
                 empty.append(layer)
+            } else if chain.isDown(index), chain.nextToAbsorb(index + 1, from: 0) == nil,
+                forgetFrames(of: chain.id(index + 1))
+            {
+                empty.append(chain.id(index + 1))
             }
         }
         return empty
@@ -130,12 +144,15 @@ extension ReplicaCore {
         merge.deletions.removeFirst()
     }
 
+    /// Some retired layer is not stuck.
+    package var isMergeDue: Bool {
+        (0..<chain.count).contains { chain.isRetired($0) && !chain.isStuck($0) }
+    }
     /// What is left to merge, and why it may not get on: for logs.
     package var mergeText: String {
         var stages: [String] = []
         for job in 0..<mergeJobs.count where mergeJobs[job].stage != .free {
-            let (lower, upper) = (mergeJobs[job].lower, mergeJobs[job].upper)
-            let frames = [lower, upper].map { frame in
+            let frames = [mergeJobs[job].source, mergeJobs[job].target].map { frame in
                 frame < 0 ? "none" : "\(cache.frames[Int(frame)].state)"
             }
             stages.append(
@@ -143,5 +160,18 @@ extension ReplicaCore {
         }
         return "\(chain.retiredCount) retired layers, log \(logUsedPercent) %, "
             + "\(cache.activeCount) active of \(activeRegionsMax), \(stages)"
+    }
+}
+
+extension Manifest {
+    /// A retired layer that is empty, or one whose content, and so whose name, is the next lower
+    /// one's.
+    fileprivate mutating func remove(_ layer: LayerID, of chain: LayerChain) {
+        guard let place = chain.index(of: layer) else { return }
+        if !chain.isRetired(place) {
+            names[chain.id(place - 1)] = chain.name(place)
+        }
+        names[layer] = nil
+        layers.removeAll { $0 == layer }
     }
 }

@@ -25,6 +25,8 @@ package enum SharingRefusal: Error, Equatable, Sendable {
     /// The copy is not in sync, or is about to end.
     case notInSync
     case epochTooLow
+    /// Those that are deleted stay while clones have them: the manifest must hold them all.
+    case tooManyLayers
 }
 
 extension ReplicaCore {
@@ -36,17 +38,22 @@ extension ReplicaCore {
         guard let record = manifest.installed, record.inSync.contains(identity.member),
             shutdown == .none, !hasFailed
         else { throw .notInSync }
-        guard let place = chain.index(of: top), !chain.isRetired(place), top != chain.head else {
+        guard let place = chain.place(named: top), !chain.isRetired(place), top != chain.head else {
             throw .noSuchLayer
         }
         guard max(promise, admittedEpoch) < epoch else { throw .epochTooLow }
+        guard chain.count <= Self.layersForSharingMax else { throw .tooManyLayers }
         let layers = chain.seen(from: place)
+        for layer in layers {
+            if chain.index(of: layer).map(chain.isShared) == false { unlinked.insert(layer) }
+            sharing[layer, default: 0] += 1
+        }
         if !options.mutations.contains(.sharedIsMerged) {
             for layer in layers { chain.setShared(layer, true) }
         }
-        sharing.formUnion(layers)
         return layers
     }
+    static let layersForSharingMax = 2000
     /// Those of the layers that are to be linked, now; one of which nothing was left may have gone.
     /// Nil: not everything is in their files yet.
     package func layersToLink(_ layers: [LayerID]) -> [LayerID]? {
@@ -54,6 +61,7 @@ extension ReplicaCore {
     }
     private func isInFiles(_ layers: [LayerID]) -> Bool {
         if options.mutations.contains(.sharedBeforeDrained) { return true }
+        let layers = Set(layers)
         for job in 0..<mergeJobs.count
         where mergeJobs[job].stage != .free
             && (layers.contains(mergeJobs[job].layer) || layers.contains(mergeJobs[job].heir))
@@ -68,13 +76,28 @@ extension ReplicaCore {
         }
         return true
     }
-    /// They are linked, or will not be.
-    package func endSharing(_ layers: [LayerID]) { sharing.subtract(layers) }
-    /// Has the layer's files another name than this copy's?
+    /// Those of `linked` are, the others will not be: a layer that nobody else has is told so with
+    /// `setShared`.
+    package func endSharing(_ layers: [LayerID], linked: [LayerID]) {
+        for layer in linked {
+            unlinked.remove(layer)
+            setShared(layer, true)
+        }
+        for layer in layers {
+            let left = (sharing[layer] ?? 1) - 1
+            sharing[layer] = left > 0 ? left : nil
+        }
+    }
+    package func isSharing(_ layer: LayerID) -> Bool { sharing[layer] != nil }
+    /// Has the layer's files another name than this copy's? While one is about to be made it counts
+    /// as if.
     package func setShared(_ layer: LayerID, _ isShared: Bool) {
-        guard chain.index(of: layer) != nil, isShared || !sharing.contains(layer) else { return }
+        guard chain.index(of: layer) != nil, isShared || !isSharing(layer) else { return }
         chain.setShared(layer, isShared)
-        if !isShared { merge.notBefore = now }
+        if !isShared {
+            unlinked.remove(layer)
+            merge.notBefore = now
+        }
     }
     package var sharedLayers: [LayerID] {
         guard chain.sharedCount > 0 else { return [] }
@@ -87,11 +110,14 @@ extension ReplicaCore {
 
     /// What the request is about cannot be merged: it is answered from the fold.
     func isFolded(_ slot: Int32) -> Bool {
-        guard chain.sharedCount > 0,
-            let place = chain.index(of: requests[Int(slot)].header.layer),
-            let lower = chain.unmerged(under: place, requests[Int(slot)].region)
+        guard chain.sharedCount + chain.downCount > 0,
+            let place = chain.place(named: requests[Int(slot)].header.layer),
+            !options.mutations.contains(.foldIgnored)
         else { return false }
-        return chain.isStuck(lower) && !options.mutations.contains(.foldIgnored)
+        let below = chain.below(place)
+        // Also where there is nothing under it yet: what is in it may go there any moment.
+        if below >= 0, chain.isDown(below) { return true }
+        return chain.unmerged(under: place, requests[Int(slot)].region).map(chain.isStuck) ?? false
     }
     /// Only a client's read sees through the layers below.
     private func isFold(_ slot: Int32) -> Bool {
@@ -147,12 +173,13 @@ extension ReplicaCore {
     /// True: the change is about a layer that stays as it is, or about what one would show.
     func isAboutShared(_ slot: Int32) -> Bool {
         let header = requests[Int(slot)].header
-        guard requests[Int(slot)].extents >= 0, let place = chain.index(of: header.layer) else {
-            return false
-        }
+        guard let place = chain.place(named: header.layer) else { return false }
+        // What the snapshot's flush has yet to cover may still come.
+        let isFixed = chain.isShared(place) && !unlinked.contains(chain.id(place))
+        guard requests[Int(slot)].extents >= 0 || isFixed else { return false }
         let isReveal =
             header.kind == .setState && header.auxiliary == UInt64(BlockState.absent.rawValue)
-        guard chain.isShared(place) || (isReveal || header.kind == .adopt) && isFolded(slot)
+        guard isFixed || (isReveal || header.kind == .adopt) && isFolded(slot)
         else { return false }
         resumeChainRead(slot)
         return true
@@ -162,8 +189,14 @@ extension ReplicaCore {
     func compareWithShared(_ slot: Int32, _ table: RawMemory) {
         let index = Int(slot)
         let header = requests[index].header
-        guard let place = chain.index(of: header.layer) else { return finish(slot, .invalid) }
+        guard let place = chain.place(named: header.layer) else { return finish(slot, .invalid) }
         let count = requests[index].blocks.count
+        let isFixed = chain.isShared(place) && !unlinked.contains(chain.id(place))
+        // Below the lowest layer everything reads zero: copies differ in which of the two they say.
+        let isLowest = header.layer == manifest.installed?.layers.first
+        let isZero: (UInt8) -> Bool = {
+            $0 == BlockState.absent.rawValue || $0 == BlockState.zero.rawValue
+        }
         let isSame = (0..<count).allSatisfy { block in
             // Not decoded as an entry: its owner is in it.
             let state = state(table, block)
@@ -172,18 +205,20 @@ extension ReplicaCore {
                 let checksum = table.load(UInt32.self, block * BlockEntry.size + 4)
                 return state == BlockState.data.rawValue
                     && checksum == payloadChecksum(slot, block)
-            case .setState where chain.isShared(place):
+            case .setState where isFixed:
                 return UInt64(state) == header.auxiliary
+                    || isLowest && isZero(state) && isZero(UInt8(header.auxiliary))
             case .setState:
                 return state == BlockState.absent.rawValue || owner(table, block) == place + 1
-            default: return !chain.isShared(place) && owner(table, block) == place + 1
+                    || isLowest && isZero(state)
+            default: return !isFixed && owner(table, block) == place + 1
             }
         }
         guard isSame else {
             actions.append(.note(.sharedLayerDiffers(offset: header.offset)))
             return finish(slot, .ioError)
         }
-        guard chain.isShared(place) else {
+        guard isFixed else {
             requests[index].extents = -1
             return resumeMutation(slot)
         }

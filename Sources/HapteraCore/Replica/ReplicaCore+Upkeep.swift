@@ -191,7 +191,7 @@ extension ReplicaCore {
         var frame = cache.first(.active)
         while frame >= 0, upkeep.count < Upkeep.batchMax {
             let next = cache.next(frame)
-            if sharing.contains(cache.frames[Int(frame)].layer), canDrain(frame) {
+            if isSharing(cache.frames[Int(frame)].layer), canDrain(frame) {
                 startDraining(frame)
             }
             frame = next

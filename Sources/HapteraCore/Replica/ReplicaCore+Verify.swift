@@ -18,7 +18,7 @@ extension ReplicaCore {
             RegionVerification().encode(to: pool.memory(requests[index].table))
         }
         while true {
-            guard let place = chain.index(of: requests[index].header.layer),
+            guard let place = chain.place(named: requests[index].header.layer),
                 !chain.isRetired(place)
             else { return finish(slot, .invalid) }
             if awaitsMerge(slot) { return }
@@ -26,7 +26,7 @@ extension ReplicaCore {
             if chain.mayHold(place, requests[index].region) {
                 guard
                     let frame = residentFrame(
-                        slot, requests[index].header.layer, requests[index].region)
+                        slot, chain.id(place), requests[index].region)
                 else { return }
                 takeFingerprint(slot, frame)
                 if let piece = nextPiece(slot, frame) { return readPiece(slot, frame, piece) }
@@ -81,7 +81,7 @@ extension ReplicaCore {
         operations[Int(token & 0xffff_ffff)].region = UInt64(piece.lowerBound)
         actions.append(
             .read(
-                .data(requests[index].header.layer),
+                .data(layer(of: slot)),
                 offset: requests[index].region * UInt64(Geometry.regionSize)
                     + UInt64(piece.lowerBound * Geometry.blockSize),
                 length: length, buffer: requests[index].buffer, bufferOffset: 0, token: token))
@@ -140,7 +140,7 @@ extension ReplicaCore {
         release(requests[index].buffer)
         requests[index].buffer = .none
         requests[index].extents = 0
-        guard let place = chain.index(of: requests[index].header.layer), goBelow(slot, place)
+        guard let place = chain.place(named: requests[index].header.layer), goBelow(slot, place)
         else { return answerVerify(slot) }
         resumeVerify(slot)
     }
@@ -154,11 +154,11 @@ extension ReplicaCore {
         var lower = place - 1
         while lower >= 0, chain.isRetired(lower) { lower -= 1 }
         guard lower >= 0 else { return false }
-        requests[index].header.layer = chain.id(lower)
+        requests[index].header.layer = chain.name(lower)
         var isEnough = requests[index].loads >= RegionVerification.layersMax
         change(slot) {
             isEnough = isEnough || $0.checked >= RegionVerification.blocksMax
-            if isEnough { $0.next = chain.id(lower) }
+            if isEnough { $0.next = chain.name(lower) }
         }
         return !isEnough
     }

@@ -124,8 +124,10 @@ package final class ReplicaCore {
     var upkeep = Upkeep()
     let batch = FixedArray<Int32>(repeating: -1, count: Upkeep.batchMax)
     var merge = MergeState()
-    /// Layers that are about to be linked, and drain.
-    var sharing: Set<LayerID> = []
+    /// Layers that are about to be linked, and drain: how many wait for each. Those that are not
+    /// linked anywhere yet.
+    var sharing: [LayerID: Int] = [:]
+    var unlinked: Set<LayerID> = []
     let mergeJobs = FixedArray(repeating: MergeJob(), count: MergeJob.jobsMax)
     var punchRun: Range<Int>?
     var punchingFrame: Int32 = -1
@@ -182,12 +184,15 @@ package final class ReplicaCore {
     package var promise: Epoch { manifest.promise }
     package var installedRecord: VolumeRecord? { manifest.installed }
     package var headLayer: LayerID { chain.head }
-    /// The layer chain, lowest first.
-    package var layers: [LayerID] { chain.ids }
+    /// The names of the layers, lowest first, and the numbers of their files.
+    package var layers: [LayerID] { chain.names }
+    package var layerFiles: [LayerID] { chain.ids }
     /// Layers of deleted snapshots that are still there.
     /// The layer that what this one holds belongs to: itself, its heir if its snapshot was deleted,
     /// nil if it was discarded.
-    package func owner(of layer: LayerID) -> LayerID? { chain.heir(of: layer) }
+    package func owner(of file: LayerID) -> LayerID? {
+        chain.index(of: file).flatMap(chain.heirPlace).map(chain.name)
+    }
     package var retiredLayerCount: Int { chain.retiredCount }
     /// What merging them has done since the process started.
     package var mergedRegions: UInt64 { merge.regionsMerged }

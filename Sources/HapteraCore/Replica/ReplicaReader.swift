@@ -51,6 +51,7 @@ package final class ReplicaReader {
     /// Bytes of the volume while the layer was its head.
     package func size(of layer: LayerID) -> UInt64 { manifest.installed?.size(of: layer) ?? size }
     package var regionCount: UInt64 { Geometry.regionCount(size: size) }
+    /// By the numbers of their files.
     package var layers: [LayerID] { opened.chain.ids }
     /// False: nothing was ever written to the region, or to that layer of it.
     package func mayHold(_ region: UInt64) -> Bool { opened.chain.mayHold(region) }
@@ -76,9 +77,8 @@ package final class ReplicaReader {
                 let memory = pairs.memory.slice(0, Int(end - first) * TablePage.pairSize)
                 let count = try storage.read(
                     .table(layer), offset: TablePage.pairOffset(region: first), into: memory)
-                guard count == memory.count else {
-                    throw StorageError(.damaged, "table: ends before region \(end)")
-                }
+                // The volume may have grown since: what is behind its end was never written.
+                memory.slice(count, memory.count - count).fill()
                 for region in first..<end where mayHold(layer, region) {
                     let pair = memory.slice(
                         Int(region - first) * TablePage.pairSize, TablePage.pairSize)
@@ -183,7 +183,8 @@ package final class ReplicaReader {
         var verdicts = [BlockVerdict](repeating: .zero, count: Geometry.blocksPerRegion)
         seen.memory.fill()
         let tree = manifest.installed?.tree ?? LayerTree()
-        for layer in layers where tree.isSeen(layer, from: top) && mayHold(layer, number) {
+        for layer in layers
+        where tree.isSeen(manifest.name(of: layer), from: top) && mayHold(layer, number) {
             let region = try region(number, layer: layer)
             try blocks(of: region) { (block, entry, verdict, bytes) throws(StorageError) in
                 guard entry.state != .absent else { return }

@@ -1,0 +1,80 @@
+// What the merging of retired layers keeps in memory: see ReplicaCore+Merge.
+
+/// The merge of one region.
+struct MergeJob: BitwiseCopyable {
+    enum Stage: UInt8, BitwiseCopyable {
+        case free
+        /// For frames, activations, room in the log, a buffer.
+        case waiting
+        /// Writes to Y's region end.
+        case settling
+        case copying
+        /// What Y has becomes durable.
+        case syncing
+        /// The covered record does.
+        case covering
+    }
+    var stage = Stage.free
+    /// Y.
+    var heir = LayerID.head
+    /// X.
+    var layer = LayerID.head
+    var from: LayerID { isDown ? heir : layer }
+    var to: LayerID { isDown ? layer : heir }
+    var region: UInt64 = 0
+    /// Y is the smaller one, and goes over to X.
+    var isDown = false
+    /// What is emptied and what is filled; pinned.
+    var source: Int32 = -1
+    var target: Int32 = -1
+    /// Blocks that are to go over, and those not yet read.
+    var missing = BlockSet()
+    var left = BlockSet()
+    private var runStart: Int32 = 0
+    private var runEnd: Int32 = 0
+    /// What is being moved.
+    var run: Range<Int> {
+        get { Int(runStart)..<Int(runEnd) }
+        set { (runStart, runEnd) = (Int32(newValue.lowerBound), Int32(newValue.upperBound)) }
+    }
+    var reserved = 0
+    var buffer = BufferID.none
+    var tickets: (UInt64, UInt64) = (0, 0)
+    var coverIndex: UInt64 = 0
+
+    static let jobsMax = 8
+    /// Regions begun in the background per tick (100 ms): one at a time beside requests, which are
+    /// felt by whoever waits for the disk; more when there were fewer than this since the last.
+    static let perBusyTick = 1
+    static let perIdleTick = 32
+    static let idleRequests: UInt64 = 4
+    static let retryMilliseconds: UInt64 = 100
+}
+
+/// What merging has on its way.
+struct MergeState {
+    /// Requests for regions that are not merged.
+    var waiting = SlotQueue()
+    var budget = 0
+    var isBusy = false
+    /// `nextNumber` at the last tick.
+    var lastNumber: UInt64 = 0
+    var regionsMerged: UInt64 = 0
+    var bytesMoved: UInt64 = 0
+    /// Behind the last region whose merge failed: others may need no space.
+    var cursor: UInt64 = 0
+    /// One waits for room in the log.
+    var needsRoom = false
+    /// Whether layers are empty is asked once a tick.
+    var isRemovalDue = false
+    /// A merge failed for want of space: not again in the background before this.
+    var notBefore = Instant.zero
+    /// By region: counts the layers that were emptied of it.
+    let serials = FixedArray<UInt32>(repeating: 0, count: 256)
+    var removals: UInt32 = 0
+    /// Layers on their way out of the manifest.
+    var leaving: [LayerID] = []
+    /// Gone from the manifest: deleted when the disk operations of that moment have ended.
+    var deletions: [(layer: LayerID, barrier: [UInt64])] = []
+    var isDeleting = false
+}
