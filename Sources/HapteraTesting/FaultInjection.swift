@@ -169,6 +169,19 @@ extension World {
             until: timeline.now + milliseconds(random.between(50, 8000)))
     }
 
+    /// Whether the record may come to name the copy without another word from it: it is asked for,
+    /// or is about to be, or the change is still on its way (seed 610917).
+    private func mayBecomeMember(_ host: SimulatedReplica) -> Bool {
+        let record = store.record
+        return engines.contains { engine in
+            if let next = engine.proposal, next.epoch > record.epoch, next.contains(host) {
+                return true
+            }
+            return engine.isAlive && engine.core.mayPromote
+                && engine.core.record?.joining?.replica == host.id
+        }
+    }
+
     /// The replica's disk is replaced: of a member only while all else is well. Were another one
     /// being removed, the record could come to name the empty disk alone.
     private func injectReplacement(_ host: SimulatedReplica, _ downtime: Int) {
@@ -183,6 +196,8 @@ extension World {
             guard isCalm else { return }
             // Until the engine has noticed.
             calmUntil = timeline.now + milliseconds(1000)
+        } else if mayBecomeMember(host) {
+            return
         }
         note("fault: the disk of \(host.name) is replaced")
         killReplica(host, restartAfter: downtime)
@@ -205,10 +220,7 @@ extension World {
         let record = store.record
         if record.contains(host) { return restoreMember(host) }
         let departure = record.out.first { $0.member.replica == host.id }
-        let mayBecomeMember = engines.contains {
-            $0.proposal.map { $0.epoch > record.epoch && $0.contains(host) } ?? false
-        }
-        guard let departure, record.joining?.replica != host.id, !mayBecomeMember,
+        guard let departure, record.joining?.replica != host.id, !mayBecomeMember(host),
             host.backupFlushed < departure.stablePoint || departure.reason == .rolledBack,
             hosts.allSatisfy({ !record.contains($0) || $0.installed >= departure.leftEpoch }),
             // Before, the takeover under way may take it back.

@@ -111,6 +111,30 @@ import Testing
         #expect(h.stored.inSync.count == 3)
     }
 
+    /// The engine closes the joiner's connection: no answer comes any more (seed 606094: the growth
+    /// waited for one for ever).
+    @Test func aJoinerThatDropsOutIsAskedAgain() {
+        let h = EngineHarness(members: 1)
+        h.fakes[2].isUp = false
+        h.fakes[0].put(0, block(1), in: LayerID(rawValue: 1))
+        h.fakes[1].promise = .zero
+        h.fakes[1].mute = [FrameKind.write.rawValue, FrameKind.prepareSize.rawValue]
+        h.start()
+        h.pass(milliseconds: 500)
+        #expect(h.core.joinStage == .copying)
+        #expect(resize(h, 5, new) == nil)
+        // The volume stalls, and the joiner is let go.
+        h.kill(h.fakes[0])
+        #expect(h.core.phase == .stalled)
+        h.fakes[1].mute = []
+        h.fakes[1].muted = []
+        h.connect(h.fakes[1])
+        h.connect(h.fakes[0])
+        h.pass(milliseconds: 3000)
+        #expect(h.resizes[5]?.result == .ok && h.stored.size == new)
+        #expect(h.stored.inSync.count == 2)
+    }
+
     /// A snapshot's layer ends where the volume did: a copy sends it nothing behind that, not even
     /// when the region was last written (seed 403123: the file grew, not durably, and the copy did
     /// not open after a power cut).

@@ -67,6 +67,23 @@ import Testing
         #expect(h.isScrubbed && h.found.bad == 1 && h.found.lost == 1)
     }
 
+    /// What one found is not counted by the next, which begins while it is being rewritten (seed
+    /// 625163).
+    @Test func theNextOneCountsOnlyWhatItFinds() {
+        let h = filled()
+        rot(h.fakes[0], 0)
+        h.fakes[0].mute = [FrameKind.write.rawValue]
+        h.scrub()
+        h.pass(milliseconds: 200)
+        #expect(!h.isScrubbed && !h.fakes[0].muted.isEmpty)
+        h.scrub(id: 2)
+        h.fakes[0].mute = []
+        h.answerMuted(h.fakes[0])
+        h.pass(milliseconds: 1000)
+        #expect(h.isScrubbed && h.damaged == 0)
+        #expect(h.found.id == 2 && h.found.bad == 0 && h.found.repaired == 0)
+    }
+
     /// Without its rules it finds nothing, or spreads what is bad.
     @Test(arguments: [.scrubBelieves, .scrubTrustsFirst] as [MutationSet])
     func withoutItsRulesDamageStays(mutation: MutationSet) {

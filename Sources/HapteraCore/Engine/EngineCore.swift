@@ -260,6 +260,8 @@ package final class EngineCore {
         return jobs[Int(slots[index].operation.userData)].kind == .resolve
     }
     package var isCopying: Bool { joinStage == .copying }
+    /// The joiner may be made a member without another word from it.
+    package var mayPromote: Bool { joinStage == .flushing || joinStage == .promoting }
     package var regionsToCopy: Int { neededCount }
     package func isToBeCopied(_ region: UInt64) -> Bool { isNeeded(region) }
 

@@ -75,6 +75,7 @@ extension EngineCore {
         jobs[job].kind = kind
         jobs[job].region = region
         jobs[job].slot = Int32(index)
+        if kind == .scrub { jobs[job].scrub = scrub.progress.id }
         proceed(job)
     }
 

@@ -192,6 +192,7 @@ extension EngineCore {
             actions.append(.disconnect(slot))
             replicas[slot].link = .down
             replicas[slot].outstanding = 0
+            forgetRoom(of: slot)
         }
         if phase == .serving { recheckAll() }
     }

@@ -426,11 +426,14 @@ extension EngineCore {
         return verdict(job, block).source
     }
 
-    /// The layer's bad blocks are rewritten, or are beyond help.
+    /// The layer's bad blocks are rewritten, or are beyond help. What an earlier scrub found is
+    /// none of this one's: it looks at the region itself.
     func layerScrubbed(_ job: Int) {
-        scrub.progress.bad += UInt64(jobs[job].blocksBad)
-        scrub.progress.lost += UInt64(jobs[job].blocksLost)
-        scrub.progress.repaired += UInt64(jobs[job].blocksBad - jobs[job].blocksLost)
+        if jobs[job].scrub == scrub.progress.id {
+            scrub.progress.bad += UInt64(jobs[job].blocksBad)
+            scrub.progress.lost += UInt64(jobs[job].blocksLost)
+            scrub.progress.repaired += UInt64(jobs[job].blocksBad - jobs[job].blocksLost)
+        }
         jobs[job].blocksBad = 0
         jobs[job].blocksLost = 0
     }
@@ -447,7 +450,7 @@ extension EngineCore {
 
     /// The only member cannot say what it holds: to give it up would cost the volume.
     func giveUpScrub(_ job: Int, _ slot: ReplicaSlot) {
-        scrub.progress.skipped += 1
+        if jobs[job].scrub == scrub.progress.id { scrub.progress.skipped += 1 }
         note(.scrubSkipped(slot, region: jobs[job].region))
         finish(job)
     }

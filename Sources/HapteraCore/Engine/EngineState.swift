@@ -325,6 +325,8 @@ struct Job: BitwiseCopyable {
     /// Scrub: of the layer at hand.
     var blocksBad = 0
     var blocksLost = 0
+    /// Scrub: the one that suspects the region. Another may begin meanwhile.
+    var scrub: UInt64 = 0
     /// Scrub: times a source could not read what it had just read.
     var retries: UInt8 = 0
     static let retriesMax: UInt8 = 3
