@@ -298,6 +298,132 @@ import Testing
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
 
+    /// The volume grew between the two: the lower one's files are too short to be the upper one's,
+    /// so that goes up, and the copy opens.
+    @Test func aLayerThatIsTooShortGoesUp() throws {
+        let bench = try ReplicaBench(regions: 2)
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(10, blocks: 8), at: 0)
+        bench.write(ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), sequence: 2)
+        try bench.run()
+        func install(_ change: (inout VolumeRecord) -> Void) throws {
+            var record = try #require(bench.lineage)
+            record.epoch = bench.core.promise.next
+            record.engine = InstanceID(rawValue: 1)
+            change(&record)
+            bench.lineage = record
+            let tag = bench.send(
+                .install, epoch: record.epoch.rawValue,
+                table: InstallRequest(engine: record.engine, record: record).encoded())
+            try bench.run()
+            #expect(bench.status(tag) == .ok)
+        }
+        bench.lineage = bench.record(epoch: 1)
+        try install { $0.freezeHead("a", created: 1) }
+        let prepare = bench.send(
+            .prepareSize, epoch: 2, offset: UInt64(6 * Geometry.regionSize))
+        try bench.run()
+        #expect(bench.status(prepare) == .ok)
+        try install { $0.grow(to: UInt64(6 * Geometry.regionSize)) }
+        bench.write(ReplicaBench.pattern(30), at: 4096, epoch: 3, sequence: 5)
+        try bench.run()
+        try install { $0.freezeHead("b", created: 2) }
+        try install { $0.deleteSnapshot(of: LayerID(rawValue: 1)) }
+        try settle(bench)
+        #expect(bench.core.retiredLayerCount == 0)
+        #expect(bench.core.layerFiles == [2, 3].map(LayerID.init))
+        try bench.reopen()
+        let view =
+            ReplicaBench.pattern(10, blocks: 8).prefix(block) + ReplicaBench.pattern(30)
+            + ReplicaBench.pattern(10, blocks: 8).dropFirst(2 * block)
+        #expect(bench.core.size == UInt64(6 * Geometry.regionSize))
+        let reader = try ReplicaReader(opening: bench.disk)
+        try reader.view(0, from: LayerID(rawValue: 2)) {
+            (index, _, bytes) throws(StorageError) in
+            guard index < 8 else { return }
+            #expect(bytes.bytes() == [UInt8](view[index * block..<(index + 1) * block]))
+        }
+    }
+
+    /// A write to the frozen layer that a client sent before, and that comes when the layer is about
+    /// to leave: it waits, and is there afterwards.
+    @Test func aLateWriteIsNotLostWithTheLayer() throws {
+        let (bench, seen) = try three()
+        bench.deleted = [1]
+        try install(bench)
+        var leaving = false
+        for round in 0..<60 as Range<UInt64> where !leaving {
+            let epoch = bench.core.promise.rawValue
+            bench.send(.flush, epoch: epoch, sequence: 100 + round)
+            try bench.run()
+            bench.send(.stable, epoch: epoch, sequence: 100 + round, auxiliary: epoch)
+            bench.now = bench.now.adding(milliseconds: 20_000)
+            bench.step(.tick)
+            leaving = !bench.core.merge.leaving.isEmpty
+            if !leaving { try bench.run() }
+        }
+        #expect(leaving)
+        let tag = bench.write(
+            ReplicaBench.pattern(88), at: UInt64(6 * block), epoch: bench.core.promise.rawValue,
+            sequence: 300, layer: 2)
+        try bench.run()
+        try settle(bench)
+        #expect(bench.status(tag) == .ok)
+        var view = try #require(seen[2])
+        view.replaceSubrange(6 * block..<7 * block, with: ReplicaBench.pattern(88))
+        #expect(try read(bench, 0, 8, layer: 2) == view)
+        #expect(bench.core.layerFiles == [1, 3].map(LayerID.init))
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
+    /// What is known to be gone of a layer is forgotten when it no longer goes over: it may come
+    /// again by other ways, and the layer go over to another one later.
+    @Test func whatCameAgainIsNotTakenForGone() throws {
+        let bench = try ReplicaBench(regions: 6)
+        _ = try bench.attach()
+        let region = UInt64(Geometry.regionSize)
+        func put(_ value: UInt64, _ regions: Range<UInt64>, layer: UInt32 = 0) throws {
+            for number in regions {
+                bench.write(
+                    ReplicaBench.pattern(value + number), at: number * region,
+                    epoch: bench.core.promise.rawValue, sequence: 10 + number,
+                    flags: layer > 0 ? FrameFlags.resync : 0, layer: layer)
+                try bench.run()
+            }
+        }
+        try put(100, 0..<6)
+        try install(bench, layers: 2)
+        try put(200, 0..<4)
+        try install(bench, layers: 3)
+        try put(300, 0..<2)
+        try install(bench, layers: 4)
+        bench.deleted = [2]
+        try install(bench)
+        // Some of layer 3 goes over to layer 2.
+        for round in 0..<2 as Range<UInt64> {
+            let epoch = bench.core.promise.rawValue
+            bench.send(.flush, epoch: epoch, sequence: 100 + round)
+            try bench.run()
+            bench.send(.stable, epoch: epoch, sequence: 100 + round, auxiliary: epoch)
+            bench.now = bench.now.adding(milliseconds: 20_000)
+            bench.step(.tick)
+            for _ in 0..<12 where !bench.pending.isEmpty { try bench.performOne() }
+        }
+        // It grows: now the other way round.
+        try put(400, 2..<6, layer: 3)
+        try install(bench)
+        try settle(bench)
+        bench.deleted = [1, 2]
+        try install(bench)
+        try settle(bench)
+        #expect(bench.core.retiredLayerCount == 0)
+        for number in 0..<6 as Range<UInt64> {
+            let expected = ReplicaBench.pattern((number < 2 ? 300 : 400) + number)
+            #expect(try read(bench, Int(number) * 256, 1, layer: 3) == expected, "region \(number)")
+        }
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
     /// Resync writes to the heir while it goes over: what they leave is there afterwards.
     @Test func changesMeetAMergeDownwards() throws {
         let (bench, seen) = try three()

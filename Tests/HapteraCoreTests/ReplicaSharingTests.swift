@@ -400,6 +400,32 @@ extension ReplicaBench {
                 logIndex: bench.core.logNextIndex), logCapacity: ActivityLog.capacityMin)
     }
 
+    /// The source drops a deleted layer that held nothing as soon as it was linked: the clone has
+    /// it all the same.
+    @Test func theSourceMayDropWhatItShared() throws {
+        let (bench, seen) = try four()
+        let record = try #require(bench.core.installedRecord)
+        let snapshot = try #require(record.snapshots.first { $0.layer.rawValue == 2 })
+        let cloned = VolumeRecord(
+            cloning: snapshot, of: record, volume: ReplicaBench.volume, name: "clone",
+            size: bench.core.size, nonce: 3, inSync: [ReplicaBench.cloneMember])
+        try settle(bench)
+        let layers = try bench.core.beginSharing(LayerID(rawValue: 2), epoch: cloned.epoch)
+        let disk = ReplicaTestDisk()
+        bench.disk.link(layers, to: disk)
+        try bench.disk.remove(LayerID(rawValue: 1))
+        let source = ReplicaCore.CloneSource(
+            layers: layers, size: bench.core.identity.size, logIndex: bench.core.logNextIndex)
+        func make(_ disk: ReplicaTestDisk) throws {
+            try ReplicaCore.createClone(
+                storage: disk, member: ReplicaBench.cloneMember, record: cloned, source: source,
+                logCapacity: ActivityLog.capacityMin)
+        }
+        try make(disk)
+        #expect(try read(open(disk, cloned), 0, 8) == seen[2])
+        #expect(throws: StorageError.self) { try make(ReplicaTestDisk()) }
+    }
+
     /// Before anything is linked, what the snapshot's flush has yet to cover may still come.
     @Test func aPendingShareKeepsNoWriteAway() throws {
         let bench = try ReplicaBench()

@@ -36,6 +36,8 @@ struct LayerChain {
         var name: LayerID
         /// Regions that its files have room for, at least.
         var room: UInt64
+        /// Regions that it may hold anything of, by the record; not asked of a retired one.
+        var extent: UInt64
         /// Merged downwards: a bit per region, 1 if nothing of it is left here.
         var absorbed: FixedArray<UInt64>?
     }
@@ -66,9 +68,18 @@ struct LayerChain {
     var count: Int { ids.count }
     func id(_ index: Int) -> LayerID { ids[index] }
 
-    /// Layers come and go: what `body` does counts as one change.
-    mutating func change(_ tree: LayerTree, _ body: (inout LayerChain) -> Void) {
+    /// Layers come and go: what `body` does counts as one change. `record`: by which they have
+    /// their sizes.
+    mutating func change(
+        _ tree: LayerTree, _ record: VolumeRecord? = nil, _ body: (inout LayerChain) -> Void
+    ) {
         body(&self)
+        if let record {
+            for place in ids.indices {
+                layers[place].extent = Geometry.regionCount(
+                    size: record.size(of: layers[place].name))
+            }
+        }
         let names = names
         let left = ids.indices.filter { layers[$0].merged == nil }.map { names[$0] }
         for place in ids.indices {
@@ -105,7 +116,7 @@ struct LayerChain {
         layers.append(
             Layer(
                 map: FixedArray(repeating: 0, count: Int((regionCount + 63) / 64)), name: id,
-                room: regionCount))
+                room: regionCount, extent: regionCount))
         head = id
     }
 
@@ -143,7 +154,7 @@ struct LayerChain {
     /// retired any more.
     mutating func removeAbsorbed(_ id: LayerID) {
         let index = existing(id)
-        precondition(layers[index - 1].isDown && layers[index].merged == nil)
+        precondition(isRetired(index - 1) && layers[index - 1].heir == index)
         layers[index - 1].name = layers[index].name
         layers[index - 1].merged = nil
         ids.remove(at: index)
@@ -208,8 +219,8 @@ struct LayerChain {
     func isShared(_ index: Int) -> Bool { layers[index].isShared }
     /// Retired, and shared itself, or its heir is, or one between the two.
     func isStuck(_ index: Int) -> Bool { layers[index].isStuck }
-    mutating func setShared(_ id: LayerID, _ isShared: Bool) {
-        layers[existing(id)].isShared = isShared
+    mutating func setShared(_ ids: [LayerID], _ isShared: Bool) {
+        for id in ids { layers[existing(id)].isShared = isShared }
         decide()
     }
     /// What is to be merged, and which way.
@@ -219,14 +230,14 @@ struct LayerChain {
         if sharedCount > 0 { findStuck() }
         downCount = 0
         for place in ids.indices {
+            let wasDown = layers[place].isDown
             layers[place].isDown = isSmallerAbove(place)
-            if layers[place].isDown {
-                downCount += 1
-                if layers[place + 1].absorbed == nil {
-                    layers[place + 1].absorbed = FixedArray(
-                        repeating: 0, count: layers[place + 1].map.count)
-                }
-            }
+            if layers[place].isDown { downCount += 1 }
+            guard place + 1 < count, wasDown != layers[place].isDown else { continue }
+            // Of an earlier time it may say that something is gone which has come since.
+            layers[place + 1].absorbed =
+                wasDown
+                ? nil : FixedArray(repeating: 0, count: layers[place + 1].map.count)
         }
     }
     /// Not into the head's: it is written to, and would never be empty.
@@ -235,17 +246,14 @@ struct LayerChain {
         guard isRetired(place), layers[place].heir == heir, heir < count - 1,
             layers[heir].below == place, !layers[place].isStuck
         else { return false }
-        let (above, own) = (known(heir), known(place))
-        return above.count <= own.count && above.end <= layers[place].room
+        // As large as the heir's files have to be, whatever is in them: they will be its files.
+        return layers[heir].extent <= layers[place].room && known(heir) <= known(place)
     }
-    /// How many regions the layer may know, and one past the last of them.
-    private func known(_ place: Int) -> (count: Int, end: UInt64) {
-        var (count, end) = (0, UInt64(0))
-        for word in 0..<layers[place].map.count where layers[place].map[word] != 0 {
-            count += layers[place].map[word].nonzeroBitCount
-            end = UInt64(word * 64 + 64 - layers[place].map[word].leadingZeroBitCount)
-        }
-        return (count, end)
+    /// How many regions the layer may know.
+    private func known(_ place: Int) -> Int {
+        var count = 0
+        for word in 0..<layers[place].map.count { count += layers[place].map[word].nonzeroBitCount }
+        return count
     }
     private mutating func findStuck() {
         for heir in ids.indices where !isRetired(heir) {
@@ -273,6 +281,7 @@ struct LayerChain {
         layers[existing(id)].absorbed?[Int(region / 64)] |= 1 << (region % 64)
     }
     func willHold(_ id: LayerID, _ region: UInt64) {
+        guard retiredCount > 0 else { return }
         let index = existing(id)
         layers[index].absorbed?[Int(region / 64)] &= ~(1 << (region % 64))
         layers[index].merged?[Int(region / 64)] &= ~(1 << (region % 64))

@@ -59,9 +59,13 @@ extension ReplicaCore {
                 .unsupported, "the layers are not those that the clone's record names")
         }
         if try isMade(storage, manifest.identity, layer: record.head) { return }
-        for layer in source.layers where !storage.isShared(layer) {
-            throw StorageError(
-                .notFound, "layer \(layer.rawValue) is not linked from the source's directory")
+        // Not by their link counts: the source may have deleted one that held nothing since.
+        for layer in source.layers {
+            for file in [ReplicaFile.data(layer), .table(layer)]
+            where try fileSize(storage, file) == nil {
+                throw StorageError(
+                    .notFound, "\(file) is not linked from the source's directory")
+            }
         }
         manifest.layers = source.layers + [record.head]
         if top != record.layers[0] { manifest.names[top] = record.layers[0] }

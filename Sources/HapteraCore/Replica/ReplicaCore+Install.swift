@@ -343,7 +343,7 @@ extension ReplicaCore {
         for layer in merge.leaving.reversed() { layerLeaves(layer) }
         let isIgnored = options.mutations.contains(.revertIgnored)
         let tree = isIgnored ? LayerTree() : made.installed?.tree ?? LayerTree()
-        chain.change(tree) { chain in
+        chain.change(tree, made.installed) { chain in
             for layer in made.layers where layer > chain.head { chain.append(layer) }
             for layer in merge.leaving {
                 guard let place = chain.index(of: layer) else { continue }

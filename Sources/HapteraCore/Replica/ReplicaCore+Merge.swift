@@ -367,6 +367,9 @@ extension ReplicaCore {
             want(FileSync.log, ticket)
             return becomeDurable(job)
         }
+        // Whoever looks at Y by itself has begun while it was not to go over: see it through.
+        let source = Int(mergeJobs[job].source)
+        guard !mergeJobs[job].isDown || cache.frames[source].pins == 1 else { return }
         clear(job)
     }
 

@@ -268,7 +268,7 @@ extension ReplicaCore {
             punchAtOnce(cache.frames[Int(frame)].layer, header.offset, header.length)
         }
         let layer = cache.frames[Int(frame)].layer
-        if chain.downCount > 0 { chain.willHold(layer, cache.frames[Int(frame)].region) }
+        chain.willHold(layer, cache.frames[Int(frame)].region)
         log.append(
             .entry(
                 layer: layer, block: header.offset / UInt64(Geometry.blockSize),
@@ -321,7 +321,7 @@ extension ReplicaCore {
             freshEnd = log.nextIndex + 1
         }
         let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
-        if chain.downCount > 0 { chain.willHold(layer, region) }
+        chain.willHold(layer, region)
         let first = region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
             .entry(layer: layer, block: first + UInt64(block), count: 1, entry))

@@ -71,9 +71,10 @@ package struct OpenedReplica {
             names: manifest.layers.map(manifest.name(of:)), rooms: rooms)
         covered = manifest.layers.count > 1 ? log.findCovered() : 0
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
-        chain.change(tree) { _ in }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
+        // Which way layers are merged is known when it is known what they hold.
+        chain.change(tree, manifest.installed) { _ in }
         guard !isReadOnly else { return }
         // Of before they were made whole.
         for layer in manifest.layers {

@@ -15,13 +15,14 @@ extension ReplicaCore {
             return false
         }
         let header = requests[Int(slot)].header
-        guard
+        let isOwn =
             header.kind == .digest || header.kind == .adopt || header.kind == .verify
-                || header.flags & FrameFlags.resync != 0,
-            let place = chain.place(named: header.layer)
+            || header.flags & FrameFlags.resync != 0
+        guard isOwn || isMutation(header.kind), let place = chain.place(named: header.layer)
         else { return false }
+        // A client's write, too, that was sent before its layer was frozen, and comes again.
         if !isLeaving(place) {
-            guard let lower = chain.unmerged(under: place, requests[Int(slot)].region),
+            guard isOwn, let lower = chain.unmerged(under: place, requests[Int(slot)].region),
                 !chain.isStuck(lower), isMutation(header.kind) || !chain.isFoldDue(place)
             else { return false }
         }

@@ -49,7 +49,7 @@ extension ReplicaCore {
             sharing[layer, default: 0] += 1
         }
         if !options.mutations.contains(.sharedIsMerged) {
-            for layer in layers { chain.setShared(layer, true) }
+            chain.setShared(layers, true)
         }
         return layers
     }
@@ -79,10 +79,8 @@ extension ReplicaCore {
     /// Those of `linked` are, the others will not be: a layer that nobody else has is told so with
     /// `setShared`.
     package func endSharing(_ layers: [LayerID], linked: [LayerID]) {
-        for layer in linked {
-            unlinked.remove(layer)
-            setShared(layer, true)
-        }
+        unlinked.subtract(linked)
+        chain.setShared(linked.filter { chain.index(of: $0) != nil }, true)
         for layer in layers {
             let left = (sharing[layer] ?? 1) - 1
             sharing[layer] = left > 0 ? left : nil
@@ -93,7 +91,7 @@ extension ReplicaCore {
     /// as if.
     package func setShared(_ layer: LayerID, _ isShared: Bool) {
         guard chain.index(of: layer) != nil, isShared || !isSharing(layer) else { return }
-        chain.setShared(layer, isShared)
+        chain.setShared([layer], isShared)
         if !isShared {
             unlinked.remove(layer)
             merge.notBefore = now

@@ -22,7 +22,11 @@ extension ReplicaCore {
                 !chain.isRetired(place)
             else { return finish(slot, .invalid) }
             if awaitsMerge(slot) { return }
-            if requests[index].extents != 0 || isFolded(slot) { return resumeChainRead(slot) }
+            // One that has begun with the layer's own entries goes on with them.
+            let isBegun = requests[index].layersLeft != 0
+            if requests[index].extents != 0 || !isBegun && isFolded(slot) {
+                return resumeChainRead(slot)
+            }
             if chain.mayHold(place, requests[index].region) {
                 guard
                     let frame = residentFrame(

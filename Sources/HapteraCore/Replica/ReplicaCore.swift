@@ -160,7 +160,7 @@ package final class ReplicaCore {
         admittedEpoch = opened.manifest.promise
         for layer in opened.manifest.layers
         where storage.isShared(layer) && !options.mutations.contains(.sharedIsMerged) {
-            chain.setShared(layer, true)
+            chain.setShared([layer], true)
         }
         isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID
         for slot in 0..<Self.requestsMax {
@@ -187,12 +187,12 @@ package final class ReplicaCore {
     /// The names of the layers, lowest first, and the numbers of their files.
     package var layers: [LayerID] { chain.names }
     package var layerFiles: [LayerID] { chain.ids }
-    /// Layers of deleted snapshots that are still there.
     /// The layer that what this one holds belongs to: itself, its heir if its snapshot was deleted,
     /// nil if it was discarded.
     package func owner(of file: LayerID) -> LayerID? {
         chain.index(of: file).flatMap(chain.heirPlace).map(chain.name)
     }
+    /// Layers of deleted snapshots that are still there.
     package var retiredLayerCount: Int { chain.retiredCount }
     /// What merging them has done since the process started.
     package var mergedRegions: UInt64 { merge.regionsMerged }
