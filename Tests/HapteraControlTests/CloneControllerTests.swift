@@ -36,6 +36,11 @@ extension SnapshotTests.World {
     func nodesAreToldOfTheSourceUntilItIsMade(isAttached: Bool) async throws {
         let world = try await World(attached: isAttached)
         try await world.add("s", created: 5)
+        if !isAttached {
+            // Its engine may not have had it flushed on every replica when it ended.
+            await #expect(throws: ControlError.self) { try await world.clone("new") }
+            #expect(try await world.swap(.detach) { $0.isClean = true } == .swapped)
+        }
         let volume = try await world.clone("new")
         #expect(volume.state == .creating)
         #expect(volume.originVolume == "vol" && volume.originSnapshot == "s")
@@ -55,7 +60,7 @@ extension SnapshotTests.World {
         #expect(made.state == .detached && made.robustness == .healthy)
         #expect(made.originVolume == "vol" && made.originSnapshot == "s")
         #expect(made.snapshotCount == 1)
-        #expect(made.epoch == 1002)
+        #expect(made.epoch == (isAttached ? 1002 : 1003))
         for row in stored.replicas {
             let replicas = try await world.desired(on: row.node)
             #expect(replicas.allSatisfy { $0.phase == .run && !$0.hasCloneSource })

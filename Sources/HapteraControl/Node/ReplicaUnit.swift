@@ -131,13 +131,13 @@ package actor ReplicaUnit {
     private func makeClone() async throws {
         // Made before our own restart: its source may have gone since.
         guard !context.host.isManifestWritten(directory + "/manifest") else { return }
-        // The source never makes it: it may come late to a request, when nobody wants it any more.
-        try HostFiles.makeDirectory(directory)
         let source = wanted.cloneSource
         let record = [UInt8](source.record)
         guard let epoch = VolumeRecord(decoding: record)?.epoch else {
             throw HostError("cannot be created: its volume's first record is malformed")
         }
+        // The source never makes it: it may come late to a request, when nobody wants it any more.
+        try HostFiles.makeDirectory(directory)
         let control = UnitFiles(run: context.run, prefix: "r", id: source.replicaID).control
         let shared: [String: String]
         do {
