@@ -1,6 +1,8 @@
 """The whole life of a volume at random, against a model that is exact to the byte."""
 
+import dataclasses
 import random
+import shutil
 import subprocess
 import time
 
@@ -12,6 +14,7 @@ from harness.workload import BLOCK
 ZERO = bytes(BLOCK)
 SMALLEST, LARGEST = 16 * MIB, 40 * MIB
 SNAPSHOTS_MAX = 12
+CLONES_MAX = 4
 
 
 class Model:
@@ -21,6 +24,7 @@ class Model:
         self.cluster, self.chance = cluster, chance
         self.blocks = [ZERO] * (SMALLEST // BLOCK)
         self.snapshots = {}
+        self.clones = []  # (directories, blocks)
         self.counts = {}
         self.serial = 0
         self.generation = 1
@@ -168,6 +172,44 @@ class Model:
         found = self.cluster.engine.status()["scrub"].split(":")
         assert found[3] == found[5] == found[6] == "0", f"a scrub found bad blocks: {found}"
 
+    def clone(self):
+        """Of a snapshot, on every replica; or the oldest one goes. None is served: each is a copy
+        that must stay what it was made as, whatever becomes of the volume."""
+        if len(self.clones) >= CLONES_MAX or not self.snapshots:
+            if self.clones:
+                self.drop_clone()
+            return
+        self.cluster.start_replicas()
+        self.cluster.wait_healthy()
+        record = self.cluster.record()
+        layer, created, name = self.chance.choice(record.snapshots)
+        blocks = self.snapshots[name]
+        directories = []
+        for replica in self.cluster.replicas:
+            directory = self.cluster.path / f"{self.name('clone-')}-{replica.number}"
+            directory.mkdir()
+            directories.append(directory)
+            first = dataclasses.replace(
+                record, volume=self.chance.randbytes(16), name="clone", size=len(blocks) * BLOCK,
+                epoch=record.epoch + 1000, engine=0, endpoint="", clean=1, change=0, joining=[],
+                out=[], lineage=[], layers=[layer, layer + 1], growths=[], reverts=[],
+                snapshots=[(layer, created, name)],
+                in_sync=[(replica.id, replica.incarnation)])
+            shared = control(
+                replica.control, "share", layer=layer, into=directory, epoch=first.epoch)
+            subprocess.run(
+                [BINARIES / "haptera-replica", "clone", "--dir", directory, "--record",
+                 first.encode().hex(), "--replica-id", replica.text, "--incarnation",
+                 f"{replica.incarnation:016x}", "--layers", shared["layers"], "--size",
+                 shared["size"], "--log-index", shared["logIndex"]], check=True)
+        self.clones.append((directories, blocks))
+
+    def drop_clone(self):
+        directories, blocks = self.clones.pop(0)
+        for directory in directories:
+            self.compare_files(directory, None, blocks, f"the clone {directory.name}")
+            shutil.rmtree(directory)
+
     # What fails
 
     def kill_replica(self):
@@ -205,7 +247,7 @@ class Model:
     WEIGHTS = (
         (write, 500), (trim, 90), (read, 150), (flush, 30), (look, 60), (snapshot, 60),
         (delete, 50), (revert, 20), (resize, 6), (scrub, 3), (kill_replica, 6),
-        (start_replicas, 12), (kill_engine, 6), (detach, 3))
+        (start_replicas, 12), (kill_engine, 6), (detach, 3), (clone, 10))
 
     def act(self):
         actions, weights = zip(*self.WEIGHTS)
@@ -221,6 +263,8 @@ class Model:
         self.cluster.wait_healthy()
         self.scrub()
         self.disconnect()
+        while self.clones:
+            self.drop_clone()
         left = str(len(self.cluster.record().layers))
         for replica in self.cluster.replicas:
             wait_for(
@@ -234,23 +278,28 @@ class Model:
                 self.compare(replica, name, blocks)
 
     def compare(self, replica, snapshot, blocks):
+        self.compare_files(
+            replica.directory, snapshot, blocks,
+            f"{snapshot or 'the volume'} on replica {replica.number}")
+
+    def compare_files(self, directory, snapshot, blocks, what):
         which = ["--snapshot", snapshot] if snapshot else []
         image = subprocess.run(
-            [BINARIES / "haptera-replica", "export", "--dir", replica.directory, *which,
+            [BINARIES / "haptera-replica", "export", "--dir", directory, *which,
              "--output", "-"], check=True, stdout=subprocess.PIPE).stdout
         if image == b"".join(blocks):
             return
-        assert len(image) == len(blocks) * BLOCK, f"{snapshot}: {len(image)} bytes"
+        assert len(image) == len(blocks) * BLOCK, f"{what}: {len(image)} bytes"
         wrong = [index for index, block in enumerate(blocks)
                  if image[index * BLOCK:(index + 1) * BLOCK] != block]
         raise AssertionError(
-            f"{snapshot or 'the volume'} on replica {replica.number} is not what the model says "
+            f"{what} is not what the model says "
             f"in {len(wrong)} blocks, the first {wrong[:8]}")
 
 
 def test_the_life_of_a_volume(context):
-    """Writes, trims, snapshots, deletions, reverts, growth, scrubs, kills and detaches; in the end
-    the volume and every snapshot are compared in full on every replica. 250 operations a round:
+    """Writes, trims, snapshots, deletions, reverts, clones, growth, scrubs, kills and detaches; each
+    clone is compared in full on every replica before it is deleted, and in the end the volume and every snapshot are compared in full on every replica. 250 operations a round:
     `--rounds 40` is the long version."""
     with context.cluster(size=SMALLEST) as cluster:
         cluster.up()

@@ -205,6 +205,41 @@ def expect_refusal(cluster, name):
         return str(error)
 
 
+def test_deleting_the_lowest_moves_the_next(context):
+    """The lowest snapshot holds most of the volume. To delete it moves what the next one holds; so
+    does deleting that one and the next again, as retention does night after night."""
+    with context.cluster(size=SIZE) as cluster:
+        cluster.up()
+        live, chance = connect(cluster), random.Random(context.seed)
+        for offset in range(0, 64 * MIB, MIB):
+            live.pwrite(chance.randbytes(MIB), offset)
+        take(cluster, "night-0")
+        views, moved = {}, []
+        for night in range(1, 5):
+            for _ in range(16):
+                live.pwrite(chance.randbytes(64 << 10), chance.randrange(1000) * (64 << 10))
+            live.trim(64 << 10, chance.randrange(1000) * (64 << 10))
+            live.flush()
+            take(cluster, f"night-{night}")
+            views[f"night-{night}"] = digest(cluster, f"night-{night}")
+            before = [int(replica.status()["mergedBytes"]) for replica in cluster.replicas]
+            control(cluster.engine.control, "delete-snapshot", name=f"night-{night - 1}")
+            for replica in cluster.replicas:
+                wait_for(lambda: replica.status()["layers"] == "2", "the merge", 60)
+            moved += [int(replica.status()["mergedBytes"]) - first
+                      for replica, first in zip(cluster.replicas, before)]
+            views.pop(f"night-{night - 1}", None)
+            for name, view in views.items():
+                assert digest(cluster, name) == view, name
+        assert max(moved) <= MIB, moved
+        live.flush()
+        live.shutdown()
+        cluster.check_copies()
+        for replica in cluster.replicas:
+            assert offline_digest(replica, "night-4") == views["night-4"]
+        return f"64 MiB below, {max(moved) // 1024} KiB at most were moved a night"
+
+
 def test_a_snapshot_is_only_read(context):
     """Writes are refused, unknown names too; the connection stays usable."""
     with context.cluster(size=SIZE) as cluster:
