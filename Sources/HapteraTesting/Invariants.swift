@@ -309,7 +309,8 @@ extension World {
         if result == .ioError && leases.ioTimeoutMilliseconds > 0 { return }
         let isPartial = operation.offset % 4096 != 0 || operation.length % 4096 != 0
         if result == .ioError && (faults.diskErrors || faults.rot)
-            && (operation.kind == .read || isPartial)
+            // What a block is, is read too: from its table page (seed 622354).
+            && (operation.kind == .read || operation.kind == .status || isPartial)
         {
             return
         }

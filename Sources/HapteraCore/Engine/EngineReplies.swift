@@ -241,6 +241,8 @@ extension EngineCore {
     private func receivedStatus(
         _ index: Int, _ slot: ReplicaSlot, _ header: FrameHeader, _ table: RawMemory
     ) {
+        // It is about to end: as for a read, no error while there may be another answer.
+        if header.status == .unavailable { return failReplica(slot, .disconnected) }
         guard header.status == .ok, table.count >= 16, table.count % 16 == 0 else {
             slots[index].tried.insert(SlotSet(slot))
             retryRead(index)

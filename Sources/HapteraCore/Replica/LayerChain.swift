@@ -154,7 +154,7 @@ struct LayerChain {
     /// retired any more.
     mutating func removeAbsorbed(_ id: LayerID) {
         let index = existing(id)
-        precondition(isRetired(index - 1) && layers[index - 1].heir == index)
+        precondition(isRetired(index - 1) && !isRetired(index))
         layers[index - 1].name = layers[index].name
         layers[index - 1].merged = nil
         ids.remove(at: index)

@@ -10,8 +10,9 @@
 /// 4. active regions whose slots a power cut took get empty ones again     -> an empty page or none
 /// 5. if the host has restarted, records of upper layers whose data no flush covered and the disk
 ///    has not are undone in the log (`dropUnsynced`)         -> the rest is found to be so again
-/// 6. log and table are synced: activations and pages that a killed process left unsynced are
-///    relied upon from here, and the log's tail may pass the records of such pages
+/// 6. log, table and manifest are synced: activations and pages that a killed process left unsynced
+///    are relied upon from here, and the log's tail may pass the records of such pages. The
+///    manifest's bytes are written once more: after a failed sync another one would say nothing
 /// 7. of regions in the log, blocks that need no space and have some are noted: a crash came before
 ///    they were punched
 /// 8. files of layers that have left the manifest are deleted
@@ -85,12 +86,26 @@ package struct OpenedReplica {
         if manifest.boot != options.bootID { dropUnsynced() }
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
+        try syncManifest()
         try findUnneeded()
         // Files that a crash has kept of layers that had left the manifest.
         for layer in try storage.layersPresent()
         where layer < manifest.head && chain.index(of: layer) == nil {
             try storage.remove(layer)
         }
+    }
+
+    /// A killed process may have left it in the cache, or a failed write more than it says. A power
+    /// cut must not bring back one that names layers whose files are deleted (seed 608283).
+    private func syncManifest() throws(StorageError) {
+        // As they are, not as they would be encoded today: a torn write of them changes nothing.
+        let slot = MemoryBlock(count: manifest.encoded().count)
+        let count = try storage.read(.manifest, offset: manifest.slotOffset, into: slot.memory)
+        guard count == slot.memory.count else {
+            throw StorageError(.damaged, "manifest: has an end at \(count)")
+        }
+        try storage.write(.manifest, offset: manifest.slotOffset, from: slot.memory)
+        try storage.sync(.manifest)
     }
 
     private static func expect(_ storage: ReplicaStorage, _ file: ReplicaFile, size: UInt64)
