@@ -8,6 +8,8 @@ package enum BlockState: UInt8, BitwiseCopyable, Sendable {
     case zero = 2
     /// Reads zero, its space is kept (zeroed with holes forbidden).
     case zeroAllocated = 3
+
+    package var keepsSpace: Bool { self == .data || self == .zeroAllocated }
 }
 
 /// One 8-byte entry of a block table.

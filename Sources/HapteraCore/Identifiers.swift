@@ -151,6 +151,22 @@ package func hexadecimal(_ value: UInt64) -> String {
     return String(repeating: "0", count: 16 - digits.utf8.count) + digits
 }
 
+/// Two digits for each byte.
+package func hexadecimal(_ bytes: [UInt8]) -> String {
+    bytes.map { ($0 < 16 ? "0" : "") + String($0, radix: 16) }.joined()
+}
+/// Nil unless the text is nothing but two digits for each byte.
+package func parseHexadecimalBytes(_ text: String) -> [UInt8]? {
+    let digits = Array(text.utf8)
+    guard digits.count % 2 == 0 else { return nil }
+    var bytes: [UInt8] = []
+    bytes.reserveCapacity(digits.count / 2)
+    for at in stride(from: 0, to: digits.count, by: 2) {
+        guard let byte = parseHexadecimal(digits[at..<at + 2]) else { return nil }
+        bytes.append(UInt8(byte))
+    }
+    return bytes
+}
 /// Up to 16 hexadecimal digits and nothing else, or nil.
 package func parseHexadecimal(_ digits: some Collection<UInt8>) -> UInt64? {
     guard !digits.isEmpty, digits.count <= 16 else { return nil }

@@ -63,16 +63,13 @@ package struct InspectReport {
                 .list(manifest.layers.map { .number(UInt64(manifest.name(of: $0).rawValue)) })
             ),
             ("manifestVersion", .number(manifest.counter)),
-            ("record", .text((manifest.installed?.encoded() ?? []).map(Self.digits).joined())),
+            ("record", .text(hexadecimal(manifest.installed?.encoded() ?? []))),
         ]
         guard let record = manifest.installed else { return }
         fields += [
             ("recordEpoch", .number(record.epoch.rawValue)),
             ("recordInSync", .list(record.inSync.map { .text($0.replica.text) })),
         ]
-    }
-    private static func digits(_ byte: UInt8) -> String {
-        (byte < 16 ? "0" : "") + String(byte, radix: 16)
     }
 
     private mutating func take(_ reader: ReplicaReader) {

@@ -240,29 +240,19 @@ package struct ReplicaArguments {
     func clone() throws(UsageError) -> (
         VolumeRecord.Member, VolumeRecord, ReplicaCore.CloneSource
     ) {
-        guard let bytes = Self.bytes(try required("--record")),
+        guard let bytes = parseHexadecimalBytes(try required("--record")),
             let record = VolumeRecord(decoding: bytes)
         else { throw UsageError("--record is not a volume's record in hexadecimal digits") }
         let layersText = try required("--layers")
-        let layers = layersText.split(separator: ",", omittingEmptySubsequences: false)
-            .compactMap { UInt32($0).map(LayerID.init) }
-        guard layersText.split(separator: ",").count == layers.count, !layers.isEmpty else {
+        let words = layersText.split(separator: ",", omittingEmptySubsequences: false)
+        let layers = words.compactMap { UInt32($0).map(LayerID.init) }
+        guard layers.count == words.count else {
             throw UsageError("--layers: '\(layersText)' is not a list of numbers")
         }
         return (
             try member(), record,
             .init(layers: layers, size: try size(), logIndex: try number("--log-index"))
         )
-    }
-    private static func bytes(_ text: String) -> [UInt8]? {
-        let digits = Array(text.utf8)
-        guard digits.count % 2 == 0 else { return nil }
-        var bytes: [UInt8] = []
-        for at in stride(from: 0, to: digits.count, by: 2) {
-            guard let byte = parseHexadecimal(digits[at..<at + 2]) else { return nil }
-            bytes.append(UInt8(byte))
-        }
-        return bytes
     }
 
     package func identity() throws(UsageError) -> ReplicaIdentity {

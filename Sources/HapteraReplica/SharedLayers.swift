@@ -111,20 +111,23 @@ final class LayerSharing {
         self.storage = storage
     }
 
-    private static func parse(
+    /// The directory is one beside this copy's, by its name: requests are words, which paths may
+    /// not be.
+    private func parse(
         _ arguments: [String: String]
     ) throws(IOError) -> (layer: LayerID, target: String, epoch: Epoch) {
         guard let layer = arguments["layer"].flatMap({ UInt32($0) }),
-            let target = arguments["into"], target.hasPrefix("/"), target.utf8.count < 4000,
+            let name = arguments["into"], !name.isEmpty, !name.contains("/"), name != ".",
+            name != "..",
             let epoch = arguments["epoch"].flatMap({ UInt64($0) }), arguments.count == 3
-        else { throw IOError("share needs layer=N into=/DIRECTORY epoch=N") }
-        return (LayerID(rawValue: layer), target, Epoch(epoch))
+        else { throw IOError("share needs layer=N into=NAME epoch=N") }
+        return (LayerID(rawValue: layer), "\(storage.directory)/../\(name)", Epoch(epoch))
     }
 
     /// The next step of the core begins what it waits for.
     func begin(_ request: ControlRequest, now: Instant) {
         do throws(IOError) {
-            let (layer, target, epoch) = try Self.parse(request.arguments)
+            let (layer, target, epoch) = try parse(request.arguments)
             let layers: [LayerID]
             do throws(SharingRefusal) {
                 layers = try core.beginSharing(layer, epoch: epoch)

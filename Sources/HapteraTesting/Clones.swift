@@ -68,6 +68,9 @@ extension World {
             clones.pending = nil
             return scheduleClone()
         }
+        guard host.pausedUntil <= timeline.now else {
+            return timeline.schedule(at: host.pausedUntil, .clone)
+        }
         let ready = core.layersToLink(pending.layers)
         guard ready != nil || timeline.now >= pending.deadline else {
             return timeline.schedule(after: milliseconds(clones.random.between(1, 50)), .clone)

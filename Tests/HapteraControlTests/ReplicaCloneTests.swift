@@ -81,7 +81,7 @@ import Testing
         #expect(replica.reason.isEmpty)
         #expect(
             try Self.shares(bench)
-                == [["layer": "2", "into": directory, "epoch": "\(7 + 1000)"]])
+                == [["layer": "2", "into": Self.clone, "epoch": "\(7 + 1000)"]])
         let made = try Self.made(bench)
         #expect(made["layers"] == "1,2" && made["size"] == "1048576" && made["log-index"] == "17")
         #expect(made["replica-id"] == Self.clone && made["incarnation"] == "0000000000000001")

@@ -14,27 +14,27 @@ extension ReplicaMergeTests {
         bench.write(view, at: 0)
         bench.write(ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), sequence: 2)
         try bench.run()
-        try install(bench, layers: 2)
+        try bench.installNext(layers: 2)
         bench.write(ReplicaBench.pattern(300, blocks: 3), at: 8192, epoch: 2, sequence: 3)
         bench.send(
             .setState, epoch: 2, offset: UInt64(100 * block), length: 2 * block, sequence: 4,
             auxiliary: UInt64(BlockState.zero.rawValue))
         try bench.run()
         view.replaceSubrange(8192..<8192 + 3 * block, with: ReplicaBench.pattern(300, blocks: 3))
-        view.replaceSubrange(100 * block..<102 * block, with: zero(2))
-        try install(bench, layers: 3)
+        view.replaceSubrange(100 * block..<102 * block, with: ReplicaBench.zero(2))
+        try bench.installNext(layers: 3)
         bench.deleted = [1]
-        try install(bench)
-        #expect(try read(bench, 0, 200, layer: 2, flags: FrameFlags.resync) == view)
-        try settle(bench)
+        try bench.installNext()
+        #expect(try bench.read(0, 200, layer: 2, flags: FrameFlags.resync) == view)
+        try bench.settle()
         #expect(bench.core.mergedBytes == UInt64(3 * block) && bench.core.retiredLayerCount == 0)
         func check(files: [UInt32], names: [UInt32]) throws {
             #expect(bench.core.layers.map(\.rawValue) == names)
             #expect(bench.core.layerFiles.map(\.rawValue) == files)
             #expect(try bench.disk.layersPresent().map(\.rawValue) == files)
-            #expect(try read(bench, 0, 200, layer: names[0]) == view)
-            #expect(try read(bench, 0, 200) == view)
-            #expect(try read(bench, 256, 1) == ReplicaBench.pattern(9))
+            #expect(try bench.read(0, 200, layer: names[0]) == view)
+            #expect(try bench.read(0, 200) == view)
+            #expect(try bench.read(256, 1) == ReplicaBench.pattern(9))
             let reader = try ReplicaReader(opening: bench.disk)
             try reader.view(0, from: LayerID(rawValue: names[0])) {
                 (index, verdict, bytes) throws(StorageError) in
@@ -51,11 +51,35 @@ extension ReplicaMergeTests {
         _ = try bench.attach(epoch: 20)
         try check(files: [1, 3], names: [2, 3])
         bench.deleted = [1, 2]
-        try install(bench)
-        #expect(try read(bench, 0, 1, layer: 2) == nil, "it can't be meant")
-        try settle(bench)
+        try bench.installNext()
+        #expect(try bench.read(0, 1, layer: 2) == nil, "it can't be meant")
+        try bench.settle()
         try check(files: [3], names: [3])
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
+    /// A trim over a block that was trimmed and has not given its space back yet: it does.
+    @Test func aTrimOverATrimGivesSpaceBack() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(10, blocks: 8), at: 0)
+        try bench.run()
+        func trim(_ epoch: UInt64) throws {
+            bench.send(
+                .setState, epoch: epoch, offset: UInt64(4 * block), length: block,
+                sequence: 2 * epoch, auxiliary: UInt64(BlockState.zero.rawValue))
+            try bench.run()
+        }
+        try trim(1)
+        try bench.installNext(layers: 2)
+        try trim(2)
+        try bench.installNext(layers: 3)
+        bench.deleted = [1]
+        try bench.installNext()
+        try bench.settle()
+        #expect(bench.core.layerFiles == [1, 3].map(LayerID.init))
+        let data = try bench.disk.memory(.data(LayerID(rawValue: 1)))
+        #expect(data.slice(4 * block, block).isZero && !data.slice(0, 4 * block).isZero)
     }
 
     /// The volume grew between the two: the lower one's files are too short to be the upper one's,
@@ -89,7 +113,7 @@ extension ReplicaMergeTests {
         try bench.run()
         try install { $0.freezeHead("b", created: 2) }
         try install { $0.deleteSnapshot(of: LayerID(rawValue: 1)) }
-        try settle(bench)
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
         #expect(bench.core.layerFiles == [2, 3].map(LayerID.init))
         try bench.reopen()
@@ -108,9 +132,9 @@ extension ReplicaMergeTests {
     /// A write to the frozen layer that a client sent before, and that comes when the layer is
     /// about to leave: it waits, and is there afterwards.
     @Test func aLateWriteIsNotLostWithTheLayer() throws {
-        let (bench, seen) = try three()
+        let (bench, seen) = try ReplicaBench.threeLayers()
         bench.deleted = [1]
-        try install(bench)
+        try bench.installNext()
         var leaving = false
         for round in 0..<60 as Range<UInt64> where !leaving {
             let epoch = bench.core.promise.rawValue
@@ -127,11 +151,11 @@ extension ReplicaMergeTests {
             ReplicaBench.pattern(88), at: UInt64(6 * block), epoch: bench.core.promise.rawValue,
             sequence: 300, layer: 2)
         try bench.run()
-        try settle(bench)
+        try bench.settle()
         #expect(bench.status(tag) == .ok)
         var view = try #require(seen[2])
         view.replaceSubrange(6 * block..<7 * block, with: ReplicaBench.pattern(88))
-        #expect(try read(bench, 0, 8, layer: 2) == view)
+        #expect(try bench.read(0, 8, layer: 2) == view)
         #expect(bench.core.layerFiles == [1, 3].map(LayerID.init))
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
@@ -152,13 +176,13 @@ extension ReplicaMergeTests {
             }
         }
         try put(100, 0..<6)
-        try install(bench, layers: 2)
+        try bench.installNext(layers: 2)
         try put(200, 0..<4)
-        try install(bench, layers: 3)
+        try bench.installNext(layers: 3)
         try put(300, 0..<2)
-        try install(bench, layers: 4)
+        try bench.installNext(layers: 4)
         bench.deleted = [2]
-        try install(bench)
+        try bench.installNext()
         // Some of layer 3 goes over to layer 2.
         for round in 0..<2 as Range<UInt64> {
             let epoch = bench.core.promise.rawValue
@@ -171,15 +195,15 @@ extension ReplicaMergeTests {
         }
         // It grows: now the other way round.
         try put(400, 2..<6, layer: 3)
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         bench.deleted = [1, 2]
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
         for number in 0..<6 as Range<UInt64> {
             let expected = ReplicaBench.pattern((number < 2 ? 300 : 400) + number)
-            #expect(try read(bench, Int(number) * 256, 1, layer: 3) == expected, "region \(number)")
+            #expect(try bench.read(Int(number) * 256, 1, layer: 3) == expected, "region \(number)")
         }
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
@@ -187,9 +211,9 @@ extension ReplicaMergeTests {
     /// Seed 608283: a manifest that a killed process has written and not synced is what opening
     /// finds. Files that it does not name go only when it is durable.
     @Test func filesGoByADurableManifestOnly() throws {
-        let (bench, seen) = try three(regions: 2)
+        let (bench, seen) = try ReplicaBench.threeLayers(regions: 2)
         bench.deleted = [2]
-        try install(bench)
+        try bench.installNext()
         var isWritten = false
         bench.fault = { action in
             guard case .write(.manifest, _, _, _, _, _) = action else { return nil }
@@ -213,14 +237,14 @@ extension ReplicaMergeTests {
         bench.disk.cutPower(&bench.random, keepPercent: 0)
         try bench.reopen(boot: 2)
         _ = try bench.attach(epoch: 30)
-        #expect(try read(bench, 0, 8) == seen[3])
+        #expect(try bench.read(0, 8) == seen[3])
     }
 
     /// Resync writes to the heir while it goes over: what they leave is there afterwards.
     @Test func changesMeetAMergeDownwards() throws {
-        let (bench, seen) = try three()
+        let (bench, seen) = try ReplicaBench.threeLayers()
         bench.deleted = [1]
-        try install(bench)
+        try bench.installNext()
         let epoch = bench.core.promise.rawValue
         var view = try #require(seen[2])
         for (place, sequence) in zip([0, 2, 6], 50...)
@@ -241,14 +265,14 @@ extension ReplicaMergeTests {
             flags: FrameFlags.resync, layer: 2)
         try bench.run()
         #expect(bench.status(tag) == .ok)
-        view.replaceSubrange(5 * block..<6 * block, with: zero(1))
-        #expect(try read(bench, 0, 8, layer: 2) == view)
-        try settle(bench)
+        view.replaceSubrange(5 * block..<6 * block, with: ReplicaBench.zero(1))
+        #expect(try bench.read(0, 8, layer: 2) == view)
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
-        #expect(try read(bench, 0, 8, layer: 2) == view)
+        #expect(try bench.read(0, 8, layer: 2) == view)
         try bench.reopen()
         _ = try bench.attach(epoch: 30)
-        #expect(try read(bench, 0, 8, layer: 2) == view)
+        #expect(try bench.read(0, 8, layer: 2) == view)
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
 }

@@ -4,94 +4,26 @@ import Testing
 
 /// Deleted layers: what they hold goes to their heirs, whatever happens meanwhile.
 @Suite struct ReplicaMergeTests {
-    let block = 4096
-    func zero(_ blocks: Int) -> [UInt8] { [UInt8](repeating: 0, count: blocks * 4096) }
-
-    func read(
-        _ bench: ReplicaBench, _ first: Int, _ count: Int, layer: UInt32 = 0, flags: UInt16 = 0
-    ) throws -> [UInt8]? {
-        let tag = bench.send(
-            .read, epoch: bench.core.promise.rawValue, offset: UInt64(first * block),
-            length: count * block, flags: flags, layer: layer)
-        try bench.run()
-        guard let reply = bench.reply(tag), reply.header.status == .ok else { return nil }
-        return reply.data.isEmpty ? zero(count) : reply.data
-    }
-    func install(_ bench: ReplicaBench, layers: Int = 0) throws {
-        let tag = bench.install(epoch: bench.core.promise.rawValue + 1, layers: layers)
-        try bench.run()
-        #expect(bench.status(tag) == .ok)
-    }
-    func flush(_ bench: ReplicaBench, _ sequence: UInt64) throws {
-        let epoch = bench.core.promise.rawValue
-        let tag = bench.send(.flush, epoch: epoch, sequence: sequence)
-        try bench.run()
-        #expect(bench.status(tag) == .ok)
-        bench.send(.stable, epoch: epoch, sequence: sequence, auxiliary: epoch)
-        try bench.run()
-    }
-
-    /// Blocks 0..<8 in layer 1, 2..<4 again in layer 2, 3..<5 again in layer 3, 1 trimmed there.
-    /// `isUpperLarger`: layer 2 knows more regions than layer 1, so that that one goes over to it.
-    func three(
-        regions: Int = 8, isUpperLarger: Bool = false
-    ) throws -> (bench: ReplicaBench, seen: [UInt32: [UInt8]]) {
-        let bench = try ReplicaBench(regions: regions)
-        _ = try bench.attach()
-        var view = ReplicaBench.pattern(10, blocks: 8)
-        var seen: [UInt32: [UInt8]] = [:]
-        func put(_ data: [UInt8], _ first: Int) throws {
-            bench.write(data, at: UInt64(first * block), epoch: bench.core.promise.rawValue)
-            try bench.run()
-            view.replaceSubrange(first * block..<first * block + data.count, with: data)
-        }
-        bench.write(view, at: 0)
-        try bench.run()
-        seen[1] = view
-        try install(bench, layers: 2)
-        try put(ReplicaBench.pattern(30, blocks: 2), 2)
-        if isUpperLarger {
-            bench.write(ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), epoch: 2)
-            try bench.run()
-        }
-        seen[2] = view
-        try install(bench, layers: 3)
-        try put(ReplicaBench.pattern(50, blocks: 2), 3)
-        bench.send(
-            .setState, epoch: 3, offset: 4096, length: 4096, sequence: 2,
-            auxiliary: UInt64(BlockState.zero.rawValue))
-        try bench.run()
-        view.replaceSubrange(4096..<8192, with: zero(1))
-        seen[3] = view
-        return (bench, seen)
-    }
-
-    func settle(_ bench: ReplicaBench) throws {
-        // One layer after the other may go over to the one below.
-        for round in 0..<60 as Range<UInt64> where round < 8 || bench.core.isMergeDue {
-            try flush(bench, 100 + round)
-            try bench.tick(milliseconds: 20_000)
-        }
-    }
+    var block: Int { ReplicaBench.block }
 
     @Test(arguments: [[1], [2], [1, 2]] as [Set<UInt32>], [false, true])
     func whatIsSeenStaysAndTheLayerGoes(deleted: Set<UInt32>, isReopened: Bool) throws {
-        let (bench, seen) = try three()
+        let (bench, seen) = try ReplicaBench.threeLayers()
         bench.deleted = deleted
-        try install(bench)
+        try bench.installNext()
         func check() throws {
             for (layer, expected) in seen where !deleted.contains(layer) {
-                #expect(try read(bench, 0, 8, layer: layer) == expected, "layer \(layer)")
+                #expect(try bench.read(0, 8, layer: layer) == expected, "layer \(layer)")
             }
         }
         try check()
-        #expect(try read(bench, 0, 1, layer: deleted.min() ?? 0) == nil, "it can't be meant")
+        #expect(try bench.read(0, 1, layer: deleted.min() ?? 0) == nil, "it can't be meant")
         if isReopened {
             try bench.reopen()
             _ = try bench.attach(epoch: 9)
             try check()
         }
-        try settle(bench)
+        try bench.settle()
         try check()
         #expect(bench.core.retiredLayerCount == 0)
         let left = [1, 2, 3].filter { !deleted.contains($0) }.map(LayerID.init)
@@ -105,9 +37,9 @@ import Testing
 
     /// To the engine the two layers are one at once: digests and copies wait for the merge.
     @Test func digestsAreOfBothLayers() throws {
-        let (bench, _) = try three()
+        let (bench, _) = try ReplicaBench.threeLayers()
         bench.deleted = [2]
-        try install(bench)
+        try bench.installNext()
         let tag = bench.send(.digest, epoch: 4, flags: FrameFlags.resync, layer: 3)
         try bench.run()
         let table = try #require(bench.reply(tag)?.table)
@@ -118,14 +50,14 @@ import Testing
 
     /// The birth goes along: a replica that is away misses what the deleted layer got meanwhile.
     @Test func birthsAreInherited() throws {
-        let (bench, _) = try three()
+        let (bench, _) = try ReplicaBench.threeLayers()
         bench.write(
             ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), epoch: 3, sequence: 7)
         try bench.run()
-        try install(bench, layers: 4)
+        try bench.installNext(layers: 4)
         bench.deleted = [3]
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
         for (since, expected) in [(3, 3), (4, 3), (6, 0)] as [(UInt64, UInt8)] {
             let tag = bench.send(.regionMap, epoch: 5, length: 8, auxiliary: since)
@@ -136,40 +68,40 @@ import Testing
 
     /// A damaged block is not made good by being moved.
     @Test func damageGoesAlong() throws {
-        let (bench, seen) = try three()
-        try settle(bench)
+        let (bench, seen) = try ReplicaBench.threeLayers()
+        try bench.settle()
         try bench.disk.memory(.data(LayerID(rawValue: 1)))[0] ^= 1
         bench.deleted = [1]
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
-        #expect(try read(bench, 0, 1) == nil)
-        #expect(try read(bench, 1, 7) == seen[3].map { [UInt8]($0[4096...]) })
+        #expect(try bench.read(0, 1) == nil)
+        #expect(try bench.read(1, 7) == seen[3].map { [UInt8]($0[4096...]) })
     }
 
     /// No space for the heir's blocks: what waits is refused, the copy goes on and merges later.
     @Test func aFullDiskDelaysAMerge() throws {
-        let (bench, seen) = try three(isUpperLarger: true)
+        let (bench, seen) = try ReplicaBench.threeLayers(isUpperLarger: true)
         bench.deleted = [1]
         bench.fault = { action in
             if case .write(.data, _, _, _, _, _) = action { -28 } else { nil }
         }
-        try install(bench)
+        try bench.installNext()
         let tag = bench.send(.digest, epoch: 4, flags: FrameFlags.resync, layer: 2)
         try bench.run()
         #expect(bench.status(tag) == .noSpace)
         #expect(bench.core.retiredLayerCount == 1 && bench.failure == nil)
-        #expect(try read(bench, 0, 8) == seen[3])
+        #expect(try bench.read(0, 8) == seen[3])
         bench.fault = nil
-        try settle(bench)
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
-        #expect(try read(bench, 0, 8) == seen[3])
+        #expect(try bench.read(0, 8) == seen[3])
         #expect(bench.pool.inUse == 0)
     }
 
     /// What was written before the disk was full gives its space back: others need it.
     @Test func aMergeThatFailsLeavesNothingBehind() throws {
-        let (bench, seen) = try three(isUpperLarger: true)
+        let (bench, seen) = try ReplicaBench.threeLayers(isUpperLarger: true)
         bench.deleted = [1]
         var written = 0
         bench.fault = { action in
@@ -177,33 +109,33 @@ import Testing
             written += 1
             return written > 1 ? -28 : nil
         }
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         for _ in 0..<40 { try bench.tick(milliseconds: 400) }
         #expect(written > 1 && bench.core.retiredLayerCount == 1)
         let heir = try bench.disk.memory(.data(LayerID(rawValue: 2)))
         #expect(heir.slice(0, 2 * block).isZero && !heir.slice(2 * block, 2 * block).isZero)
-        #expect(try read(bench, 0, 8) == seen[3])
+        #expect(try bench.read(0, 8) == seen[3])
     }
 
     /// Seed 500543: what cannot be read now is not lost over it.
     @Test func anUnreadableBlockDelaysAMerge() throws {
-        let (bench, seen) = try three(isUpperLarger: true)
+        let (bench, seen) = try ReplicaBench.threeLayers(isUpperLarger: true)
         bench.deleted = [1]
         bench.fault = { action in
             if case .read(.data, _, _, _, _, _) = action { -5 } else { nil }
         }
-        try install(bench)
+        try bench.installNext()
         let tag = bench.send(.digest, epoch: 4, flags: FrameFlags.resync, layer: 2)
         try bench.run()
-        try settle(bench)
+        try bench.settle()
         #expect(bench.status(tag) == .ioError && bench.failure == nil)
         bench.fault = nil
         #expect(bench.core.retiredLayerCount == 1)
-        #expect(try read(bench, 0, 8) == seen[3])
-        try settle(bench)
+        #expect(try bench.read(0, 8) == seen[3])
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
-        #expect(try read(bench, 0, 8) == seen[3])
+        #expect(try bench.read(0, 8) == seen[3])
     }
 
     /// The power fails after any change of the disk: what was flushed is there, in every layer.
@@ -215,28 +147,29 @@ import Testing
     ) throws {
         let left = ([1, 2, 3] as Set<UInt32>).subtracting(what.deleted).sorted()
         for cut in stride(from: 1, to: 2000, by: 7) {
-            let (bench, seen) = try three(regions: 2, isUpperLarger: what.isUpperLarger)
-            try flush(bench, 90)
+            let (bench, seen) = try ReplicaBench.threeLayers(
+                regions: 2, isUpperLarger: what.isUpperLarger)
+            try bench.flush(90)
             bench.deleted = what.deleted
             bench.disk.changesMax = bench.disk.changeCount + cut
             bench.random = TestRandom(seed: UInt64(cut))
             let isCut: Bool
             do {
-                try install(bench)
-                try settle(bench)
+                try bench.installNext()
+                try bench.settle()
                 isCut = false
             } catch { isCut = true }
             bench.disk.cutPower(&bench.random, keepPercent: keepPercent)
             try bench.reopen(boot: 2)
             if bench.core.installedRecord?.epoch != Epoch(4) { bench.deleted = [] }
             _ = try bench.attach(epoch: 9)
-            #expect(try read(bench, 0, 8) == seen[3], "cut after \(cut)")
-            #expect(try read(bench, 0, 8, layer: left[0]) == seen[left[0]], "cut after \(cut)")
+            #expect(try bench.read(0, 8) == seen[3], "cut after \(cut)")
+            #expect(try bench.read(0, 8, layer: left[0]) == seen[left[0]], "cut after \(cut)")
             bench.deleted = what.deleted
-            try install(bench)
-            try settle(bench)
-            #expect(try read(bench, 0, 8) == seen[3], "cut after \(cut), merged")
-            #expect(try read(bench, 0, 8, layer: left[0]) == seen[left[0]], "cut after \(cut)")
+            try bench.installNext()
+            try bench.settle()
+            #expect(try bench.read(0, 8) == seen[3], "cut after \(cut), merged")
+            #expect(try bench.read(0, 8, layer: left[0]) == seen[left[0]], "cut after \(cut)")
             #expect(bench.core.layers == left.map(LayerID.init), "cut after \(cut)")
             #expect(bench.failure == nil && bench.pool.inUse == 0)
             if !isCut { return }
@@ -254,7 +187,7 @@ import Testing
             if step % 8 == 0 { try model.check(step) }
         }
         #expect(model.deletions > 3)
-        try settle(model.bench)
+        try model.bench.settle()
         #expect(model.bench.core.layers.map(\.rawValue) == model.views.keys.sorted())
         #expect(model.bench.pool.inUse == 0 && model.bench.failure == nil)
     }

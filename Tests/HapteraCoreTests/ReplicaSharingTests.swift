@@ -36,61 +36,12 @@ extension ReplicaBench {
 
 /// Layers whose files two copies have: neither changes what the other one sees.
 @Suite struct ReplicaSharingTests {
-    private let block = 4096
-    private func zero(_ blocks: Int) -> [UInt8] { [UInt8](repeating: 0, count: blocks * 4096) }
+    private var block: Int { ReplicaBench.block }
 
-    private func read(
-        _ bench: ReplicaBench, _ first: Int, _ count: Int, layer: UInt32 = 0, flags: UInt16 = 0
-    ) throws -> [UInt8]? {
-        let tag = bench.send(
-            .read, epoch: bench.core.promise.rawValue, offset: UInt64(first * block),
-            length: count * block, flags: flags, layer: layer)
-        try bench.run()
-        guard let reply = bench.reply(tag), reply.header.status == .ok else { return nil }
-        return reply.data.isEmpty ? zero(count) : reply.data
-    }
-    private func install(_ bench: ReplicaBench, layers: Int = 0) throws {
-        let tag = bench.install(epoch: bench.core.promise.rawValue + 1, layers: layers)
-        try bench.run()
-        #expect(bench.status(tag) == .ok)
-    }
-    private func settle(_ bench: ReplicaBench) throws {
-        // One layer after the other may go over to the one below.
-        for round in 0..<60 as Range<UInt64> where round < 8 || bench.core.isMergeDue {
-            let epoch = bench.core.promise.rawValue
-            bench.send(.flush, epoch: epoch, sequence: 500 + round)
-            try bench.run()
-            bench.send(.stable, epoch: epoch, sequence: 500 + round, auxiliary: epoch)
-            try bench.tick(milliseconds: 20_000)
-        }
-    }
-
-    /// Blocks 0..<8 in layer 1, 2..<4 again in layer 2, 3..<5 again in layer 3, 1 trimmed there;
-    /// layer 4 is empty. What each shows.
+    /// `threeLayers`, all frozen, under an empty head.
     private func four() throws -> (bench: ReplicaBench, seen: [UInt32: [UInt8]]) {
-        let bench = try ReplicaBench()
-        _ = try bench.attach()
-        var view = ReplicaBench.pattern(10, blocks: 8)
-        var seen: [UInt32: [UInt8]] = [:]
-        func put(_ data: [UInt8], _ first: Int) throws {
-            bench.write(data, at: UInt64(first * block), epoch: bench.core.promise.rawValue)
-            try bench.run()
-            view.replaceSubrange(first * block..<first * block + data.count, with: data)
-        }
-        try put(view, 0)
-        seen[1] = view
-        try install(bench, layers: 2)
-        try put(ReplicaBench.pattern(30, blocks: 2), 2)
-        seen[2] = view
-        try install(bench, layers: 3)
-        try put(ReplicaBench.pattern(50, blocks: 2), 3)
-        bench.send(
-            .setState, epoch: 3, offset: 4096, length: 4096, sequence: 2,
-            auxiliary: UInt64(BlockState.zero.rawValue))
-        try bench.run()
-        view.replaceSubrange(4096..<8192, with: zero(1))
-        seen[3] = view
-        try install(bench, layers: 4)
+        let (bench, seen) = try ReplicaBench.threeLayers()
+        try bench.installNext(layers: 4)
         return (bench, seen)
     }
     private func clone(
@@ -119,12 +70,12 @@ extension ReplicaBench {
         if deleted.contains(1), !deleted.contains(2) {
             // Retired, and not merged yet.
             bench.deleted = [1]
-            try install(bench)
+            try bench.installNext()
         }
         let (disk, record) = try clone(bench, layer)
         let other = try open(disk, record)
-        #expect(try read(other, 0, 8) == expected)
-        #expect(try read(other, 0, 8, layer: layer) == expected)
+        #expect(try other.read(0, 8) == expected)
+        #expect(try other.read(0, 8, layer: layer) == expected)
         #expect(other.core.retiredLayerCount == Int(layer) - 1)
 
         other.write(ReplicaBench.pattern(90), at: 0, epoch: record.epoch.rawValue + 1)
@@ -132,25 +83,25 @@ extension ReplicaBench {
         try other.run()
         try bench.run()
         bench.deleted = deleted
-        try install(bench)
-        try settle(bench)
-        try settle(other)
+        try bench.installNext()
+        try bench.settle()
+        try other.settle()
         for kept in [1, 2, 3] as Set<UInt32> where !deleted.contains(kept) {
-            #expect(try read(bench, 0, 8, layer: kept) == seen[kept])
+            #expect(try bench.read(0, 8, layer: kept) == seen[kept])
         }
         let head = ReplicaBench.pattern(80) + (seen[3] ?? []).dropFirst(block)
-        #expect(try read(bench, 0, 8) == head)
-        #expect(try read(other, 0, 8) == ReplicaBench.pattern(90) + expected.dropFirst(block))
+        #expect(try bench.read(0, 8) == head)
+        #expect(try other.read(0, 8) == ReplicaBench.pattern(90) + expected.dropFirst(block))
         #expect(disk.violations == [] && bench.disk.violations == [])
         #expect(!deleted.contains(layer) || bench.core.retiredLayerCount > 0)
 
         // The source is deleted: the clone's layers are its own, and become one.
         bench.disk.discard()
         for layer in other.core.sharedLayers { other.core.setShared(layer, false) }
-        try settle(other)
+        try other.settle()
         #expect(other.core.retiredLayerCount == 0)
-        #expect(try read(other, 0, 8, layer: layer) == expected)
-        #expect(try read(other, 0, 8) == ReplicaBench.pattern(90) + expected.dropFirst(block))
+        #expect(try other.read(0, 8, layer: layer) == expected)
+        #expect(try other.read(0, 8) == ReplicaBench.pattern(90) + expected.dropFirst(block))
         #expect(other.pool.inUse == 0 && other.failure == nil && bench.pool.inUse == 0)
     }
 
@@ -158,19 +109,19 @@ extension ReplicaBench {
         let (bench, seen) = try four()
         let (disk, _) = try clone(bench, 2)
         bench.deleted = [1, 2]
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 2)
         try bench.reopen()
         _ = try bench.attach(epoch: 30)
         #expect(bench.core.sharedLayers == [1, 2].map(LayerID.init))
-        try settle(bench)
-        #expect(try read(bench, 0, 8, layer: 3) == seen[3] && bench.core.retiredLayerCount == 2)
+        try bench.settle()
+        #expect(try bench.read(0, 8, layer: 3) == seen[3] && bench.core.retiredLayerCount == 2)
         disk.discard()
         for layer in bench.core.sharedLayers { bench.core.setShared(layer, false) }
-        try settle(bench)
+        try bench.settle()
         #expect(bench.core.layers == [3, 4].map(LayerID.init))
-        #expect(try read(bench, 0, 8, layer: 3) == seen[3])
+        #expect(try bench.read(0, 8, layer: 3) == seen[3])
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
 
@@ -183,8 +134,8 @@ extension ReplicaBench {
             try bench.run()
             if isShared { _ = try clone(bench, 2) }
             bench.deleted = [1, 2]
-            try install(bench)
-            if !isShared { try settle(bench) }
+            try bench.installNext()
+            if !isShared { try bench.settle() }
             let epoch = bench.core.promise.rawValue
             var answers: [[UInt8]] = []
             func ask(_ kind: FrameKind, layer: UInt32, length: Int, flags: UInt16 = 0) throws {
@@ -218,13 +169,13 @@ extension ReplicaBench {
         let (bench, seen) = try four()
         let (disk, record) = try clone(bench, layer)
         bench.deleted = [1]
-        try install(bench)
+        try bench.installNext()
         let view = try #require(seen[layer])
         // Of layer 1, and of the layer itself.
         for (place, holder) in [(7, 1), (3, layer)] as [(Int, UInt32)] {
             let memory = try disk.memory(.data(LayerID(rawValue: holder)))
             memory[place * block + 5] ^= 1
-            #expect(try read(bench, place, 1, layer: layer) == nil)
+            #expect(try bench.read(place, 1, layer: layer) == nil)
         }
         let epoch = bench.core.promise.rawValue
         func write(_ data: [UInt8], _ first: Int) throws -> FrameStatus? {
@@ -240,9 +191,9 @@ extension ReplicaBench {
         let isFold = layer == 2
         #expect(try write(target, 3) == (isFold ? .ok : .ioError))
         guard isFold else { return }
-        #expect(try read(bench, 0, 8, layer: layer) == view)
+        #expect(try bench.read(0, 8, layer: layer) == view)
         let other = try open(disk, record)
-        #expect(try read(other, 0, 8) == view)
+        #expect(try other.read(0, 8) == view)
         #expect(bench.pool.inUse == 0 && other.pool.inUse == 0)
         // Only these two were changed, and no page.
         #expect(bench.disk.violations.count == 1 || bench.disk.violations.count == 2)
@@ -260,7 +211,7 @@ extension ReplicaBench {
         #expect(refusal(9) == .noSuchLayer && refusal(4) == .noSuchLayer)
         #expect(refusal(2, 4) == .epochTooLow)
         bench.deleted = [1]
-        try install(bench)
+        try bench.installNext()
         #expect(refusal(1) == .noSuchLayer)
         #expect(bench.core.sharedLayers == [])
         #expect(refusal(2) == nil && bench.core.sharedLayers == [1, 2].map(LayerID.init))
@@ -269,7 +220,7 @@ extension ReplicaBench {
         let layers = bench.core.sharedLayers
         bench.core.endSharing(layers, linked: [])
         for layer in layers { bench.core.setShared(layer, false) }
-        try settle(bench)
+        try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
     }
 
@@ -280,13 +231,13 @@ extension ReplicaBench {
         let (disk, record) = try clone(bench, 3)
         bench.disk.discard()
         let other = try open(disk, record)
-        try settle(other)
+        try other.settle()
         #expect(other.core.retiredLayerCount == 0)
         var random = TestRandom(seed: 5)
         disk.cutPower(&random, keepPercent: 100)
         try other.reopen(boot: 2)
         _ = try other.attach(epoch: record.epoch.rawValue + 5)
-        #expect(try read(other, 0, 8) == seen[3])
+        #expect(try other.read(0, 8) == seen[3])
     }
 
     /// Any work on a volume whose snapshots are cloned all the time, deleted, with kills.
@@ -305,7 +256,7 @@ extension ReplicaBench {
         try model.checkClones(200)
         #expect(model.clonesMade > 2)
         while !model.clones.isEmpty { model.discardClone(0) }
-        try settle(model.bench)
+        try model.bench.settle()
         try model.check(201)
         #expect(model.bench.core.sharedLayers == [])
         #expect(model.bench.core.retiredLayerCount == 0)
@@ -322,7 +273,7 @@ extension ReplicaBench {
         bench.core.endSharing(first, linked: [])
         for layer in first where !bench.disk.isShared(layer) { bench.core.setShared(layer, false) }
         #expect(bench.core.sharedLayers == second)
-        try settle(bench)
+        try bench.settle()
         let linked = try #require(bench.core.layersToLink(second))
         let disk = ReplicaTestDisk()
         bench.disk.link(linked, to: disk)
@@ -337,11 +288,11 @@ extension ReplicaBench {
                 layers: linked, size: bench.core.identity.size,
                 logIndex: bench.core.logNextIndex), logCapacity: ActivityLog.capacityMin)
         bench.deleted = [1, 2]
-        try install(bench)
-        try settle(bench)
+        try bench.installNext()
+        try bench.settle()
         #expect(bench.disk.violations == [])
         let other = try open(disk, cloned)
-        #expect(try read(other, 0, 8) == seen[2])
+        #expect(try other.read(0, 8) == seen[2])
     }
 
     /// Below the record's lowest layer everything reads zero, so absent and zero are the same
@@ -353,12 +304,12 @@ extension ReplicaBench {
         _ = try bench.attach()
         bench.write(ReplicaBench.pattern(10, blocks: 8), at: 0, epoch: 1)
         try bench.run()
-        try install(bench, layers: 2)
+        try bench.installNext(layers: 2)
         if wanted == .absent {
             // The copy has layer 1 stuck, shared with a clone; another has merged and dropped it.
             _ = try clone(bench, 1)
             bench.deleted = [1]
-            try install(bench)
+            try bench.installNext()
         }
         // A client's trim of what was never written, in the record's lowest layer.
         let layer: UInt32 = wanted == .absent ? 2 : 1
@@ -368,7 +319,7 @@ extension ReplicaBench {
                 sequence: 2, auxiliary: UInt64(BlockState.zero.rawValue))
             try bench.run()
             #expect(bench.status(tag) == .ok)
-            try install(bench, layers: 3)
+            try bench.installNext(layers: 3)
         }
         _ = try clone(bench, layer)
         // What a scrub's job, or a copy to this member when it has been away, sends here for a
@@ -409,7 +360,7 @@ extension ReplicaBench {
         let cloned = VolumeRecord(
             cloning: snapshot, of: record, volume: ReplicaBench.volume, name: "clone",
             size: bench.core.size, nonce: 3, inSync: [ReplicaBench.cloneMember])
-        try settle(bench)
+        try bench.settle()
         let layers = try bench.core.beginSharing(LayerID(rawValue: 2), epoch: cloned.epoch)
         let disk = ReplicaTestDisk()
         bench.disk.link(layers, to: disk)
@@ -422,7 +373,7 @@ extension ReplicaBench {
                 logCapacity: ActivityLog.capacityMin)
         }
         try make(disk)
-        #expect(try read(open(disk, cloned), 0, 8) == seen[2])
+        #expect(try open(disk, cloned).read(0, 8) == seen[2])
         #expect(throws: StorageError.self) { try make(ReplicaTestDisk()) }
     }
 
@@ -430,7 +381,7 @@ extension ReplicaBench {
     @Test func aPendingShareKeepsNoWriteAway() throws {
         let bench = try ReplicaBench()
         _ = try bench.attach()
-        try install(bench, layers: 2)
+        try bench.installNext(layers: 2)
         let layers = try bench.core.beginSharing(LayerID(rawValue: 1), epoch: Epoch(1000))
         let epoch = bench.core.promise.rawValue
         let tag = bench.write(
@@ -448,7 +399,7 @@ extension ReplicaBench {
             ReplicaBench.pattern(11), at: 0, epoch: epoch, sequence: 11, layer: 1)
         try bench.run()
         #expect(bench.status(late) == .ioError)
-        #expect(try read(bench, 0, 1) == ReplicaBench.pattern(10))
+        #expect(try bench.read(0, 1) == ReplicaBench.pattern(10))
     }
 
     /// A layer that is shorter than the volume, as every clone made with a larger size has.
@@ -461,7 +412,7 @@ extension ReplicaBench {
             table: InstallRequest(engine: InstanceID(rawValue: 1), record: record).encoded())
         try bench.run()
         #expect(bench.status(tag) == .ok)
-        try settle(bench)
+        try bench.settle()
         let reader = try ReplicaReader(opening: bench.disk)
         #expect(throws: Never.self) { _ = try reader.births() }
     }

@@ -10,7 +10,7 @@ import time
 
 import nbd
 
-from harness.cluster import BINARIES, MIB, ControlError, control, wait_for
+from harness.cluster import BINARIES, MIB, control, wait_for
 from harness.plane import Plane, alive
 from harness.workload import BLOCK
 
@@ -59,8 +59,7 @@ class Volumes:
         return found
 
     def statuses(self, name):
-        run = self.plane.directory / "c"
-        return [control(next(run.glob(f"**/run/r-{replica['id']}.sock")), "status")
+        return [control(next(self.plane.cluster.glob(f"**/run/r-{replica['id']}.sock")), "status")
                 for replica in self.show(name)["replicas"]]
 
     def create(self, name, *words):
@@ -143,6 +142,31 @@ def test_a_clone_is_quick_small_and_independent(context):
                 os.kill(pid, signal.SIGKILL)
         verify(directories)
         return f"made in {taken:.2f} s, {own // 1024} KiB of its own"
+
+
+def test_a_clone_of_a_large_volume(context):
+    """100 GiB, a block in each of 2,000 regions all over it; the cluster's directory has a space in
+    its name."""
+    with Plane(context, folder="two words") as plane:
+        volumes, chance = Volumes(plane), random.Random(context.seed)
+        size = 100 << 30
+        volumes.create("vol", "--size", str(size))
+        plane.run("volume", "attach", "vol")
+        handle, written = volumes.connect("vol"), {}
+        for region in chance.sample(range(size // MIB), 2000):
+            written[region * MIB] = chance.randbytes(BLOCK)
+            handle.pwrite(written[region * MIB], region * MIB)
+        handle.flush()
+        plane.run("snapshot", "create", "vol", "golden")
+        handle.pwrite(b"later" * 1024, min(written))
+        handle.shutdown()
+        taken = volumes.create("copy", "--from", "vol@golden")
+        plane.run("volume", "attach", "copy")
+        handle = volumes.connect("copy")
+        for offset, data in written.items():
+            assert handle.pread(BLOCK, offset) == data, offset
+        handle.shutdown()
+        return f"100 GiB, 2,000 regions written, in {taken:.2f} s"
 
 
 def test_clones_of_a_busy_volume(context):

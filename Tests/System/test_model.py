@@ -196,7 +196,7 @@ class Model:
                 snapshots=[(layer, created, name)],
                 in_sync=[(replica.id, replica.incarnation)])
             shared = control(
-                replica.control, "share", layer=layer, into=directory, epoch=first.epoch)
+                replica.control, "share", layer=layer, into=directory.name, epoch=first.epoch)
             subprocess.run(
                 [BINARIES / "haptera-replica", "clone", "--dir", directory, "--record",
                  first.encode().hex(), "--replica-id", replica.text, "--incarnation",
@@ -299,8 +299,8 @@ class Model:
 
 def test_the_life_of_a_volume(context):
     """Writes, trims, snapshots, deletions, reverts, clones, growth, scrubs, kills and detaches; each
-    clone is compared in full on every replica before it is deleted, and in the end the volume and every snapshot are compared in full on every replica. 250 operations a round:
-    `--rounds 40` is the long version."""
+    clone is compared in full on every replica before it is deleted, and so are in the end the
+    volume and every snapshot. 250 operations a round: `--rounds 40` is the long version."""
     with context.cluster(size=SMALLEST) as cluster:
         cluster.up()
         model = Model(cluster, random.Random(context.seed))

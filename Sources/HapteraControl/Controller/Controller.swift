@@ -260,26 +260,22 @@ package actor Controller {
 
     package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
         try await knowingNodes {
-            try await requireKnownSources(wanted)
-            try await requireFinishedSource(wanted)
+            try await requireUsableSource(wanted)
             return try changed(
                 await store.createVolume(
                     wanted, candidates: readyNodes, running: runningReplicas))
         }
     }
-    /// A controller that has just started takes replicas for dead that have yet to be reported: a
-    /// clone would get fewer than it should.
-    private func requireKnownSources(_ wanted: VolumeSpecification) async throws {
-        guard wanted.source != nil, try await !knowsNodes,
-            try await store.volumes(named: wanted.name).isEmpty
+    private func requireUsableSource(_ wanted: VolumeSpecification) async throws {
+        guard let source = wanted.source, try await store.volumes(named: wanted.name).isEmpty
         else { return }
-        throw ControlError(.precondition, "it is not known yet which replicas run")
-    }
-    /// The record names a snapshot before every replica has all of it: its engine knows.
-    private func requireFinishedSource(_ wanted: VolumeSpecification) async throws {
-        guard let source = wanted.source,
-            try await store.volumes(named: wanted.name).isEmpty,
-            let stored = try await store.volumes(named: source.volume).first,
+        // A controller that has just started takes replicas for dead that have yet to be reported:
+        // a clone would get fewer than it should.
+        guard try await knowsNodes else {
+            throw ControlError(.precondition, "it is not known yet which replicas run")
+        }
+        // The record names a snapshot before every replica has all of it: its engine knows.
+        guard let stored = try await store.volumes(named: source.volume).first,
             stored.volume.phase == .ready, stored.record?.snapshot(named: source.snapshot) != nil
         else { return }
         var request = Haptera_V1_CreateSnapshotRequest()

@@ -59,15 +59,7 @@ package struct DirectoryInspection: Decodable, Equatable, Sendable {
 
     /// The record it installed last.
     package var installed: VolumeRecord? {
-        guard let record, !record.isEmpty, record.utf8.count % 2 == 0 else { return nil }
-        let digits = Array(record.utf8)
-        var bytes: [UInt8] = []
-        bytes.reserveCapacity(digits.count / 2)
-        for index in stride(from: 0, to: digits.count, by: 2) {
-            guard let value = parseHexadecimal(digits[index..<index + 2]) else { return nil }
-            bytes.append(UInt8(value))
-        }
-        return VolumeRecord(decoding: bytes)
+        record.flatMap(parseHexadecimalBytes).flatMap(VolumeRecord.init(decoding:))
     }
 }
 

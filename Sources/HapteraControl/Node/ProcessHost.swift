@@ -19,7 +19,6 @@ package protocol ProcessHost: Sendable {
     func isPortFree(_ port: Int, at host: String) -> Bool
     func findPort(at host: String, in range: ClosedRange<Int>) throws -> Int
     func directoryExists(_ path: String) -> Bool
-    /// A file that is not empty.
     /// Whether a replica's manifest is there and was written: its making ends with that.
     func isManifestWritten(_ path: String) -> Bool
     func removeDirectory(_ path: String) async throws
@@ -119,7 +118,7 @@ package struct RealProcessHost: ProcessHost {
             guard (try? handle.seek(toOffset: offset)) != nil,
                 let magic = try? handle.read(upToCount: 4), magic.count == 4
             else { return false }
-            return [UInt8](magic) == Array("HPMF".utf8)
+            return magic.reversed().reduce(0) { $0 << 8 | UInt32($1) } == Manifest.magic
         }
     }
 

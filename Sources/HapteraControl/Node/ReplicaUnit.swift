@@ -1,4 +1,3 @@
-import Foundation
 import HapteraAPI
 import HapteraCore
 import HapteraHost
@@ -142,7 +141,8 @@ package actor ReplicaUnit {
         let shared: [String: String]
         do {
             shared = try await context.host.request(
-                control, "share layer=\(source.layer) into=\(directory) epoch=\(epoch.rawValue)",
+                control,
+                "share layer=\(source.layer) into=\(wanted.replicaID) epoch=\(epoch.rawValue)",
                 timeoutSeconds: Self.shareTimeoutSeconds)
         } catch {
             throw HostError("replica \(source.replicaID) does not share its layers: \(error)")
@@ -153,16 +153,10 @@ package actor ReplicaUnit {
             throw HostError("replica \(source.replicaID) does not say which layers it shared")
         }
         try await make([
-            "clone", "--dir", directory, "--record", Self.hexadecimal(record), "--replica-id",
+            "clone", "--dir", directory, "--record", hexadecimal(record), "--replica-id",
             wanted.replicaID, "--incarnation", wanted.incarnation, "--layers", layers, "--size",
             size, "--log-index", logIndex,
         ])
-    }
-
-    private static func hexadecimal(_ bytes: [UInt8]) -> String {
-        let digits = Array("0123456789abcdef".utf8)
-        let text = bytes.flatMap { [digits[Int($0 >> 4)], digits[Int($0 & 15)]] }
-        return String(decoding: text, as: UTF8.self)
     }
 
     private func start(now: Int64) {

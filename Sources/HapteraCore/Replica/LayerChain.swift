@@ -162,13 +162,9 @@ struct LayerChain {
         retiredCount -= 1
     }
     func isRetired(_ index: Int) -> Bool { layers[index].merged != nil }
-    /// The layer that what this one holds belongs to: itself, if it is not retired; nil: to none,
-    /// it was discarded.
+    /// The place of the layer that what this one holds belongs to: its own, if it is not retired;
+    /// nil: to none, it was discarded.
     func heirPlace(_ index: Int) -> Int? { layers[index].heir < 0 ? nil : layers[index].heir }
-    func heir(of id: LayerID) -> LayerID? {
-        let heir = layers[existing(id)].heir
-        return heir < 0 ? nil : ids[heir]
-    }
     /// The place of the layer whose blocks are seen through this one's; -1: there is none.
     func below(_ index: Int) -> Int { layers[index].below }
     /// The nearest retired layer of which the one at `index` is heir that still holds something of
@@ -266,6 +262,7 @@ struct LayerChain {
             }
         }
     }
+
     // MARK: merging downwards
 
     private(set) var downCount = 0
@@ -275,11 +272,11 @@ struct LayerChain {
         let below = layers[index].below
         return below >= 0 && (isStuck(below) || layers[below].isDown)
     }
-    /// Of a layer that is merged downwards; the lower one holds something of the region, perhaps
-    /// again.
-    mutating func markAbsorbed(_ id: LayerID, _ region: UInt64) {
+    /// Nothing of the region is left in the layer, which is merged downwards.
+    func markAbsorbed(_ id: LayerID, _ region: UInt64) {
         layers[existing(id)].absorbed?[Int(region / 64)] |= 1 << (region % 64)
     }
+    /// What is known to be gone of the region may come again.
     func willHold(_ id: LayerID, _ region: UInt64) {
         guard retiredCount > 0 else { return }
         let index = existing(id)

@@ -6,10 +6,10 @@ struct MergeJob: BitwiseCopyable {
         case free
         /// For frames, activations, room in the log, a buffer.
         case waiting
-        /// Writes to Y's region end.
+        /// Writes to the region end.
         case settling
         case copying
-        /// What Y has becomes durable.
+        /// What the filled layer has becomes durable.
         case syncing
         /// The covered record does.
         case covering
@@ -19,14 +19,14 @@ struct MergeJob: BitwiseCopyable {
     var heir = LayerID.head
     /// X.
     var layer = LayerID.head
+    /// What is emptied and what is filled, and the region's frames of the two, pinned.
     var from: LayerID { isDown ? heir : layer }
     var to: LayerID { isDown ? layer : heir }
+    var source: Int32 = -1
+    var target: Int32 = -1
     var region: UInt64 = 0
     /// Y is the smaller one, and goes over to X.
     var isDown = false
-    /// What is emptied and what is filled; pinned.
-    var source: Int32 = -1
-    var target: Int32 = -1
     /// Blocks that are to go over, and those not yet read.
     var missing = BlockSet()
     var left = BlockSet()

@@ -90,11 +90,11 @@ extension ReplicaCore {
         let count = requests[index].blocks.count
         if requests[index].isMutation { return compareWithShared(slot, table) }
         guard nextRun(table, from: 0, count: count) != nil else { return answerChainRead(slot) }
-        // Enough for the worst case, at once: a request that holds some and waits for more might
-        // wait for ever.
         // A verification's, of the layer before (seed 225).
         release(requests[index].buffer)
         requests[index].buffer = .none
+        // Enough for the worst case, at once: a request that holds some and waits for more might
+        // wait for ever.
         guard freeOperationCount > Self.operationsForUpkeep + count,
             let buffer = pool.allocate(count * Geometry.blockSize)
         else { return push(slot, &awaitingResources) }

@@ -249,6 +249,7 @@ extension ReplicaCore {
             return leaveOut(LayerRegion(header.layer, region), point)
         }
         stablePoint = max(stablePoint, point)
+        lookForShared()
         learn(StablePoint(epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag)))
         guard header.flags & FrameFlags.settled != 0, !hasSettledHere else { return }
         isSettleWanted = true

@@ -1,6 +1,6 @@
-// Deleted snapshots: what a retired layer holds moves to its heir, region by region, and then the
-// layer goes. Every replica does it for itself; to the engine the two have been one layer since the
-// Install that retired it.
+// Deleted snapshots: a retired layer and its heir become one, region by region, and then one of the
+// two goes. Every replica does it for itself; to the engine they have been one layer since the
+// Install that retired the lower one.
 //
 // Order for one region of a retired layer X and its heir Y, and what a crash leaves:
 // 1. both regions are in the log, with room for what follows   -> nothing has changed
@@ -15,13 +15,20 @@
 // A block goes over as it is, entry and bytes: one that is damaged stays known to be. One that
 // cannot be read stays where it is, and its region with it.
 //
+// Downwards (`LayerChain.isDown`), when Y is the smaller one and nobody writes to it: X and Y
+// change places, and all that Y holds is moved, over what it hides of X. A crash in step 2 leaves
+// bytes in X that are not what its entries say, under blocks of Y; they are written again. When Y
+// is empty, X gets its name. A change of Y in a region of which X holds something has the region
+// merged upwards first: each region may go either way at any time.
+//
 // A layer of which nothing is left leaves the manifest; then its files are deleted. A crash in
 // between leaves files that opening deletes.
 //
 // Requests for what a layer holds itself (digests, copies) mean both layers: they wait until their
-// region is merged. As what waits for room in the log, they are held back from nothing: an Install
-// refuses them, flushes pass. Reads through the chain go on; one that a merge or a removal has met
-// begins again.
+// region is merged, but for looks at a layer that goes over downwards, or that is stuck: these are
+// answered from both (ReplicaCore+Sharing). As what waits for room in the log, they are held back
+// from nothing: an Install refuses them, flushes pass. Reads through the chain go on; one that a
+// merge or a removal has met begins again.
 
 extension ReplicaCore {
     // MARK: jobs
@@ -307,16 +314,13 @@ extension ReplicaCore {
         for block in 0..<Geometry.blocksPerRegion
         where mergeJobs[job].missing[block]
             && (!mergeJobs[job].left[block] || mergeJobs[job].run.contains(block))
-            && !holdsSpace(cache.entry(Int32(target), block).state)
+            // Merging downwards, what Y hides of X is written over: it counts as before.
+            && !cache.entry(Int32(target), block).state.keepsSpace
         {
             cache.frames[target].unneeded[block] = true
         }
         // Nobody else may want this, and the region drains behind it.
         want(FileSync.data, cache.frames[target].dataTicket)
-    }
-    /// Merging downwards, what Y hides of X is written over: it counts as before.
-    private func holdsSpace(_ state: BlockState) -> Bool {
-        state == .data || state == .zeroAllocated
     }
     private func copied(_ job: Int, _ run: Range<Int>) {
         for block in run { mergeJobs[job].left[block] = false }
@@ -328,12 +332,13 @@ extension ReplicaCore {
             record(target, block, cache.entry(source, block))
             mergeJobs[job].reserved -= 1
         }
-        let (from, to) = (Int(source), Int(target))
+        let emptied = cache.frames[Int(source)]
+        let filled = Int(target)
         if !options.mutations.contains(.mergeLosesBirth) {
-            cache.frames[to].birth = max(cache.frames[to].birth, cache.frames[from].birth)
+            cache.frames[filled].birth = max(cache.frames[filled].birth, emptied.birth)
         }
-        cache.frames[to].lastWrite = max(cache.frames[to].lastWrite, cache.frames[from].lastWrite)
-        cache.frames[to].lastUse = now
+        cache.frames[filled].lastWrite = max(cache.frames[filled].lastWrite, emptied.lastWrite)
+        cache.frames[filled].lastUse = now
         cache.move(target, to: .active)
         unlock(job)
         if options.mutations.contains(.mergeNotDurable) { return clear(job) }

@@ -277,10 +277,9 @@ extension ReplicaCore {
         if layer != chain.id(0) { freshEnd = log.nextIndex }
         for block in blocks {
             let old = cache.entry(frame, block).state
-            let mayHoldSpace = old == .data || old == .zeroAllocated
             if state == .zeroAllocated {
                 cache.frames[Int(frame)].unneeded[block] = false
-            } else if mayHoldSpace {
+            } else if old.keepsSpace {
                 cache.frames[Int(frame)].unneeded[block] = true
             }
             cache.setEntry(frame, block, entry)
@@ -325,10 +324,12 @@ extension ReplicaCore {
         let first = region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
             .entry(layer: layer, block: first + UInt64(block), count: 1, entry))
-        // Only a merge downwards covers data with something that is none.
-        let old = cache.entry(frame, block).state
-        cache.frames[Int(frame)].unneeded[block] =
-            entry.state == .zero && (old == .data || old == .zeroAllocated)
+        if entry.state != .zero {
+            cache.frames[Int(frame)].unneeded[block] = false
+        } else if cache.entry(frame, block).state.keepsSpace {
+            // Only a merge downwards covers data with something that is none.
+            cache.frames[Int(frame)].unneeded[block] = true
+        }
         cache.setEntry(frame, block, entry)
     }
 

@@ -44,10 +44,12 @@ package struct OpenedReplica {
             throw StorageError(.damaged, "manifest: neither slot is valid")
         }
         let regions = Geometry.regionCount(size: manifest.size)
+        var rooms: [UInt64] = []
         for layer in manifest.layers {
             let size = manifest.size(of: layer)
-            try Self.expect(storage, .data(layer), size: size)
-            try Self.expect(storage, .table(layer), size: ReplicaCore.tableSize(size))
+            _ = try Self.expect(storage, .data(layer), size: size)
+            let table = try Self.expect(storage, .table(layer), size: ReplicaCore.tableSize(size))
+            rooms.append(table / UInt64(TablePage.pairSize))
         }
 
         let logSize = try storage.size(.log)
@@ -63,10 +65,6 @@ package struct OpenedReplica {
         let tree = manifest.installed?.tree ?? LayerTree()
         let head = manifest.head
         let retired = manifest.retiredLayers.filter { $0 < head }
-        var rooms: [UInt64] = []
-        for layer in manifest.layers {
-            rooms.append(try storage.size(.table(layer)) / UInt64(TablePage.pairSize))
-        }
         chain = LayerChain(
             manifest.layers, regionCount: regions, retired: retired, tree: tree,
             names: manifest.layers.map(manifest.name(of:)), rooms: rooms)
@@ -108,14 +106,16 @@ package struct OpenedReplica {
         try storage.sync(.manifest)
     }
 
+    /// Returns the size it has.
     private static func expect(_ storage: ReplicaStorage, _ file: ReplicaFile, size: UInt64)
-        throws(StorageError)
+        throws(StorageError) -> UInt64
     {
         let found = try storage.size(file)
         // More: the volume was about to grow.
         guard found >= size else {
             throw StorageError(.damaged, "\(file): has \(found) bytes instead of \(size)")
         }
+        return found
     }
 
     /// A first page torn onto a hole would look like damage: an empty one is whole or nothing.

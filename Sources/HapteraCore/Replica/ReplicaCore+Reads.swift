@@ -214,19 +214,21 @@ extension ReplicaCore {
         let table = pool.memory(requests[index].table)
         table.store(cache.frames[Int(frame)].birth.rawValue, 0)
         for block in 0..<Geometry.blocksPerRegion {
-            let entry = cache.entry(frame, block)
-            var digest = RegionDigest.Block(
-                entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0)
-            if entry.state == .data {
-                let isRead = !requests[index].unreadable[block]
-                let bytes = pool.memory(requests[index].buffer).slice(
-                    block * Geometry.blockSize, Geometry.blockSize)
-                digest.isDoubtful = !isRead || CRC32C.checksum(bytes) != entry.checksum
-                if isRead { (digest.hashLow, digest.hashHigh) = options.hash(bytes) }
-            }
-            RegionDigest.encode(digest, index: block, to: table)
+            RegionDigest.encode(
+                digest(slot, block, cache.entry(frame, block)), index: block, to: table)
         }
         finish(slot, .ok, table: takeTable(slot), tableLength: RegionDigest.size)
+    }
+    /// Of a block with that entry, whose data is in its place in the request's buffer.
+    func digest(_ slot: Int32, _ block: Int, _ entry: BlockEntry) -> RegionDigest.Block {
+        var digest = RegionDigest.Block(entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0)
+        guard entry.state == .data else { return digest }
+        let isRead = !requests[Int(slot)].unreadable[block]
+        let bytes = pool.memory(requests[Int(slot)].buffer).slice(
+            block * Geometry.blockSize, Geometry.blockSize)
+        digest.isDoubtful = !isRead || CRC32C.checksum(bytes) != entry.checksum
+        if isRead { (digest.hashLow, digest.hashHigh) = options.hash(bytes) }
+        return digest
     }
 
     // MARK: status

@@ -150,7 +150,7 @@ extension ReplicaCore {
     /// The number of the layer that the request names, which is one of the chain's.
     func layer(of slot: Int32) -> LayerID {
         let name = requests[Int(slot)].header.layer
-        guard chain.downCount + manifest.names.count > 0 else { return name }
+        guard name != chain.head, !manifest.names.isEmpty else { return name }
         return chain.place(named: name).map(chain.id) ?? name
     }
 

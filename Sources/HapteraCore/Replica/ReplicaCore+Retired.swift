@@ -114,6 +114,7 @@ extension ReplicaCore {
     func layerLeaves(_ layer: LayerID) {
         guard let index = chain.index(of: layer) else { return }
         merge.removals &+= 1
+        unlinked.remove(layer)
         for file in [FileSync.data, FileSync.table] where syncs[file].nextLayer > index {
             syncs[file].nextLayer -= 1
         }

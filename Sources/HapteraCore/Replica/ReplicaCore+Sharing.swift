@@ -13,7 +13,7 @@
 //
 // A retired layer that cannot be merged is stuck. To the engine it and its heir are one layer all
 // the same: what is asked of that one is answered from their fold, each block from the uppermost of
-// them that holds it.
+// them that holds it. So it is while the heir goes over to the layer (ReplicaCore+Merge).
 //
 // What the engine writes into such a layer, a repair or a copy to a joiner, can only be what is
 // there by its entries: then the bytes are written in place. Anything else is refused.
@@ -51,6 +51,7 @@ extension ReplicaCore {
         if !options.mutations.contains(.sharedIsMerged) {
             chain.setShared(layers, true)
         }
+        upkeep.isTickDue = true
         return layers
     }
     static let layersForSharingMax = 2000
@@ -151,16 +152,7 @@ extension ReplicaCore {
         let table = pool.memory(requests[index].table)
         for block in (0..<Geometry.blocksPerRegion).reversed() {
             let entry = BlockEntry(decoding: table, at: block * BlockEntry.size) ?? .absent
-            var digest = RegionDigest.Block(
-                entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0)
-            if entry.state == .data {
-                let isRead = !requests[index].unreadable[block]
-                let bytes = pool.memory(requests[index].buffer).slice(
-                    block * Geometry.blockSize, Geometry.blockSize)
-                digest.isDoubtful = !isRead || CRC32C.checksum(bytes) != entry.checksum
-                if isRead { (digest.hashLow, digest.hashHigh) = options.hash(bytes) }
-            }
-            RegionDigest.encode(digest, index: block, to: table)
+            RegionDigest.encode(digest(slot, block, entry), index: block, to: table)
         }
         table.store(requests[index].birth.rawValue, 0)
         finish(slot, .ok, table: takeTable(slot), tableLength: RegionDigest.size)

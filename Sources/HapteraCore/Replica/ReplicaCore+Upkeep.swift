@@ -74,8 +74,7 @@ extension ReplicaCore {
         switch upkeep.phase {
         case .idle:
             let isDue = upkeep.isTickDue
-            guard isDue || isLogFilling || isCrowded || !sharing.isEmpty || shutdown == .draining
-            else { return false }
+            guard isDue || isLogFilling || isCrowded || shutdown == .draining else { return false }
             upkeep.isTickDue = false
             if now >= upkeep.notBefore { collect(isTick: isDue) }
             if upkeep.count == 0 {
@@ -98,6 +97,7 @@ extension ReplicaCore {
             guard syncs[FileSync.table].durable >= upkeep.ticket else { return false }
             completeBatch()
             upkeep.phase = .idle
+            lookForShared()
             _ = moveTail()
         case .syncingHeader:
             guard syncs[FileSync.log].durable >= upkeep.ticket else { return false }
@@ -136,7 +136,7 @@ extension ReplicaCore {
         upkeep.count = 0
         upkeep.ticket = 0
         if isLogFilling { collectOldest() }
-        if !sharing.isEmpty { collectShared() }
+        if isTick, !sharing.isEmpty { collectShared() }
         if isTick || isCrowded || shutdown == .draining { collectIdle() }
         guard upkeep.count > 0 else { return }
         upkeep.logIndex = log.nextIndex
@@ -186,6 +186,10 @@ extension ReplicaCore {
         }
     }
 
+    /// More of them may be there to drain, and somebody waits for all.
+    func lookForShared() {
+        if !sharing.isEmpty { upkeep.isTickDue = true }
+    }
     /// Regions of layers that are to be shared, however lately they were used.
     private func collectShared() {
         var frame = cache.first(.active)

@@ -158,9 +158,8 @@ package final class ReplicaCore {
         flushedPoint = opened.log.flushed
         knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
-        for layer in opened.manifest.layers
-        where storage.isShared(layer) && !options.mutations.contains(.sharedIsMerged) {
-            chain.setShared([layer], true)
+        if !options.mutations.contains(.sharedIsMerged) {
+            chain.setShared(opened.manifest.layers.filter(storage.isShared), true)
         }
         isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID
         for slot in 0..<Self.requestsMax {

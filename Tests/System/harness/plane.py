@@ -17,11 +17,12 @@ from .context import SkipTest
 class Plane:
     """A cluster of three nodes on this host. Skips the test where only the data plane was built."""
 
-    def __init__(self, context, volume="vol"):
+    def __init__(self, context, volume="vol", folder="c"):
         if not (CONTROL_BINARIES / "storagectl").exists():
             raise SkipTest("no storagectl; build it with: swift build --scratch-path .build")
         self.directory = pathlib.Path(tempfile.mkdtemp(
             prefix="hr-", dir=os.environ.get("HAPTERA_TEST_DIR", "/var/tmp")))
+        self.cluster = self.directory / folder
         self.environment = {
             **os.environ, "HAPTERA_IO": context.backend,
             "HAPTERA_BIN_DIR": f"{BINARIES}:{CONTROL_BINARIES}",
@@ -41,7 +42,7 @@ class Plane:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def up(self):
-        self.run("cluster", "up", "--dir", str(self.directory / "c"), "--nodes", "3")
+        self.run("cluster", "up", "--dir", str(self.cluster), "--nodes", "3")
 
     def start(self, *words):
         """Without waiting."""
@@ -74,12 +75,12 @@ class Plane:
         for entry in pathlib.Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 pid = int(entry.name)
-                if f"{self.directory}/c".encode() in (entry / "cmdline").read_bytes():
+                if f"{self.cluster}/".encode() in (entry / "cmdline").read_bytes():
                     found.append(pid)
         return found
 
     def daemon(self, name):
-        return json.loads((self.directory / "c" / f"{name}.pid").read_text())["identity"]["pid"]
+        return json.loads((self.cluster / f"{name}.pid").read_text())["identity"]["pid"]
 
     def kill(self, pid):
         os.kill(pid, signal.SIGKILL)
