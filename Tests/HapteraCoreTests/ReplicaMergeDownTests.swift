@@ -240,6 +240,29 @@ extension ReplicaMergeTests {
         #expect(try bench.read(0, 8) == seen[3])
     }
 
+    /// Seed 1000819: what has gone over is active below only. Else an Install raises a birth that
+    /// goes with the files, and the engine compares the region for nothing.
+    @Test func whatWentOverIsActiveOnce() throws {
+        let (bench, _) = try ReplicaBench.threeLayers(regions: 2)
+        bench.deleted = [1]
+        try bench.installNext()
+        for round in 0..<60 as Range<UInt64> where !bench.core.chain.isAbsorbed(1, 0) {
+            let epoch = bench.core.promise.rawValue
+            bench.send(.flush, epoch: epoch, sequence: 100 + round)
+            bench.now = bench.now.adding(milliseconds: 100)
+            bench.step(.tick)
+            while !bench.pending.isEmpty, !bench.core.chain.isAbsorbed(1, 0) {
+                try bench.performOne()
+            }
+        }
+        #expect(bench.core.chain.isAbsorbed(1, 0))
+        let tag = bench.install(epoch: bench.core.promise.rawValue + 1)
+        try bench.run()
+        let reply = try #require(bench.reply(tag).flatMap { InstallReply(decoding: $0.table) })
+        let lower = LayerRegion(LayerID(rawValue: 2), 0)
+        #expect(reply.activeRegions.filter { $0 == lower }.count == 1)
+    }
+
     /// Resync writes to the heir while it goes over: what they leave is there afterwards.
     @Test func changesMeetAMergeDownwards() throws {
         let (bench, seen) = try ReplicaBench.threeLayers()

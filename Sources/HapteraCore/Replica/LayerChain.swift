@@ -276,6 +276,10 @@ struct LayerChain {
     func markAbsorbed(_ id: LayerID, _ region: UInt64) {
         layers[existing(id)].absorbed?[Int(region / 64)] |= 1 << (region % 64)
     }
+    func isAbsorbed(_ index: Int, _ region: UInt64) -> Bool {
+        guard let absorbed = layers[index].absorbed else { return false }
+        return absorbed[Int(region / 64)] >> (region % 64) & 1 != 0
+    }
     /// What is known to be gone of the region may come again.
     func willHold(_ id: LayerID, _ region: UInt64) {
         guard retiredCount > 0 else { return }

@@ -222,9 +222,9 @@ extension ReplicaCore {
         var frame = cache.oldestActive
         while frame >= 0 {
             let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
-            // Once it is merged its heir's region says all there is to say.
-            if chain.mayHold(layer, region), let place = chain.index(of: layer),
-                let heir = chain.heirPlace(place)
+            // Once it is merged, the region it went over to says all there is to say.
+            if let place = chain.index(of: layer), chain.mayHold(place, region),
+                !chain.isAbsorbed(place, region), let heir = chain.heirPlace(place)
             {
                 regions.append(LayerRegion(chain.name(heir), region))
             }
