@@ -10,6 +10,7 @@ package enum BlockState: UInt8, BitwiseCopyable, Sendable {
     case zeroAllocated = 3
 
     package var keepsSpace: Bool { self == .data || self == .zeroAllocated }
+    package var isZero: Bool { self == .zero || self == .zeroAllocated }
 }
 
 /// One 8-byte entry of a block table.

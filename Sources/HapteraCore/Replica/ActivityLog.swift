@@ -124,7 +124,7 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///
 ///     offset  size  header slot (at 0 and, alternating, at 4096; counter % 2 picks the slot)
 ///          0     4  magic      "HPAL"
-///          4     4  format     3
+///          4     4  format     4; 3 until a flush has covered what format 3 did not
 ///          8     8  counter    the higher valid one wins
 ///         16     8  tail       records with a smaller index are no longer needed
 ///         24     8  capacity   records in the ring
@@ -134,14 +134,16 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///         56     8             its sequence number
 ///         64     4  checksum   CRC32C of bytes 0..<64
 ///
-/// Format 2 knew no covered records. Format 1 had no stable point and its checksum, of bytes
-/// 0..<48, at 48. Both are still read.
+/// In format 3 flushes of the lowest layer's blocks were not covered. Format 2 knew no covered
+/// records. Format 1 had no stable point and its checksum, of bytes
+/// 0..<48, at 48. All are still read.
 ///
 /// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail,
 /// so a replay that begins at whichever header survived finds every record it needs.
 package final class ActivityLog {
     package static let magic: UInt32 = 0x4c41_5048
-    package static let formatVersion: UInt32 = 3
+    package static let formatVersion: UInt32 = 4
+    private static let formatPartlyCovered: UInt32 = 3
     package static let ringOffset = 8192
     /// 16 MiB of records.
     package static let capacityDefault: UInt64 = 524_288
@@ -151,6 +153,9 @@ package final class ActivityLog {
     package let capacity: UInt64
     private let memory: RawMemory
     private var counter: UInt64
+    private var format: UInt32
+    /// Whether every flush of data over a trimmed block of the lowest layer has been covered.
+    package var coversLowest: Bool { format >= Self.formatVersion }
     /// Index of the next record.
     package private(set) var nextIndex: UInt64
     /// The tail of the last header known to be durable.
@@ -174,7 +179,9 @@ package final class ActivityLog {
     package static func format(_ memory: RawMemory, capacity: UInt64, first: UInt64 = 0) {
         storeHeader(
             to: memory,
-            Header(counter: 0, tail: first, capacity: capacity, flushed: .zero, stable: .zero))
+            Header(
+                format: formatVersion, counter: 0, tail: first, capacity: capacity, flushed: .zero,
+                stable: .zero))
     }
 
     /// Reads the header; call `replay` before appending.
@@ -196,6 +203,7 @@ package final class ActivityLog {
         }
         capacity = header.capacity
         counter = header.counter
+        format = max(header.format, Self.formatPartlyCovered)
         durableTail = header.tail
         nextIndex = header.tail
         flushed = header.flushed
@@ -290,10 +298,12 @@ package final class ActivityLog {
         Self.storeHeader(
             to: memory,
             Header(
-                counter: counter, tail: tail, capacity: capacity, flushed: self.flushed,
-                stable: self.stable))
+                format: format, counter: counter, tail: tail, capacity: capacity,
+                flushed: self.flushed, stable: self.stable))
         storeCount += 1
     }
+    /// A covered record of all that was found when the log was opened is durable.
+    package func foundIsCovered() { format = Self.formatVersion }
     package func tailBecameDurable(_ tail: UInt64) {
         precondition(tail >= durableTail && tail <= nextIndex)
         durableTail = tail
@@ -304,6 +314,7 @@ package final class ActivityLog {
     }
 
     private struct Header {
+        var format: UInt32
         var counter: UInt64
         var tail: UInt64
         var capacity: UInt64
@@ -315,7 +326,7 @@ package final class ActivityLog {
         let slot = memory.slice(Int(header.counter % 2) * 4096, 512)
         slot.fill()
         slot.store(magic, 0)
-        slot.store(formatVersion, 4)
+        slot.store(header.format, 4)
         slot.store(header.counter, 8)
         slot.store(header.tail, 16)
         slot.store(header.capacity, 24)
@@ -336,7 +347,7 @@ package final class ActivityLog {
             return nil
         }
         return Header(
-            counter: slot.load(UInt64.self, 8), tail: slot.load(UInt64.self, 16),
+            format: format, counter: slot.load(UInt64.self, 8), tail: slot.load(UInt64.self, 16),
             capacity: slot.load(UInt64.self, 24), flushed: point(slot, 32),
             stable: format == 1 ? .zero : point(slot, 48))
     }

@@ -314,9 +314,8 @@ extension ReplicaCore {
 
     /// Uses up one reserved record.
     func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
-        if cache.frames[Int(frame)].layer != chain.id(0),
-            cache.entry(frame, block).state != .data
-        {
+        let before = cache.entry(frame, block).state
+        if cache.frames[Int(frame)].layer != chain.id(0) ? before != .data : before.isZero {
             freshEnd = log.nextIndex + 1
         }
         let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)

@@ -26,10 +26,12 @@ package struct OpenedReplica {
     private let pair = MemoryBlock(count: TablePage.pairSize)
     /// Records below are durable with their data.
     let covered: UInt64
-    /// Some record of an upper layer is not: the next flush has to say what it covers.
-    var hasUncovered: Bool { bases.states.values.contains { !$0.isEmpty } }
-    /// By frame and block, of upper layers: what the last covered record or the page says, if newer
-    /// records follow.
+    /// Some record that matters is not: the next flush has to say what it covers.
+    var hasUncovered: Bool {
+        !log.coversLowest || bases.states.values.contains { !$0.isEmpty }
+    }
+    /// By frame and block: what the last covered record or the page says, if newer records follow.
+    /// Of the lowest layer: only where it was zero, and they say data.
     private let bases = OpenedBases()
 
     package init(storage: ReplicaStorage, options: ReplicaOptions, isReadOnly: Bool = false)
@@ -68,7 +70,7 @@ package struct OpenedReplica {
         chain = LayerChain(
             manifest.layers, regionCount: regions, retired: retired, tree: tree,
             names: manifest.layers.map(manifest.name(of:)), rooms: rooms)
-        covered = manifest.layers.count > 1 ? log.findCovered() : 0
+        covered = manifest.layers.count > 1 || log.coversLowest ? log.findCovered() : 0
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         try finish()
@@ -189,10 +191,10 @@ package struct OpenedReplica {
         let entry = BlockEntry(state: record.state, checksum: record.checksum)
         let isUpper = record.layer != manifest.layers[0]
         for block in first..<first + Int(record.count) {
-            if isUpper {
-                bases.note(
-                    frame, block, before: cache.entry(frame, block).state,
-                    isCovered: record.index < covered)
+            let before = cache.entry(frame, block).state
+            // Where the lowest layer holds nothing, nothing old is beneath what is torn.
+            if isUpper || log.coversLowest && record.state == .data && before.isZero {
+                bases.note(frame, block, before: before, isCovered: record.index < covered)
             }
             cache.setEntry(frame, block, entry)
         }
@@ -275,7 +277,7 @@ package struct OpenedReplica {
     }
 }
 
-/// What blocks of upper layers were before the records that no flush is known to have covered.
+/// What blocks were before the records that no flush is known to have covered.
 private final class OpenedBases {
     private(set) var states: [Int32: [Int: BlockState]] = [:]
 

@@ -4,6 +4,8 @@
 // if the power fails before a flush, and the write's record survives and its data does not, that
 // content must be seen again, and not the hole under the record (`OpenedReplica.dropUnsynced`). But
 // had a flush been answered, and then the block been written once more, it is in the hole's place.
+// The same goes for a trimmed block of the lowest layer, which may have bytes of before the trim
+// beneath it.
 // To tell one from the other, a flush (or FUA) after a change of state stores a covered record when
 // data and entries are durable, and is answered when that record is.
 
@@ -134,7 +136,10 @@ extension ReplicaCore {
             push(slot, &awaitingRoom)
             return false
         }
-        guard syncs[FileSync.log].durable < ticket else { return true }
+        guard syncs[FileSync.log].durable < ticket else {
+            if !log.coversLowest, ticket > 0 { log.foundIsCovered() }
+            return true
+        }
         requests[Int(slot)].tickets = (ticket, 0, 0)
         push(slot, &awaitingSync)
         want(FileSync.log, ticket)

@@ -117,7 +117,8 @@ package final class ReplicaCore {
     var covered: UInt64 = 0
     /// What a sync of the log has to cover before the last covered record is durable.
     var coverTicket: UInt64 = 0
-    /// One past the last record that changed the state of a block of an upper layer.
+    /// One past the last record that changed the state of a block of an upper layer, or made data
+    /// of a trimmed one of the lowest.
     var freshEnd: UInt64 = 0
 
     // Upkeep.
