@@ -139,6 +139,27 @@ import Testing
         #expect(h.stored.out.allSatisfy { $0.reason == .disconnected })
     }
 
+    /// Seed 1007653: it rebooted, its clients are new, and before anything was settled its
+    /// connection broke. A process that lives has lost nothing since; another one may have.
+    @Test(arguments: [false, true])
+    func whatWasAcceptedIsNotAskedAgain(isRestarted: Bool) {
+        let h = EngineHarness(replicas: 1, generation: 2)
+        h.stored.isClean = false
+        h.stored.clientGeneration = 1
+        h.fakes[0].isRebooted = true
+        h.fakes[0].active = [0]
+        h.fakes[0].mute = [FrameKind.digest.rawValue]
+        h.start()
+        #expect(h.core.phase == .serving && !h.core.isRefusing)
+        h.kill(h.fakes[0])
+        h.pass(milliseconds: 1000)
+        if isRestarted { h.fakes[0].process = 8 }
+        h.connect(h.fakes[0])
+        h.pass(milliseconds: 1000)
+        #expect(h.core.isRefusing == isRestarted)
+        #expect((h.core.phase == .serving) != isRestarted)
+    }
+
     /// The only member has a block that cannot be read.
     @Test func anUnreadableBlockIsNoLostVolume() {
         let h = EngineHarness(replicas: 1)

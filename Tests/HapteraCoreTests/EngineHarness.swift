@@ -32,6 +32,7 @@ final class FakeReplica {
     var installed: VolumeRecord?
     var isUp = true
     var isRebooted = false
+    var process: UInt64 = 7
     /// Its activity log: regions of the lowest layer, and of others.
     var active: [UInt64] = []
     var activeAbove: [LayerRegion] = []
@@ -324,7 +325,8 @@ final class EngineHarness {
         switch header.kind {
         case .hello:
             replyTable = HelloReply(
-                member: fake.member, instance: InstanceID(rawValue: 7), promise: fake.promise,
+                member: fake.member, instance: InstanceID(rawValue: fake.process),
+                promise: fake.promise,
                 size: fake.size, installed: fake.installed
             ).encoded()
         case .install:
@@ -338,7 +340,7 @@ final class EngineHarness {
             fake.size = request.record.size
             reply.epoch = fake.promise
             replyTable = InstallReply(
-                instance: InstanceID(rawValue: 7), isRebooted: fake.isRebooted,
+                instance: InstanceID(rawValue: fake.process), isRebooted: fake.isRebooted,
                 flushed: fake.flushed,
                 stablePoint: fake.stable, promiseBefore: before,
                 leaseRemainingMilliseconds: fake.leaseRemaining,

@@ -87,6 +87,8 @@ package final class EngineCore {
     /// Only rebooted members and a client that may remember more: waits for a better one, or for an
     /// administrator to decide.
     package internal(set) var isRefusing = false
+    /// Who was there when this engine began to serve from rebooted members only.
+    var acceptedMembers = SlotSet()
     /// An administrator has accepted that: for this takeover.
     var isLossAccepted = false
     /// A member restarted after its promise: the takeover needs a new epoch.

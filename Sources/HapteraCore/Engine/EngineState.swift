@@ -124,6 +124,9 @@ struct ReplicaState: BitwiseCopyable {
     var isRebooted = false
     /// What it had flushed when it left, if it was taken back since.
     var flushedBefore = StablePoint.zero
+    /// Its process when this engine began to serve from members that all had rebooted, it among
+    /// them: a process that lives has lost nothing since.
+    var acceptedInstance = InstanceID.none
     /// What it said of itself when greeted.
     var promise = Epoch.zero
     /// It has promised or flushed less than it had: its directory is an older copy.

@@ -153,9 +153,25 @@ extension EngineCore {
     private func hasSteadyMember(_ set: SlotSet) -> Bool {
         var rest = set
         while let slot = rest.popFirst() {
-            if !replicas[slot].isRebooted { return true }
+            if !replicas[slot].isRebooted || isAccepted(slot) { return true }
         }
         return false
+    }
+    /// Rebooted, but what it may have lost was decided upon when this engine began to serve, and it
+    /// has had all that was acknowledged since. (A member that came later may have more.)
+    private func isAccepted(_ slot: ReplicaSlot) -> Bool {
+        hasServed && members.isSubset(of: acceptedMembers)
+            && replicas[slot].acceptedInstance == replicas[slot].instance
+    }
+    /// Members are about to be served from.
+    private func noteAccepted() {
+        var rest = members
+        var areAllRebooted = true
+        while let slot = rest.popFirst() {
+            areAllRebooted = areAllRebooted && replicas[slot].isRebooted
+            replicas[slot].acceptedInstance = replicas[slot].instance
+        }
+        acceptedMembers = areAllRebooted ? members : []
     }
     /// Removing the members that are away leaves only rebooted ones: not while a better may return.
     func mayRemoveOthers(_ promised: SlotSet) -> Bool {
@@ -182,6 +198,7 @@ extension EngineCore {
         blocksResolved = 0
         required = members
         phase = .serving
+        noteAccepted()
         hearingBegan = nil
         hasServed = true
         isRefusing = false
