@@ -29,6 +29,9 @@ package struct BlockEntry: Equatable, BitwiseCopyable, Sendable {
         self.checksum = checksum
     }
     package static let absent = BlockEntry(state: .absent)
+    /// What a block's entry names when what it held is lost, so that no older copy of it, with the
+    /// checksum that its entry named before, can be taken for it. ("LOST")
+    package static let lostChecksum: UInt32 = 0x4C4F_5354
 
     @inlinable package func encode(to memory: RawMemory, at offset: Int) {
         memory.store(UInt64(state.rawValue) | UInt64(checksum) << 32, offset)

@@ -41,6 +41,9 @@ package enum FrameKind: UInt16, BitwiseCopyable, Sendable {
     case ping = 11
     /// Resolution found every copy of the blocks doubtful: take the bytes that are there as data
     /// (`auxiliary` 0). Sent to one replica, which answers like `read`; the others get a `write`.
+    /// `auxiliary` 1 with a checksum in its upper half: nobody has the blocks' data; let their
+    /// entries name that checksum, whatever the bytes are. No read returns them then, unless they
+    /// are just those.
     case adopt = 12
     /// The volume is about to grow to `offset` bytes: make room for it in the head, durably. The
     /// volume's size stays what it is until an Install says otherwise.

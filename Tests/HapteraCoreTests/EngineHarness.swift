@@ -48,6 +48,8 @@ final class FakeReplica {
     var mute: Set<UInt16> = []
     /// Answer these kinds with an error instead.
     var errors: [UInt16: FrameStatus] = [:]
+    /// Blocks whose bytes cannot be kept.
+    var unreadable: Set<UInt64> = []
     /// It answers a read of a damaged block with an error.
     var verifies = false
     /// It answers for one layer at a time when it is asked to verify.
@@ -374,19 +376,24 @@ final class EngineHarness {
         case .status: replyTable = Self.allData(header.length)
         case .digest: replyTable = digest(fake, first, count, layer)
         case .adopt:
-            fake.adopt(first..<first + count, in: layer)
+            let blocks = first..<first + count
+            reply.status = fake.adopt(header, blocks, in: layer)
+            guard header.auxiliary == 0, reply.status == .ok else { return }
             answerRead(fake, header, &replyTable, &replyData)
         case .verify: replyTable = verification(fake, first, count, layer)
-        case .regionMap:
-            replyTable = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
-            for block in fake.layers.values.flatMap(\.keys)
-            where header.auxiliary <= fake.births[block / 256] ?? .max {
-                replyTable[Int(block / 256 / 8)] |= 1 << (block / 256 % 8)
-            }
+        case .regionMap: replyTable = regionMap(fake, header)
         default: break
         }
     }
 
+    private func regionMap(_ fake: FakeReplica, _ header: FrameHeader) -> [UInt8] {
+        var map = [UInt8](repeating: 0, count: (Int(header.length) + 7) / 8)
+        for block in fake.layers.values.flatMap(\.keys)
+        where header.auxiliary <= fake.births[block / 256] ?? .max {
+            map[Int(block / 256 / 8)] |= 1 << (block / 256 % 8)
+        }
+        return map
+    }
     private static func allData(_ length: UInt32) -> [UInt8] {
         var writer = ByteWriter()
         writer.append(UInt64(length))

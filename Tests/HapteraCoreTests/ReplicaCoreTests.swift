@@ -178,6 +178,39 @@ import Testing
         #expect(bench.pool.inUse == 0)
     }
 
+    /// An entry that names what is nowhere: nobody reads the block, until it is written.
+    @Test func aLostBlockSaysSo() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(1), at: 0)
+        try bench.run()
+        let lost = 1 | UInt64(BlockEntry.lostChecksum) << 32
+        for auxiliary in [2, lost | 4] {
+            let tag = bench.send(
+                .adopt, offset: 0, length: 8192, sequence: 2, auxiliary: auxiliary)
+            try bench.run()
+            #expect(bench.status(tag) == .invalid)
+        }
+        let tag = bench.send(.adopt, offset: 0, length: 8192, sequence: 3, auxiliary: lost)
+        try bench.run()
+        #expect(bench.status(tag) == .ok)
+        for isReopened in [false, true] {
+            if isReopened {
+                try bench.reopen()
+                _ = try bench.attach(epoch: 2)
+            }
+            for offset in [0, 4096] as [UInt64] {
+                let read = bench.send(
+                    .read, epoch: isReopened ? 2 : 1, offset: offset, length: 4096)
+                try bench.run()
+                #expect(bench.status(read) == .checksumMismatch)
+            }
+        }
+        bench.write(ReplicaBench.pattern(2), at: 4096, epoch: 2, sequence: 4)
+        try bench.run()
+        #expect(try bench.read(1, 1) == ReplicaBench.pattern(2))
+    }
+
     /// A trimmed block reads zero, and its space goes only after its region has drained.
     @Test func aTrimIsRecordedThenPunched() throws {
         let bench = try ReplicaBench()

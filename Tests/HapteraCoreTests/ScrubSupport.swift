@@ -1,11 +1,34 @@
 @testable import HapteraCore
 
 extension FakeReplica {
+    func adopt(_ header: FrameHeader, _ blocks: Range<UInt64>, in layer: LayerID) -> FrameStatus {
+        guard header.auxiliary == 0 else {
+            let checksum = UInt32(truncatingIfNeeded: header.auxiliary >> 32)
+            mark(blocks, in: layer, checksum: checksum)
+            return .ok
+        }
+        guard unreadable.isDisjoint(with: blocks) else { return .ioError }
+        adopt(blocks, in: layer)
+        return .ok
+    }
     /// Takes the bytes that are there for data.
-    func adopt(_ blocks: Range<UInt64>, in layer: LayerID) {
+    private func adopt(_ blocks: Range<UInt64>, in layer: LayerID) {
         for index in blocks {
             guard let bytes = layers[layer]?[index]?.data, !bytes.isEmpty else { continue }
             put(index, bytes, in: layer)
+        }
+    }
+}
+
+extension FakeReplica {
+    /// The entries name data that is not there.
+    private func mark(_ blocks: Range<UInt64>, in layer: LayerID, checksum: UInt32) {
+        for index in blocks {
+            let bytes = layers[layer]?[index]?.data ?? []
+            layers[layer, default: [:]][index] = (
+                BlockEntry(state: .data, checksum: checksum),
+                bytes.isEmpty ? [UInt8](repeating: 0, count: 4096) : bytes
+            )
         }
     }
 }

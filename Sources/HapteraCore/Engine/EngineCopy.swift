@@ -94,12 +94,39 @@ extension EngineCore {
     /// Writes one block that is equal already, for the region's birth.
     private func stamp(_ job: Int) {
         let source = digest(job, ReplicaSlot(jobs[job].source))
-        guard let block = RegionDigest.decode(index: 0, from: source) else { return restart(job) }
+        let place = (0..<blockCount(jobs[job].region)).first {
+            RegionDigest.decode(index: $0, from: source)?.isDoubtful == false
+        }
+        guard let block = RegionDigest.decode(index: place ?? 0, from: source) else {
+            return restart(job)
+        }
         var run = Job.Run()
+        run.first = place ?? 0
         run.count = 1
         run.state = block.entry.state
+        run.checksum = block.entry.checksum
         run.action = block.entry.state == .data ? .copy : .setState
+        if block.isDoubtful { run.action = .mark }
         start(job, run)
+    }
+
+    /// The source's copy of the block is damaged. The joiner's may be what it was: its entry names
+    /// the same data. If not, and no member has a better one, the joiner shares the damage, so that
+    /// one bad block does not cost the volume its redundancy; whoever has what the entries name
+    /// repairs both.
+    func planForDamage(_ job: Int, _ block: Int) -> Job.Run {
+        var run = Job.Run()
+        run.action = .impossible
+        guard let joiner,
+            let its = RegionDigest.decode(index: block, from: digest(job, joiner)),
+            let bad = RegionDigest.decode(
+                index: block, from: digest(job, ReplicaSlot(jobs[job].source)))
+        else { return run }
+        if its.entry == bad.entry { return Job.Run() }
+        guard jobs[job].acceptsDamage else { return run }
+        run.action = .mark
+        run.checksum = bad.entry.checksum
+        return run
     }
 
     private func start(_ job: Int, _ run: Job.Run) {
@@ -115,6 +142,12 @@ extension EngineCore {
             header.auxiliary = UInt64(run.state.rawValue)
             header.sequence = nextSequence()
             jobs[job].blocksCopied += UInt64(run.count)
+            willWrite(job)
+            send(joiner, header)
+        case .mark:
+            var header = copyHeader(job, .adopt, blocks)
+            header.auxiliary = 1 | UInt64(run.checksum) << 32
+            header.sequence = nextSequence()
             willWrite(job)
             send(joiner, header)
         case .none, .adopt, .impossible: tryAnotherSource(job)
@@ -175,7 +208,7 @@ extension EngineCore {
             jobs[job].readsOut -= 1
             guard jobs[job].stage == .copying else { return }
             receivedBlocks(job, slot, header, entries)
-        case .write, .setState:
+        case .write, .setState, .adopt:
             guard jobs[job].writesOut > 0, slot == joiner else { return protocolError(slot) }
             jobs[job].writesOut -= 1
             guard header.status == .ok else {
@@ -189,7 +222,8 @@ extension EngineCore {
     /// The joiner let an Install of this engine pass a write that waited for room in its activity
     /// log, and refused it: the layer is begun again, and the joiner stays. False if it was none.
     func copyRefused(_ slot: ReplicaSlot, _ refused: FrameHeader) -> Bool {
-        guard slot == joiner, refused.kind == .write || refused.kind == .setState,
+        guard slot == joiner,
+            refused.kind == .write || refused.kind == .setState || refused.kind == .adopt,
             let index = slotIndex(ofTag: refused.tag), slots[index].use == .job
         else { return false }
         let job = Int(slots[index].operation.userData)
@@ -247,14 +281,13 @@ extension EngineCore {
     /// The copy's source holds a doubtful block: another member may not.
     private func tryAnotherSource(_ job: Int) {
         jobs[job].unfit.insert(SlotSet(ReplicaSlot(jobs[job].source)))
-        if liveMembers.subtracting(jobs[job].unfit).isEmpty {
-            note(
-                .checksumMismatch(
-                    ReplicaSlot(jobs[job].source),
-                    offset: jobs[job].region * UInt64(Geometry.regionSize)))
-            dropJoiner(retryMilliseconds: 10_000)
-        } else {
-            restart(job)
-        }
+        guard liveMembers.subtracting(jobs[job].unfit).isEmpty else { return restart(job) }
+        note(
+            .checksumMismatch(
+                ReplicaSlot(jobs[job].source),
+                offset: jobs[job].region * UInt64(Geometry.regionSize)))
+        guard !jobs[job].acceptsDamage else { return dropJoiner(retryMilliseconds: 10_000) }
+        jobs[job].acceptsDamage = true
+        restart(job)
     }
 }

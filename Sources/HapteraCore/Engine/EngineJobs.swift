@@ -110,7 +110,9 @@ extension EngineCore {
         jobs[job].awaiting = participants
         jobs[job].source = Int8(source)
         jobs[job].nextBlock = 0
-        if jobs[job].kind == .copy, !isHeldByJoiner(jobs[job].region) { return fetch(job) }
+        if jobs[job].kind == .copy, !jobs[job].acceptsDamage, !isHeldByJoiner(jobs[job].region) {
+            return fetch(job)
+        }
         jobs[job].stage = .digesting
         var header = FrameHeader(kind: .digest)
         header.layer = jobs[job].layer
@@ -143,6 +145,7 @@ extension EngineCore {
         guard let next = nextLayer(job) else { return finish(job) }
         jobs[job].layer = next
         jobs[job].unfit = []
+        jobs[job].acceptsDamage = false
         jobs[job].stage = .waiting
         proceed(job)
     }
@@ -225,7 +228,7 @@ extension EngineCore {
                 if header.status == .checksumMismatch || mayReadAgain(job, header.status) {
                     restart(job)
                 } else if header.status == .ioError, isLost(job) {
-                    nextRun(job)
+                    giveUpRun(job)
                 } else {
                     failReplica(slot, .failing(header.status))
                 }
@@ -240,6 +243,8 @@ extension EngineCore {
                 return failReplica(slot, .failing(header.status))
             }
             answered(job, slot)
+        // (Entries of a layer that clones share stay as they are, and name what was flushed.)
+        case (.writing, .adopt): answered(job, slot)
         default:
             protocolError(slot)
         }
@@ -322,7 +327,7 @@ extension EngineCore {
             header.kind = .setState
             header.auxiliary = UInt64(run.state.rawValue)
             sendRun(job, &header, buffer: .none)
-        case .impossible: preconditionFailure("only a copy gives up")
+        case .impossible, .mark: preconditionFailure("only a copy gives up")
         }
     }
 
@@ -336,7 +341,8 @@ extension EngineCore {
             if jobs[job].kind == .scrub, !mutations.contains(.scrubTrustsFirst) {
                 return Job.Run()
             }
-            run.action = jobs[job].kind == .copy ? .impossible : .adopt
+            if jobs[job].kind == .copy { return planForDamage(job, block) }
+            run.action = .adopt
             run.source = jobs[job].source
             run.targets = participants.subtracting(SlotSet(ReplicaSlot(run.source)))
             return run
@@ -423,22 +429,6 @@ extension EngineCore {
             }
             if hasAll { jobs[job].run.targets.remove(SlotSet(slot)) }
         }
-    }
-
-    /// Bytes to be kept that cannot be read, of blocks that no member has intact: they stay
-    /// doubtful everywhere, which no read returns, until they are written. (An intact one may be
-    /// older.)
-    private func isLost(_ job: Int) -> Bool {
-        let run = jobs[job].run
-        guard run.action == .adopt else { return false }
-        var rest = jobs[job].participants
-        while let slot = rest.popFirst() {
-            for block in run.first..<run.first + run.count {
-                let its = RegionDigest.decode(index: block, from: digest(job, slot))
-                guard its?.isDoubtful == true else { return false }
-            }
-        }
-        return true
     }
 
     private func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {

@@ -112,4 +112,46 @@ extension EngineCore {
         }
         return nil
     }
+
+    // MARK: - What nobody has
+
+    /// Bytes to be kept that cannot be read, of blocks that no member has intact: they are doubtful
+    /// everywhere, which no read returns, until they are written. (An intact one may be older.)
+    func isLost(_ job: Int) -> Bool {
+        let run = jobs[job].run
+        guard run.action == .adopt else { return false }
+        var rest = jobs[job].participants
+        while let slot = rest.popFirst() {
+            for block in run.first..<run.first + run.count {
+                let its = RegionDigest.decode(index: block, from: digest(job, slot))
+                guard its?.isDoubtful == true else { return false }
+            }
+        }
+        return true
+    }
+
+    /// The blocks are lost, and a replica that was away, with an older copy of them, is not to be
+    /// taken for one that has them.
+    func giveUpRun(_ job: Int) {
+        let index = Int(jobs[job].slot)
+        slots[index].generation &+= 1
+        slots[index].sentAt = now
+        var header = FrameHeader(kind: .adopt)
+        header.flags = FrameFlags.resync
+        header.layer = jobs[job].layer
+        header.tag = tag(index)
+        header.offset =
+            jobs[job].region * UInt64(Geometry.regionSize)
+            + UInt64(jobs[job].run.first * Geometry.blockSize)
+        header.length = UInt32(jobs[job].run.count * Geometry.blockSize)
+        header.auxiliary = 1 | UInt64(BlockEntry.lostChecksum) << 32
+        header.sequence = nextSequence()
+        jobs[job].stage = .writing
+        jobs[job].awaiting = jobs[job].participants
+        var rest = jobs[job].participants
+        while let slot = rest.popFirst() { send(slot, header) }
+        if flushDueAt == nil {
+            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
+        }
+    }
 }

@@ -317,6 +317,8 @@ struct Job: BitwiseCopyable {
     var unfit = SlotSet()
     var nextBlock = 0
     var run = Run()
+    /// No member is fit: blocks that are damaged on the source shall be so on the joiner.
+    var acceptsDamage = false
     var blocksCopied: UInt64 = 0
     /// Copy: frames on the way to the source and to the joiner.
     var readsOut = 0
@@ -346,13 +348,18 @@ struct Job: BitwiseCopyable {
             case impossible
         }
         var action = Action.none
+            /// No member has the block's data: the joiner gets its checksum, and so its damage.
+            case mark
         var state = BlockState.absent
         var source: Int8 = -1
         var targets = SlotSet()
         var first = 0
+        /// Of a `mark`, which is of one block.
+        var checksum: UInt32 = 0
         var count = 0
         func continues(_ other: Run) -> Bool {
-            action == other.action && state == other.state && source == other.source
+            action == other.action && action != .mark && state == other.state
+                && source == other.source
                 && targets == other.targets
         }
     }

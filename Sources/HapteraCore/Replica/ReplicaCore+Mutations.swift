@@ -219,6 +219,15 @@ extension ReplicaCore {
             setState(slot, frame)
             return finishDurably(slot)
         }
+        if header.kind == .adopt, header.auxiliary != 0 {
+            touch(frame, header)
+            log.reserve(count)
+            let checksum = UInt32(truncatingIfNeeded: header.auxiliary >> 32)
+            for block in requests[index].blocks {
+                record(frame, block, BlockEntry(state: .data, checksum: checksum))
+            }
+            return finishDurably(slot)
+        }
         guard hasOperationForRequests else { return push(slot, &awaitingResources) }
         let length = Int(header.length)
         if header.kind == .adopt {

@@ -86,6 +86,9 @@ extension ReplicaCore {
             if header.kind == .setState {
                 return header.auxiliary <= 3 && header.auxiliary != UInt64(BlockState.data.rawValue)
             }
+            if header.kind == .adopt {
+                return header.auxiliary == 0 || header.auxiliary & 0xffff_ffff == 1
+            }
             return !isWrite
                 || header.dataLength == header.length && Int(header.tableLength) == 4 * blocks
         case .prepareSize:

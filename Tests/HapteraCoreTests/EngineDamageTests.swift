@@ -1,0 +1,114 @@
+import Testing
+
+@testable import HapteraCore
+
+/// Blocks that are damaged on the last member, and replicas that return to it.
+@Suite struct EngineDamageTests {
+    private func block(_ value: UInt8) -> [UInt8] { [UInt8](repeating: value, count: 4096) }
+    private func isDamaged(_ fake: FakeReplica, _ index: UInt64) -> Bool {
+        guard let found = fake.blocks[index] else { return false }
+        return found.entry.state == .data && found.entry.checksum != checksum(of: found.data)
+    }
+    private func rot(_ fake: FakeReplica, _ index: UInt64) {
+        guard let entry = fake.blocks[index]?.entry else { return }
+        fake.blocks[index] = (entry, block(0xEE))
+    }
+    /// The first replica is the last member; the second has blocks 0 to 2 of before, and returns.
+    private func departed(_ configure: (EngineHarness) -> Void) -> EngineHarness {
+        let h = EngineHarness(replicas: 2)
+        for fake in h.fakes { fake.verifies = true }
+        h.start()
+        for index in 0..<3 as Range<UInt64> { h.write(index * 4096, block(UInt8(10 + index))) }
+        h.kill(h.fakes[1])
+        h.pass(milliseconds: 500)
+        configure(h)
+        h.connect(h.fakes[1])
+        h.pass(milliseconds: 4000)
+        return h
+    }
+
+    /// Seed 1002680: the one that returned had what the member's entry names, and the volume stayed
+    /// as it was, without redundancy and without the block.
+    @Test func theReturningReplicaHasIt() {
+        let h = departed { h in
+            h.write(4096, block(20))
+            rot(h.fakes[0], 0)
+        }
+        #expect(h.stored.inSync.count == 2)
+        #expect(h.fakes[1].blocks[1]?.data == block(20))
+        let read = h.read(0, 3 * 4096)
+        h.pass(milliseconds: 2000)
+        #expect(h.reads[read] == block(10) + block(20) + block(12))
+        // And the member has it again.
+        #expect(h.fakes[0].blocks[0]?.data == block(10))
+    }
+
+    /// An older copy is not taken for it: the one that returns shares the damage, and all the rest.
+    @Test func anOlderOneIsNotIt() {
+        let h = departed { h in
+            h.write(0, block(19))
+            h.write(4096, block(20))
+            rot(h.fakes[0], 0)
+        }
+        #expect(h.stored.inSync.count == 2)
+        #expect(isDamaged(h.fakes[0], 0) && isDamaged(h.fakes[1], 0))
+        #expect(h.fakes[1].entry(0).checksum == checksum(of: block(19)))
+        #expect(h.fakes[1].blocks[1]?.data == block(20))
+        let (bad, good) = (h.read(0, 4096), h.read(4096, 8192))
+        h.pass(milliseconds: 2000)
+        #expect(h.results[bad] != .ok && h.reads[good] == block(20) + block(12))
+        let write = h.write(0, block(21))
+        #expect(h.results[write] == .ok && h.fakes.allSatisfy { $0.blocks[0]?.data == block(21) })
+    }
+
+    /// One that holds nothing is filled with all but that block.
+    @Test func aNewReplicaIsFilled() {
+        let h = EngineHarness(replicas: 2, members: 1)
+        h.fakes[0].verifies = true
+        for index in 0..<4 as Range<UInt64> {
+            h.fakes[0].put(index, block(UInt8(10 + index)), in: LayerID(rawValue: 1))
+        }
+        rot(h.fakes[0], 0)
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.stored.inSync.count == 2)
+        #expect(isDamaged(h.fakes[1], 0) && h.fakes[1].entry(0) == h.fakes[0].entry(0))
+        #expect((1..<4).allSatisfy { h.fakes[1].blocks[$0]?.data == block(UInt8(10 + $0)) })
+    }
+
+    /// Another member has it: then nobody shares anything.
+    @Test func anotherMemberHasIt() {
+        let h = EngineHarness(replicas: 3, members: 2)
+        for fake in h.fakes.prefix(2) {
+            fake.verifies = true
+            fake.put(0, block(10), in: LayerID(rawValue: 1))
+        }
+        rot(h.fakes[0], 0)
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.stored.inSync.count == 3 && h.fakes[2].blocks[0]?.data == block(10))
+    }
+
+    /// What could not be kept after a crash is lost, and says so: a replica that returns with an
+    /// older copy, the one the entry named, must not make that the volume's.
+    @Test func whatWasLostStaysLost() {
+        let h = EngineHarness(replicas: 2, members: 1)
+        h.stored.isClean = false
+        let older = block(8)
+        h.fakes[0].blocks[3] = (BlockEntry(state: .data, checksum: checksum(of: older)), block(9))
+        h.fakes[1].put(3, older, in: LayerID(rawValue: 1))
+        for fake in h.fakes { fake.verifies = true }
+        h.fakes[0].active = [0]
+        h.fakes[0].unreadable = [3]
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.fakes[0].entry(3).checksum == BlockEntry.lostChecksum)
+        #expect(h.stored.inSync.count == 2 && h.fakes[1].entry(3) == h.fakes[0].entry(3))
+        let read = h.read(3 * 4096, 4096)
+        h.pass(milliseconds: 2000)
+        #expect(h.results[read] != .ok)
+        let write = h.write(3 * 4096, block(5))
+        let again = h.read(3 * 4096, 4096)
+        #expect(h.results[write] == .ok && h.reads[again] == block(5))
+    }
+}
