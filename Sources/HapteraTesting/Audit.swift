@@ -172,7 +172,8 @@ extension World {
             guard
                 isAcceptable(value, sector, promised[sector])
                     || image.isDoubtful(sector / Content.sectorsPerBlock)
-                        && (faults.rot || isAcceptable(0, sector, promised[sector]))
+                        && (faults.rot || host.marked.contains(sector / Content.sectorsPerBlock)
+                            || isAcceptable(0, sector, promised[sector]))
             else {
                 return fail(
                     "invariant \(invariant): \(host.name) \(what) \(operation.text) at sector"

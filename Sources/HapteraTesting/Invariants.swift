@@ -46,6 +46,9 @@ extension World {
         let first = header.offset / UInt64(Geometry.blockSize)
         let blocks = first..<first + UInt64(header.length) / UInt64(Geometry.blockSize)
         if header.kind == .adopt, header.auxiliary == 0 { promises.forget(blocks) }
+        if header.kind == .adopt, header.auxiliary != 0 {
+            host.marked.formUnion(blocks.map { Int($0) })
+        }
         let overlapping = host.requests.first {
             $0.connection == number && $0.blocks.overlaps(blocks) && $0.epoch == header.epoch
         }

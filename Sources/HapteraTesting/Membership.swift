@@ -198,9 +198,10 @@ extension World {
             for sector in hotSectors {
                 let block = sector / Content.sectorsPerBlock
                 let region = UInt64(block / Geometry.blocksPerRegion)
-                guard concerns(region), !host.isWriting(block), !joiner.isWriting(block) else {
-                    continue
-                }
+                let isDamageShared = joiner.marked.contains(block) && mine.isDoubtful(block)
+                guard concerns(region), !host.isWriting(block), !joiner.isWriting(block),
+                    !isDamageShared
+                else { continue }
                 let (a, b) = (
                     mine.value(sector: sector, scratch: sectorBlock.memory),
                     other.value(sector: sector, scratch: sectorBlock.memory)

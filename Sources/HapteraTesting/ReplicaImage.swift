@@ -160,8 +160,11 @@ struct ReplicaImage {
         for block in first..<min(first + Int(record.count), layers[place].entries.count) {
             if record.index < covered {
                 layers[place].bases[block] = nil
-            } else if place > 0, layers[place].bases[block] == nil {
-                layers[place].bases[block] = layers[place].entries[block]
+            } else if layers[place].bases[block] == nil {
+                let before = layers[place].entries[block]
+                if place > 0 || entry.state == .data && before.state.isZero {
+                    layers[place].bases[block] = before
+                }
             }
             layers[place].entries[block] = entry
         }

@@ -52,6 +52,8 @@ final class SimulatedReplica {
     /// By region, the epoch of the last client's write it answered for.
     var lastWrite: [LayerRegion: Epoch] = [:]
     var dataWriteCount = 0
+    /// Blocks that it was told are damaged on the members, too.
+    var marked: Set<Int> = []
 
     struct DataRequest {
         var connection: Int

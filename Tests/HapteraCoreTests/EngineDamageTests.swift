@@ -76,6 +76,31 @@ import Testing
         #expect((1..<4).allSatisfy { h.fakes[1].blocks[$0]?.data == block(UInt8(10 + $0)) })
     }
 
+    /// What cannot be read now may be read later: it keeps others out for a while.
+    @Test(arguments: [false, true])
+    func anUnreadableBlockIsTriedAgain(isHealed: Bool) {
+        let h = EngineHarness(replicas: 2, members: 1)
+        for index in 0..<2 as Range<UInt64> {
+            h.fakes[0].put(index, block(UInt8(10 + index)), in: LayerID(rawValue: 1))
+        }
+        h.fakes[0].unreadable = [0]
+        h.start()
+        func pass(_ seconds: Int) {
+            for _ in 0..<seconds {
+                for fake in h.fakes where h.core.replicas[h.slot(fake)].link == .down {
+                    h.connect(fake)
+                }
+                h.pass(milliseconds: 1000)
+            }
+        }
+        pass(9)
+        #expect(h.stored.inSync.count == 1)
+        if isHealed { h.fakes[0].unreadable = [] }
+        pass(40)
+        #expect(h.stored.inSync.count == 2 && isDamaged(h.fakes[1], 0) != isHealed)
+        #expect(h.fakes[1].blocks[1]?.data == block(11))
+    }
+
     /// Another member has it: then nobody shares anything.
     @Test func anotherMemberHasIt() {
         let h = EngineHarness(replicas: 3, members: 2)
@@ -101,7 +126,12 @@ import Testing
         h.fakes[0].active = [0]
         h.fakes[0].unreadable = [3]
         h.start()
-        h.pass(milliseconds: 4000)
+        for _ in 0..<50 {
+            for fake in h.fakes where h.core.replicas[h.slot(fake)].link == .down {
+                h.connect(fake)
+            }
+            h.pass(milliseconds: 1000)
+        }
         #expect(h.fakes[0].entry(3).checksum == BlockEntry.lostChecksum)
         #expect(h.stored.inSync.count == 2 && h.fakes[1].entry(3) == h.fakes[0].entry(3))
         let read = h.read(3 * 4096, 4096)

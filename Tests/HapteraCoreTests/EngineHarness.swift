@@ -365,13 +365,7 @@ final class EngineHarness {
         case .stable:
             fake.stable = StablePoint(
                 epoch: Epoch(header.offset), sequence: SequenceNumber(header.tag))
-        case .read:
-            answerRead(fake, header, &replyTable, &replyData)
-            // As a replica that verifies what it reads.
-            if fake.verifies, !isIntact(replyTable, replyData) {
-                reply.status = .checksumMismatch
-                replyData = []
-            }
+        case .read: reply.status = answerChecked(fake, header, &replyTable, &replyData)
         case .prepareSize: fake.room = header.offset
         case .status: replyTable = Self.allData(header.length)
         case .digest: replyTable = digest(fake, first, count, layer)
@@ -417,6 +411,18 @@ final class EngineHarness {
         }
         if !hasData { data = [] }
     }
+    private func answerChecked(
+        _ fake: FakeReplica, _ header: FrameHeader, _ table: inout [UInt8], _ data: inout [UInt8]
+    ) -> FrameStatus {
+        answerRead(fake, header, &table, &data)
+        let first = header.offset / 4096
+        let isRead = fake.unreadable.isDisjoint(
+            with: first..<first + UInt64(header.length) / 4096)
+        // As a replica that verifies what it reads.
+        if isRead, !fake.verifies || isIntact(table, data) { return .ok }
+        data = []
+        return isRead ? .checksumMismatch : .ioError
+    }
     private func isIntact(_ table: [UInt8], _ data: [UInt8]) -> Bool {
         let memory = MemoryBlock(count: table.count)
         memory.memory.copy(from: table)
@@ -434,10 +440,13 @@ final class EngineHarness {
         block.memory.store(fake.births[first / 256] ?? 0, 0)
         for index in 0..<count {
             let (entry, data) = fake.block(first + index, in: layer, isMerged: false)
-            let isDoubtful = entry.state == .data && checksum(of: data) != entry.checksum
-            let low = UInt64(data.reduce(0) { ($0 &* 31) &+ UInt64($1) })
+            let isRead = !fake.unreadable.contains(first + index)
+            let isDoubtful =
+                entry.state == .data && (!isRead || checksum(of: data) != entry.checksum)
+            let low = isRead ? UInt64(data.reduce(0) { ($0 &* 31) &+ UInt64($1) }) : 0
             RegionDigest.encode(
-                .init(entry: entry, isDoubtful: isDoubtful, hashLow: low, hashHigh: 1),
+                .init(
+                    entry: entry, isDoubtful: isDoubtful, hashLow: low, hashHigh: isRead ? 1 : 0),
                 index: Int(index), to: block.memory)
         }
         return block.memory.bytes()

@@ -10,6 +10,8 @@
 
 extension EngineCore {
     private static let copyFramesMax = 16
+    /// So often a block that cannot be read keeps a joiner out, for 10 s each time.
+    static let unreadableJoinsMax = 3
 
     /// The joiner holds nothing of the region.
     func fetch(_ job: Int) {
@@ -123,7 +125,10 @@ extension EngineCore {
                 index: block, from: digest(job, ReplicaSlot(jobs[job].source)))
         else { return run }
         if its.entry == bad.entry { return Job.Run() }
-        guard jobs[job].acceptsDamage else { return run }
+        // What cannot be read now may be read later.
+        let isUnreadable = bad.hashLow == 0 && bad.hashHigh == 0
+        guard jobs[job].acceptsDamage, !isUnreadable || unreadableJoins >= Self.unreadableJoinsMax
+        else { return run }
         run.action = .mark
         run.checksum = bad.entry.checksum
         return run
@@ -286,7 +291,10 @@ extension EngineCore {
             .checksumMismatch(
                 ReplicaSlot(jobs[job].source),
                 offset: jobs[job].region * UInt64(Geometry.regionSize)))
-        guard !jobs[job].acceptsDamage else { return dropJoiner(retryMilliseconds: 10_000) }
+        guard !jobs[job].acceptsDamage else {
+            unreadableJoins += 1
+            return dropJoiner(retryMilliseconds: 10_000)
+        }
         jobs[job].acceptsDamage = true
         restart(job)
     }

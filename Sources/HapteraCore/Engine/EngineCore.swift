@@ -87,6 +87,8 @@ package final class EngineCore {
     /// Only rebooted members and a client that may remember more: waits for a better one, or for an
     /// administrator to decide.
     package internal(set) var isRefusing = false
+    /// Joins given up because of a block that no member could read.
+    var unreadableJoins = 0
     /// Who was there when this engine began to serve from rebooted members only.
     var acceptedMembers = SlotSet()
     /// An administrator has accepted that: for this takeover.
