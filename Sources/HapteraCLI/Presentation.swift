@@ -53,6 +53,7 @@ package enum Presentation {
                 "staleReplicaTimeoutMilliseconds",
                 .number(settings.staleReplicaTimeoutMilliseconds)
             ),
+            ("detectZeroes", .flag(settings.detectZeroes)),
         ])
     }
 
@@ -65,6 +66,7 @@ package enum Presentation {
             "lease \(Durations.text(settings.leaseMilliseconds))",
             "removal deadline \(Durations.text(settings.removalDeadlineMilliseconds))",
             "stale replica timeout " + (stale == 0 ? "never" : Durations.text(stale)),
+            "detect zeroes " + (settings.detectZeroes ? "on" : "off"),
         ].joined(separator: ", ")
     }
 

@@ -13,7 +13,17 @@ package struct DurationArgument: Equatable, Sendable {
     }
 }
 
-/// How a volume behaves when something is slow or gone.
+package struct SwitchArgument: Equatable, Sendable {
+    package var isOn: Bool
+    package init(typed: String) throws {
+        guard typed == "on" || typed == "off" else {
+            throw ValidationError("'\(typed)' is neither on nor off")
+        }
+        isOn = typed == "on"
+    }
+}
+
+/// How a volume behaves when something is slow or gone, and what it does about zeroes.
 package struct SettingsOptions: ParsableArguments {
     @Option(
         parsing: .unconditional, help: "Writes wait while fewer replicas are in sync; default 1.")
@@ -43,6 +53,12 @@ package struct SettingsOptions: ParsableArguments {
         transform: DurationArgument.init(typed:))
     package var staleReplicaTimeout: DurationArgument?
 
+    @Option(
+        parsing: .unconditional,
+        help: "on: writes of nothing but zeroes take no space; default off.",
+        transform: SwitchArgument.init(typed:))
+    package var detectZeroes: SwitchArgument?
+
     package init() {}
 
     /// What was given, and nothing else.
@@ -57,6 +73,7 @@ package struct SettingsOptions: ParsableArguments {
         if let staleReplicaTimeout {
             message.staleReplicaTimeoutMilliseconds = staleReplicaTimeout.milliseconds
         }
+        if let detectZeroes { message.detectZeroes = detectZeroes.isOn }
         return message
     }
 }
@@ -66,7 +83,8 @@ extension VolumeCommand {
         package static let configuration = CommandConfiguration(
             abstract: "Change a volume's settings.",
             discussion: """
-                --io-timeout, --removal-deadline and --stale-replica-timeout apply at once, \
+                --io-timeout, --removal-deadline, --stale-replica-timeout and --detect-zeroes \
+                apply at once, \
                 --lease and --min-in-sync when the engine starts next.
                 """)
 

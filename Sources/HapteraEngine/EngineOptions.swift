@@ -16,6 +16,7 @@ struct EngineOptions {
     var leaseMilliseconds: UInt32
     var renewMilliseconds: UInt64
     var ioTimeoutMilliseconds: UInt64
+    var detectsZeroes: Bool
     /// Nil: what the record says.
     var minInSync: UInt8?
     var endedInstance: InstanceID
@@ -27,7 +28,8 @@ struct EngineOptions {
                    [--nbd HOST:PORT] [--nbd-unix PATH] [--control PATH] [--read-only]
                    [--lease MILLISECONDS] [--renew MILLISECONDS]
                    [--removal-deadline MILLISECONDS] [--io-timeout MILLISECONDS]
-                   [--min-in-sync N] [--ended-instance DECIMAL]
+                   [--detect-zeroes on|off] [--min-in-sync N]
+                   [--ended-instance DECIMAL]
 
           --store               the record service; may be repeated, tried in turn
           --replica             a replica and where it listens; repeated, 1 to 8 times
@@ -39,6 +41,7 @@ struct EngineOptions {
                                 at least the lease
           --io-timeout          a request held this long is answered with an error;
                                 0, the default: it is held until it can be done
+          --detect-zeroes       on: writes of nothing but zeroes take no space (off)
           --min-in-sync         acknowledge only while so many replicas are in sync
           --ended-instance      the instance of an engine known to have ended: its leases
                                 are not waited for
@@ -50,7 +53,7 @@ struct EngineOptions {
             options: [
                 "volume", "volume-id", "store", "replica", "nbd", "nbd-unix", "control",
                 "client-generation", "lease", "renew", "removal-deadline", "io-timeout",
-                "min-in-sync", "ended-instance",
+                "detect-zeroes", "min-in-sync", "ended-instance",
             ], flags: ["read-only"])
         guard arguments.positional.isEmpty else {
             throw UsageError("'\(arguments.positional[0])' is not an option")
@@ -96,6 +99,10 @@ struct EngineOptions {
             try arguments.parse("io-timeout", EngineSettings.ioTimeoutText) {
                 EngineSettings.ioTimeout($0)
             } ?? 0
+        detectsZeroes =
+            try arguments.parse("detect-zeroes", EngineSettings.switchText) {
+                EngineSettings.flag($0)
+            } ?? false
         minInSync = try arguments.parse("min-in-sync", "1 to \(Geometry.replicasMax)") {
             UInt8($0).flatMap { (1...UInt8(Geometry.replicasMax)).contains($0) ? $0 : nil }
         }
@@ -136,6 +143,9 @@ struct EngineOptions {
 enum EngineSettings {
     static let removalDeadlineText = "100 to 600000 milliseconds"
     static let ioTimeoutText = "0 (hold) or 100 to 86400000 milliseconds"
+    static let switchText = "on or off"
+    static func flag(_ text: String) -> Bool? { text == "on" ? true : text == "off" ? false : nil }
+    static func text(_ flag: Bool) -> String { flag ? "on" : "off" }
     static func removalDeadline(_ text: String) -> UInt64? {
         UInt64(text).flatMap { (100...600_000).contains($0) ? $0 : nil }
     }

@@ -179,9 +179,11 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         }
     }
 
-    /// `settings io-timeout=MS removal-deadline=MS`, each optional: all of it or nothing.
+    /// `settings io-timeout=MS removal-deadline=MS detect-zeroes=on|off`, each optional: all of it
+    /// or nothing.
     private func set(_ request: ControlRequest) {
         var (deadline, timeout): (UInt64?, UInt64?)
+        var detectsZeroes: Bool?
         for (key, value) in request.arguments {
             switch key {
             case "removal-deadline":
@@ -199,15 +201,22 @@ final class EngineProcess: ControlHandler, CompletionHandler {
                 guard timeout != nil else {
                     return request.fail("\(key) takes \(EngineSettings.ioTimeoutText)")
                 }
+            case "detect-zeroes":
+                detectsZeroes = EngineSettings.flag(value)
+                guard detectsZeroes != nil else {
+                    return request.fail("\(key) takes \(EngineSettings.switchText)")
+                }
             default: return request.fail("settings knows no '\(key)'")
             }
         }
         shell.core.set(
-            removalDeadlineMilliseconds: deadline, ioTimeoutMilliseconds: timeout)
+            removalDeadlineMilliseconds: deadline, ioTimeoutMilliseconds: timeout,
+            detectsZeroes: detectsZeroes)
         Log.info(
             "settings changed", ("volume", shell.name),
             ("removalDeadline", String(shell.core.configuration.removalDeadlineMilliseconds)),
-            ("ioTimeout", String(shell.core.configuration.ioTimeoutMilliseconds)))
+            ("ioTimeout", String(shell.core.configuration.ioTimeoutMilliseconds)),
+            ("detectZeroes", EngineSettings.text(shell.core.configuration.detectsZeroes)))
         request.reply()
     }
 

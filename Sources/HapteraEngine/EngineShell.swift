@@ -55,6 +55,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
         configuration.leaseMilliseconds = options.leaseMilliseconds
         configuration.renewMilliseconds = options.renewMilliseconds
         configuration.ioTimeoutMilliseconds = options.ioTimeoutMilliseconds
+        configuration.detectsZeroes = options.detectsZeroes
         configuration.minInSync = options.minInSync
         configuration.endedInstance = options.endedInstance
         core = EngineCore(configuration: configuration, pool: pool)

@@ -66,6 +66,7 @@ extension EngineShell {
             ("leaseValid", core.isLeased(at: reactor.now) ? "true" : "false"),
             ("removalDeadline", String(core.configuration.removalDeadlineMilliseconds)),
             ("ioTimeout", String(core.configuration.ioTimeoutMilliseconds)),
+            ("detectZeroes", EngineSettings.text(core.configuration.detectsZeroes)),
             ("needsDecision", core.isRefusing ? "true" : "false"),
             ("storeAvailable", isStoreAvailable ? "true" : "false"),
             ("unresolvedRegions", String(core.unresolvedCount)),

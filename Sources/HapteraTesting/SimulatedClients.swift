@@ -175,24 +175,30 @@ extension World {
         operation.attempts += 1
         engine.attempts.append(.init(operation: operation, session: session))
         var request = Operation(
-            kind: operation.kind, flags: operation.flags, offset: operation.offset,
+            kind: requestKind(operation), flags: operation.flags, offset: operation.offset,
             length: operation.length, buffer: buffer,
             userData: UInt64(engine.attempts.count - 1))
         request.session = session
         step(engine, .submit(request))
     }
 
+    /// What the client sends: some have no other way to zero than to write zeroes.
+    private func requestKind(_ operation: ClientOperation) -> OperationKind {
+        let writesZeroes = detectsZeroes && operation.kind == .writeZeroes && operation.id % 2 == 0
+        return writesZeroes ? .write : operation.kind
+    }
+
     /// A buffer with the write's content (or room for what is read); nil if the pool is empty.
     private func fillBuffer(_ operation: ClientOperation, _ pool: BufferPool) -> BufferID? {
-        guard operation.kind == .read || operation.kind == .write || operation.kind == .status
-        else { return BufferID.none }
+        let kind = requestKind(operation)
+        guard kind == .read || kind == .write || kind == .status else { return BufferID.none }
         let blockSize = UInt64(Geometry.blockSize)
         let blocks = Geometry.blocks(offset: operation.offset, length: operation.length)
         // The engine's jobs and edges must find buffers too.
         guard pool.available(blocks.count * Int(blockSize)) > 4,
             let buffer = pool.allocate(blocks.count * Int(blockSize))
         else { return nil }
-        guard operation.kind == .write else { return buffer }
+        guard kind == .write else { return buffer }
         let memory = pool.memory(buffer)
         var position = Int(operation.offset % blockSize)
         for sector in operation.sectors {

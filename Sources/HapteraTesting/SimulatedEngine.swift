@@ -46,7 +46,7 @@ final class SimulatedEngine {
 
     init(
         index: Int, volume: VolumeID, generation: UInt64, random: RandomSource,
-        mutations: MutationSet, leases: SimulatedLeases
+        mutations: MutationSet, leases: SimulatedLeases, detectsZeroes: Bool
     ) {
         self.index = index
         self.generation = generation
@@ -61,6 +61,7 @@ final class SimulatedEngine {
         configuration.renewMilliseconds = UInt64(leases.milliseconds) / 3
         configuration.ioTimeoutMilliseconds = leases.ioTimeoutMilliseconds
         configuration.minInSync = leases.minInSync
+        configuration.detectsZeroes = detectsZeroes
         // Few, so that some regions are equal and others not for a while.
         configuration.jobsMax = 4
         core = EngineCore(configuration: configuration, pool: pool)
@@ -106,7 +107,7 @@ extension World {
     func startEngine(generation: UInt64) {
         let engine = SimulatedEngine(
             index: engines.count, volume: volume, generation: generation, random: random,
-            mutations: options.mutations, leases: leases)
+            mutations: options.mutations, leases: leases, detectsZeroes: detectsZeroes)
         engines.append(engine)
         currentEngine = engine.index
         note("\(engine.name) starts, client generation \(generation)")

@@ -38,6 +38,8 @@ package final class World {
     var clones: SimulatedClones
     let faults: FaultPlan
     let leases: SimulatedLeases
+    /// Clients zero by writing too, and engines look for that.
+    let detectsZeroes: Bool
     private(set) var hosts: [SimulatedReplica] = []
     var engines: [SimulatedEngine] = []
     var currentEngine: Int?
@@ -88,6 +90,8 @@ package final class World {
         scrubRandom = RandomSource(seed: RandomSource.mix(seed ^ 0x5C2B))
         let isScrubJudged = !options.mutations.isDisjoint(with: FaultPlan.scrubRules)
         scrubs = scrubRandom.permille(400) || isScrubJudged
+        // Of the seed, not drawn: every world without it is the one it was before.
+        detectsZeroes = seed % 4 == 1
         // Mostly three copies: that is where the protocol has the most to decide.
         let replicas = options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
         let regions = random.pick([1, 2, 3, 16])

@@ -103,7 +103,8 @@ import Testing
                     "ioTimeoutMilliseconds": 0,
                     "leaseMilliseconds": 500,
                     "removalDeadlineMilliseconds": 3000,
-                    "staleReplicaTimeoutMilliseconds": 1800000
+                    "staleReplicaTimeoutMilliseconds": 1800000,
+                    "detectZeroes": false
                   },
                   "labels": {
                     "app": "db",
@@ -150,7 +151,7 @@ import Testing
         #expect(
             Presentation.line(Self.volume().settings)
                 == "min in sync 1, I/O timeout none, lease 500ms, removal deadline 3s, "
-                + "stale replica timeout 30m")
+                + "stale replica timeout 30m, detect zeroes off")
     }
 
     private static var rebuild: RebuildRow {

@@ -174,6 +174,7 @@ import Testing
         #expect(try bench.engineArgument("--renew") == "300")
         #expect(try bench.engineArgument("--removal-deadline") == "5000")
         #expect(try bench.engineArgument("--io-timeout") == nil)
+        #expect(try bench.engineArgument("--detect-zeroes") == nil)
         #expect(try await bench.engineStatus["limits"] == "none")
         // What can change while it runs is told, and no shorter than the lease it has.
         bench.want(.attach, addresses: [replica.address], attachment: 1) {
@@ -184,7 +185,13 @@ import Testing
             $0.removalDeadlineMilliseconds = 700
         }
         try await bench.step()
-        #expect(try await bench.engineStatus["limits"] == "30000/1000")
+        #expect(try await bench.engineStatus["limits"] == "30000/1000/off")
+        bench.want(.attach, addresses: [replica.address], attachment: 1) {
+            $0.removalDeadlineMilliseconds = 5000
+            $0.detectZeroes = true
+        }
+        try await bench.step()
+        #expect(try await bench.engineStatus["limits"] == "0/5000/on")
     }
 
     /// An acceptance is for the engine process that asked.

@@ -87,14 +87,16 @@ import Testing
             Self.message {
                 $0.ioTimeoutMilliseconds = 30_000
                 $0.staleReplicaTimeoutMilliseconds = 0
+                $0.detectZeroes = true
             })
         var expected = before.volume.settings
         expected.ioTimeout = 30_000
         expected.staleReplicaTimeout = 0
+        expected.detectsZeroes = true
         #expect(after.volume.settings == expected)
         let event = try #require(try await test.store.events(after: 0, limit: 1).first)
         #expect(event.kind == "VolumeUpdated")
-        #expect(event.message == "io-timeout 30s, stale-replica-timeout 0s")
+        #expect(event.message == "io-timeout 30s, stale-replica-timeout 0s, detect-zeroes on")
         // With what is there already: a lease longer than the deadline.
         await #expect(throws: ControlError.self) {
             try await test.store.updateVolume("vol", Self.message { $0.leaseMilliseconds = 4000 })

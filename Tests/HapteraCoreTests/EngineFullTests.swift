@@ -44,7 +44,7 @@ import Testing
 
     @Test func aTimeoutEndsTheWaitForSpaceAndTheRegionIsMadeEqual() {
         let h = EngineHarness()
-        h.core.set(removalDeadlineMilliseconds: nil, ioTimeoutMilliseconds: 2000)
+        h.core.set(ioTimeoutMilliseconds: 2000)
         h.start()
         for fake in h.fakes { fake.errors = full }
         // What the attempt leaves on one of them.

@@ -161,7 +161,7 @@ import Testing
         #expect(h.results[late] == nil)
         h.pass(milliseconds: 100)
         #expect(h.results[late] == .ioError)
-        h.core.set(removalDeadlineMilliseconds: nil, ioTimeoutMilliseconds: 0)
+        h.core.set(ioTimeoutMilliseconds: 0)
         let next = h.write(0, [UInt8](repeating: 2, count: 4096))
         let writes = h.fakes[0].seen.count { $0 == .write }
         h.pass(milliseconds: 1500)

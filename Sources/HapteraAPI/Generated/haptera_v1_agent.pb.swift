@@ -238,6 +238,8 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
   /// The engine process that may go on from rebooted replicas; 0: none.
   package var acceptLossInstance: UInt64 = 0
 
+  package var detectZeroes: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum Phase: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -1370,7 +1372,7 @@ nonisolated extension Haptera_V1_CloneSource: SwiftProtobuf.Message, SwiftProtob
 
 nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DesiredEngine"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}client_generation\0\u{1}phase\0\u{1}replicas\0\u{4}\u{f}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}renew_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}accept_loss_instance\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}client_generation\0\u{1}phase\0\u{1}replicas\0\u{4}\u{f}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}renew_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}accept_loss_instance\0\u{3}detect_zeroes\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1389,6 +1391,7 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
       case 23: try { try decoder.decodeSingularUInt64Field(value: &self.renewMilliseconds) }()
       case 24: try { try decoder.decodeSingularUInt64Field(value: &self.removalDeadlineMilliseconds) }()
       case 25: try { try decoder.decodeSingularUInt64Field(value: &self.acceptLossInstance) }()
+      case 26: try { try decoder.decodeSingularBoolField(value: &self.detectZeroes) }()
       default: break
       }
     }
@@ -1428,6 +1431,9 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
     if self.acceptLossInstance != 0 {
       try visitor.visitSingularUInt64Field(value: self.acceptLossInstance, fieldNumber: 25)
     }
+    if self.detectZeroes != false {
+      try visitor.visitSingularBoolField(value: self.detectZeroes, fieldNumber: 26)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1443,6 +1449,7 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
     if lhs.renewMilliseconds != rhs.renewMilliseconds {return false}
     if lhs.removalDeadlineMilliseconds != rhs.removalDeadlineMilliseconds {return false}
     if lhs.acceptLossInstance != rhs.acceptLossInstance {return false}
+    if lhs.detectZeroes != rhs.detectZeroes {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -235,6 +235,16 @@ package nonisolated struct Haptera_V1_VolumeSettings: Sendable {
   /// Clears the value of `staleReplicaTimeoutMilliseconds`. Subsequent reads from it will return its default value.
   package mutating func clearStaleReplicaTimeoutMilliseconds() {self._staleReplicaTimeoutMilliseconds = nil}
 
+  /// A write of nothing but zeroes takes no space, as if it were a trim. Default false.
+  package var detectZeroes: Bool {
+    get {_detectZeroes ?? false}
+    set {_detectZeroes = newValue}
+  }
+  /// Returns true if `detectZeroes` has been explicitly set.
+  package var hasDetectZeroes: Bool {self._detectZeroes != nil}
+  /// Clears the value of `detectZeroes`. Subsequent reads from it will return its default value.
+  package mutating func clearDetectZeroes() {self._detectZeroes = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -244,6 +254,7 @@ package nonisolated struct Haptera_V1_VolumeSettings: Sendable {
   fileprivate var _leaseMilliseconds: UInt64? = nil
   fileprivate var _removalDeadlineMilliseconds: UInt64? = nil
   fileprivate var _staleReplicaTimeoutMilliseconds: UInt64? = nil
+  fileprivate var _detectZeroes: Bool? = nil
 }
 
 package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
@@ -1383,7 +1394,7 @@ nonisolated extension Haptera_V1_ReplicaState: SwiftProtobuf._ProtoNameProviding
 
 nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".VolumeSettings"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}stale_replica_timeout_milliseconds\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}stale_replica_timeout_milliseconds\0\u{3}detect_zeroes\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1396,6 +1407,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
       case 3: try { try decoder.decodeSingularUInt64Field(value: &self._leaseMilliseconds) }()
       case 4: try { try decoder.decodeSingularUInt64Field(value: &self._removalDeadlineMilliseconds) }()
       case 5: try { try decoder.decodeSingularUInt64Field(value: &self._staleReplicaTimeoutMilliseconds) }()
+      case 6: try { try decoder.decodeSingularBoolField(value: &self._detectZeroes) }()
       default: break
       }
     }
@@ -1421,6 +1433,9 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
     try { if let v = self._staleReplicaTimeoutMilliseconds {
       try visitor.visitSingularUInt64Field(value: v, fieldNumber: 5)
     } }()
+    try { if let v = self._detectZeroes {
+      try visitor.visitSingularBoolField(value: v, fieldNumber: 6)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1430,6 +1445,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
     if lhs._leaseMilliseconds != rhs._leaseMilliseconds {return false}
     if lhs._removalDeadlineMilliseconds != rhs._removalDeadlineMilliseconds {return false}
     if lhs._staleReplicaTimeoutMilliseconds != rhs._staleReplicaTimeoutMilliseconds {return false}
+    if lhs._detectZeroes != rhs._detectZeroes {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

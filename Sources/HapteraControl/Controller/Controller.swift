@@ -182,6 +182,7 @@ package actor Controller {
         wanted.renewMilliseconds = UInt64(volume.settings.renew)
         wanted.removalDeadlineMilliseconds = UInt64(volume.removalDeadlineMilliseconds)
         wanted.acceptLossInstance = UInt64(volume.acceptLossInstance) ?? 0
+        wanted.detectZeroes = volume.detectsZeroes
         wanted.replicas = stored.replicas.filter { $0.phase == .run }.map {
             var endpoint = Haptera_V1_ReplicaEndpoint()
             endpoint.replicaID = $0.id

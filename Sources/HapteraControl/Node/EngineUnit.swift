@@ -114,7 +114,8 @@ package actor EngineUnit {
     private var wantedLimits: EngineLimitsTold {
         EngineLimitsTold(
             lease: wanted.leaseMilliseconds, ioTimeout: wanted.ioTimeoutMilliseconds,
-            removalDeadline: wanted.removalDeadlineMilliseconds)
+            removalDeadline: wanted.removalDeadlineMilliseconds,
+            detectsZeroes: wanted.detectZeroes ? true : nil)
     }
 
     /// 0 is what an older controller does not say: the engine's default then.
@@ -126,6 +127,7 @@ package actor EngineUnit {
             ("--min-in-sync", UInt64(wanted.minInSync)),
         ]
         return values.filter { $0.1 != 0 }.flatMap { [$0.0, "\($0.1)"] }
+            + (wanted.detectZeroes ? ["--detect-zeroes", "on"] : [])
     }
 
     private func start(now: Int64) throws {
@@ -197,7 +199,8 @@ package actor EngineUnit {
         guard now != told else { return }
         _ = try await context.host.request(
             supervision.files.control,
-            "settings io-timeout=\(now.ioTimeout) removal-deadline=\(now.removalDeadline)",
+            "settings io-timeout=\(now.ioTimeout) removal-deadline=\(now.removalDeadline)"
+                + " detect-zeroes=\(now.detectsZeroes == true ? "on" : "off")",
             timeoutSeconds: 5)
         settings.limits = now
         try supervision.files.save(settings)

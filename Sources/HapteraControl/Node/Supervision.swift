@@ -59,11 +59,13 @@ package struct KnownEngine: Codable, Equatable, Sendable {
     package var instance: String
 }
 
-/// Milliseconds.
+/// Times in milliseconds.
 package struct EngineLimitsTold: Codable, Equatable, Sendable {
     package var lease: UInt64
     package var ioTimeout: UInt64
     package var removalDeadline: UInt64
+    /// Nil: not on, as when there was no such thing.
+    package var detectsZeroes: Bool?
 }
 
 /// The files of a unit, all below the node's `run` directory.

@@ -63,6 +63,10 @@ package final class MetadataStore: Sendable {
         registerGroups(&migrator)
         registerSchedules(&migrator, clock: clock)
         registerClones(&migrator)
+        migrator.registerMigration("detectZeroes") { db in
+            try db.execute(
+                sql: "ALTER TABLE volumes ADD COLUMN detectsZeroes INTEGER NOT NULL DEFAULT 0")
+        }
         return migrator
     }
 

@@ -39,6 +39,7 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     package var acceptLossInstance: String
     /// For tests: faults may be injected.
     package var isScratch = false
+    package var detectsZeroes = false
     /// The snapshot that it began as, by the names of then; all three or none.
     package var originVolumeID: String?
     package var originVolume: String?

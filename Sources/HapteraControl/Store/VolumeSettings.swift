@@ -15,6 +15,8 @@ package struct VolumeSettings: Equatable, Sendable {
     package var removalDeadline: Int64 = 3000
     /// A replica out of the in-sync set and away for longer is replaced; 0: never.
     package var staleReplicaTimeout: Int64 = 30 * 60_000
+    /// A write of nothing but zeroes takes no space.
+    package var detectsZeroes = false
 
     package init() {}
 
@@ -81,6 +83,7 @@ package struct VolumeSettings: Equatable, Sendable {
         if change.hasStaleReplicaTimeoutMilliseconds {
             result.staleReplicaTimeout = Int64(clamping: change.staleReplicaTimeoutMilliseconds)
         }
+        if change.hasDetectZeroes { result.detectsZeroes = change.detectZeroes }
         return result
     }
 
@@ -91,6 +94,7 @@ package struct VolumeSettings: Equatable, Sendable {
         message.leaseMilliseconds = UInt64(lease)
         message.removalDeadlineMilliseconds = UInt64(removalDeadline)
         message.staleReplicaTimeoutMilliseconds = UInt64(staleReplicaTimeout)
+        message.detectZeroes = detectsZeroes
         return message
     }
 
@@ -105,6 +109,9 @@ package struct VolumeSettings: Equatable, Sendable {
         ]
         for (name, value, before) in times where value != before {
             parts.append("\(name) \(Durations.text(UInt64(value)))")
+        }
+        if detectsZeroes != other.detectsZeroes {
+            parts.append("detect-zeroes \(detectsZeroes ? "on" : "off")")
         }
         return parts.joined(separator: ", ")
     }
@@ -127,6 +134,7 @@ extension VolumeRow {
             settings.lease = leaseMilliseconds
             settings.removalDeadline = removalDeadlineMilliseconds
             settings.staleReplicaTimeout = staleReplicaTimeoutMilliseconds
+            settings.detectsZeroes = detectsZeroes
             return settings
         }
         set {
@@ -135,6 +143,7 @@ extension VolumeRow {
             leaseMilliseconds = newValue.lease
             removalDeadlineMilliseconds = newValue.removalDeadline
             staleReplicaTimeoutMilliseconds = newValue.staleReplicaTimeout
+            detectsZeroes = newValue.detectsZeroes
         }
     }
 }

@@ -417,7 +417,11 @@ package final class EngineCore {
     }
 
     /// What can be set while it runs; nil: stays as it is.
-    package func set(removalDeadlineMilliseconds: UInt64?, ioTimeoutMilliseconds: UInt64?) {
+    package func set(
+        removalDeadlineMilliseconds: UInt64? = nil, ioTimeoutMilliseconds: UInt64? = nil,
+        detectsZeroes: Bool? = nil
+    ) {
+        if let detectsZeroes { configuration.detectsZeroes = detectsZeroes }
         if let removalDeadlineMilliseconds {
             configuration.removalDeadlineMilliseconds = removalDeadlineMilliseconds
         }

@@ -23,6 +23,8 @@ package struct EngineConfiguration: Sendable {
     package var renewMilliseconds: UInt64 = 150
     /// A request held for this long is answered with an error; 0: it is held until it can be done.
     package var ioTimeoutMilliseconds: UInt64 = 0
+    /// A write of nothing but zeroes is stored as zero state, which takes no space.
+    package var detectsZeroes = false
     /// Acknowledge only while so many members are in sync; nil: what the record says.
     package var minInSync: UInt8?
     /// Regions made equal at a time: enough that neither disk nor wire waits for the other. 1 MiB
@@ -122,11 +124,11 @@ struct ReplicaState: BitwiseCopyable {
     /// Epoch the replica has promised on this connection.
     var installedEpoch = Epoch.zero
     var isRebooted = false
-    /// What it had flushed when it left, if it was taken back since.
-    var flushedBefore = StablePoint.zero
     /// Its process when this engine began to serve from members that all had rebooted, it among
     /// them: a process that lives has lost nothing since.
     var acceptedInstance = InstanceID.none
+    /// What it had flushed when it left, if it was taken back since.
+    var flushedBefore = StablePoint.zero
     /// What it said of itself when greeted.
     var promise = Epoch.zero
     /// It has promised or flushed less than it had: its directory is an older copy.
@@ -315,10 +317,10 @@ struct Job: BitwiseCopyable {
     var source: Int8 = -1
     /// Members the layer cannot be copied from (a doubtful block): a copy tries another.
     var unfit = SlotSet()
-    var nextBlock = 0
-    var run = Run()
     /// No member is fit: blocks that are damaged on the source shall be so on the joiner.
     var acceptsDamage = false
+    var nextBlock = 0
+    var run = Run()
     var blocksCopied: UInt64 = 0
     /// Copy: frames on the way to the source and to the joiner.
     var readsOut = 0
@@ -346,16 +348,16 @@ struct Job: BitwiseCopyable {
             case adopt
             /// No copy may be used.
             case impossible
-        }
-        var action = Action.none
             /// No member has the block's data: the joiner gets its checksum, and so its damage.
             case mark
+        }
+        var action = Action.none
         var state = BlockState.absent
         var source: Int8 = -1
-        var targets = SlotSet()
-        var first = 0
         /// Of a `mark`, which is of one block.
         var checksum: UInt32 = 0
+        var targets = SlotSet()
+        var first = 0
         var count = 0
         func continues(_ other: Run) -> Bool {
             action == other.action && action != .mark && state == other.state

@@ -97,6 +97,9 @@ extension EngineCore {
     private func sendWrite(_ index: Int) {
         let blocks = Int(slots[index].endBlock - slots[index].firstBlock)
         let memory = pool.memory(slots[index].operation.buffer)
+        if configuration.detectsZeroes, memory.slice(0, blocks * Geometry.blockSize).isZero {
+            return sendState(index, .zero)
+        }
         let table = table(Int32(index))
         for block in 0..<blocks {
             let data = memory.slice(block * Geometry.blockSize, Geometry.blockSize)
