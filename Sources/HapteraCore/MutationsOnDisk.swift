@@ -20,6 +20,9 @@ extension MutationSet {
     /// Merges: answer for a layer while a deleted one below it still holds some of it.
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
+    /// Sizes: leave what was counted as it is when blocks change.
+    package static let spaceNotRecounted = MutationSet(rawValue: 1 << 67)
+
     /// Clones: answer for a layer without what is stuck under it.
     package static let foldIgnored = MutationSet(rawValue: 1 << 64)
     /// Clones: merge layers whose files another copy has as well.

@@ -334,36 +334,20 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     }
 
     private func status() -> [(key: String, value: String)] {
-        let allocated = storage.allocatedBytes()
-        return [
+        [
             ("pid", String(getpid())), ("replica", core.identity.replica.text),
             ("volume", core.identity.volume.text), ("name", core.identity.name),
             ("epoch", String(core.promise.rawValue)), ("size", String(core.size)),
             ("activeRegions", String(core.activeRegionCount)),
-            ("allocatedBytes", String(allocated.values.reduce(0, +))),
             ("logUsedPercent", String(core.logUsedPercent)),
-            ("layers", String(core.layers.count)), ("layerBytes", layerBytes(allocated)),
+            ("layers", String(core.layers.count)),
             ("retiredLayers", String(core.retiredLayerCount)),
-            ("sharedLayers", String(core.sharedLayers.count)),
-            ("sharedBytes", String(sharing.bytes(allocated))),
             ("mergedRegions", String(core.mergedRegions)),
             ("mergedBytes", String(core.mergedBytes)),
             ("state", stopDeadline == nil ? "serving" : "stopping"),
             ("address", listener?.address.text ?? ""),
             ("directory", storage.directory), ("io", reactor.backendName),
-        ]
-    }
-
-    /// `LAYER:BYTES,...`: what the data of each layer takes, and that of deleted ones with it whose
-    /// heir it is.
-    private func layerBytes(_ allocated: [ReplicaFile: UInt64]) -> String {
-        var bytes: [LayerID: UInt64] = [:]
-        for layer in core.layerFiles {
-            guard let owner = core.owner(of: layer) else { continue }
-            bytes[owner, default: 0] += allocated[.data(layer)] ?? 0
-        }
-        return bytes.sorted { $0.key < $1.key }.map { "\($0.key.rawValue):\($0.value)" }
-            .joined(separator: ",")
+        ] + SpaceStatus(core, storage).fields(sharedBytes: sharing.bytes)
     }
 
     // MARK: faults

@@ -46,6 +46,8 @@ struct LayerChain {
     private(set) var retiredCount = 0
     private var regionCount: UInt64
     private(set) var head: LayerID
+    /// Counts changes of what layers there are, what lies over what, and what is shared.
+    private(set) var revision: UInt64 = 0
 
     /// `retired`: those of `ids` that are. `names`, `rooms`: of all of them; nil: their numbers,
     /// the whole volume.
@@ -123,7 +125,8 @@ struct LayerChain {
     /// The volume has this many regions now, not fewer than before.
     mutating func grow(regionCount: UInt64) {
         self.regionCount = regionCount
-        let words = Int((regionCount + 63) / 64)
+        revision += 1
+        let words = wordCount
         for index in 0..<layers.count where layers[index].map.count < words {
             layers[index].map = layers[index].map.extended(to: words, with: 0)
             layers[index].absorbed = layers[index].absorbed?.extended(to: words, with: 0)
@@ -221,6 +224,7 @@ struct LayerChain {
     }
     /// What is to be merged, and which way.
     private mutating func decide() {
+        revision += 1
         sharedCount = layers.count { $0.isShared }
         for place in ids.indices { layers[place].isStuck = false }
         if sharedCount > 0 { findStuck() }
@@ -323,6 +327,15 @@ struct LayerChain {
         for index in 0..<count where mayHold(index, region) { return true }
         return false
     }
+    /// The volume's regions, in words of 64.
+    var wordCount: Int { Int((regionCount + 63) / 64) }
+    /// The regions of a word that the layer may hold anything of, a bit each.
+    func held(_ index: Int, _ word: Int) -> UInt64 {
+        let gone = (layers[index].merged?[word] ?? 0) | (layers[index].absorbed?[word] ?? 0)
+        return layers[index].map[word] & ~gone
+    }
+    /// Those that there may be a page of.
+    func pages(_ index: Int, _ word: Int) -> UInt64 { layers[index].map[word] }
     func mark(_ id: LayerID, _ region: UInt64) {
         layers[existing(id)].map[Int(region / 64)] |= 1 << (region % 64)
     }

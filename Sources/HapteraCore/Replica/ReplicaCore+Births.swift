@@ -159,6 +159,14 @@ extension TablePage {
     /// The birth that a region's two slots say, zero if it was never written; nil unless both are
     /// as they must be when no write of a page was cut. Entries are not looked at.
     static func birth(ofPair memory: RawMemory, layer: LayerID, region: UInt64) -> Epoch? {
+        // A slot that is all zero says birth zero, too.
+        newestSlot(ofPair: memory, layer: layer, region: region).map {
+            birth(memory.slice($0 * size, size))
+        }
+    }
+    /// The slot that counts, either if both are zero; nil unless both are as they must be when no
+    /// write of a page was cut.
+    static func newestSlot(ofPair memory: RawMemory, layer: LayerID, region: UInt64) -> Int? {
         let even = memory.slice(0, size)
         let odd = memory.slice(size, size)
         let isEven = isSound(even, layer, region, slot: 0)
@@ -167,13 +175,10 @@ extension TablePage {
         case (true, true):
             let (a, b) = (version(even), version(odd))
             guard max(a, b) - min(a, b) == 1 else { return nil }
-            return birth(a > b ? even : odd)
-        case (true, false):
-            return version(even) == 0 && odd.isZero ? birth(even) : nil
-        case (false, true):
-            return version(odd) == 1 && even.isZero ? birth(odd) : nil
-        case (false, false):
-            return even.isZero && odd.isZero ? .zero : nil
+            return a > b ? 0 : 1
+        case (true, false): return version(even) == 0 && odd.isZero ? 0 : nil
+        case (false, true): return version(odd) == 1 && even.isZero ? 1 : nil
+        case (false, false): return even.isZero && odd.isZero ? 0 : nil
         }
     }
     private static func version(_ page: RawMemory) -> UInt64 { page.load(UInt64.self, 24) }

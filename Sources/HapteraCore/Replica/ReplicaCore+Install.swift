@@ -359,6 +359,8 @@ extension ReplicaCore {
             }
         }
         merge.leaving = []
+        // At once: of a layer that is discarded now nothing may be left soon.
+        followChain()
         retryAwaitingMerge()
     }
 }

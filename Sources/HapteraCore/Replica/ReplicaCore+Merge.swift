@@ -389,6 +389,7 @@ extension ReplicaCore {
             cache.setEntry(source, block, .absent)
             if state != .zero { cache.frames[Int(source)].unneeded[block] = true }
         }
+        if !held.isEmpty { statesChanged(mergeJobs[job].from, mergeJobs[job].region) }
         while let run = held.firstRun() {
             for block in run { held[block] = false }
             log.appendReserved(

@@ -291,6 +291,7 @@ extension ReplicaCore {
             } else if old.keepsSpace {
                 cache.frames[Int(frame)].unneeded[block] = true
             }
+            if old != state { stateChanged(layer, cache.frames[Int(frame)].region, old, state) }
             cache.setEntry(frame, block, entry)
         }
     }
@@ -323,18 +324,17 @@ extension ReplicaCore {
 
     /// Uses up one reserved record.
     func record(_ frame: Int32, _ block: Int, _ entry: BlockEntry) {
-        let before = cache.entry(frame, block).state
-        if cache.frames[Int(frame)].layer != chain.id(0) ? before != .data : before.isZero {
-            freshEnd = log.nextIndex + 1
-        }
         let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
+        let old = cache.entry(frame, block).state
+        if old != entry.state { stateChanged(layer, region, old, entry.state) }
+        if layer != chain.id(0) ? old != .data : old.isZero { freshEnd = log.nextIndex + 1 }
         chain.willHold(layer, region)
         let first = region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
             .entry(layer: layer, block: first + UInt64(block), count: 1, entry))
         if entry.state != .zero {
             cache.frames[Int(frame)].unneeded[block] = false
-        } else if cache.entry(frame, block).state.keepsSpace {
+        } else if old.keepsSpace {
             // Only a merge downwards covers data with something that is none.
             cache.frames[Int(frame)].unneeded[block] = true
         }

@@ -419,6 +419,7 @@ extension ReplicaCore {
         case .pageLoad: pageLoaded(ended.index, ended.buffer, result)
         case .birthsRead: birthsRead(ended, result)
         case .verifyRead: verifyRead(ended, result)
+        case .spaceRead: spaceRead(ended, result)
         case .slotsInit: slotsInitialised(ended.index, ended.buffer, result)
         case .pageWrite: pageWritten(ended.index, ended.buffer, result)
         case .sync: syncEnded(Int(ended.index), result)

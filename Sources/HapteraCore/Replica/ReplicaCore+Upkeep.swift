@@ -55,6 +55,7 @@ extension ReplicaCore {
         punchBudget = Upkeep.punchesPerTick
         startPunch()
         tickMerges()
+        tickSpace()
     }
 
     private var isLogFilling: Bool { log.used * 2 > log.capacity || merge.needsRoom }
@@ -378,9 +379,9 @@ extension ReplicaCore {
 
     func pumpShutdown() {
         if shutdown == .finishing {
-            guard startedCount == 0, currentInstall < 0, !isManifestBusy, !isMergeCopying else {
-                return
-            }
+            guard startedCount == 0, currentInstall < 0, !isManifestBusy, !isMergeCopying,
+                !space.isReading
+            else { return }
             for file in 0..<3 { want(file, written(file)) }
             shutdown = .syncing
         }

@@ -129,6 +129,7 @@ package final class ReplicaCore {
     /// linked anywhere yet.
     var sharing: [LayerID: Int] = [:]
     var unlinked: Set<LayerID> = []
+    var space = SpaceState()
     let mergeJobs = FixedArray(repeating: MergeJob(), count: MergeJob.jobsMax)
     var punchRun: Range<Int>?
     var punchingFrame: Int32 = -1
@@ -357,6 +358,7 @@ struct DiskOperation: BitwiseCopyable {
         case birthsRead
         /// Region: the first block read.
         case verifyRead
+        case spaceRead
         case pageLoad
         case slotsInit
         case pageWrite

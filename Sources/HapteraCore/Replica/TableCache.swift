@@ -46,6 +46,10 @@ package struct BlockSet: BitwiseCopyable, Sendable {
         default: words.3
         }
     }
+    package var count: Int {
+        words.0.nonzeroBitCount + words.1.nonzeroBitCount + words.2.nonzeroBitCount
+            + words.3.nonzeroBitCount
+    }
     /// The first run of blocks in the set, or nil if it is empty.
     package func firstRun() -> Range<Int>? {
         guard let start = (0..<Geometry.blocksPerRegion).first(where: { self[$0] }) else {
