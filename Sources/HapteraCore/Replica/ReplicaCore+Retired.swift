@@ -76,7 +76,9 @@ extension ReplicaCore {
         for layer in empty { proposal.remove(layer, of: chain) }
         writeManifest(proposal, .removal)
         // Nil: no buffer at present.
-        if manifestProposal != nil { merge.leaving = empty }
+        guard manifestProposal != nil else { return }
+        merge.leaving = empty
+        for layer in empty { forgetFrames(of: layer) }
     }
 
     /// Retired layers of which nothing is left: no region, and none in memory that must drain.
@@ -84,30 +86,33 @@ extension ReplicaCore {
         var empty: [LayerID] = []
         for index in 0..<chain.count where chain.isRetired(index) {
             let layer = chain.id(index)
-            if chain.nextUnmerged(index, from: 0) == nil, forgetFrames(of: layer) {
+            if chain.nextUnmerged(index, from: 0) == nil, isForgettable(layer) {
                 empty.append(layer)
             } else if chain.isDown(index), chain.nextToAbsorb(index + 1, from: 0) == nil,
-                forgetFrames(of: chain.id(index + 1))
+                isForgettable(chain.id(index + 1))
             {
                 empty.append(chain.id(index + 1))
             }
         }
         return empty
     }
-    private func forgetFrames(of layer: LayerID) -> Bool {
-        var isForgotten = true
+    private func isForgettable(_ layer: LayerID) -> Bool {
         for frame in 0..<cache.frames.count
         where cache.frames[frame].layer == layer && cache.frames[frame].state != .free {
             let list = cache.list(of: Int32(frame))
-            if cache.frames[frame].state == .clean, cache.frames[frame].pins == 0,
+            guard cache.frames[frame].state == .clean, cache.frames[frame].pins == 0,
                 list == .clean || list == .punch
-            {
-                cache.release(Int32(frame))
-            } else {
-                isForgotten = false
-            }
+            else { return false }
         }
-        return isForgotten
+        return true
+    }
+    /// Space that they have yet to give back goes with the files. So not before the layer is on its
+    /// way out: one that stays after all is filled again, and nobody would know of it any more.
+    private func forgetFrames(of layer: LayerID) {
+        for frame in 0..<cache.frames.count
+        where cache.frames[frame].layer == layer && cache.frames[frame].state != .free {
+            cache.release(Int32(frame))
+        }
     }
 
     /// The manifest does not name it any more.
