@@ -20,11 +20,34 @@ package enum Presentation {
             ("replicas", .list(volume.replicas.map { value($0) })),
             ("replicaCount", .number(UInt64(volume.replicaCount))),
             ("snapshotCount", .number(UInt64(volume.snapshotCount))),
+            ("allocatedBytes", volume.hasAllocatedBytes ? .number(volume.allocatedBytes) : .null),
+            ("exclusiveBytes", volume.hasExclusiveBytes ? .number(volume.exclusiveBytes) : .null),
+            (
+                "reclaimableBytes",
+                volume.hasReclaimableBytes ? .number(volume.reclaimableBytes) : .null
+            ),
+            ("stuckBytes", volume.hasStuckBytes ? .number(volume.stuckBytes) : .null),
             ("originVolume", .optional(volume.originVolume)),
             ("originSnapshot", .optional(volume.originSnapshot)),
             ("settings", value(volume.settings)),
             ("labels", value(volume.labels)),
         ])
+    }
+
+    /// Nil: not every replica has said what it takes.
+    private static func space(_ volume: Haptera_V1_Volume) -> String? {
+        guard volume.hasAllocatedBytes else { return nil }
+        var text = "\(VolumeSize.text(volume.allocatedBytes)) on all replicas"
+        if volume.exclusiveBytes < volume.allocatedBytes {
+            text += ", \(VolumeSize.text(volume.exclusiveBytes)) not shared"
+        }
+        if volume.reclaimableBytes > 0 {
+            text += ", \(VolumeSize.text(volume.reclaimableBytes)) being given back"
+        }
+        if volume.stuckBytes > 0 {
+            text += ", \(VolumeSize.text(volume.stuckBytes)) kept for clones"
+        }
+        return text
     }
 
     /// VOLUME@SNAPSHOT; nil: it was made empty.
@@ -150,6 +173,7 @@ package enum Presentation {
         if let origin = origin(volume) { lines.append("origin:      \(origin)") }
         lines.append("epoch:       \(volume.epoch)")
         if volume.snapshotCount > 0 { lines.append("snapshots:   \(volume.snapshotCount)") }
+        if let space = space(volume) { lines.append("space:       \(space)") }
         if !volume.labels.isEmpty { lines.append("labels:      \(Labels.text(volume.labels))") }
         lines.append("settings:    \(line(volume.settings))")
         if volume.hasEngine {

@@ -13,6 +13,10 @@ extension Presentation {
             ("sizeBytes", .number(snapshot.sizeBytes)),
             ("ownBytes", snapshot.hasOwnBytes ? .number(snapshot.ownBytes) : .null),
             (
+                "exclusiveBytes",
+                snapshot.hasExclusiveBytes ? .number(snapshot.exclusiveBytes) : .null
+            ),
+            (
                 "cumulativeBytes",
                 snapshot.hasCumulativeBytes ? .number(snapshot.cumulativeBytes) : .null
             ),
@@ -31,11 +35,14 @@ extension Presentation {
         let isChain =
             zip(snapshots, [""] + snapshots.map(\.name)).allSatisfy { $0.parent == $1 }
             && snapshots.last?.isVolumeParent != false
-        let header = ["NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "CUMULATIVE"]
+        let header = [
+            "NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "EXCLUSIVE", "CUMULATIVE",
+        ]
         var rows = snapshots.map { snapshot in
             var row = [
                 snapshot.name, created(snapshot), age(snapshot, now), "\(snapshot.layer)",
-                VolumeSize.text(snapshot.sizeBytes), own(snapshot), cumulative(snapshot),
+                VolumeSize.text(snapshot.sizeBytes), own(snapshot), exclusive(snapshot),
+                cumulative(snapshot),
             ]
             if !isChain { row.append(snapshot.parent.isEmpty ? "-" : snapshot.parent) }
             return wide ? row + [snapshot.uri, Labels.text(snapshot.labels)] : row
@@ -57,6 +64,9 @@ extension Presentation {
         ]
         if snapshot.hasOwnBytes {
             lines.append("own:         \(own(snapshot)), \(cumulative(snapshot)) with those below")
+        }
+        if snapshot.hasExclusiveBytes {
+            lines.append("exclusive:   \(exclusive(snapshot)), which deleting it gives back")
         }
         if !snapshot.parent.isEmpty { lines.append("parent:      \(snapshot.parent)") }
         if !snapshot.labels.isEmpty {
@@ -88,6 +98,9 @@ extension Presentation {
 
     private static func own(_ snapshot: Haptera_V1_Snapshot) -> String {
         snapshot.hasOwnBytes ? VolumeSize.text(snapshot.ownBytes) : "-"
+    }
+    private static func exclusive(_ snapshot: Haptera_V1_Snapshot) -> String {
+        snapshot.hasExclusiveBytes ? VolumeSize.text(snapshot.exclusiveBytes) : "-"
     }
     private static func cumulative(_ snapshot: Haptera_V1_Snapshot) -> String {
         snapshot.hasCumulativeBytes ? VolumeSize.text(snapshot.cumulativeBytes) : "-"

@@ -20,6 +20,7 @@ import Testing
         var snapshot = Haptera_V1_Snapshot()
         snapshot.name = name
         snapshot.ownBytes = UInt64(layer) << 20
+        snapshot.exclusiveBytes = UInt64(layer) << 12
         snapshot.cumulativeBytes = 5 << 29
         snapshot.parent = parent
         snapshot.isVolumeParent = isLast
@@ -44,6 +45,7 @@ import Testing
                   "layer": 1,
                   "sizeBytes": 1610612736,
                   "ownBytes": 1048576,
+                  "exclusiveBytes": 4096,
                   "cumulativeBytes": 2684354560,
                   "parent": null,
                   "isVolumeParent": true,
@@ -74,22 +76,22 @@ import Testing
         ]
         #expect(
             Presentation.table(snapshots, now: Self.now, wide: false).text == """
-                NAME   CREATED               AGE    LAYER  SIZE    OWN    CUMULATIVE
-                daily  2026-11-27T17:31:10Z  1d 1h  1      1.5GiB  1MiB   2.5GiB
-                s      2026-11-28T17:30:05Z  1h 2m  12     1.5GiB  12MiB  2.5GiB
-                new    2026-11-28T18:32:15Z  0s     13     1.5GiB  13MiB  2.5GiB
+                NAME   CREATED               AGE    LAYER  SIZE    OWN    EXCLUSIVE  CUMULATIVE
+                daily  2026-11-27T17:31:10Z  1d 1h  1      1.5GiB  1MiB   4KiB       2.5GiB
+                s      2026-11-28T17:30:05Z  1h 2m  12     1.5GiB  12MiB  48KiB      2.5GiB
+                new    2026-11-28T18:32:15Z  0s     13     1.5GiB  13MiB  52KiB      2.5GiB
                 """)
         #expect(
             Presentation.table([Self.snapshot("s", layer: 12)], now: Self.now, wide: true)
                 == TextTable(
                     [
-                        "NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "CUMULATIVE", "URI",
-                        "LABELS",
+                        "NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "EXCLUSIVE",
+                        "CUMULATIVE", "URI", "LABELS",
                     ],
                     [
                         [
                             "s", "2026-11-28T17:30:05Z", "1h 2m", "12", "1.5GiB", "12MiB",
-                            "2.5GiB",
+                            "48KiB", "2.5GiB",
                             "nbd://127.0.0.1:20000/vol@s", "",
                         ]
                     ]))
@@ -98,12 +100,16 @@ import Testing
     @Test func whatNobodyHasSaidIsLeftOpen() {
         var snapshot = Self.snapshot("s")
         snapshot.clearOwnBytes()
+        snapshot.clearExclusiveBytes()
         snapshot.clearCumulativeBytes()
         #expect(Presentation.value(snapshot).json(pretty: false).contains(#""ownBytes":null"#))
         #expect(!Presentation.details(snapshot, now: Self.now).contains("own:"))
         #expect(
             Presentation.table([snapshot], now: Self.now, wide: false).text.hasSuffix(
-                "1.5GiB  -    -"))
+                "1.5GiB  -    -          -"))
+        #expect(
+            Presentation.value(snapshot).json(pretty: false).contains(#""exclusiveBytes":null"#))
+        #expect(!Presentation.details(snapshot, now: Self.now).contains("exclusive:"))
     }
 
     @Test func aRevertMakesATree() {
@@ -111,14 +117,20 @@ import Testing
             Self.snapshot("a"), Self.snapshot("b", layer: 2, parent: "a", isLast: false),
             Self.snapshot("kept", layer: 3, parent: "b", isLast: false),
         ]
+        let time = ["2026-11-28T17:30:05Z", "1h 2m"]
         #expect(
-            Presentation.table(snapshots, now: Self.now, wide: false).text == """
-                NAME      CREATED               AGE    LAYER  SIZE    OWN   CUMULATIVE  PARENT
-                a         2026-11-28T17:30:05Z  1h 2m  1      1.5GiB  1MiB  2.5GiB      -
-                b         2026-11-28T17:30:05Z  1h 2m  2      1.5GiB  2MiB  2.5GiB      a
-                kept      2026-11-28T17:30:05Z  1h 2m  3      1.5GiB  3MiB  2.5GiB      b
-                (volume)  -                     -      -      -       -     -           a
-                """)
+            Presentation.table(snapshots, now: Self.now, wide: false)
+                == TextTable(
+                    [
+                        "NAME", "CREATED", "AGE", "LAYER", "SIZE", "OWN", "EXCLUSIVE",
+                        "CUMULATIVE", "PARENT",
+                    ],
+                    [
+                        ["a"] + time + ["1", "1.5GiB", "1MiB", "4KiB", "2.5GiB", "-"],
+                        ["b"] + time + ["2", "1.5GiB", "2MiB", "8KiB", "2.5GiB", "a"],
+                        ["kept"] + time + ["3", "1.5GiB", "3MiB", "12KiB", "2.5GiB", "b"],
+                        ["(volume)", "-", "-", "-", "-", "-", "-", "-", "a"],
+                    ]))
         #expect(
             Presentation.details(snapshots[2], now: Self.now).contains("parent:      b\n"))
         #expect(
@@ -135,6 +147,7 @@ import Testing
                 layer:       1
                 size:        1.5GiB (1610612736 bytes)
                 own:         1MiB, 2.5GiB with those below
+                exclusive:   4KiB, which deleting it gives back
                 uri:         nbd://127.0.0.1:20000/vol@s
                 unix uri:    nbd+unix:///vol@s?socket=/d/e.nbd
                 """)

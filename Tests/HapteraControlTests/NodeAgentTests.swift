@@ -19,6 +19,8 @@ import Testing
         #expect(ProcessIdentity(running: replica.pid) != nil)
         #expect(replica.directory == bench.directory.path + "/replicas/00000000000000aa")
         #expect(replica.allocatedBytes == 4096)
+        #expect(replica.sharedBytes == 1024 && replica.reclaimableBytes == 512)
+        #expect(replica.exclusiveBytes == [1: 8192] && !replica.hasStuckBytes)
         #expect(Names.hostAndPort(replica.address) != nil)
         // In a session of its own: nothing that hits ours hits it.
         #expect(getsid(replica.pid) == replica.pid)

@@ -75,8 +75,14 @@ extension SnapshotTests.World {
         world.layerBytes.withLock {
             $0 = ["a": [1: 100, 2: 20, 3: 5, 4: 7, 5: 1000], "b": [1: 90, 2: 30, 3: 5, 4: 7]]
         }
+        // A replica that shares a layer gets nothing back for it; one has not counted yet.
+        world.exclusiveBytes.withLock {
+            $0 = ["a": [1: 0, 2: 12, 3: 5], "b": [1: 60, 2: 0, 3: 5], "c": [1: 7]]
+        }
         try await world.report()
         let list = try await world.controller.snapshots(of: "vol")
+        #expect(list.map(\.exclusiveBytes) == [60, 12, 5, 0])
+        #expect(list.map(\.hasExclusiveBytes) == [true, true, true, false])
         #expect(list.map(\.name) == ["a", "b", "kept", "c"])
         #expect(list.map(\.ownBytes) == [100, 30, 5, 7])
         #expect(list.map(\.cumulativeBytes) == [100, 130, 135, 107])

@@ -37,6 +37,7 @@ import Testing
         let steps = Mutex<[String]>([])
         /// By node, as its replica says.
         let layerBytes = Mutex<[String: [UInt32: UInt64]]>([:])
+        let exclusiveBytes = Mutex<[String: [UInt32: UInt64]]>([:])
         let askedToRevert = Mutex<[Haptera_V1_RevertToSnapshot]>([])
         let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
         let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
@@ -72,6 +73,7 @@ import Testing
                     replica.address = "127.0.0.1:2000\(index)"
                     replica.directory = "/\(name)"
                     replica.layerBytes = layerBytes.withLock { $0[name] ?? [:] }
+                    replica.exclusiveBytes = exclusiveBytes.withLock { $0[name] ?? [:] }
                     return replica
                 }
                 report.engines = desired.engines.map { wanted in

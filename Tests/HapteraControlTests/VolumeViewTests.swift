@@ -70,6 +70,57 @@ import Testing
         }
     }
 
+    /// Sums over all replicas, nothing while one of them has not said.
+    @Test func whatItTakes() throws {
+        var world = try World(attached: false)
+        func say(_ node: String, _ change: (inout Haptera_V1_ReplicaReport) -> Void) {
+            guard var report = world.nodes[node]?.report.replicas[0] else { return }
+            change(&report)
+            world.nodes[node]?.report.replicas[0] = report
+        }
+        func sizes() -> [UInt64?] {
+            let message = world.message
+            return [
+                message.hasAllocatedBytes ? message.allocatedBytes : nil,
+                message.hasExclusiveBytes ? message.exclusiveBytes : nil,
+                message.hasReclaimableBytes ? message.reclaimableBytes : nil,
+                message.hasStuckBytes ? message.stuckBytes : nil,
+            ]
+        }
+        for (node, number) in [("a", 1), ("b", 2)] as [(String, UInt64)] {
+            say(node) {
+                $0.allocatedBytes = 100 * number
+                $0.sharedBytes = 30
+                $0.reclaimableBytes = number
+                $0.stuckBytes = 0
+            }
+        }
+        // One runs, and its process has not answered yet.
+        #expect(sizes() == [nil, nil, nil, nil])
+        say("c") {
+            $0.allocatedBytes = 300
+            $0.sharedBytes = 0
+        }
+        #expect(sizes() == [600, 540, nil, nil], "it has yet to count")
+        say("c") {
+            $0.reclaimableBytes = 4
+            $0.stuckBytes = 8
+        }
+        #expect(sizes() == [600, 540, 7, 8])
+        world.nodes["b"]?.isReady = false
+        #expect(sizes() == [600, 540, 7, 8], "what it said last")
+        world.nodes["b"] = nil
+        #expect(sizes() == [nil, nil, nil, nil])
+        // The data of one that was removed is gone.
+        world = try World(attached: false)
+        for node in ["a", "b"] { world.replica(node, .removed) }
+        say("c") {
+            $0.allocatedBytes = 300
+            $0.sharedBytes = 400
+        }
+        #expect(sizes() == [300, 0, nil, nil])
+    }
+
     @Test func detachedAndHealthy() throws {
         let message = try World(attached: false).message
         #expect(message.state == .detached)

@@ -343,6 +343,39 @@ package nonisolated struct Haptera_V1_ReplicaReport: Sendable {
   /// What the data of each layer takes there.
   package var layerBytes: Dictionary<UInt32,UInt64> = [:]
 
+  /// By layer of a snapshot, what deleting it gives back there; none: not counted yet.
+  package var exclusiveBytes: Dictionary<UInt32,UInt64> = [:]
+
+  /// Of allocated_bytes, what other volumes' replicas hold as well; unset: it has not said yet.
+  package var sharedBytes: UInt64 {
+    get {_sharedBytes ?? 0}
+    set {_sharedBytes = newValue}
+  }
+  /// Returns true if `sharedBytes` has been explicitly set.
+  package var hasSharedBytes: Bool {self._sharedBytes != nil}
+  /// Clears the value of `sharedBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearSharedBytes() {self._sharedBytes = nil}
+
+  /// What nothing of the volume shows any more: to come back by itself, or when no other volume has
+  /// it. Unset: not counted yet.
+  package var reclaimableBytes: UInt64 {
+    get {_reclaimableBytes ?? 0}
+    set {_reclaimableBytes = newValue}
+  }
+  /// Returns true if `reclaimableBytes` has been explicitly set.
+  package var hasReclaimableBytes: Bool {self._reclaimableBytes != nil}
+  /// Clears the value of `reclaimableBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearReclaimableBytes() {self._reclaimableBytes = nil}
+
+  package var stuckBytes: UInt64 {
+    get {_stuckBytes ?? 0}
+    set {_stuckBytes = newValue}
+  }
+  /// Returns true if `stuckBytes` has been explicitly set.
+  package var hasStuckBytes: Bool {self._stuckBytes != nil}
+  /// Clears the value of `stuckBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearStuckBytes() {self._stuckBytes = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum State: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -402,6 +435,10 @@ package nonisolated struct Haptera_V1_ReplicaReport: Sendable {
   }
 
   package init() {}
+
+  fileprivate var _sharedBytes: UInt64? = nil
+  fileprivate var _reclaimableBytes: UInt64? = nil
+  fileprivate var _stuckBytes: UInt64? = nil
 }
 
 package nonisolated struct Haptera_V1_EngineReport: @unchecked Sendable {
@@ -1551,7 +1588,7 @@ nonisolated extension Haptera_V1_NodeReport: SwiftProtobuf.Message, SwiftProtobu
 
 nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ReplicaReport"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}state\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{1}reason\0\u{3}allocated_bytes\0\u{1}restarts\0\u{3}layer_bytes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replica_id\0\u{1}state\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{1}reason\0\u{3}allocated_bytes\0\u{1}restarts\0\u{3}layer_bytes\0\u{3}exclusive_bytes\0\u{3}shared_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1568,12 +1605,20 @@ nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProt
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.allocatedBytes) }()
       case 8: try { try decoder.decodeSingularUInt32Field(value: &self.restarts) }()
       case 9: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufUInt32,SwiftProtobuf.ProtobufUInt64>.self, value: &self.layerBytes) }()
+      case 10: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufUInt32,SwiftProtobuf.ProtobufUInt64>.self, value: &self.exclusiveBytes) }()
+      case 11: try { try decoder.decodeSingularUInt64Field(value: &self._sharedBytes) }()
+      case 12: try { try decoder.decodeSingularUInt64Field(value: &self._reclaimableBytes) }()
+      case 13: try { try decoder.decodeSingularUInt64Field(value: &self._stuckBytes) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if !self.replicaID.isEmpty {
       try visitor.visitSingularStringField(value: self.replicaID, fieldNumber: 1)
     }
@@ -1601,6 +1646,18 @@ nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProt
     if !self.layerBytes.isEmpty {
       try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufUInt32,SwiftProtobuf.ProtobufUInt64>.self, value: self.layerBytes, fieldNumber: 9)
     }
+    if !self.exclusiveBytes.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufUInt32,SwiftProtobuf.ProtobufUInt64>.self, value: self.exclusiveBytes, fieldNumber: 10)
+    }
+    try { if let v = self._sharedBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 11)
+    } }()
+    try { if let v = self._reclaimableBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 12)
+    } }()
+    try { if let v = self._stuckBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 13)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1614,6 +1671,10 @@ nonisolated extension Haptera_V1_ReplicaReport: SwiftProtobuf.Message, SwiftProt
     if lhs.allocatedBytes != rhs.allocatedBytes {return false}
     if lhs.restarts != rhs.restarts {return false}
     if lhs.layerBytes != rhs.layerBytes {return false}
+    if lhs.exclusiveBytes != rhs.exclusiveBytes {return false}
+    if lhs._sharedBytes != rhs._sharedBytes {return false}
+    if lhs._reclaimableBytes != rhs._reclaimableBytes {return false}
+    if lhs._stuckBytes != rhs._stuckBytes {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -326,6 +326,45 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._createdUnixMilliseconds = newValue}
   }
 
+  /// Sums over all replicas; not set while one of them has not said. What their files take; what of
+  /// it deleting the volume gives back: all but what other volumes share; what nothing of the volume
+  /// shows any more and comes back by itself; what does so when no other volume shares it.
+  package var allocatedBytes: UInt64 {
+    get {_storage._allocatedBytes ?? 0}
+    set {_uniqueStorage()._allocatedBytes = newValue}
+  }
+  /// Returns true if `allocatedBytes` has been explicitly set.
+  package var hasAllocatedBytes: Bool {_storage._allocatedBytes != nil}
+  /// Clears the value of `allocatedBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearAllocatedBytes() {_uniqueStorage()._allocatedBytes = nil}
+
+  package var exclusiveBytes: UInt64 {
+    get {_storage._exclusiveBytes ?? 0}
+    set {_uniqueStorage()._exclusiveBytes = newValue}
+  }
+  /// Returns true if `exclusiveBytes` has been explicitly set.
+  package var hasExclusiveBytes: Bool {_storage._exclusiveBytes != nil}
+  /// Clears the value of `exclusiveBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearExclusiveBytes() {_uniqueStorage()._exclusiveBytes = nil}
+
+  package var reclaimableBytes: UInt64 {
+    get {_storage._reclaimableBytes ?? 0}
+    set {_uniqueStorage()._reclaimableBytes = newValue}
+  }
+  /// Returns true if `reclaimableBytes` has been explicitly set.
+  package var hasReclaimableBytes: Bool {_storage._reclaimableBytes != nil}
+  /// Clears the value of `reclaimableBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearReclaimableBytes() {_uniqueStorage()._reclaimableBytes = nil}
+
+  package var stuckBytes: UInt64 {
+    get {_storage._stuckBytes ?? 0}
+    set {_uniqueStorage()._stuckBytes = newValue}
+  }
+  /// Returns true if `stuckBytes` has been explicitly set.
+  package var hasStuckBytes: Bool {_storage._stuckBytes != nil}
+  /// Clears the value of `stuckBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearStuckBytes() {_uniqueStorage()._stuckBytes = nil}
+
   /// Made for tests: faults may be injected.
   package var scratch: Bool {
     get {_storage._scratch}
@@ -1174,6 +1213,17 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
   /// Clears the value of `cumulativeBytes`. Subsequent reads from it will return its default value.
   package mutating func clearCumulativeBytes() {self._cumulativeBytes = nil}
 
+  /// What deleting it alone gives back on a replica, the most of any, when its layer is merged. Not
+  /// set: nobody has counted it yet.
+  package var exclusiveBytes: UInt64 {
+    get {_exclusiveBytes ?? 0}
+    set {_exclusiveBytes = newValue}
+  }
+  /// Returns true if `exclusiveBytes` has been explicitly set.
+  package var hasExclusiveBytes: Bool {self._exclusiveBytes != nil}
+  /// Clears the value of `exclusiveBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearExclusiveBytes() {self._exclusiveBytes = nil}
+
   /// haptera.io/schedule names the schedule that took it.
   package var labels: Dictionary<String,String> = [:]
 
@@ -1183,6 +1233,7 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
 
   fileprivate var _ownBytes: UInt64? = nil
   fileprivate var _cumulativeBytes: UInt64? = nil
+  fileprivate var _exclusiveBytes: UInt64? = nil
 }
 
 package nonisolated struct Haptera_V1_CreateGroupSnapshotRequest: Sendable {
@@ -1453,7 +1504,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{2}\u{9}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{2}\u{8}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{2}\u{5}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{2}\u{8}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1467,6 +1518,10 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _replicas: [Haptera_V1_Replica] = []
     var _clientGeneration: UInt64 = 0
     var _createdUnixMilliseconds: Int64 = 0
+    var _allocatedBytes: UInt64? = nil
+    var _exclusiveBytes: UInt64? = nil
+    var _reclaimableBytes: UInt64? = nil
+    var _stuckBytes: UInt64? = nil
     var _scratch: Bool = false
     var _settings: Haptera_V1_VolumeSettings? = nil
     var _replicaCount: UInt32 = 0
@@ -1496,6 +1551,10 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _replicas = source._replicas
       _clientGeneration = source._clientGeneration
       _createdUnixMilliseconds = source._createdUnixMilliseconds
+      _allocatedBytes = source._allocatedBytes
+      _exclusiveBytes = source._exclusiveBytes
+      _reclaimableBytes = source._reclaimableBytes
+      _stuckBytes = source._stuckBytes
       _scratch = source._scratch
       _settings = source._settings
       _replicaCount = source._replicaCount
@@ -1533,6 +1592,10 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 9: try { try decoder.decodeRepeatedMessageField(value: &_storage._replicas) }()
         case 10: try { try decoder.decodeSingularUInt64Field(value: &_storage._clientGeneration) }()
         case 11: try { try decoder.decodeSingularInt64Field(value: &_storage._createdUnixMilliseconds) }()
+        case 12: try { try decoder.decodeSingularUInt64Field(value: &_storage._allocatedBytes) }()
+        case 13: try { try decoder.decodeSingularUInt64Field(value: &_storage._exclusiveBytes) }()
+        case 14: try { try decoder.decodeSingularUInt64Field(value: &_storage._reclaimableBytes) }()
+        case 15: try { try decoder.decodeSingularUInt64Field(value: &_storage._stuckBytes) }()
         case 20: try { try decoder.decodeSingularMessageField(value: &_storage._settings) }()
         case 21: try { try decoder.decodeSingularUInt32Field(value: &_storage._replicaCount) }()
         case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
@@ -1586,6 +1649,18 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if _storage._createdUnixMilliseconds != 0 {
         try visitor.visitSingularInt64Field(value: _storage._createdUnixMilliseconds, fieldNumber: 11)
       }
+      try { if let v = _storage._allocatedBytes {
+        try visitor.visitSingularUInt64Field(value: v, fieldNumber: 12)
+      } }()
+      try { if let v = _storage._exclusiveBytes {
+        try visitor.visitSingularUInt64Field(value: v, fieldNumber: 13)
+      } }()
+      try { if let v = _storage._reclaimableBytes {
+        try visitor.visitSingularUInt64Field(value: v, fieldNumber: 14)
+      } }()
+      try { if let v = _storage._stuckBytes {
+        try visitor.visitSingularUInt64Field(value: v, fieldNumber: 15)
+      } }()
       try { if let v = _storage._settings {
         try visitor.visitSingularMessageField(value: v, fieldNumber: 20)
       } }()
@@ -1630,6 +1705,10 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._replicas != rhs_storage._replicas {return false}
         if _storage._clientGeneration != rhs_storage._clientGeneration {return false}
         if _storage._createdUnixMilliseconds != rhs_storage._createdUnixMilliseconds {return false}
+        if _storage._allocatedBytes != rhs_storage._allocatedBytes {return false}
+        if _storage._exclusiveBytes != rhs_storage._exclusiveBytes {return false}
+        if _storage._reclaimableBytes != rhs_storage._reclaimableBytes {return false}
+        if _storage._stuckBytes != rhs_storage._stuckBytes {return false}
         if _storage._scratch != rhs_storage._scratch {return false}
         if _storage._settings != rhs_storage._settings {return false}
         if _storage._replicaCount != rhs_storage._replicaCount {return false}
@@ -3013,7 +3092,7 @@ nonisolated extension Haptera_V1_SalvageVolumeResponse: SwiftProtobuf.Message, S
 
 nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Snapshot"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0\u{3}own_bytes\0\u{3}cumulative_bytes\0\u{2}\u{13}labels\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}volume\0\u{1}layer\0\u{3}created_unix_milliseconds\0\u{1}uri\0\u{3}unix_uri\0\u{3}size_bytes\0\u{1}parent\0\u{3}is_volume_parent\0\u{3}own_bytes\0\u{3}cumulative_bytes\0\u{3}exclusive_bytes\0\u{2}\u{12}labels\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -3032,6 +3111,7 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
       case 9: try { try decoder.decodeSingularBoolField(value: &self.isVolumeParent) }()
       case 10: try { try decoder.decodeSingularUInt64Field(value: &self._ownBytes) }()
       case 11: try { try decoder.decodeSingularUInt64Field(value: &self._cumulativeBytes) }()
+      case 12: try { try decoder.decodeSingularUInt64Field(value: &self._exclusiveBytes) }()
       case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &self.labels) }()
       default: break
       }
@@ -3076,6 +3156,9 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     try { if let v = self._cumulativeBytes {
       try visitor.visitSingularUInt64Field(value: v, fieldNumber: 11)
     } }()
+    try { if let v = self._exclusiveBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 12)
+    } }()
     if !self.labels.isEmpty {
       try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: self.labels, fieldNumber: 30)
     }
@@ -3094,6 +3177,7 @@ nonisolated extension Haptera_V1_Snapshot: SwiftProtobuf.Message, SwiftProtobuf.
     if lhs.isVolumeParent != rhs.isVolumeParent {return false}
     if lhs._ownBytes != rhs._ownBytes {return false}
     if lhs._cumulativeBytes != rhs._cumulativeBytes {return false}
+    if lhs._exclusiveBytes != rhs._exclusiveBytes {return false}
     if lhs.labels != rhs.labels {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true

@@ -8,9 +8,14 @@ struct SnapshotLineage {
     private(set) var cumulative: [LayerID: UInt64] = [:]
     /// Bytes of a layer by itself, as replicas have said.
     let own: [LayerID: UInt64]
+    /// What deleting the layer's snapshot gives back, as replicas have said.
+    let exclusive: [LayerID: UInt64]
 
-    init(_ record: VolumeRecord?, own: [LayerID: UInt64]) {
+    init(
+        _ record: VolumeRecord?, own: [LayerID: UInt64], exclusive: [LayerID: UInt64] = [:]
+    ) {
         self.own = own
+        self.exclusive = exclusive
         guard let record else { return }
         let tree = record.tree
         let named = Dictionary(uniqueKeysWithValues: record.snapshots.map { ($0.layer, $0) })

@@ -17,16 +17,23 @@ extension Controller {
         let stored = try await store.volume(named: name)
         let volume = view(stored)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
-        let lineage = SnapshotLineage(stored.record, own: layerBytes(stored))
+        let lineage = lineage(stored)
         return (stored.record?.snapshots ?? []).map {
             Self.message($0, of: volume, stored.record, labels[$0.name], lineage)
         }
         .filter { selector.matches($0.labels) }
     }
-    /// By layer, what it takes on the replica where it takes most; empty: no replica has said.
-    private func layerBytes(_ stored: StoredVolume) -> [LayerID: UInt64] {
+    private func lineage(_ stored: StoredVolume) -> SnapshotLineage {
+        SnapshotLineage(
+            stored.record, own: bytes(\.layerBytes, stored),
+            exclusive: bytes(\.exclusiveBytes, stored))
+    }
+    /// By layer, what is said of it on the replica where it is most; empty: no replica has said.
+    private func bytes(
+        _ path: KeyPath<Haptera_V1_ReplicaReport, [UInt32: UInt64]>, _ stored: StoredVolume
+    ) -> [LayerID: UInt64] {
         stored.replicas.filter { stored.isMember($0) }.reduce(into: [:]) { bytes, row in
-            for (layer, count) in observedNodes[row.node]?.replica(row.id)?.layerBytes ?? [:] {
+            for (layer, count) in observedNodes[row.node]?.replica(row.id)?[keyPath: path] ?? [:] {
                 let layer = LayerID(rawValue: layer)
                 bytes[layer] = max(bytes[layer] ?? 0, count)
             }
@@ -225,7 +232,7 @@ extension Controller {
         return stored.record?.snapshot(named: snapshot).map {
             Self.message(
                 $0, of: view(stored), stored.record, labels[snapshot],
-                SnapshotLineage(stored.record, own: layerBytes(stored)))
+                lineage(stored))
         }
     }
 
@@ -395,6 +402,9 @@ extension Controller {
         if let own = lineage.own[snapshot.layer] {
             message.ownBytes = own
             message.cumulativeBytes = lineage.cumulative[snapshot.layer] ?? own
+        }
+        if let exclusive = lineage.exclusive[snapshot.layer] {
+            message.exclusiveBytes = exclusive
         }
         if volume.state == .attached {
             message.uri = SnapshotExport.uri(volume.engine.uri, snapshot.name)

@@ -54,6 +54,7 @@ package struct VolumeView: Sendable {
         message.createdUnixMilliseconds = volume.createdMilliseconds
         message.scratch = volume.isScratch
         message.replicas = stored.replicas.map(replica)
+        VolumeSpace(stored.replicas.map { nodes[$0.node]?.replica($0.id) }).fill(&message)
         message.settings = volume.settings.message
         message.labels = stored.labels
         message.originVolume = volume.origin?.volume ?? ""

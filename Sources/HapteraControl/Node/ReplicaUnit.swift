@@ -218,6 +218,11 @@ package actor ReplicaUnit {
         return bytes
     }
 
+    /// Of the replica's last status.
+    private func number(_ key: String) -> UInt64? {
+        supervision.status[key].flatMap { UInt64($0) }
+    }
+
     package var report: Haptera_V1_ReplicaReport {
         var report = Haptera_V1_ReplicaReport()
         report.replicaID = wanted.replicaID
@@ -225,8 +230,13 @@ package actor ReplicaUnit {
         report.address = settings.port == 0 ? "" : address
         report.restarts = supervision.backoff.restarts
         report.pid = supervision.process?.pid ?? 0
-        report.allocatedBytes = supervision.status["allocatedBytes"].flatMap { UInt64($0) } ?? 0
+        report.allocatedBytes = number("allocatedBytes") ?? 0
         report.layerBytes = Self.layerBytes(supervision.status["layerBytes"] ?? "")
+        report.exclusiveBytes = Self.layerBytes(supervision.status["exclusiveBytes"] ?? "")
+        // Left out by who has not counted them, and by replicas of an earlier version.
+        if let shared = number("sharedBytes") { report.sharedBytes = shared }
+        if let reclaimable = number("reclaimableBytes") { report.reclaimableBytes = reclaimable }
+        if let stuck = number("stuckBytes") { report.stuckBytes = stuck }
         report.reason = failure.isEmpty ? supervision.reason : failure
         report.state =
             if isRemoved {
