@@ -125,7 +125,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
         ("mergeNotDurable", .mergeNotDurable), ("mergeLosesBirth", .mergeLosesBirth),
-        ("unmergedIsAnswered", .unmergedIsAnswered),
+        ("unmergedIsAnswered", .unmergedIsAnswered), ("spaceNotRecounted", .spaceNotRecounted),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),

@@ -139,6 +139,8 @@ extension World {
         }
         if !store.record.isClean { fail("detached, but the record is not clean") }
         auditAtRest()
+        guard failure == nil else { return }
+        checkSizes()
         for engine in engines where engine.isAlive && engine.core.phase == .stopped {
             check(
                 32, engine.attempts.allSatisfy { $0.completions == 1 },

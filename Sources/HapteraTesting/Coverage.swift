@@ -30,10 +30,10 @@ package struct Coverage: Sendable {
         case mergeDown
     }
     /// Those of `docs/replication.md`.
-    package static let numbers = Array(1...35)
+    package static let numbers = Array(1...36)
 
     /// Times each invariant was evaluated, by number.
-    package private(set) var invariants = [Int](repeating: 0, count: 36)
+    package private(set) var invariants = [Int](repeating: 0, count: 37)
     /// Times each kind of fault was injected, by `FaultPlan.Kind`.
     private(set) var faults = [Int](repeating: 0, count: FaultPlan.Kind.allCases.count)
     private var turns = [Int](repeating: 0, count: Turn.allCases.count)

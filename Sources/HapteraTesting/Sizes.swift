@@ -1,0 +1,55 @@
+import HapteraCore
+
+// Invariant 36: what a copy has counted is what deletions would give back. It is counted in the
+// background, so it is judged when nothing changes any more.
+
+extension World {
+    /// Simulated seconds within which everything has been counted.
+    static let countingSeconds = 60
+
+    func checkSizes() {
+        let isCounted = run(seconds: Self.countingSeconds) {
+            hosts.allSatisfy { $0.core?.isSpaceCounted ?? true }
+        }
+        // A page that is not what it was written as is never counted.
+        guard isCounted || !faults.rot else { return }
+        check(36, isCounted, "sizes are not counted")
+        for host in hosts {
+            guard let core = host.core, host.disk.shared.isEmpty, core.retiredLayerCount == 0,
+                let record = core.installedRecord,
+                let image = ReplicaImage(
+                    host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
+            else { continue }
+            for space in core.snapshotSpaces {
+                var deleted = record
+                deleted.deleteSnapshot(of: space.layer)
+                let expected = image.dataCount(record) - image.dataCount(deleted)
+                let discarded = space.files.isEmpty ? 0 : image.dataCount(of: space.layer)
+                let found = space.blocks.map { Int($0) + discarded }
+                check(
+                    36, found == expected,
+                    "\(host.name) says that \(found.map(String.init) ?? "no number of") blocks of "
+                        + "layer \(space.layer.rawValue) are exclusive: it is \(expected)")
+            }
+        }
+    }
+}
+
+extension ReplicaImage {
+    /// Blocks with data when every layer that the record does not name has become one with its
+    /// heir.
+    fileprivate func dataCount(_ record: VolumeRecord) -> Int {
+        var folds: [LayerID: [BlockState]] = [:]
+        // The uppermost first: what it holds hides the rest.
+        for layer in layers.reversed() {
+            guard let heir = record.tree.heir(of: layer.id, in: record.layers) else { continue }
+            let states = layer.entries.map(\.state)
+            let above = folds[heir] ?? states
+            folds[heir] = zip(above, states).map { $0 == .absent ? $1 : $0 }
+        }
+        return folds.values.reduce(0) { $0 + $1.count { $0 == .data } }
+    }
+    fileprivate func dataCount(of layer: LayerID) -> Int {
+        self.layer(layer)?.entries.count { $0.state == .data } ?? 0
+    }
+}
