@@ -8,6 +8,7 @@ import time
 
 import nbd
 
+import test_sizes
 from harness.cluster import BINARIES, MIB, control, wait_for
 from harness.workload import BLOCK
 
@@ -265,6 +266,7 @@ class Model:
         self.disconnect()
         while self.clones:
             self.drop_clone()
+        self.give_back()
         left = str(len(self.cluster.record().layers))
         for replica in self.cluster.replicas:
             wait_for(
@@ -276,6 +278,17 @@ class Model:
             self.compare(replica, None, self.blocks)
             for name, blocks in self.snapshots.items():
                 self.compare(replica, name, blocks)
+
+    def give_back(self):
+        """What deletions give back, one after the other, is what was said before."""
+        given = []
+        for name in self.chance.sample(sorted(self.snapshots), min(3, len(self.snapshots))):
+            predicted = {
+                replica.number: test_sizes.predictions(self.cluster, replica)
+                for replica in self.cluster.replicas}
+            given.append(test_sizes.delete_as_predicted(self.cluster, name, predicted))
+            del self.snapshots[name]
+        self.counts["KiB given back as predicted"] = sum(given) // 1024
 
     def compare(self, replica, snapshot, blocks):
         self.compare_files(
