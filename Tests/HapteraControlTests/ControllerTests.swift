@@ -249,6 +249,14 @@ import Testing
         signal.notify()
         signal.notify()
         #expect(await woken.next() != nil)
+        // Later, once for all of them, and again for one after that.
+        let begun = ContinuousClock.now
+        for _ in 0..<10 { signal.notifySoon() }
+        #expect(await woken.next() != nil)
+        #expect(ContinuousClock.now - begun >= ChangeSignal.soon)
+        signal.notifySoon()
+        #expect(await woken.next() != nil)
+        #expect(ContinuousClock.now - begun >= ChangeSignal.soon * 2, "one was left over")
         signal.finish()
         #expect(await woken.next() == nil)
         var late = signal.watch().makeAsyncIterator()

@@ -159,12 +159,16 @@ extension MetadataStore {
     @Test func aTaskIsAnsweredByItsNodeOnly() async throws {
         let tasks = AgentTasks()
         await #expect(throws: ControlError.self) { try await tasks.ask("a") { _ in } }
-        var stream = await tasks.watch("a").makeAsyncIterator()
+        var stream = await tasks.watch("a", nodeID: "").makeAsyncIterator()
         let asked = Task { try await tasks.ask("a") { $0.endEngine.volumeID = "v" } }
         let task = try #require(await stream.next())
         #expect(task.endEngine.volumeID == "v")
         // A stranger's answer is not taken.
         var wrong = answer("b", task.id)
+        wrong.error = "no"
+        await tasks.answered(wrong)
+        wrong = answer("a", task.id)
+        wrong.nodeID = "00000000000000ff"
         wrong.error = "no"
         await tasks.answered(wrong)
         await tasks.answered(answer("a", task.id))
@@ -173,7 +177,7 @@ extension MetadataStore {
 
     @Test func aFailureIsThrownAndANewAgentAnswersNothingOld() async throws {
         let tasks = AgentTasks()
-        var stream = await tasks.watch("a").makeAsyncIterator()
+        var stream = await tasks.watch("a", nodeID: "").makeAsyncIterator()
         let failing = Task { try await tasks.ask("a") { _ in } }
         var failed = answer("a", try #require(await stream.next()).id)
         failed.error = "it broke"
@@ -183,7 +187,7 @@ extension MetadataStore {
         }
         let abandoned = Task { try await tasks.ask("a") { _ in } }
         _ = await stream.next()
-        _ = await tasks.watch("a")
+        _ = await tasks.watch("a", nodeID: "")
         await #expect(throws: ControlError.self) { _ = try await abandoned.value }
         #expect(await stream.next() == nil)
     }

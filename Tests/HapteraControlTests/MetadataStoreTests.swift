@@ -171,6 +171,90 @@ import Testing
         #expect(winners == 1)
     }
 
+    /// What comes while the store is busy is decided in one transaction, each for itself.
+    @Test func manyAtOnceCostOneTransaction() async throws {
+        let (test, _, _) = try await setUp()
+        var records: [VolumeRecord] = []
+        for number in 0..<8 {
+            records.append(try #require(try await test.makeVolume("v\(number)").record))
+        }
+        let commits = RecordCommits()
+        test.store.database.add(transactionObserver: commits)
+        let results = try await test.whileBusy(swaps: records.count) { [records] in
+            try await withThrowingTaskGroup(of: (Int, SwapResult).self) { group in
+                for (number, record) in records.enumerated() {
+                    let expected = Epoch(number == 3 ? 7 : 1)
+                    var proposal = record.next(nonce: 5)
+                    proposal.epoch = expected.next
+                    if number == 5 { proposal.name = "other" }
+                    let bytes = proposal.encoded()
+                    group.addTask {
+                        let result = try await test.store.compareAndSwap(
+                            record.volume, expected: expected, proposal: bytes)
+                        return (number, result)
+                    }
+                }
+                return try await group.reduce(into: [:]) { $0[$1.0] = $1.1 }
+            }
+        }
+        #expect(commits.count == 1)
+        for (number, record) in records.enumerated() {
+            let stored = try await test.store.record(of: record.volume)
+            switch number {
+            case 3: #expect(results[3] == .conflict(record.encoded()))
+            case 5:
+                guard case .invalid = results[5] else {
+                    Issue.record("\(results)")
+                    continue
+                }
+            default:
+                #expect(results[number] == .swapped)
+                #expect(stored == record.next(nonce: 5).encoded())
+                continue
+            }
+            #expect(stored == record.encoded())
+        }
+    }
+
+    /// One that the database refuses takes none of the others along.
+    @Test func aFailureFailsAlone() async throws {
+        let (test, _, _) = try await setUp()
+        let (good, bad) = (
+            try #require(try await test.makeVolume("good").record),
+            try #require(try await test.makeVolume("bad").record)
+        )
+        try await test.store.transaction { db in
+            try db.execute(
+                sql: """
+                    CREATE TRIGGER refuse BEFORE UPDATE ON records
+                    WHEN NEW.volumeID = '\(bad.volume.text)'
+                    BEGIN SELECT RAISE(ABORT, 'the disk is full'); END
+                    """)
+        }
+        let outcomes = try await test.whileBusy(swaps: 2) {
+            await withTaskGroup(of: (VolumeID, SwapResult?).self) { group in
+                for record in [good, bad] {
+                    group.addTask {
+                        let result = try? await test.store.compareAndSwap(
+                            record.volume, expected: Epoch(1),
+                            proposal: record.next(nonce: 5).encoded())
+                        return (record.volume, result)
+                    }
+                }
+                return await group.reduce(into: [VolumeID: SwapResult?]()) { $0[$1.0] = $1.1 }
+            }
+        }
+        #expect(outcomes[good.volume] == .some(.swapped))
+        #expect(outcomes[bad.volume] == .some(nil))
+        #expect(try await test.store.record(of: good.volume) == good.next(nonce: 5).encoded())
+        #expect(try await test.store.record(of: bad.volume) == bad.encoded())
+        // And the next one finds everything in order.
+        #expect(
+            try await test.store.compareAndSwap(
+                good.volume, expected: Epoch(2),
+                proposal: good.next(nonce: 5).next(nonce: 6).encoded()) == .swapped)
+    }
+
     @Test func nonsenseIsRefused() async throws {
         let (test, volume, first) = try await setUp()
         let stranger = VolumeRecord.Member(

@@ -26,7 +26,7 @@ final class Bench: Sendable {
         controller = Controller(store: test.store, recordService: "h:1", logger: Self.quiet)
         try await test.addNodes(["a", "b", "c"])
         for node in ["a", "b", "c"] {
-            let tasks = await controller.tasks.watch(node)
+            let tasks = await controller.tasks.watch(node, nodeID: "")
             Task { [weak self] in
                 for await task in tasks {
                     guard let answer = self?.answer(task, node) else { return }

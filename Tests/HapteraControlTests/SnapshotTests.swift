@@ -52,7 +52,7 @@ import Testing
             _ = try await test.makeVolume()
             if attached { _ = try await test.store.attachVolume("vol", node: "a", ready: ["a"]) }
             try await report()
-            let tasks = await controller.tasks.watch("a")
+            let tasks = await controller.tasks.watch("a", nodeID: "")
             Task { [weak self] in
                 for await task in tasks { try await self?.perform(task) }
             }

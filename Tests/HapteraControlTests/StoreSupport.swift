@@ -1,4 +1,5 @@
 import Foundation
+import GRDB
 import HapteraCore
 import Synchronization
 
@@ -52,6 +53,19 @@ struct TestStore {
         return try await store.volume(named: name)
     }
 
+    /// Has the store's one writer busy until so many swaps wait.
+    func whileBusy<Result: Sendable>(
+        swaps: Int, _ body: @escaping @Sendable () async throws -> Result
+    ) async throws -> Result {
+        let gate = DispatchSemaphore(value: 0)
+        let busy = Task { try await store.database.write { _ in gate.wait() } }
+        let result = Task { try await body() }
+        while store.swaps.waitingCount < swaps { try await Task.sleep(for: .milliseconds(1)) }
+        gate.signal()
+        try await busy.value
+        return try await result.value
+    }
+
     func run(_ replica: ReplicaRow) async throws {
         var facts = ReportedFacts()
         facts.replicas = [
@@ -79,6 +93,24 @@ struct TestStore {
         ]
         _ = try await store.apply(facts, from: stored.volume.attachedNode ?? "")
     }
+}
+
+/// Counts transactions that change records.
+final class RecordCommits: TransactionObserver, Sendable {
+    private let state = Mutex((hasChanged: false, count: 0))
+    var count: Int { state.withLock { $0.count } }
+
+    func observes(eventsOfKind eventKind: DatabaseEventKind) -> Bool {
+        eventKind.tableName == "records"
+    }
+    func databaseDidChange(with event: DatabaseEvent) { state.withLock { $0.hasChanged = true } }
+    func databaseDidCommit(_ db: Database) {
+        state.withLock { state in
+            if state.hasChanged { state.count += 1 }
+            state.hasChanged = false
+        }
+    }
+    func databaseDidRollback(_ db: Database) { state.withLock { $0.hasChanged = false } }
 }
 
 final class TestClock: Sendable {

@@ -8,13 +8,17 @@ package actor AgentTasks {
 
     private struct Pending {
         var node: String
+        var nodeID: String
         /// Of the error if no answer comes.
         var doubt: ControlError.Code
         var continuation: CheckedContinuation<Haptera_V1_AgentAnswer, any Error>
     }
-    private var watches:
-        [String: (id: UInt64, stream: AsyncStream<Haptera_V1_AgentTask>.Continuation)] =
-            [:]
+    private struct Watch {
+        var id: UInt64
+        var nodeID: String
+        var stream: AsyncStream<Haptera_V1_AgentTask>.Continuation
+    }
+    private var watches: [String: Watch] = [:]
     private var pending: [UInt64: Pending] = [:]
     private var nextID: UInt64 = 1
 
@@ -22,14 +26,14 @@ package actor AgentTasks {
 
     /// The tasks of a node from now on. A later watch of the same node ends this one: its agent
     /// has started anew, and what was asked of the old one will not be answered.
-    package func watch(_ node: String) -> AsyncStream<Haptera_V1_AgentTask> {
+    package func watch(_ node: String, nodeID: String) -> AsyncStream<Haptera_V1_AgentTask> {
         watches[node]?.stream.finish()
         fail(node, "its agent has started anew")
         let (stream, continuation) = AsyncStream.makeStream(
             of: Haptera_V1_AgentTask.self, bufferingPolicy: .bufferingNewest(Self.pendingMax))
         let id = nextID
         nextID += 1
-        watches[node] = (id, continuation)
+        watches[node] = Watch(id: id, nodeID: nodeID, stream: continuation)
         continuation.onTermination = { [weak self] _ in
             Task { await self?.ended(node, id) }
         }
@@ -54,13 +58,11 @@ package actor AgentTasks {
         _ = try connected(node)
     }
 
-    private func connected(
-        _ node: String
-    ) throws -> AsyncStream<Haptera_V1_AgentTask>.Continuation {
+    private func connected(_ node: String) throws -> Watch {
         guard let watch = watches[node] else {
             throw Self.unanswered(node, "its agent is not connected")
         }
-        return watch.stream
+        return watch
     }
 
     /// Asks a node and waits for its answer. Throws if it gives none in time, or says that it
@@ -70,7 +72,7 @@ package actor AgentTasks {
         doubt: ControlError.Code = .unavailable,
         _ fill: (inout Haptera_V1_AgentTask) -> Void
     ) async throws -> Haptera_V1_AgentAnswer {
-        let stream = try connected(node)
+        let watch = try connected(node)
         guard pending.count(where: { $0.value.node == node }) < Self.pendingMax else {
             throw Self.unanswered(node, "its agent has too much to do")
         }
@@ -86,8 +88,9 @@ package actor AgentTasks {
         defer { limit.cancel() }
         let request = task
         let answer = try await withCheckedThrowingContinuation { continuation in
-            pending[id] = Pending(node: node, doubt: doubt, continuation: continuation)
-            stream.yield(request)
+            pending[id] = Pending(
+                node: node, nodeID: watch.nodeID, doubt: doubt, continuation: continuation)
+            watch.stream.yield(request)
         }
         guard answer.error.isEmpty else {
             throw ControlError(
@@ -102,9 +105,11 @@ package actor AgentTasks {
             throwing: Self.unanswered(task.node, "it did not answer in time", task.doubt))
     }
 
-    /// An answer nobody waits for any more is dropped.
+    /// An answer nobody waits for any more is dropped, and so is that of another node.
     package func answered(_ answer: Haptera_V1_AgentAnswer) {
-        guard let task = pending[answer.taskID], task.node == answer.name else { return }
+        guard let task = pending[answer.taskID], task.node == answer.name,
+            task.nodeID == answer.nodeID
+        else { return }
         pending[answer.taskID] = nil
         task.continuation.resume(returning: answer)
     }

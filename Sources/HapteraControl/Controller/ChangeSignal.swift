@@ -6,6 +6,7 @@ package final class ChangeSignal: Sendable {
     private struct State {
         var nextID = 0
         var isFinished = false
+        var isDue = false
         var watchers: [Int: AsyncStream<Void>.Continuation] = [:]
     }
     private let state = Mutex(State())
@@ -36,6 +37,22 @@ package final class ChangeSignal: Sendable {
     package func notify() {
         for watcher in state.withLock({ Array($0.watchers.values) }) { watcher.yield() }
     }
+
+    /// The same, a little later, and once for all that comes until then: for changes that come in
+    /// masses, and just when others are in a hurry.
+    package func notifySoon() {
+        let isFirst = state.withLock { state in
+            defer { state.isDue = true }
+            return !state.isDue
+        }
+        guard isFirst else { return }
+        Task {
+            try? await Task.sleep(for: Self.soon)
+            state.withLock { $0.isDue = false }
+            notify()
+        }
+    }
+    package static let soon = Duration.milliseconds(100)
 
     /// Ends every watch, now and later: the server stops.
     package func finish() {

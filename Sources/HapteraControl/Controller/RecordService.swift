@@ -76,7 +76,7 @@ package struct RecordService: Service {
                             let reply = await store.answer(frame)
                             try await outbound.write(ByteBuffer(bytes: reply.encoded()))
                             if frame.header.kind == .compareAndSwap, reply.header.status == .ok {
-                                changes.notify()
+                                changes.notifySoon()
                             }
                         }
                     } catch {

@@ -11,6 +11,7 @@ package final class MetadataStore: Sendable {
     package let database: DatabasePool
     /// Milliseconds since 1970; a parameter so that tests own the time.
     let clock: @Sendable () -> Int64
+    let swaps = SwapQueue()
 
     package static let eventsMax = 10_000
 

@@ -42,32 +42,65 @@ extension MetadataStore {
         guard expected.rawValue < UInt64(Int64.max), proposed.epoch == expected.next else {
             return .invalid("the record's epoch does not follow the expected one")
         }
-        return try await transaction { db in
-            guard let stored = try Self.storedRecord(db, volume.text) else { return .notFound }
-            if stored.bytes == proposal { return .swapped }
-            guard stored.epoch == Int64(expected.rawValue),
-                let current = VolumeRecord(decoding: stored.bytes)
-            else { return .conflict(stored.bytes) }
-            let replicas = try ReplicaRow.filter(Column("volumeID") == volume.text).fetchAll(db)
-            let rules = RecordRules(after: current, known: Set(replicas.compactMap(\.member)))
-            if let reason = rules.objection(to: proposed, by: .engine) { return .invalid(reason) }
-            try db.execute(
-                sql: "UPDATE records SET epoch = ?, record = ? WHERE volumeID = ? AND epoch = ?",
-                arguments: [
-                    Int64(proposed.epoch.rawValue), Data(proposal), volume.text,
-                    Int64(expected.rawValue),
-                ])
-            guard db.changesCount == 1 else { return .conflict(stored.bytes) }
-            if proposed.size != current.size {
-                try db.execute(
-                    sql: "UPDATE volumes SET sizeBytes = ? WHERE id = ?",
-                    arguments: [Int64(proposed.size), volume.text])
-            }
-            if proposed.snapshots != current.snapshots { try self.settleLabels(db, proposed) }
-            try self.noteHistory(db, proposed)
-            try self.addEvents(db, of: proposed, after: current)
-            return .swapped
+        return try await withCheckedThrowingContinuation { continuation in
+            let swap = WaitingSwap(
+                volume: volume, expected: expected, proposed: proposed, proposal: proposal,
+                continuation: continuation)
+            // In a task of its own: that this caller has gone must not fail the others.
+            if swaps.add(swap) { Task { await decideSwaps() } }
         }
+    }
+
+    /// Until nothing waits. One that fails takes the whole transaction back: then each is decided
+    /// by itself, and fails alone.
+    private func decideSwaps() async {
+        repeat {
+            do {
+                let results = try await database.write { db in
+                    try self.swaps.take().map { try self.decide(db, $0) }
+                }
+                swaps.answer(results)
+            } catch {
+                for swap in swaps.takeUnanswered() { await decideAlone(swap) }
+            }
+        } while !swaps.isDone()
+    }
+    private func decideAlone(_ swap: WaitingSwap) async {
+        do {
+            let result = try await database.write { db in try self.decide(db, swap) }
+            swap.continuation.resume(returning: result)
+        } catch {
+            swap.continuation.resume(throwing: error)
+        }
+    }
+
+    /// Within a transaction. Said twice it is the same, should the one before have been kept.
+    private func decide(_ db: Database, _ swap: WaitingSwap) throws -> SwapResult {
+        let (volume, proposed) = (swap.volume.text, swap.proposed)
+        guard let stored = try Self.storedRecord(db, volume) else { return .notFound }
+        if stored.bytes == swap.proposal { return .swapped }
+        guard stored.epoch == Int64(swap.expected.rawValue),
+            let current = VolumeRecord(decoding: stored.bytes)
+        else { return .conflict(stored.bytes) }
+        let replicas = try ReplicaRow.filter(Column("volumeID") == volume).fetchAll(db)
+        let rules = RecordRules(after: current, known: Set(replicas.compactMap(\.member)))
+        if let reason = rules.objection(to: proposed, by: .engine) { return .invalid(reason) }
+        try db.execute(
+            sql: "UPDATE records SET epoch = ?, record = ? WHERE volumeID = ? AND epoch = ?",
+            arguments: [
+                Int64(proposed.epoch.rawValue), Data(swap.proposal), volume,
+                Int64(swap.expected.rawValue),
+            ])
+        guard db.changesCount == 1 else { return .conflict(stored.bytes) }
+        if proposed.size != current.size {
+            try db.execute(
+                sql: "UPDATE volumes SET sizeBytes = ? WHERE id = ?",
+                arguments: [Int64(proposed.size), volume])
+        }
+        if proposed.snapshots != current.snapshots { try settleLabels(db, proposed) }
+        try noteHistory(db, proposed)
+        try addEvents(db, of: proposed, after: current)
+        return .swapped
     }
 
     /// What the change means to an operator.
