@@ -110,12 +110,10 @@ package enum EngineEvent {
     /// milliseconds since 1970. `EngineAction.snapshotTaken` with `token` answers when every member
     /// holds it durably; a name that is there already is brought to that, too.
     ///
-    /// `hold`, if not 0: only under the hold of that token, and answered as soon as the head is
-    /// frozen; the same name asked for without one is answered when it is durable.
-    case takeSnapshot(token: UInt64, name: String, created: UInt64, hold: UInt64 = 0)
-    /// Hold clients' changes for at most that long, 1 to `EngineCore.holdMillisecondsMax`;
-    /// `EngineAction.held` with `request` answers when none is on the way any more.
-    case hold(request: UInt64, token: UInt64, milliseconds: UInt64)
+    /// `hold`: from the freeze until its release, or its end, no change behind the freeze is
+    /// acknowledged. Then it is answered as soon as the head is frozen; the same name asked for
+    /// without one is answered when it is durable.
+    case takeSnapshot(token: UInt64, name: String, created: UInt64, hold: SnapshotHold? = nil)
     /// End the hold of that token; `EngineAction.released` answers.
     case release(token: UInt64)
     /// Go back to the snapshot `target`: from the answer on, which is `EngineAction.snapshotTaken`
@@ -165,9 +163,7 @@ package enum EngineAction: BitwiseCopyable {
         userData: UInt64, OperationResult, buffer: BufferID, tableLength: Int32, isHole: Bool)
     /// The snapshot is in the record, on every member, and durable there; or is not, and why.
     case snapshotTaken(token: UInt64, LayerID, SnapshotResult)
-    /// Clients' changes are held, or are not, and why.
-    case held(request: UInt64, HoldResult)
-    /// They are not any more. `wasHeld`: they were until now.
+    /// Nothing is held back any more. `wasHeld`: everything behind the freeze was until now.
     case released(token: UInt64, wasHeld: Bool)
     /// The record names the snapshot no more; or does, and why.
     case snapshotDeleted(token: UInt64, DeletionResult)
@@ -193,8 +189,10 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
     case exists
     /// The record has no room for another.
     case tooMany
-    /// It was to be taken under a hold that is none, or none any more.
+    /// Its hold had ended before the head could be frozen.
     case notHeld
+    /// There is another hold.
+    case busy
     /// Revert: no snapshot has the name of the target.
     case notThere
     /// Revert: another snapshot has the name of the one to keep.
@@ -209,16 +207,6 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
     package static let revertDoubtText = "whether the volume was reverted"
     package static let deletionDoubtText = "whether the snapshot was deleted"
     package static let resizeDoubtText = "whether the volume has grown"
-}
-
-package enum HoldResult: UInt8, BitwiseCopyable, Sendable {
-    case ok
-    /// There is one already.
-    case busy
-    /// What was on the way did not end in time.
-    case expired
-    /// The volume is not served at present, or is being detached.
-    case notServing
 }
 
 package enum DeletionResult: UInt8, BitwiseCopyable, Sendable {

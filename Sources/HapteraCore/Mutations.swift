@@ -113,6 +113,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let scrubBelieves = MutationSet(rawValue: 1 << 38)
     /// Scrub: take the first member's copy for the good one.
     package static let scrubTrustsFirst = MutationSet(rawValue: 1 << 39)
+    /// S: acknowledge what lies behind the freeze of a group's snapshot before its release.
+    package static let heldIsAcknowledged = MutationSet(rawValue: 1 << 67)
     /// S: answer that a snapshot is taken before what it holds is durable.
     package static let snapshotBeforeFlush = MutationSet(rawValue: 1 << 31)
 
@@ -153,6 +155,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("revertIgnored", .revertIgnored), ("revertForgotten", .revertForgotten),
         ("foldIgnored", .foldIgnored), ("sharedIsMerged", .sharedIsMerged),
         ("sharedBeforeDrained", .sharedBeforeDrained),
+        ("heldIsAcknowledged", .heldIsAcknowledged),
         ("scrubBelieves", .scrubBelieves), ("scrubTrustsFirst", .scrubTrustsFirst),
     ]
 }

@@ -9,7 +9,6 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private let shell: EngineShell
     private let snapshots: SnapshotControl
     private let resizes: ResizeControl
-    private let holds: HoldControl
     private var server: NBDServer?
     private var control: ControlServer?
     private var signals: SignalWatcher?
@@ -38,7 +37,6 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         shell = EngineShell(reactor: reactor, options: options)
         snapshots = SnapshotControl(shell: shell)
         resizes = ResizeControl(shell: shell)
-        holds = HoldControl(shell: shell)
     }
 
     private func start() throws(IOError) {
@@ -127,7 +125,6 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private func end(_ failure: String?) {
         snapshots.abandon(failure ?? "the engine stopped")
         resizes.abandon(failure ?? "the engine stopped")
-        holds.abandon(failure ?? "the engine stopped")
         let waiting = detaching
         detaching = []
         guard let last = waiting.last else {
@@ -168,8 +165,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         case "snapshot": snapshots.take(request)
         case "scrub": scrub(request, shell)
         case "revert": snapshots.revert(request)
-        case "hold": holds.hold(request)
-        case "release": holds.release(request)
+        case "release": snapshots.release(request)
         case "delete-snapshot": snapshots.delete(request)
         case "resize": resizes.resize(request)
         case "detach":

@@ -23,9 +23,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
     var onStopped: (StopReason) -> Void = { _ in }
     /// A snapshot asked for with this token was taken, or not.
     var onSnapshot: (UInt64, LayerID, SnapshotResult) -> Void = { _, _, _ in }
-    /// Clients' changes are held, or are not.
-    var onHold: (UInt64, HoldResult) -> Void = { _, _ in }
-    /// A hold has ended; false: before it was released.
+    /// A hold was released; false: it had ended before, or there was none.
     var onRelease: (UInt64, Bool) -> Void = { _, _ in }
     /// A snapshot whose deletion was asked for with this token is gone, or not.
     var onDeletion: (UInt64, DeletionResult) -> Void = { _, _ in }
@@ -159,7 +157,6 @@ final class EngineShell: BlockDevice, CompletionHandler {
                 isHole: isHole)
         case .snapshotTaken(let token, let layer, let result):
             onSnapshot(token, layer, result)
-        case .held(let request, let result): onHold(request, result)
         case .released(let token, let wasHeld): onRelease(token, wasHeld)
         case .snapshotDeleted(let token, let result): onDeletion(token, result)
         case .resized(let token, let result, let slot):

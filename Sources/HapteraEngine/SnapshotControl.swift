@@ -4,6 +4,11 @@ import HapteraIO
 /// The control verbs `snapshot name=NAME created=MS`, `revert snapshot=NAME keep=NAME created=MS`
 /// and `delete-snapshot name=NAME`: ask the core, and answer when it does.
 ///
+/// For snapshots of several volumes at one instant, `snapshot` takes `hold=NUMBER for=MS` as well:
+/// it is answered when the head is frozen, and what lies behind that is acknowledged after
+/// `release token=NUMBER`, or so long after the request. The reply to that has `held=1` if it was
+/// so until then, `held=0` if not.
+///
 /// The reply to the first two is `ok` with `layer`, and with `existed=1` if a snapshot of that name
 /// was there, taken by the same request: so a caller that got no answer, or one in doubt, asks
 /// again. So does the caller of a deletion, whose reply is `ok`, with `existed=0` if there was none
@@ -16,28 +21,48 @@ final class SnapshotControl {
     /// Clients that read the snapshot of a layer, or ask what has changed since.
     var userCount: (LayerID) -> Int = { _ in 0 }
     private var nextToken: UInt64 = 0
+    private var wasHeld = false
 
     init(shell: EngineShell) {
         self.shell = shell
         shell.onSnapshot = { [unowned self] token, layer, result in
             answer(token, layer, result)
         }
+        shell.onRelease = { [unowned self] _, wasHeld in self.wasHeld = wasHeld }
         shell.onDeletion = { [unowned self] token, result in answer(token, result) }
     }
 
     func take(_ request: ControlRequest) {
-        let hold = request.arguments["hold"].map { UInt64($0) ?? 0 }
+        let hold = Self.hold(request)
         guard let name = request.arguments["name"], VolumeRecord.isValidSnapshotName(name),
-            let created = request.arguments["created"].flatMap({ UInt64($0) }), hold != 0,
-            request.arguments.count == (hold == nil ? 2 : 3)
+            let created = request.arguments["created"].flatMap({ UInt64($0) }),
+            request.arguments.count == (hold == nil ? 2 : 4)
         else {
             return request.fail(
                 "snapshot needs created=MILLISECONDS since 1970 and name=NAME, "
-                    + "\(VolumeRecord.snapshotNameRule); hold=NUMBER, not 0, is optional")
+                    + "\(VolumeRecord.snapshotNameRule); optional: hold=NUMBER, not 0, with "
+                    + "for=MILLISECONDS, at most \(EngineCore.holdMillisecondsMax)")
         }
         nextToken += 1
         waiting[nextToken] = request
-        shell.run(.takeSnapshot(token: nextToken, name: name, created: created, hold: hold ?? 0))
+        shell.run(.takeSnapshot(token: nextToken, name: name, created: created, hold: hold))
+    }
+    private static func hold(_ request: ControlRequest) -> SnapshotHold? {
+        guard let token = request.arguments["hold"].flatMap({ UInt64($0) }), token != 0,
+            let milliseconds = request.arguments["for"].flatMap({ UInt64($0) }),
+            (1...EngineCore.holdMillisecondsMax).contains(milliseconds)
+        else { return nil }
+        return SnapshotHold(token: token, milliseconds: milliseconds)
+    }
+
+    func release(_ request: ControlRequest) {
+        guard let token = request.arguments["token"].flatMap({ UInt64($0) }), token != 0,
+            request.arguments.count == 1
+        else { return request.fail("release needs token=NUMBER, not 0") }
+        // Answered within the call.
+        wasHeld = false
+        shell.run(.release(token: token))
+        request.reply([("held", wasHeld ? "1" : "0")])
     }
 
     func revert(_ request: ControlRequest) {
@@ -80,7 +105,7 @@ final class SnapshotControl {
             request.fail(
                 "the volume's record has no room for another revert, or for the snapshot that one "
                     + "keeps: delete snapshots, above all those that reverts have kept")
-        case .notServing, .notHeld:
+        case .notServing, .notHeld, .busy:
             request.fail(
                 "the volume was not reverted: it is not served at present, or too many requests "
                     + "for snapshots wait; try again")
@@ -101,7 +126,11 @@ final class SnapshotControl {
         case .tooMany:
             request.fail("the volume's record has no room for another snapshot")
         case .notHeld:
-            request.fail("no snapshot was taken: its hold is over, or never was")
+            request.fail(
+                "no snapshot was taken: its replicas, or the metadata store, did not come to it in "
+                    + "time; try again")
+        case .busy:
+            request.fail("another snapshot of a group is being taken of this volume; try again")
         case .notServing, .notThere, .nameTaken:
             request.fail(
                 "no snapshot was taken: the volume is not served at present, or too many requests "

@@ -22,6 +22,7 @@ package struct Coverage: Sendable {
         case lossAccepted
         case reconstruction
         case snapshot
+        case hold
         case deletion
         case growth
         case revert

@@ -181,7 +181,7 @@ extension World {
                 isHole: isHole)
         case .snapshotTaken(let token, let layer, let result):
             snapshotTaken(engine, token, layer, result)
-        case .held, .released: break
+        case .released(let token, let wasHeld): released(engine, token, wasHeld)
         case .snapshotDeleted(let token, let result): snapshotDeleted(engine, token, result)
         case .resized(let token, let result, _): resized(engine, token, result)
         case .sizeChanged: break

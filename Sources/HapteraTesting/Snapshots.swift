@@ -3,8 +3,10 @@ import HapteraCore
 /// A snapshot somebody asked for.
 final class SimulatedSnapshot {
     let name: String
-    /// What had been acknowledged when it was asked for.
-    let promised: [Int]
+    /// What had been acknowledged when it was asked for; in a group, when the volume was released.
+    var promised: [Int]
+    /// The invariant that says so.
+    var promise = 25
     var losses: Int
     /// Nil: not answered yet, or not taken.
     var layer: LayerID?
@@ -13,6 +15,9 @@ final class SimulatedSnapshot {
     /// What each of the world's hot sectors held when it was answered; none: nothing is known that
     /// must still be so.
     var values: [ValueID] = []
+    /// The engine that was asked for it with a hold and has not answered: when it does, it is
+    /// frozen and no more.
+    var holdingEngine: Int?
 
     init(name: String, promised: [Int], losses: Int) {
         self.name = name
@@ -54,7 +59,8 @@ extension World {
         step(
             engines[current],
             .takeSnapshot(
-                token: UInt64(snapshots.count - 1), name: snapshot.name, created: timeline.now))
+                token: UInt64(snapshots.count - 1), name: snapshot.name, created: timeline.now,
+                hold: beginHold(snapshot, engines[current])))
         deliverDisconnects()
     }
 
@@ -91,7 +97,8 @@ extension World {
         }
         let snapshot = snapshots[Int(token)]
         note("\(engine.name): \(snapshot.name), layer \(layer.rawValue): \(result)")
-        guard result == .ok, trueHistory == nil else { return }
+        if holdAnswered(engine, snapshot, result) { return }
+        guard result == .ok || result == .exists, trueHistory == nil else { return }
         coverage.took(.snapshot)
         check(
             25, store.record.snapshot(named: snapshot.name)?.layer == layer,
@@ -121,7 +128,7 @@ extension World {
         at snapshot: SimulatedSnapshot, _ host: SimulatedReplica, _ image: ReplicaImage
     ) {
         if promises.losses == snapshot.losses {
-            compare(host, image, snapshot.promised, 25, "\(snapshot.name): lacks")
+            compare(host, image, snapshot.promised, snapshot.promise, "\(snapshot.name): lacks")
         }
         guard !faults.rot else { return }
         let values = hotSectors.map { image.value(sector: $0, scratch: sectorBlock.memory) }

@@ -18,6 +18,8 @@ enum WorldEvent {
     case fault
     /// Somebody wants a snapshot.
     case snapshot
+    /// Whoever wanted a group of snapshots lets the volume go.
+    case release(UInt64)
     /// Somebody wants the volume to go back to a snapshot, or still waits for it.
     case revert
     /// Somebody wants the volume to grow.

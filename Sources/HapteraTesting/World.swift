@@ -35,6 +35,7 @@ package final class World {
     var workload: Workload
     var growth: SimulatedGrowth
     var reverts: SimulatedReverts
+    var holds: SimulatedHolds
     var clones: SimulatedClones
     let faults: FaultPlan
     let leases: SimulatedLeases
@@ -99,6 +100,7 @@ package final class World {
         volume = VolumeID(high: random.next(), low: random.next())
         workload = Workload(random: random.fork(), sizeBytes: size)
         reverts = SimulatedReverts(seed: seed)
+        holds = SimulatedHolds(seed: seed)
         clones = SimulatedClones(seed: seed, mutations: options.mutations)
         growth = SimulatedGrowth(seed: seed, size: size)
         hotSectors = Set(
@@ -278,6 +280,7 @@ package final class World {
         case .work(let worker): work(worker)
         case .fault: nextFault()
         case .snapshot: requestSnapshot()
+        case .release(let token): releaseHold(token)
         case .growth: requestGrowth()
         case .revert: if isChaos { requestRevert() } else { continueRevert() }
         case .scrub: requestScrub()

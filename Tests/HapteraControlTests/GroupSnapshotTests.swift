@@ -33,12 +33,12 @@ extension SnapshotTests.World {
 @Suite struct GroupSnapshotTests {
     typealias World = SnapshotTests.World
 
-    @Test func heldFrozenReleasedAndThenDurable() async throws {
+    @Test func frozenReleasedAndThenDurable() async throws {
         let world = try await World()
         let taken = try await world.group("g")
         #expect(taken.map(\.name) == ["g"] && taken[0].labels["app"] == "db")
         #expect(taken[0].labels["haptera.io/group"]?.count == 16)
-        #expect(world.takeSteps() == ["hold", "take under hold", "release", "take"])
+        #expect(world.takeSteps() == ["take and hold", "release", "take"])
         #expect(try await world.test.store.groups().isEmpty)
         let requested = try #require(
             try await world.events.first { $0.kind == "SnapshotRequested" })
@@ -53,11 +53,11 @@ extension SnapshotTests.World {
         world.engine.withLock { $0 = .letsGo }
         let refused = try await world.groupRefusal("g")
         #expect(refused.message.contains("volume 'vol': node a: its clients went on"))
-        #expect(world.takeSteps() == ["hold", "take under hold", "release", "delete"])
+        #expect(world.takeSteps() == ["take and hold", "release", "delete"])
         #expect(try await world.names.isEmpty)
         world.engine.withLock { $0 = .cannotHold }
-        #expect(try await world.groupRefusal("g").message.contains("did not end in time"))
-        #expect(world.takeSteps() == ["hold", "release"])
+        #expect(try await world.groupRefusal("g").message.contains("another snapshot"))
+        #expect(world.takeSteps() == ["take and hold", "release"])
         world.engine.withLock { $0 = .obeys }
         #expect(try await world.group("g").count == 1)
     }

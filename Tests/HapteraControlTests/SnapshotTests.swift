@@ -104,7 +104,9 @@ import Testing
             switch task.task {
             case .takeSnapshot(let request):
                 asked.withLock { $0.append(request) }
-                steps.withLock { $0.append(request.hold == 0 ? "take" : "take under hold") }
+                #expect((request.hold == 0) == (request.holdMilliseconds == 0))
+                steps.withLock { $0.append(request.hold == 0 ? "take" : "take and hold") }
+                if engine == .cannotHold { answer.error = "another snapshot is being taken" }
                 if [.obeys, .obeysInSilence, .letsGo].contains(engine) {
                     try await add(request.name, created: request.createdUnixMilliseconds)
                 }
@@ -119,9 +121,6 @@ import Testing
                 if engine == .refuses {
                     answer.error = "2 clients read the snapshot; disconnect them first"
                 }
-            case .holdChanges:
-                steps.withLock { $0.append("hold") }
-                if engine == .cannotHold { answer.error = "requests did not end in time" }
             case .releaseChanges:
                 steps.withLock { $0.append("release") }
                 if engine == .letsGo { answer.error = "its clients went on" }

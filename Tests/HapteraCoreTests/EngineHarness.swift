@@ -104,7 +104,6 @@ final class EngineHarness {
     var results: [UInt64: OperationResult] = [:]
     var reads: [UInt64: [UInt8]] = [:]
     var notes: [EngineNote] = []
-    var holds: [UInt64: HoldResult] = [:]
     var released: [UInt64: Bool] = [:]
     var snapshots: [UInt64: (layer: LayerID, result: SnapshotResult)] = [:]
     var deletions: [UInt64: DeletionResult] = [:]
@@ -227,7 +226,6 @@ final class EngineHarness {
             pool.release(buffer)
         case .snapshotTaken(let token, let layer, let result):
             snapshots[token] = (layer, result)
-        case .held(let request, let result): holds[request] = result
         case .released(let token, let wasHeld): released[token] = wasHeld
         case .snapshotDeleted(let token, let result): deletions[token] = result
         case .resized(let token, let result, let slot): resizes[token] = (result, slot)

@@ -767,14 +767,6 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .revertToSnapshot(newValue)}
   }
 
-  package var holdChanges: Haptera_V1_HoldChanges {
-    get {
-      if case .holdChanges(let v)? = task {return v}
-      return Haptera_V1_HoldChanges()
-    }
-    set {task = .holdChanges(newValue)}
-  }
-
   package var releaseChanges: Haptera_V1_ReleaseChanges {
     get {
       if case .releaseChanges(let v)? = task {return v}
@@ -794,7 +786,6 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     case growVolume(Haptera_V1_GrowVolume)
     case scrubVolume(Haptera_V1_ScrubVolume)
     case revertToSnapshot(Haptera_V1_RevertToSnapshot)
-    case holdChanges(Haptera_V1_HoldChanges)
     case releaseChanges(Haptera_V1_ReleaseChanges)
 
   }
@@ -846,29 +837,11 @@ package nonisolated struct Haptera_V1_TakeSnapshot: Sendable {
   /// How long the engine may take.
   package var timeoutMilliseconds: UInt64 = 0
 
-  /// Only under the hold of this token, and answered when the head is frozen; 0: none.
+  /// If not 0: answered when the head is frozen, and from then on until the hold of this token is
+  /// released, or that long after the request, no change behind the freeze is acknowledged.
   package var hold: UInt64 = 0
 
-  package var unknownFields = SwiftProtobuf.UnknownStorage()
-
-  package init() {}
-}
-
-/// Has the engine of that attachment hold its clients' changes; answered when none is on the way.
-package nonisolated struct Haptera_V1_HoldChanges: Sendable {
-  // SwiftProtobuf.Message conformance is added in an extension below. See the
-  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
-  // methods supported on all messages.
-
-  package var volumeID: String = String()
-
-  package var clientGeneration: UInt64 = 0
-
-  /// Not 0.
-  package var token: UInt64 = 0
-
-  /// It ends by itself after so long.
-  package var milliseconds: UInt64 = 0
+  package var holdMilliseconds: UInt64 = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -2080,7 +2053,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{3}scrub_volume\0\u{3}revert_to_snapshot\0\u{3}hold_changes\0\u{3}release_changes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{3}scrub_volume\0\u{3}revert_to_snapshot\0\u{4}\u{2}release_changes\0\u{c}\u{a}\u{1}")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2193,19 +2166,6 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .revertToSnapshot(v)
         }
       }()
-      case 10: try {
-        var v: Haptera_V1_HoldChanges?
-        var hadOneofValue = false
-        if let current = self.task {
-          hadOneofValue = true
-          if case .holdChanges(let m) = current {v = m}
-        }
-        try decoder.decodeSingularMessageField(value: &v)
-        if let v = v {
-          if hadOneofValue {try decoder.handleConflictingOneOf()}
-          self.task = .holdChanges(v)
-        }
-      }()
       case 11: try {
         var v: Haptera_V1_ReleaseChanges?
         var hadOneofValue = false
@@ -2264,10 +2224,6 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .revertToSnapshot?: try {
       guard case .revertToSnapshot(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 9)
-    }()
-    case .holdChanges?: try {
-      guard case .holdChanges(let v)? = self.task else { preconditionFailure() }
-      try visitor.visitSingularMessageField(value: v, fieldNumber: 10)
     }()
     case .releaseChanges?: try {
       guard case .releaseChanges(let v)? = self.task else { preconditionFailure() }
@@ -2348,7 +2304,7 @@ nonisolated extension Haptera_V1_EndEngine: SwiftProtobuf.Message, SwiftProtobuf
 
 nonisolated extension Haptera_V1_TakeSnapshot: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".TakeSnapshot"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}name\0\u{3}created_unix_milliseconds\0\u{3}timeout_milliseconds\0\u{1}hold\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}name\0\u{3}created_unix_milliseconds\0\u{3}timeout_milliseconds\0\u{1}hold\0\u{3}hold_milliseconds\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2362,6 +2318,7 @@ nonisolated extension Haptera_V1_TakeSnapshot: SwiftProtobuf.Message, SwiftProto
       case 4: try { try decoder.decodeSingularUInt64Field(value: &self.createdUnixMilliseconds) }()
       case 5: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
       case 6: try { try decoder.decodeSingularUInt64Field(value: &self.hold) }()
+      case 7: try { try decoder.decodeSingularUInt64Field(value: &self.holdMilliseconds) }()
       default: break
       }
     }
@@ -2386,6 +2343,9 @@ nonisolated extension Haptera_V1_TakeSnapshot: SwiftProtobuf.Message, SwiftProto
     if self.hold != 0 {
       try visitor.visitSingularUInt64Field(value: self.hold, fieldNumber: 6)
     }
+    if self.holdMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.holdMilliseconds, fieldNumber: 7)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2396,51 +2356,7 @@ nonisolated extension Haptera_V1_TakeSnapshot: SwiftProtobuf.Message, SwiftProto
     if lhs.createdUnixMilliseconds != rhs.createdUnixMilliseconds {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.hold != rhs.hold {return false}
-    if lhs.unknownFields != rhs.unknownFields {return false}
-    return true
-  }
-}
-
-nonisolated extension Haptera_V1_HoldChanges: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
-  package static let protoMessageName: String = _protobuf_package + ".HoldChanges"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}token\0\u{1}milliseconds\0")
-
-  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
-    while let fieldNumber = try decoder.nextFieldNumber() {
-      // The use of inline closures is to circumvent an issue where the compiler
-      // allocates stack space for every case branch when no optimizations are
-      // enabled. https://github.com/apple/swift-protobuf/issues/1034
-      switch fieldNumber {
-      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
-      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
-      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.token) }()
-      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.milliseconds) }()
-      default: break
-      }
-    }
-  }
-
-  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    if !self.volumeID.isEmpty {
-      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
-    }
-    if self.clientGeneration != 0 {
-      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
-    }
-    if self.token != 0 {
-      try visitor.visitSingularUInt64Field(value: self.token, fieldNumber: 3)
-    }
-    if self.milliseconds != 0 {
-      try visitor.visitSingularUInt64Field(value: self.milliseconds, fieldNumber: 4)
-    }
-    try unknownFields.traverse(visitor: &visitor)
-  }
-
-  package static func ==(lhs: Haptera_V1_HoldChanges, rhs: Haptera_V1_HoldChanges) -> Bool {
-    if lhs.volumeID != rhs.volumeID {return false}
-    if lhs.clientGeneration != rhs.clientGeneration {return false}
-    if lhs.token != rhs.token {return false}
-    if lhs.milliseconds != rhs.milliseconds {return false}
+    if lhs.holdMilliseconds != rhs.holdMilliseconds {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -5,10 +5,9 @@ import HapteraHost
 /// Snapshots of several volumes at one instant: of all of them or of none.
 ///
 /// 1. the group is noted                 -> a controller that starts anew undoes it
-/// 2. every engine holds its clients' changes
-/// 3. every engine freezes its head, under the hold
-/// 4. every engine releases its clients, and says that they were held until then
-/// 5. the note is deleted                -> it is a group
+/// 2. every engine freezes its head, and acknowledges nothing behind that from then on
+/// 3. every engine releases its clients, and says that it was so until then
+/// 4. the note is deleted                -> it is a group
 ///
 /// What fails before the last step takes every snapshot of it back. Only then is waited until all
 /// is durable: what is left of a group after a crash is whole.
@@ -60,7 +59,7 @@ extension Controller {
         try await store.beginGroup(group)
         groupsUnderWay.insert(group.id)
         defer { groupsUnderWay.remove(group.id) }
-        changes.notify()
+        // Nobody is told yet: who looks at everything anew would hold up who is in a hurry.
         do {
             for member in members {
                 guard let volume = member.stored.record?.volume else { continue }
@@ -118,18 +117,13 @@ extension Controller {
         let created = UInt64(clamping: store.clock())
         do {
             try await each(members) {
-                $0.holdChanges.volumeID = $1.id
-                $0.holdChanges.clientGeneration = UInt64($1.clientGeneration)
-                $0.holdChanges.token = token
-                $0.holdChanges.milliseconds = Self.groupHoldMilliseconds
-            }
-            try await each(members) {
                 $0.takeSnapshot.volumeID = $1.id
                 $0.takeSnapshot.clientGeneration = UInt64($1.clientGeneration)
                 $0.takeSnapshot.name = name
                 $0.takeSnapshot.createdUnixMilliseconds = created
                 $0.takeSnapshot.timeoutMilliseconds = Self.groupHoldMilliseconds
                 $0.takeSnapshot.hold = token
+                $0.takeSnapshot.holdMilliseconds = Self.groupHoldMilliseconds
             }
         } catch {
             try? await release(members, token)

@@ -224,21 +224,13 @@ package actor EngineUnit {
         let answer = try await context.host.request(
             supervision.files.control,
             "snapshot name=\(request.name) created=\(request.createdUnixMilliseconds)"
-                + (request.hold == 0 ? "" : " hold=\(request.hold)"),
+                + (request.hold == 0
+                    ? "" : " hold=\(request.hold) for=\(request.holdMilliseconds)"),
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
-        // It was frozen at another time than under this hold.
+        // It was frozen at another time than with this hold.
         guard request.hold == 0 || answer["existed"] != "1" else {
             throw HostError("a snapshot of that name was there before")
         }
-    }
-
-    /// Answers when no change of a client is on the way.
-    func hold(_ request: Haptera_V1_HoldChanges) async throws {
-        try requireServing(request.clientGeneration)
-        _ = try await context.host.request(
-            supervision.files.control,
-            "hold token=\(request.token) for=\(request.milliseconds)",
-            timeoutSeconds: Self.seconds(request.milliseconds))
     }
 
     func release(_ request: Haptera_V1_ReleaseChanges) async throws {

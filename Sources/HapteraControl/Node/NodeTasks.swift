@@ -26,7 +26,6 @@ extension NodeAgent {
             case .growVolume(let request): try await growVolume(request)
             case .scrubVolume(let request): try await scrubVolume(request)
             case .revertToSnapshot(let request): try await revert(request)
-            case .holdChanges(let request): try await holdChanges(request)
             case .releaseChanges(let request): try await releaseChanges(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
             }
@@ -55,10 +54,6 @@ extension NodeAgent {
         try await askEngine(of: request.volumeID, doubt: SnapshotResult.revertDoubtText) {
             try await $0.revert(request)
         }
-    }
-
-    private func holdChanges(_ request: Haptera_V1_HoldChanges) async throws {
-        try await existingUnit(request.volumeID).hold(request)
     }
 
     private func releaseChanges(_ request: Haptera_V1_ReleaseChanges) async throws {

@@ -192,10 +192,8 @@ package final class EngineCore {
     var snapshotStage = SnapshotStage.waiting
     /// What clients ask of the volume waits.
     var isReverting = false
-    /// Their changes wait.
+    /// Answers to changes behind a freeze wait.
     var hold: ClientHold?
-    /// One of the two.
-    var isHolding = false
     var deletionRequests: [DeletionRequest] = []
     var resizeRequests: [ResizeRequest] = []
     /// Copies that were asked to make room for the first of them, and those that have.
@@ -289,7 +287,6 @@ package final class EngineCore {
                 answerSnapshot(token, .head, .notServing)
             case .deleteSnapshot(let token, _): answerDeletion(token, .notServing)
             case .resize(let token, _): answerResize(token, .notServing)
-            case .hold(let request, _, _): answerHold(request, .notServing)
             case .release(let token): releaseHold(token)
             default: break
             }
@@ -314,9 +311,9 @@ package final class EngineCore {
             tick()
         case .detach: isDetaching = true
         case .takeSnapshot(let token, let name, let created, let hold):
-            takeSnapshot(SnapshotRequest(token: token, name: name, hold: hold, created: created))
-        case .hold(let request, let token, let milliseconds):
-            holdChanges(request, token: token, milliseconds: milliseconds)
+            takeSnapshot(
+                SnapshotRequest(
+                    token: token, name: name, hold: hold?.token ?? 0, created: created), hold)
         case .release(let token): releaseHold(token)
         case .revert(let token, let target, let kept, let created):
             takeSnapshot(
@@ -409,7 +406,6 @@ package final class EngineCore {
             release(index)
         }
         abandonSnapshots()
-        abandonHold()
         abandonDeletions()
         abandonResizes()
         actions.append(.serving(false))

@@ -1,86 +1,83 @@
 // Rule S, groups: a snapshot of several volumes at one instant.
 //
-// Whoever wants one has the engines of all of them hold their clients' changes, then has each
-// freeze its head, then releases them. Between the answer to the first and the release no engine
-// has acknowledged a change. So if one was acknowledged behind its volume's freeze, that was after
-// the release, and nothing asked for because of it is in any of the snapshots (invariant 26). A
-// hold ends by itself; the release tells whether it had, and then the group is none.
+// Whoever wants one has the engine of each freeze its head with a hold, and when all have, releases
+// them. From the step in which an engine freezes its head until its release, it acknowledges
+// nothing that lies behind the freeze. So if a change was acknowledged behind its volume's freeze,
+// that was after the first release, when all were frozen, and nothing asked for because of it is in
+// any of the snapshots (invariant 26). A hold ends by itself; the release tells whether it had, and
+// then the group is none.
 //
-// What is on the way when a hold begins ends first, and is in the snapshot. Reads go on.
+// Only the acknowledgement waits: the changes are sent, and so is whatever the new layer costs at
+// first. Their range stays locked, so nobody reads them before; other reads go on. The store's
+// answer is no part of it: until that comes, everything goes on in front of the freeze.
 
-/// Clients' changes wait. Nobody has two.
+/// What is asked for with a snapshot of a group.
+package struct SnapshotHold: BitwiseCopyable, Sendable {
+    /// Not 0.
+    package var token: UInt64
+    /// From the request on; 1 to `EngineCore.holdMillisecondsMax`.
+    package var milliseconds: UInt64
+    package init(token: UInt64, milliseconds: UInt64) {
+        self.token = token
+        self.milliseconds = milliseconds
+    }
+}
+
+/// Acknowledgements wait, or will once the head is frozen. Nobody has two.
+///
+///     asked -> holding -> released, ended
+///         \-------------> ended: the head was not frozen in time, or not at all
 struct ClientHold {
     var token: UInt64
-    /// The request that waits for what is on the way to end; nil: it was answered.
-    var request: UInt64?
     var until: Instant
+    /// What lies above this layer is not acknowledged; nil: it is not frozen yet.
+    var frozen: LayerID?
 }
 
 extension EngineCore {
     package static let holdMillisecondsMax: UInt64 = 10_000
 
-    func holdChanges(_ request: UInt64, token: UInt64, milliseconds: UInt64) {
-        precondition((1...Self.holdMillisecondsMax).contains(milliseconds))
-        guard phase == .serving, !isDetaching else { return answerHold(request, .notServing) }
-        guard hold == nil else { return answerHold(request, .busy) }
+    func beginHold(_ asked: SnapshotHold) {
+        precondition(asked.token != 0 && hold == nil)
+        precondition((1...Self.holdMillisecondsMax).contains(asked.milliseconds))
         hold = ClientHold(
-            token: token, request: request, until: now.adding(milliseconds: milliseconds))
-        updateHolding()
+            token: asked.token, until: now.adding(milliseconds: asked.milliseconds))
     }
-    func answerHold(_ request: UInt64, _ result: HoldResult) {
-        actions.append(.held(request: request, result))
+    /// The request of this hold can be done yet.
+    func isHoldOpen(_ token: UInt64) -> Bool {
+        hold.map { $0.token == token && now < $0.until } ?? false
+    }
+
+    /// The record says so: what is sent from this step on lies behind the freeze of `layer`.
+    func startHolding(_ token: UInt64, above layer: LayerID) {
+        guard token != 0, isHoldOpen(token) else { return }
+        hold?.frozen = layer
+    }
+    /// Whether the answer to a change waits for the release.
+    func isHeldBack(_ index: Int) -> Bool {
+        guard let layer = hold?.frozen, !mutations.contains(.heldIsAcknowledged) else {
+            return false
+        }
+        return slots[index].layer > layer
     }
 
     /// After every event, while there is one.
     func advanceHold() {
-        guard let current = hold else { return }
-        if now >= current.until {
-            if let request = current.request { answerHold(request, .expired) }
-            return endHold()
-        }
-        guard let request = current.request, phase == .serving, !hasChangeAtWork else { return }
-        hold?.request = nil
-        answerHold(request, .ok)
+        if let hold, now >= hold.until { endHold() }
     }
-    private var hasChangeAtWork: Bool {
-        (0..<slotsUsed).contains {
-            slots[$0].use == .client && slots[$0].operation.isChange
-                && slots[$0].phase != .waiting && !slots[$0].isAcknowledged
-        }
-    }
-
     /// Answers whether it was held until now.
     func releaseHold(_ token: UInt64) {
-        let isHeld = isHeld(token)
-        actions.append(.released(token: token, wasHeld: isHeld))
+        let wasHeld = isHoldOpen(token) && hold?.frozen != nil
+        actions.append(.released(token: token, wasHeld: wasHeld))
         if hold?.token == token { endHold() }
     }
-    func isHeld(_ token: UInt64) -> Bool {
-        guard let hold else { return false }
-        return hold.token == token && hold.request == nil && now < hold.until
+    /// Its snapshot was answered with something else than a freeze.
+    func giveUpHold(_ token: UInt64) {
+        if token != 0, hold?.token == token, hold?.frozen == nil { hold = nil }
     }
     private func endHold() {
+        let wasHolding = hold?.frozen != nil
         hold = nil
-        updateHolding()
+        if wasHolding, phase == .serving { recheckAll() }
     }
-    func abandonHold() {
-        if let request = hold?.request { answerHold(request, .notServing) }
-        hold = nil
-    }
-
-    /// Some requests wait, be it for a revert or in a hold; those that do not any more begin.
-    func updateHolding() {
-        let wasHolding = isHolding
-        isHolding = isReverting || hold != nil
-        if wasHolding { startAll() }
-    }
-    /// Whether a hold or a revert lets a client's operation begin.
-    func mayBegin(_ index: Int) -> Bool {
-        guard slots[index].operation.layer == .head else { return true }
-        return !isReverting && (hold == nil || !slots[index].operation.isChange)
-    }
-}
-
-extension Operation {
-    fileprivate var isChange: Bool { kind == .write || kind == .trim || kind == .writeZeroes }
 }

@@ -207,7 +207,7 @@ extension EngineCore {
     /// Starts a waiting client operation if nothing stands in its way.
     func tryStart(_ index: Int) {
         guard phase == .serving, !hasReleased, slots[index].phase == .waiting else { return }
-        if isHolding, !mayBegin(index) { return }
+        if isReverting, slots[index].operation.layer == .head { return }
         switch slots[index].operation.kind {
         case .flush:
             // What a member lost with its power is only there again when its region is resolved.

@@ -21,13 +21,13 @@ struct SnapshotRequest {
     var name: String
     /// The snapshot to go back to; empty: this is no revert.
     var target = ""
-    /// The hold under which it is to be taken, and only under which; 0: none.
+    /// Of the hold that its freeze begins; 0: none.
     var hold: UInt64 = 0
     /// Milliseconds since 1970.
     var created: UInt64
     /// The change was sent to the store: the snapshot may be there.
     var isProposed = false
-    /// The head is frozen, which is all that who asks under a hold waits for.
+    /// The head is frozen, which is all that who asks with a hold waits for.
     var isAnswered = false
     /// The layer that was frozen; `.head`: not known yet.
     var layer = LayerID.head
@@ -56,7 +56,7 @@ extension EngineCore {
     private static let snapshotsWaitingMax = 16
     static let snapshotFlush: UInt64 = 2
 
-    func takeSnapshot(_ request: SnapshotRequest) {
+    func takeSnapshot(_ request: SnapshotRequest, _ asked: SnapshotHold? = nil) {
         precondition((1...VolumeRecord.nameLengthMax).contains(request.name.utf8.count))
         let token = request.token
         guard phase == .serving, !isDetaching, let record else {
@@ -73,12 +73,15 @@ extension EngineCore {
         guard snapshotRequests.count <= Self.snapshotsWaitingMax else {
             return answerSnapshot(token, .head, .notServing)
         }
+        if let asked {
+            guard hold == nil else { return answerSnapshot(token, .head, .busy) }
+            beginHold(asked)
+        }
         snapshotRequests.append(request)
     }
     /// Why it cannot be, by the record; nil: it can, or is there.
     private func refusal(of request: SnapshotRequest, _ record: VolumeRecord) -> SnapshotResult? {
         let there = record.snapshot(named: request.name)
-        if request.hold != 0, there == nil, !isHeld(request.hold) { return .notHeld }
         guard request.isRevert else {
             return there != nil || record.mayHold(snapshotNamed: request.name) ? nil : .tooMany
         }
@@ -107,7 +110,7 @@ extension EngineCore {
         let isRevert = snapshotRequests.first?.isRevert == true
         guard isRevert != isReverting else { return }
         isReverting = isRevert
-        updateHolding()
+        if !isReverting { startAll() }
     }
     private var hasClientAtWork: Bool {
         (0..<slotsUsed).contains {
@@ -126,6 +129,8 @@ extension EngineCore {
             beginFinishing()
             return flushSnapshot()
         }
+        // Whoever wanted it held back has given it up.
+        if request.hold != 0, !isHoldOpen(request.hold) { return endSnapshot(.notHeld) }
         // A joiner that is about to be a member is one first. And who has no space for a write may
         // have none for a layer's files: an Install that fails costs the member.
         guard joinStage != .flushing, joinStage != .promoting, !isFullEverywhere else { return }
@@ -143,7 +148,9 @@ extension EngineCore {
         guard !snapshotRequests.isEmpty else { return }
         snapshotRequests[0].layer = proposedRecord.snapshots.last?.layer ?? .head
         beginFinishing()
-        guard snapshotRequests[0].hold != 0 else { return }
+        let token = snapshotRequests[0].hold
+        guard token != 0 else { return }
+        startHolding(token, above: snapshotRequests[0].layer)
         snapshotRequests[0].isAnswered = true
         answerSnapshot(snapshotRequests[0].token, snapshotRequests[0].layer, .ok)
     }
@@ -191,6 +198,7 @@ extension EngineCore {
     private func endSnapshot(_ result: SnapshotResult) {
         let request = snapshotRequests.removeFirst()
         snapshotStage = .waiting
+        giveUpHold(request.hold)
         if !request.isAnswered { answerSnapshot(request.token, request.layer, result) }
         holdClients()
     }
@@ -203,7 +211,9 @@ extension EngineCore {
     private func refuseWaiting() {
         let isUnderWay = snapshotStage != .waiting || snapshotRequests.first?.isProposed == true
         while snapshotRequests.count > (isUnderWay ? 1 : 0) {
-            answerSnapshot(snapshotRequests.removeLast().token, .head, .notServing)
+            let request = snapshotRequests.removeLast()
+            giveUpHold(request.hold)
+            answerSnapshot(request.token, .head, .notServing)
         }
         holdClients()
     }
@@ -214,6 +224,7 @@ extension EngineCore {
         }
         snapshotRequests = []
         snapshotStage = .waiting
+        hold = nil
     }
 
     /// The layer a write's frame names.

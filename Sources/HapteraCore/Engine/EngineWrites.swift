@@ -175,7 +175,7 @@ extension EngineCore {
         if slots[index].isExpired {
             guard !required.isEmpty, required.isSubset(of: slots[index].replied) else { return }
         } else if !slots[index].isAcknowledged {
-            guard mayAcknowledge(slots[index].replied) else { return }
+            guard mayAcknowledge(slots[index].replied), !isHeldBack(index) else { return }
             noteAcknowledged(index)
             completeClient(index, .ok)
             slots[index].isAcknowledged = true
