@@ -144,6 +144,49 @@ def test_a_clone_is_quick_small_and_independent(context):
         return f"made in {taken:.2f} s, {own // 1024} KiB of its own"
 
 
+def test_removed_replicas_do_not_stay(context):
+    """The power fails while a clone's replicas are deleted, and nobody remembers them: their
+    agents delete what is left when they start, and the source's layers are its own again."""
+    with Plane(context) as plane:
+        volumes, chance = Volumes(plane), random.Random(context.seed)
+        data = chance.randbytes(4 * MIB)
+        volumes.create("vol", "--size", str(SIZE))
+        plane.run("volume", "attach", "vol")
+        volumes.write("vol", data)
+        plane.run("snapshot", "create", "vol", "golden")
+        volumes.create("copy", "--from", "vol@golden")
+        plane.run("volume", "attach", "copy")
+        assert all(status["sharedLayers"] == "1" for status in volumes.statuses("vol"))
+        # What was deleted comes back with the power: links are what a copy of it would be.
+        left = []
+        for directory in volumes.directories("copy"):
+            saved = directory.with_name("saved")
+            subprocess.run(["cp", "--archive", "--link", directory, saved], check=True)
+            left.append((saved, directory.with_name(directory.name + ".removed")))
+        plane.run("volume", "detach", "copy")
+        plane.run("volume", "delete", "copy")
+        assert not any(removed.exists() for _, removed in left)
+        for saved, removed in left:
+            saved.rename(removed)
+        time.sleep(1.5)
+        assert all(status["sharedLayers"] == "1" for status in volumes.statuses("vol"))
+        bystander = left[0][1].with_name("notes.removed")
+        bystander.mkdir()
+        for node in ("node-1", "node-2", "node-3"):
+            plane.kill(plane.daemon(node))
+        plane.up()
+        wait_for(lambda: not any(removed.exists() for _, removed in left), "the sweep", 30)
+        wait_for(lambda: all(status["sharedLayers"] == "0" for status in volumes.statuses("vol")),
+                 "the layers to be the source's alone", 30)
+        assert bystander.exists()
+        said = [line for log in plane.cluster.glob("*.log") for line in
+                log.read_text(errors="replace").splitlines()
+                if "deleted what was left of a removed replica" in line]
+        assert len(said) == 3, said
+        assert volumes.read("vol")[:len(data)] == data
+        return "3 directories"
+
+
 def test_a_clone_of_a_large_volume(context):
     """100 GiB, a block in each of 2,000 regions all over it; the cluster's directory has a space in
     its name."""

@@ -8,7 +8,7 @@ import SwiftProtobuf
 /// kept on disk, so that supervision goes on while the controller is away, even across our restart.
 package actor NodeAgent {
     let context: NodeContext
-    private let logger: Logger
+    let logger: Logger
     private var desired = Haptera_V1_DesiredState()
     private var replicas: [String: ReplicaUnit] = [:]
     private var engines: [String: EngineUnit] = [:]
@@ -88,6 +88,10 @@ package actor NodeAgent {
         }
     }
 
+    /// Those we are to run or to remove.
+    var knownReplicas: Set<String> {
+        Set(desired.replicas.map(\.replicaID)).union(replicas.keys)
+    }
     func engineUnit(_ volumeID: String) -> EngineUnit? { engines[volumeID] }
     func engineProcess(_ volumeID: String) async -> ProcessIdentity? {
         await engines[volumeID]?.process

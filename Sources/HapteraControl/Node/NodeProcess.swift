@@ -54,6 +54,7 @@ package struct NodeProcess: Sendable {
             configuration: .init(
                 services: [
                     .init(service: SupervisionLoop(agent: agent)), .init(service: link),
+                    .init(service: RemovalLoop(agent: agent)),
                 ],
                 gracefulShutdownSignals: [.sigterm, .sigint], logger: logger))
         try await group.run()
@@ -90,6 +91,21 @@ struct SupervisionLoop: Service {
 
     /// Milliseconds of a clock that only goes forward.
     static var now: Int64 { Int64(DispatchTime.now().uptimeNanoseconds / 1_000_000) }
+}
+
+/// Deletes what removals have left, when the agent starts and every hour.
+struct RemovalLoop: Service {
+    static let period = Duration.seconds(3600)
+    let agent: NodeAgent
+
+    func run() async throws {
+        await cancelWhenGracefulShutdown {
+            while !Task.isCancelled {
+                await agent.sweepRemoved()
+                try? await Task.sleep(for: Self.period)
+            }
+        }
+    }
 }
 
 /// The agent's connection to the controller: introduces the node, takes the desired state, reports.

@@ -124,14 +124,14 @@ package struct RealProcessHost: ProcessHost {
 
     /// Renamed first: a crash in the middle leaves nothing that looks like a replica.
     package func removeDirectory(_ path: String) async throws {
-        let doomed = path + ".removed"
+        let doomed = path + RemovedReplicas.suffix
         let files = FileManager.default
         if files.fileExists(atPath: path) {
-            try? files.removeItem(atPath: doomed)
+            try? await RemovedReplicas.delete(doomed)
             try files.moveItem(atPath: path, toPath: doomed)
             try HostFiles.syncDirectory(of: path)
         }
-        if files.fileExists(atPath: doomed) { try files.removeItem(atPath: doomed) }
+        if files.fileExists(atPath: doomed) { try await RemovedReplicas.delete(doomed) }
     }
 
     package func lastLine(of log: String) -> String {
