@@ -30,6 +30,11 @@ package enum ControlSocket {
         package init(description: String) { self.description = description }
     }
 
+    /// Nobody listens, or takes all of the request: it is not done.
+    package struct NotReached: Error, CustomStringConvertible {
+        package var description: String
+    }
+
     /// The same, blocking.
     package static func exchange(
         _ path: String, _ line: String, timeoutSeconds: Int
@@ -70,7 +75,7 @@ package enum ControlSocket {
         guard isConnected else {
             let error = HostFiles.failure("reach", path)
             close(descriptor)
-            throw error
+            throw NotReached(description: error.description)
         }
         return descriptor
     }
@@ -82,7 +87,9 @@ package enum ControlSocket {
             let count = unsafe bytes[done...].withUnsafeBytes {
                 unsafe Glibc.send(descriptor, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL))
             }
-            guard count > 0 else { throw HostFiles.failure("write to", path) }
+            guard count > 0 else {
+                throw NotReached(description: HostFiles.failure("write to", path).description)
+            }
             done += count
         }
     }

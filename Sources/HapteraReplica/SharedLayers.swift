@@ -153,8 +153,9 @@ final class LayerSharing {
                 linked = link(ready, share)
             } else {
                 share.request.fail(
-                    "what was written before the snapshot is not known to be flushed on all "
-                        + "replicas; attach the volume, if no engine serves it, and try again")
+                    "\(SharingRefusal.notYetText): what was written before the snapshot is not "
+                        + "known to be flushed on all replicas; attach the volume if no engine "
+                        + "serves it")
             }
             // What is not linked is found to be this copy's own by `claim`.
             core.endSharing(share.layers, linked: linked)
@@ -198,7 +199,7 @@ extension SharingRefusal {
     var text: String {
         switch self {
         case .noSuchLayer: "this replica has no snapshot's layer of that number"
-        case .notInSync: "this replica is not in sync"
+        case .notInSync: "\(Self.notYetText): this replica is not in sync"
         case .tooManyLayers:
             "this replica has too many layers of deleted snapshots that clones still share; delete "
                 + "some of these clones"

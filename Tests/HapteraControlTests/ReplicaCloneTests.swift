@@ -99,29 +99,71 @@ import Testing
         #expect(FileManager.default.fileExists(atPath: directory + "/layers/2"))
     }
 
-    /// It says why, and asks again after a pause.
+    private static func refuse(_ bench: Bench, with words: String) throws -> String {
+        let marker = directory(bench, source) + "/unfrozen"
+        #expect(FileManager.default.createFile(atPath: marker, contents: Data(words.utf8)))
+        return marker
+    }
+
+    /// It says what it waits for, which is no failure, and asks again after a pause.
     @Test func waitsForASourceThatCannotShareYet() async throws {
         let (bench, _) = try await Self.sourceRunning()
-        let marker = Self.directory(bench, Self.source) + "/unfrozen"
-        _ = FileManager.default.createFile(atPath: marker, contents: nil)
+        let text = "\(SharingRefusal.notYetText): this replica is not in sync"
+        let marker = try Self.refuse(bench, with: text)
         Self.want(bench, .clone)
-        let replica = try await Self.until(bench, .failed)
+        let replica = try await Self.until(bench, .unspecified, text)
         #expect(
-            replica.reason.contains("replica \(Self.source) does not share its layers: ")
-                && replica.reason.contains("layer 2 is not frozen yet"))
+            replica.reason
+                == "waits for replica \(Self.source) to share its layers: \(text)")
         #expect(replica.pid == 0 && replica.directory.isEmpty)
         try FileManager.default.removeItem(atPath: marker)
         let seen = bench.now
-        _ = try await Self.until(bench, .running)
-        #expect(bench.now >= seen + RestartBackoff.delayMinimum - 50)
+        #expect(try await Self.until(bench, .running).reason.isEmpty)
+        #expect(bench.now >= seen + ReplicaUnit.shareRetryMilliseconds - 50)
+        #expect(bench.now < seen + RestartBackoff.delayMinimum)
         #expect(try Self.shares(bench).count == 2)
     }
 
+    /// What does not pass by itself is a failure, and tried again all the same.
+    @Test func aRefusalThatLastsIsAFailure() async throws {
+        let (bench, _) = try await Self.sourceRunning()
+        let marker = try Self.refuse(bench, with: "cannot link 1.data: No space left on device")
+        Self.want(bench, .clone)
+        let replica = try await Self.until(bench, .failed)
+        #expect(
+            replica.reason
+                == "replica \(Self.source) does not share its layers: cannot link 1.data: No space "
+                + "left on device")
+        // The one passes into the other, and back.
+        _ = try Self.refuse(bench, with: SharingRefusal.notYetText)
+        _ = try await Self.until(bench, .unspecified, "waits for")
+        _ = try Self.refuse(bench, with: "no space")
+        _ = try await Self.until(bench, .failed, "does not share its layers: no space")
+        try FileManager.default.removeItem(atPath: marker)
+        _ = try await Self.until(bench, .running)
+    }
+
     @Test func waitsForASourceThatIsDown() async throws {
+        let (bench, source) = try await Self.sourceRunning()
+        // Nobody starts it again.
+        bench.desired.replicas.removeAll { $0.replicaID == Self.source }
+        try await bench.step()
+        kill(source.pid, SIGKILL)
+        try await bench.untilGone(source.pid)
+        Self.want(bench, .clone)
+        let replica = try await Self.until(bench, .unspecified, "its process does not run")
+        #expect(replica.pid == 0)
+        bench.want(.run)
+        _ = try await Self.until(bench, .running)
+    }
+
+    /// One that is removed shares nothing any more.
+    @Test func aSourceThatIsGoneIsAFailure() async throws {
         let bench = try Bench()
         Self.want(bench, .clone)
-        let replica = try await Self.until(bench, .failed, "does not share its layers")
-        #expect(replica.pid == 0)
+        let replica = try await Self.until(bench, .failed)
+        #expect(
+            replica.reason == "replica \(Self.source), whose layers it was to share, is gone")
         bench.want(.create)
         _ = try await Self.until(bench, .running)
     }

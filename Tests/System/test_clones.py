@@ -144,6 +144,56 @@ def test_a_clone_is_quick_small_and_independent(context):
         return f"made in {taken:.2f} s, {own // 1024} KiB of its own"
 
 
+def test_clones_of_a_slow_source(context):
+    """The source's replica is stopped for a while, for longer than it is waited for at a time, or
+    dies: the command says what it waits for, and ends with the volume. It gives up when its time is
+    up, and goes on when asked again."""
+    with Plane(context) as plane:
+        volumes, chance = Volumes(plane), random.Random(context.seed)
+        data = chance.randbytes(4 * MIB)
+        volumes.create("vol", "--size", str(SIZE), "--replicas", "1")
+        plane.run("volume", "attach", "vol")
+        volumes.write("vol", data)
+        plane.run("snapshot", "create", "vol", "golden")
+
+        def source():
+            return volumes.show("vol")["replicas"][0]
+
+        def reason(name):
+            shown = volumes.show(name)
+            assert (shown["state"], shown["robustness"]) == ("creating", "healthy"), shown
+            return shown["reason"] or ""
+
+        waits = f"waits for replica {source()['id']} to share its layers"
+        taken = []
+        for number, pause in enumerate((6, 13, 4)):
+            pid, name = source()["pid"], f"c{number}"
+            os.kill(pid, signal.SIGSTOP)
+            begun = time.monotonic()
+            command = plane.start("volume", "create", name, "--from", "vol@golden")
+            try:
+                wait_for(lambda: any(v["name"] == name  # pylint: disable=W0640
+                                     for v in plane.run("volume", "list")), "a start")
+                wait_for(lambda: waits in reason(name), "the reason", 15)  # pylint: disable=W0640
+                if number == 1:
+                    text = plane.run("volume", "create", name, "--from", "vol@golden", "--timeout",
+                                     "1", fails=True)
+                    assert "not done after 1 s" in text and waits in text, text
+                time.sleep(max(0, begun + pause - time.monotonic()))
+            finally:
+                # The last one is started again by its agent.
+                os.kill(pid, signal.SIGKILL if number == 2 else signal.SIGCONT)
+            output, errors = command.communicate(timeout=60)
+            assert command.returncode == 0, (output, errors)
+            taken.append(time.monotonic() - begun)
+            assert taken[-1] > pause - 1, taken
+        for name in ("c0", "c1", "c2"):
+            plane.run("volume", "attach", name)
+            assert volumes.read(name)[:len(data)] == data, name
+            plane.run("volume", "detach", name)
+        return "made in " + ", ".join(f"{seconds:.1f}" for seconds in taken) + " s"
+
+
 def test_removed_replicas_do_not_stay(context):
     """The power fails while a clone's replicas are deleted, and nobody remembers them: their
     agents delete what is left when they start, and the source's layers are its own again."""

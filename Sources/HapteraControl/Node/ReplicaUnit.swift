@@ -36,6 +36,8 @@ package actor ReplicaUnit {
     private var isCreated = false
     private var isRemoved = false
     private var failure = ""
+    /// What a clone's replica waits for: that ends by itself, and is no failure.
+    private var sharing = SharingWait()
     private var creation = RestartBackoff()
     private var shutdownAsked: Int64?
     private var isBusy = false
@@ -44,6 +46,8 @@ package actor ReplicaUnit {
     package static let shutdownMilliseconds: Int64 = 10_000
     /// A replica answers `share` when what it still has to write back is on its disk.
     static let shareTimeoutSeconds = 10
+    /// Until it is asked again.
+    package static let shareRetryMilliseconds: Int64 = 500
 
     package init(_ wanted: Haptera_V1_DesiredReplica, _ context: NodeContext) {
         self.wanted = wanted
@@ -94,7 +98,7 @@ package actor ReplicaUnit {
             failure = isCreated ? "" : "its directory \(directory) is gone"
             return
         }
-        guard creation.mayStart(now: now) else { return }
+        guard creation.mayStart(now: now), now >= sharing.notBefore else { return }
         do {
             try HostFiles.makeDirectory(context.directory + "/replicas")
             if wanted.phase == .clone {
@@ -108,8 +112,14 @@ package actor ReplicaUnit {
             }
             isCreated = true
             failure = ""
+            sharing = SharingWait()
+        } catch let wait as SharingWait {
+            failure = ""
+            sharing = wait
+            sharing.notBefore = now + Self.shareRetryMilliseconds
         } catch {
             failure = "\(error)"
+            sharing = SharingWait()
             creation.ended(now: now)
         }
     }
@@ -137,16 +147,7 @@ package actor ReplicaUnit {
         }
         // The source never makes it: it may come late to a request, when nobody wants it any more.
         try HostFiles.makeDirectory(directory)
-        let control = UnitFiles(run: context.run, prefix: "r", id: source.replicaID).control
-        let shared: [String: String]
-        do {
-            shared = try await context.host.request(
-                control,
-                "share layer=\(source.layer) into=\(wanted.replicaID) epoch=\(epoch.rawValue)",
-                timeoutSeconds: Self.shareTimeoutSeconds)
-        } catch {
-            throw HostError("replica \(source.replicaID) does not share its layers: \(error)")
-        }
+        let shared = try await askToShare(source, epoch)
         guard let layers = shared["layers"], let size = shared["size"],
             let logIndex = shared["logIndex"]
         else {
@@ -157,6 +158,36 @@ package actor ReplicaUnit {
             wanted.replicaID, "--incarnation", wanted.incarnation, "--layers", layers, "--size",
             size, "--log-index", logIndex,
         ])
+    }
+
+    /// Throws `SharingWait` if the same may be granted later: its source does not run, or does not
+    /// answer, or says so.
+    private func askToShare(
+        _ source: Haptera_V1_CloneSource, _ epoch: Epoch
+    ) async throws -> [String: String] {
+        let words = "replica \(source.replicaID) to share its layers"
+        // It may take until it is answered, or is not.
+        if sharing.reason.isEmpty { sharing.reason = "waits for \(words)" }
+        guard context.host.directoryExists("\(context.directory)/replicas/\(source.replicaID)")
+        else {
+            throw HostError("replica \(source.replicaID), whose layers it was to share, is gone")
+        }
+        let control = UnitFiles(run: context.run, prefix: "r", id: source.replicaID).control
+        do {
+            return try await context.host.request(
+                control,
+                "share layer=\(source.layer) into=\(wanted.replicaID) epoch=\(epoch.rawValue)",
+                timeoutSeconds: Self.shareTimeoutSeconds)
+        } catch let error as ControlSocket.NoAnswer {
+            throw SharingWait(reason: "waits for \(words): \(error)")
+        } catch let error as ControlSocket.NotReached {
+            throw SharingWait(reason: "waits for \(words): its process does not run (\(error))")
+        } catch let error as HostError where error.description.hasPrefix(SharingRefusal.notYetText)
+        {
+            throw SharingWait(reason: "waits for \(words): \(error)")
+        } catch {
+            throw HostError("replica \(source.replicaID) does not share its layers: \(error)")
+        }
     }
 
     private func start(now: Int64) {
@@ -182,6 +213,7 @@ package actor ReplicaUnit {
 
     private func remove(now: Int64) async {
         guard !isRemoved else { return }
+        sharing = SharingWait()
         if let process = supervision.process {
             if let shutdownAsked, now - shutdownAsked > Self.shutdownMilliseconds {
                 context.host.kill(process)
@@ -237,7 +269,8 @@ package actor ReplicaUnit {
         if let shared = number("sharedBytes") { report.sharedBytes = shared }
         if let reclaimable = number("reclaimableBytes") { report.reclaimableBytes = reclaimable }
         if let stuck = number("stuckBytes") { report.stuckBytes = stuck }
-        report.reason = failure.isEmpty ? supervision.reason : failure
+        report.reason =
+            [failure, sharing.reason, supervision.reason].first { !$0.isEmpty } ?? ""
         report.state =
             if isRemoved {
                 .removed
@@ -252,4 +285,10 @@ package actor ReplicaUnit {
             }
         return report
     }
+}
+
+/// Why a clone's replica is not made yet, and when its source is asked again.
+private struct SharingWait: Error {
+    var reason = ""
+    var notBefore: Int64 = .min
 }

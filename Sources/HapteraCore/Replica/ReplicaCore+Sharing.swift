@@ -27,6 +27,10 @@ package enum SharingRefusal: Error, Equatable, Sendable {
     case epochTooLow
     /// Those that are deleted stay while clones have them: the manifest must hold them all.
     case tooManyLayers
+
+    /// In the text of a replica's refusal if, and only if, the same request may be granted later
+    /// without anybody's doing.
+    package static let notYetText = "not yet"
 }
 
 extension ReplicaCore {
