@@ -61,7 +61,10 @@ extension MetadataStore {
                 }
                 swaps.answer(results)
             } catch {
-                for swap in swaps.takeUnanswered() { await decideAlone(swap) }
+                let taken = swaps.giveUp()
+                if taken.isEmpty { swaps.fail(error) }
+                if taken.count == 1 { taken[0].continuation.resume(throwing: error) }
+                if taken.count > 1 { for swap in taken { await decideAlone(swap) } }
             }
         } while !swaps.isDone()
     }

@@ -48,18 +48,25 @@ final class SwapQueue: Sendable {
         }
     }
 
-    /// Those taken and not answered; if none were taken, because no transaction began, all.
-    func takeUnanswered() -> [WaitingSwap] {
+    /// Those taken, which are to be answered otherwise.
+    func giveUp() -> [WaitingSwap] {
         state.withLock { state in
-            if state.deciding.isEmpty { swap(&state.deciding, &state.waiting) }
             defer { state.deciding = [] }
             return state.deciding
         }
     }
+    /// No transaction began: nobody's would.
+    func fail(_ error: any Error) {
+        let failed = state.withLock { state in
+            defer { state.waiting = [] }
+            return state.waiting
+        }
+        for swap in failed { swap.continuation.resume(throwing: error) }
+    }
 
     /// Of those taken, in their order, when they are durable.
     func answer(_ results: [SwapResult]) {
-        let decided = takeUnanswered()
+        let decided = giveUp()
         precondition(decided.count == results.count)
         for (swap, result) in zip(decided, results) { swap.continuation.resume(returning: result) }
     }
