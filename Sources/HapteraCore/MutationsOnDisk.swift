@@ -21,7 +21,7 @@ extension MutationSet {
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
     /// Sizes: leave what was counted as it is when blocks change.
-    package static let spaceNotRecounted = MutationSet(rawValue: 1 << 67)
+    package static let spaceNotRecounted = MutationSet(rawValue: 1 << 68)
 
     /// Clones: answer for a layer without what is stuck under it.
     package static let foldIgnored = MutationSet(rawValue: 1 << 64)
