@@ -12,6 +12,8 @@ struct EngineOptions {
     var controlPath: String?
     var clientGeneration: UInt64
     var isReadOnly: Bool
+    /// Without clients: for what is done to a volume that is not attached.
+    var isMaintenance: Bool
     var removalDeadlineMilliseconds: UInt64
     var leaseMilliseconds: UInt32
     var renewMilliseconds: UInt64
@@ -26,6 +28,7 @@ struct EngineOptions {
         usage: haptera-engine --volume NAME --volume-id HEX32 --store HOST:PORT...
                    --replica HEX16=HOST:PORT... --client-generation N
                    [--nbd HOST:PORT] [--nbd-unix PATH] [--control PATH] [--read-only]
+                   [--maintenance]
                    [--lease MILLISECONDS] [--renew MILLISECONDS]
                    [--removal-deadline MILLISECONDS] [--io-timeout MILLISECONDS]
                    [--detect-zeroes on|off] [--min-in-sync N]
@@ -34,6 +37,7 @@ struct EngineOptions {
           --store               the record service; may be repeated, tried in turn
           --replica             a replica and where it listens; repeated, 1 to 8 times
           --client-generation   raised by the controller for every new attachment
+          --maintenance         listens for no client: only its control socket is used
           --lease               how long an answer of a replica lets the engine serve (500)
           --renew               a replica asked nothing for so long is asked for a sign of
                                 life (150); less than the lease
@@ -54,7 +58,7 @@ struct EngineOptions {
                 "volume", "volume-id", "store", "replica", "nbd", "nbd-unix", "control",
                 "client-generation", "lease", "renew", "removal-deadline", "io-timeout",
                 "detect-zeroes", "min-in-sync", "ended-instance",
-            ], flags: ["read-only"])
+            ], flags: ["read-only", "maintenance"])
         guard arguments.positional.isEmpty else {
             throw UsageError("'\(arguments.positional[0])' is not an option")
         }
@@ -67,8 +71,12 @@ struct EngineOptions {
         }
         nbd = try arguments.parse("nbd", "HOST:PORT") { SocketAddress(tcp: $0) }
         nbdUnixPath = try arguments.value("nbd-unix")
-        guard nbd != nil || nbdUnixPath != nil else {
-            throw UsageError("--nbd or --nbd-unix is needed")
+        isMaintenance = arguments.has("maintenance")
+        guard isMaintenance != (nbd != nil || nbdUnixPath != nil) else {
+            throw UsageError(
+                isMaintenance
+                    ? "--maintenance lets no client in: it goes with neither --nbd nor --nbd-unix"
+                    : "--nbd or --nbd-unix is needed")
         }
         controlPath = try arguments.value("control")
         isReadOnly = arguments.has("read-only")

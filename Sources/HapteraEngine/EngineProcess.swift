@@ -46,7 +46,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             control = try ControlServer(reactor: reactor, path: path, handler: self)
         }
         shell.onServing = { [unowned self] isServing in
-            if isServing, server == nil { listen() }
+            if isServing, server == nil, !options.isMaintenance { listen() }
         }
         shell.onStopped = { [unowned self] reason in stopped(reason) }
         Log.info(
