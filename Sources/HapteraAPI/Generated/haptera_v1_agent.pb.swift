@@ -247,6 +247,10 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
     case unspecified // = 0
     case attach // = 1
     case detach // = 2
+
+    /// As PHASE_ATTACH, but no client can connect. A phase of its own: an agent that does not know
+    /// it starts nothing, where an engine that lets clients in could be met by one.
+    case maintain // = 3
     case UNRECOGNIZED(Int)
 
     package init() {
@@ -258,6 +262,7 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
       case 0: self = .unspecified
       case 1: self = .attach
       case 2: self = .detach
+      case 3: self = .maintain
       default: self = .UNRECOGNIZED(rawValue)
       }
     }
@@ -267,6 +272,7 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
       case .unspecified: return 0
       case .attach: return 1
       case .detach: return 2
+      case .maintain: return 3
       case .UNRECOGNIZED(let i): return i
       }
     }
@@ -276,6 +282,7 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
       .unspecified,
       .attach,
       .detach,
+      .maintain,
     ]
 
   }
@@ -1083,6 +1090,9 @@ package nonisolated struct Haptera_V1_RunningEngine: Sendable {
 
   package var pid: Int32 = 0
 
+  /// It lets no client in (PHASE_MAINTAIN).
+  package var maintenance: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -1466,7 +1476,7 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
 }
 
 nonisolated extension Haptera_V1_DesiredEngine.Phase: SwiftProtobuf._ProtoNameProviding {
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0PHASE_UNSPECIFIED\0\u{1}PHASE_ATTACH\0\u{1}PHASE_DETACH\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0PHASE_UNSPECIFIED\0\u{1}PHASE_ATTACH\0\u{1}PHASE_DETACH\0\u{1}PHASE_MAINTAIN\0")
 }
 
 nonisolated extension Haptera_V1_ReplicaEndpoint: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
@@ -2743,7 +2753,7 @@ nonisolated extension Haptera_V1_InspectedReplica: SwiftProtobuf.Message, SwiftP
 
 nonisolated extension Haptera_V1_RunningEngine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".RunningEngine"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}pid\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}pid\0\u{1}maintenance\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2754,6 +2764,7 @@ nonisolated extension Haptera_V1_RunningEngine: SwiftProtobuf.Message, SwiftProt
       case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
       case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
       case 3: try { try decoder.decodeSingularInt32Field(value: &self.pid) }()
+      case 4: try { try decoder.decodeSingularBoolField(value: &self.maintenance) }()
       default: break
       }
     }
@@ -2769,6 +2780,9 @@ nonisolated extension Haptera_V1_RunningEngine: SwiftProtobuf.Message, SwiftProt
     if self.pid != 0 {
       try visitor.visitSingularInt32Field(value: self.pid, fieldNumber: 3)
     }
+    if self.maintenance != false {
+      try visitor.visitSingularBoolField(value: self.maintenance, fieldNumber: 4)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2776,6 +2790,7 @@ nonisolated extension Haptera_V1_RunningEngine: SwiftProtobuf.Message, SwiftProt
     if lhs.volumeID != rhs.volumeID {return false}
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.pid != rhs.pid {return false}
+    if lhs.maintenance != rhs.maintenance {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -22,6 +22,10 @@ package actor EngineUnit {
 
     /// An engine answers `detach` when it has flushed.
     static let detachTimeoutSeconds = 60
+    static let maintenanceTimeoutSeconds = 5
+    /// Longer than an engine takes that leaves as it is.
+    static let hangingMilliseconds: Int64 = 15_000
+    private var askedToLeave: Int64?
 
     package init(
         _ wanted: Haptera_V1_DesiredEngine, recordService: String, _ context: NodeContext
@@ -56,7 +60,7 @@ package actor EngineUnit {
         supervision.observe(context.host, now: now)
         do {
             switch wanted.phase {
-            case .attach: try await serve(now: now)
+            case .attach, .maintain: try await serve(now: now)
             case .detach: try await detach(now: now)
             case .unspecified, .UNRECOGNIZED: return
             }
@@ -66,6 +70,10 @@ package actor EngineUnit {
         }
     }
 
+    static let maintenanceFlag = "--maintenance"
+    /// No client is let in.
+    private var isMaintenance: Bool { wanted.phase == .maintain }
+
     private var isOfThisAttachment: Bool {
         settings.clientGeneration == wanted.clientGeneration
     }
@@ -74,11 +82,15 @@ package actor EngineUnit {
         if !isOfThisAttachment {
             // An engine of an earlier attachment must be gone before this one's is started.
             guard !supervision.isRunning else { return try await leave(now: now) }
-            // The address stays as long as the attachment, which a reboot does not end.
-            let isContinued = settings.port != 0 && !settings.isDetached
-            if !isContinued || !context.host.isPortFree(settings.port, at: context.address) {
-                settings.port = try context.host.findPort(at: context.address, in: context.ports)
+            // As `forget`, which an attachment that follows at once does not leave the time for. A
+            // kernel may keep the sockets of a process for long that has ended.
+            if settings.isDetached {
+                supervision.files.removeSockets()
+                supervision.beginAnew()
             }
+            settings.port = isMaintenance ? 0 : try port
+            settings.isMaintenance = isMaintenance
+            askedToLeave = nil
             settings.clientGeneration = wanted.clientGeneration
             settings.isDetached = false
             try supervision.files.save(settings)
@@ -98,6 +110,17 @@ package actor EngineUnit {
         try await tellLimits()
         try await tellDecision()
         try await tellScrub()
+    }
+
+    /// For clients. The address stays as long as the attachment, which a reboot does not end.
+    private var port: Int {
+        get throws {
+            let isContinued = settings.port != 0 && !settings.isDetached
+            if isContinued, context.host.isPortFree(settings.port, at: context.address) {
+                return settings.port
+            }
+            return try context.host.findPort(at: context.address, in: context.ports)
+        }
     }
 
     /// So that the next engine can be told that this one has ended, if it has.
@@ -134,10 +157,17 @@ package actor EngineUnit {
         guard supervision.backoff.mayStart(now: now) else { return }
         var arguments = [
             "--volume", wanted.volume, "--volume-id", wanted.volumeID, "--store", recordService,
-            "--nbd", Names.endpoint(host: context.address, port: settings.port), "--nbd-unix",
-            supervision.files.nbdSocket, "--control", supervision.files.control,
+            "--control", supervision.files.control,
             "--client-generation", "\(wanted.clientGeneration)",
         ]
+        if isMaintenance {
+            arguments.append(Self.maintenanceFlag)
+        } else {
+            arguments += [
+                "--nbd", Names.endpoint(host: context.address, port: settings.port),
+                "--nbd-unix", supervision.files.nbdSocket,
+            ]
+        }
         let replicas = wanted.replicas.filter { !$0.address.isEmpty }
         for replica in replicas {
             arguments += ["--replica", "\(replica.replicaID)=\(replica.address)"]
@@ -287,7 +317,8 @@ package actor EngineUnit {
     /// did not ask for this.
     private func requireServing(_ clientGeneration: UInt64) throws {
         guard supervision.isRunning, isOfThisAttachment, !settings.isDetached,
-            wanted.phase == .attach, settings.clientGeneration == clientGeneration
+            wanted.phase == .attach || isMaintenance,
+            settings.clientGeneration == clientGeneration
         else { throw HostError("no engine serves the volume") }
     }
     /// A name becomes a word of a line.
@@ -310,10 +341,26 @@ package actor EngineUnit {
     }
 
     /// Asks the engine to leave in order; the next rounds see it gone. Never killed: it may hold
-    /// acknowledged writes that wait for a flush.
+    /// acknowledged writes that wait for a flush. But one that lets no client in holds none, and
+    /// must not keep anybody from attaching because it hangs.
     private func leave(now: Int64) async throws {
-        _ = try await context.host.request(
-            supervision.files.control, "detach", timeoutSeconds: Self.detachTimeoutSeconds)
+        guard settings.isMaintenance == true else {
+            _ = try await context.host.request(
+                supervision.files.control, "detach", timeoutSeconds: Self.detachTimeoutSeconds)
+            return
+        }
+        let since = askedToLeave ?? now
+        askedToLeave = since
+        do {
+            _ = try await context.host.request(
+                supervision.files.control, "detach",
+                timeoutSeconds: Self.maintenanceTimeoutSeconds)
+        } catch {
+            if now - since >= Self.hangingMilliseconds, let process = supervision.process {
+                context.host.kill(process)
+            }
+            throw error
+        }
     }
 
     var process: ProcessIdentity? { supervision.process }

@@ -143,6 +143,7 @@ extension NodeAgent {
                 engine.clientGeneration =
                     file.value(of: "--client-generation").flatMap { UInt64($0) } ?? 0
                 engine.pid = file.identity.pid
+                engine.maintenance = file.arguments.contains(EngineUnit.maintenanceFlag)
                 return engine
             }
     }

@@ -45,6 +45,8 @@ package struct UnitSettings: Codable, Equatable, Sendable {
     package var port = 0
     package var clientGeneration: UInt64 = 0
     package var isDetached = false
+    /// It lets no client in.
+    package var isMaintenance: Bool?
     /// The engine that answered last: what the next one may be told about it.
     package var engine: KnownEngine?
     /// What the running engine was started with, or told since.
@@ -95,9 +97,12 @@ package struct UnitFiles: Sendable {
         try HostFiles.replace(settings, with: try JSONEncoder().encode(value))
     }
     func removeAllButLog() {
-        for path in [control, process, settings, nbdSocket] {
-            try? FileManager.default.removeItem(atPath: path)
-        }
+        removeSockets()
+        for path in [process, settings] { try? FileManager.default.removeItem(atPath: path) }
+    }
+    /// Of a process that has ended.
+    func removeSockets() {
+        for path in [control, nbdSocket] { try? FileManager.default.removeItem(atPath: path) }
     }
 }
 
@@ -105,6 +110,7 @@ package struct UnitFiles: Sendable {
 /// the back-off. Says nothing about why it should run: that is the unit's.
 package struct Supervision: Sendable {
     package let files: UnitFiles
+    private let isEager: Bool
     package private(set) var process: ProcessIdentity?
     package private(set) var backoff: RestartBackoff
     /// The last answer to `status`; empty if there was none since the process started.
@@ -118,6 +124,7 @@ package struct Supervision: Sendable {
 
     package init(files: UnitFiles, isEager: Bool = false) {
         self.files = files
+        self.isEager = isEager
         backoff = RestartBackoff(isEager: isEager)
     }
 
@@ -143,6 +150,15 @@ package struct Supervision: Sendable {
     }
 
     package var mustAdopt: Bool { !hasLooked }
+
+    /// What runs next has nothing to do with what ran before: that is not started again, and holds
+    /// nothing up. Precondition: it does not run.
+    package mutating func beginAnew() {
+        precondition(process == nil)
+        backoff = RestartBackoff(isEager: isEager)
+        reason = ""
+        lastEnding = ""
+    }
 
     /// Notices that the process has ended.
     package mutating func observe(_ host: some ProcessHost, now: Int64) {

@@ -4,8 +4,13 @@ import os, socket
 
 def options(words):
     values = {}
-    for name, value in zip(words[::2], words[1::2]):
-        name = name.removeprefix("--")
+    words = list(words)
+    while words:
+        name = words.pop(0).removeprefix("--")
+        if not words or words[0].startswith("--"):
+            values[name] = True
+            continue
+        value = words.pop(0)
         if name == "replica":
             values.setdefault(name, []).append(value)
         else:
