@@ -6,9 +6,9 @@ import HapteraHost
 extension VolumeCommand {
     package struct Resize: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Let an attached volume grow; the same size again changes nothing.",
+            abstract: "Let a volume grow; the same size again changes nothing.",
             discussion: """
-                It goes on being served. Clients that connect afterwards see the new size; a \
+                An attached one goes on being served. Clients that connect afterwards see the new size; a \
                 kernel that is attached has to be told: see docs/operations.md. Snapshots keep \
                 the size they were taken at.
                 """)

@@ -6,7 +6,7 @@ import HapteraAPI
 extension SnapshotCommand {
     package struct Revert: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Bring an attached volume back to a snapshot; what it holds now is kept.",
+            abstract: "Bring a volume back to a snapshot; what it holds now is kept.",
             discussion: """
                 Nothing is copied, and every snapshot stays. What the volume held becomes a \
                 snapshot itself: revert to that to undo it, delete it to have the space back. The \

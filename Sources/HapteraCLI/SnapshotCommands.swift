@@ -37,11 +37,11 @@ package struct SnapshotArgument: Equatable, Sendable {
 extension SnapshotCommand {
     package struct Create: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Take a snapshot of an attached volume; the same name again changes nothing.",
+            abstract: "Take a snapshot of a volume; the same name again changes nothing.",
             discussion: """
                 It holds everything that was answered before the command began, as a disk does \
                 after a power cut: flush file systems and databases first if that is not enough. \
-                It returns when every in-sync replica has it.
+                It returns when every in-sync replica has it. A volume that is not attached stays so.
                 """)
 
         @Argument(help: "The volume's name; with --group the snapshot's.")
@@ -174,7 +174,7 @@ extension SnapshotCommand {
 
     package struct Delete: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "Delete a snapshot of an attached volume; the volume stays as it is.",
+            abstract: "Delete a snapshot of a volume; the volume stays as it is.",
             discussion: """
                 It returns at once; the space comes back in the background, on every replica. It \
                 is refused while a client reads the snapshot, or what has changed since.

@@ -1,6 +1,7 @@
 import HapteraAPI
 import HapteraCore
 import Logging
+import Synchronization
 import Testing
 
 @testable import HapteraControl
@@ -32,13 +33,22 @@ extension SnapshotTests.World {
 @Suite struct CloneControllerTests {
     typealias World = SnapshotTests.World
 
+    /// Its engine may not have had it flushed on every replica when it ended.
+    @Test func theSourceIsMadeSureOf() async throws {
+        let world = try await World(attached: false)
+        try await world.add("s", created: 5)
+        world.live()
+        #expect(try await world.clone("new").originSnapshot == "s")
+        #expect(world.asked.withLock { $0.map(\.name) } == ["s"])
+        try await world.untilDetached()
+        #expect(try await world.record.isClean)
+    }
+
     @Test(arguments: [true, false])
     func nodesAreToldOfTheSourceUntilItIsMade(isAttached: Bool) async throws {
         let world = try await World(attached: isAttached)
         try await world.add("s", created: 5)
         if !isAttached {
-            // Its engine may not have had it flushed on every replica when it ended.
-            await #expect(throws: ControlError.self) { try await world.clone("new") }
             #expect(try await world.swap(.detach) { $0.isClean = true } == .swapped)
         }
         let volume = try await world.clone("new")

@@ -114,8 +114,6 @@ extension SnapshotTests.World {
         #expect(try await world.groupRefusal(".g").code == .invalid)
         let taken = try await world.groupRefusal("mine")
         #expect(taken.code == .precondition && taken.message.contains("not of this group"))
-        _ = try await world.controller.detach("vol")
-        #expect(try await world.groupRefusal("g").code == .precondition)
         #expect(world.takeSteps().isEmpty)
         #expect(try await world.test.store.groups().isEmpty)
     }

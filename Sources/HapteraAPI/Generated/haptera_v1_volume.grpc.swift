@@ -471,7 +471,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > volume is attached to another node than the one named. While a detached volume is being worked
+        /// > on, it is noted, and follows by itself.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_AttachVolumeRequest` messages.
@@ -507,7 +508,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+        /// > is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_DeleteVolumeRequest` messages.
@@ -670,8 +672,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+        /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+        /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
         /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
         ///
         /// - Parameters:
@@ -722,9 +725,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > Deletes a snapshot; the volume does not name it any more when this
         /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
         /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
         ///
         /// - Parameters:
@@ -780,8 +783,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > Lets a volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
         /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
         /// > have grown, or still grow; asking again is harmless.
         ///
@@ -934,7 +937,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > volume is attached to another node than the one named. While a detached volume is being worked
+        /// > on, it is noted, and follows by itself.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -970,7 +974,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+        /// > is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1133,8 +1138,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+        /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+        /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
         /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
         ///
         /// - Parameters:
@@ -1185,9 +1191,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > Deletes a snapshot; the volume does not name it any more when this
         /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
         /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
         ///
         /// - Parameters:
@@ -1243,8 +1249,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > Lets a volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
         /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
         /// > have grown, or still grow; asking again is harmless.
         ///
@@ -1396,7 +1402,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > volume is attached to another node than the one named. While a detached volume is being worked
+        /// > on, it is noted, and follows by itself.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_AttachVolumeRequest` message.
@@ -1432,7 +1439,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+        /// > is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_DeleteVolumeRequest` message.
@@ -1595,8 +1603,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+        /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+        /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
         /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
         ///
         /// - Parameters:
@@ -1647,9 +1656,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > Deletes a snapshot; the volume does not name it any more when this
         /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
         /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
         ///
         /// - Parameters:
@@ -1705,8 +1714,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > Lets a volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
         /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
         /// > have grown, or still grow; asking again is harmless.
         ///
@@ -2775,7 +2784,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > volume is attached to another node than the one named. While a detached volume is being worked
+        /// > on, it is noted, and follows by itself.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -2821,7 +2831,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+        /// > is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -3029,8 +3040,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+        /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+        /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
         /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
         ///
         /// - Parameters:
@@ -3096,9 +3108,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > Deletes a snapshot; the volume does not name it any more when this
         /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
         /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
         ///
         /// - Parameters:
@@ -3169,8 +3181,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > Lets a volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
         /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
         /// > have grown, or still grow; asking again is harmless.
         ///
@@ -3413,7 +3425,8 @@ extension Haptera_V1_VolumeService {
         /// > Source IDL Documentation:
         /// >
         /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-        /// > volume is attached to another node than the one named.
+        /// > volume is attached to another node than the one named. While a detached volume is being worked
+        /// > on, it is noted, and follows by itself.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -3481,7 +3494,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+        /// > is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -3788,8 +3802,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-        /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+        /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+        /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+        /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
         /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
         ///
         /// - Parameters:
@@ -3888,9 +3903,9 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+        /// > Deletes a snapshot; the volume does not name it any more when this
         /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-        /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+        /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
         /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
         ///
         /// - Parameters:
@@ -3994,8 +4009,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+        /// > Lets a volume grow; every member has the new size when this answers. One that is as
+        /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
         /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
         /// > have grown, or still grow; asking again is harmless.
         ///
@@ -4250,7 +4265,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     /// > Source IDL Documentation:
     /// >
     /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-    /// > volume is attached to another node than the one named.
+    /// > volume is attached to another node than the one named. While a detached volume is being worked
+    /// > on, it is noted, and follows by itself.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_AttachVolumeRequest` message.
@@ -4308,7 +4324,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+    /// > is just being done to it comes to its end first.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -4570,8 +4587,9 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-    /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+    /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+    /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+    /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
     /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
     ///
     /// - Parameters:
@@ -4655,9 +4673,9 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+    /// > Deletes a snapshot; the volume does not name it any more when this
     /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-    /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+    /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
     /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
     ///
     /// - Parameters:
@@ -4746,8 +4764,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-    /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+    /// > Lets a volume grow; every member has the new size when this answers. One that is as
+    /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
     /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
     /// > have grown, or still grow; asking again is harmless.
     ///
@@ -4997,7 +5015,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     /// > Source IDL Documentation:
     /// >
     /// > Asks for an engine; done when the state is ATTACHED. Idempotent; FAILED_PRECONDITION if the
-    /// > volume is attached to another node than the one named.
+    /// > volume is attached to another node than the one named. While a detached volume is being worked
+    /// > on, it is noted, and follows by itself.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -5063,7 +5082,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
+    /// > is just being done to it comes to its end first.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -5361,8 +5381,9 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Takes a snapshot of an attached volume; every member has it on its disk when this answers.
-    /// > Idempotent by name: for one that exists it makes sure of that. FAILED_PRECONDITION if no engine serves the volume or it
+    /// > Takes a snapshot; every member has it on its disk when this answers. A detached volume has an
+    /// > engine for so long, which no client can connect to, here and below. Idempotent by name: for one
+    /// > that exists it makes sure of that. FAILED_PRECONDITION if no engine can serve the volume or it
     /// > holds as many as it can. DEADLINE_EXCEEDED: it may have been taken, or still be.
     ///
     /// - Parameters:
@@ -5458,9 +5479,9 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Deletes a snapshot of an attached volume; the volume does not name it any more when this
+    /// > Deletes a snapshot; the volume does not name it any more when this
     /// > answers, and its space comes back later, on every replica. NOT_FOUND if the volume names no
-    /// > such snapshot. FAILED_PRECONDITION if no engine serves the volume or a client reads the
+    /// > such snapshot. FAILED_PRECONDITION if no engine can serve the volume or a client reads the
     /// > snapshot. DEADLINE_EXCEEDED: it may have been deleted, or still be; asking again is harmless.
     ///
     /// - Parameters:
@@ -5561,8 +5582,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Lets an attached volume grow; every member has the new size when this answers. One that is as
-    /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine serves
+    /// > Lets a volume grow; every member has the new size when this answers. One that is as
+    /// > large already is returned as it is. FAILED_PRECONDITION if it is larger, if no engine can serve
     /// > it, or if a replica cannot be that large: then it keeps its size. DEADLINE_EXCEEDED: it may
     /// > have grown, or still grow; asking again is harmless.
     ///

@@ -25,6 +25,7 @@ package actor Controller {
     var groupsUnderWay: Set<String> = []
     /// When those that came to nothing are looked at again.
     var groupsRetryAt: Int64 = 0
+    var maintenances = Maintenances()
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
     private let startedMilliseconds: Int64
 
@@ -175,7 +176,8 @@ package actor Controller {
         wanted.volumeID = volume.id
         wanted.volume = volume.name
         wanted.clientGeneration = UInt64(volume.clientGeneration)
-        wanted.phase = volume.isDetaching ? .detach : .attach
+        wanted.phase =
+            volume.isDetaching ? .detach : volume.isMaintained ? .maintain : .attach
         wanted.minInSync = UInt32(volume.minInSync)
         wanted.ioTimeoutMilliseconds = UInt64(volume.ioTimeoutMilliseconds)
         wanted.leaseMilliseconds = UInt64(volume.leaseMilliseconds)
@@ -255,6 +257,11 @@ package actor Controller {
         view(try await store.volume(named: name))
     }
 
+    /// Why the volume is not healthy, for errors; empty if it is.
+    func trouble(_ stored: StoredVolume) -> String {
+        VolumeView(stored, nodes: observedNodes, problem: problems[stored.volume.name]).trouble
+    }
+
     func view(_ stored: StoredVolume) -> Haptera_V1_Volume {
         VolumeView(stored, nodes: observedNodes, problem: problems[stored.volume.name]).message
     }
@@ -312,9 +319,12 @@ package actor Controller {
     package func detach(
         _ name: String, isForced: Bool = false
     ) async throws -> Haptera_V1_Volume {
-        guard isForced else { return try changed(await store.detachVolume(name)) }
-        let node = try await store.volume(named: name).volume.attachedNode ?? ""
-        let isReady = observedNodes[node]?.isReady ?? false
+        let volume = try await store.volume(named: name).volume
+        let isReady = observedNodes[volume.attachedNode ?? ""]?.isReady ?? false
+        // In a maintenance it is detached already, and that ends by itself.
+        guard isForced, !volume.isMaintained || !isReady else {
+            return try changed(await store.detachVolume(name))
+        }
         return try changed(await store.abandonAttachment(name, isNodeReady: isReady))
     }
     package func update(
@@ -350,11 +360,6 @@ package actor Controller {
         }
         return try changed(await store.acceptLoss(name, instance: instance, question: now.reason))
     }
-    package func delete(_ name: String) async throws {
-        _ = try await store.deleteVolume(name)
-        changes.notify()
-    }
-
     func changed(_ stored: StoredVolume) -> Haptera_V1_Volume {
         logger.info("volume changed", metadata: ["volume": "\(stored.volume.name)"])
         changes.notify()

@@ -54,6 +54,10 @@ package struct ControllerProcess: Sendable {
                             try await controller.upkeep()
                         }),
                     .init(
+                        service: PeriodicLoop(name: "ending maintenance", logger: logger) {
+                            try await controller.tendMaintenances()
+                        }),
+                    .init(
                         service: PeriodicLoop(name: "schedules", logger: logger) {
                             try await controller.runSchedules()
                         }),

@@ -19,6 +19,8 @@ extension Controller {
     /// An engine that was asked for a snapshot may still take it so long afterwards.
     static let groupSettledMilliseconds: Int64 = 60_000
     static let groupRetryMilliseconds: Int64 = 15_000
+    /// For each of its snapshots: it is tried again.
+    static let groupUndoMilliseconds: UInt64 = 15_000
 
     private struct Member: Sendable {
         let stored: StoredVolume
@@ -42,20 +44,64 @@ extension Controller {
                 .invalid, "a group has 1 to \(Self.groupVolumesMax) volumes, each named once")
         }
         guard try await !isGroup(request) else { return try await finish(request) }
-        let members = try await knowingNodes {
-            var members: [Member] = []
-            for volume in volumes {
-                let stored = try await store.volume(named: volume)
-                guard let node = try nodeThatTakes(request.name, of: stored) else { continue }
-                members.append(Member(stored: stored, node: node))
+        let uses = try await enter(request)
+        do {
+            let snapshots = try await take(request, uses)
+            for use in uses { await leave(use) }
+            return snapshots
+        } catch {
+            for use in uses { await leave(use) }
+            throw error
+        }
+    }
+
+    /// An engine of each volume: of those that are not attached, one for so long.
+    private func enter(
+        _ request: Haptera_V1_CreateGroupSnapshotRequest
+    ) async throws -> [EngineUse] {
+        let deadline =
+            ContinuousClock.now + .milliseconds(Self.timeout(request.timeoutMilliseconds))
+        return try await withThrowingTaskGroup(of: EngineUse.self) { group in
+            for volume in request.volumes {
+                group.addTask {
+                    try await self.enter(volume, takingGroup: request.name, by: deadline)
+                }
             }
-            return members
+            var uses: [EngineUse] = []
+            var failure: (any Error)?
+            while let result = await group.nextResult() {
+                switch result {
+                case .success(let use): uses.append(use)
+                case .failure(let error):
+                    failure = failure ?? error
+                    group.cancelAll()
+                }
+            }
+            guard let failure else { return uses }
+            for use in uses { await leave(use) }
+            throw failure
+        }
+    }
+
+    private func enter(
+        _ volume: String, takingGroup name: String, by deadline: ContinuousClock.Instant
+    ) async throws -> EngineUse {
+        try await enter(
+            volume, for: "a snapshot of a group is being taken", by: deadline,
+            isNeeded: { try isToBeTaken(name, of: $0) })
+    }
+
+    private func take(
+        _ request: Haptera_V1_CreateGroupSnapshotRequest, _ uses: [EngineUse]
+    ) async throws -> [Haptera_V1_Snapshot] {
+        let members = uses.compactMap { use in
+            use.node.map { Member(stored: use.stored, node: $0) }
         }
         for member in members { try await tasks.requireConnected(member.node) }
         let token = UInt64.random(in: 1...UInt64(Int64.max))
         let group = GroupRow(
             id: hexadecimal(token), snapshot: request.name,
-            volumes: volumes.joined(separator: ","), timeMilliseconds: store.clock())
+            volumes: request.volumes.joined(separator: ","), timeMilliseconds: store.clock())
         try await store.beginGroup(group)
         groupsUnderWay.insert(group.id)
         defer { groupsUnderWay.remove(group.id) }
@@ -206,6 +252,7 @@ extension Controller {
                 var request = Haptera_V1_DeleteSnapshotRequest()
                 request.volume = volume
                 request.name = group.snapshot
+                request.timeoutMilliseconds = Self.groupUndoMilliseconds
                 try await deleteSnapshot(request)
             } catch let error as ControlError where error.code == .notFound {
                 continue

@@ -10,8 +10,14 @@ struct NodeScan: Sendable {
     }
     /// By replica id.
     var replicas: [String: Found] = [:]
-    /// By volume id, the engines that run, with their nodes.
-    var engines: [String: (node: String, generation: UInt64)] = [:]
+    struct Engine: Equatable, Sendable {
+        var node: String
+        var generation: UInt64
+        /// It lets no client in.
+        var isMaintenance = false
+    }
+    /// By volume id, the engines that run.
+    var engines: [String: Engine] = [:]
     var problems: [String] = []
 
     mutating func add(_ found: Found) {
@@ -173,7 +179,9 @@ extension Controller {
                 // Without ids: only their names, and the engines.
                 let answer = try await tasks.ask(node) { $0.inspect.replicaIds = [] }
                 for engine in answer.engines {
-                    scan.engines[engine.volumeID] = (node, engine.clientGeneration)
+                    scan.engines[engine.volumeID] = .init(
+                        node: node, generation: engine.clientGeneration,
+                        isMaintenance: engine.maintenance)
                 }
                 let directories = Dictionary(
                     answer.replicas.map { ($0.replicaID, $0.directory) }

@@ -22,7 +22,10 @@ struct RecordWords {
         var parts: [String] = []
         switch record.change {
         case .creation: parts.append("created with \(replicas(record.inSync))")
-        case .takeover, .reinstatement: parts.append("engine at \(record.engineEndpoint) took over")
+        case .takeover, .reinstatement:
+            let endpoint = record.engineEndpoint
+            let place = endpoint.isEmpty ? "without clients" : "at \(endpoint)"
+            parts.append("engine \(place) took over")
         case .detach: parts.append(record.isClean ? "detached, clean" : "detached")
         case .salvage:
             parts.append(salvage(record))

@@ -12,11 +12,30 @@ extension Controller {
             throw ControlError(
                 .invalid, "a volume's size is \(VolumeSize.rule), not \(request.sizeBytes)")
         }
-        let (stored, node) = try await knowingNodes {
-            let stored = try await store.volume(named: request.name)
-            return (stored, try nodeThatGrows(stored, to: request.sizeBytes))
+        try await withEngine(
+            of: request.name, for: "it is growing", timeout: request.timeoutMilliseconds,
+            isNeeded: { try Self.isToGrow($0, to: request.sizeBytes) }
+        ) { use in
+            if let node = use.node { try await grow(request, use, on: node) }
         }
-        guard let node else { return view(stored) }
+        return view(try await store.volume(named: request.name))
+    }
+
+    /// False: it is that large, and nobody needs to be asked.
+    private static func isToGrow(_ stored: StoredVolume, to size: UInt64) throws -> Bool {
+        let (name, now) = (stored.volume.name, UInt64(stored.volume.sizeBytes))
+        guard size >= now else {
+            throw Self.refused(
+                "volume '\(name)' has \(VolumeSize.text(now)) and never shrinks: what is beyond "
+                    + "\(VolumeSize.text(size)) would be lost; copy what you need to a smaller one")
+        }
+        return size > now || !stored.wasLeftInOrder
+    }
+
+    private func grow(
+        _ request: Haptera_V1_ResizeVolumeRequest, _ use: EngineUse, on node: String
+    ) async throws {
+        let (stored, timeout) = (use.stored, use.timeout)
         try await tasks.requireConnected(node)
         try await store.addEvent(
             "ResizeRequested", "volume/\(request.name)",
@@ -24,41 +43,16 @@ extension Controller {
                 + VolumeSize.text(request.sizeBytes), by: Caller.current)
         changes.notify()
         do {
-            try await grow(request, stored, on: node)
+            _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
+                $0.growVolume.volumeID = stored.volume.id
+                $0.growVolume.clientGeneration = UInt64(stored.volume.clientGeneration)
+                $0.growVolume.sizeBytes = request.sizeBytes
+                $0.growVolume.timeoutMilliseconds = timeout
+            }
         } catch let error as ControlError where error.code == .inDoubt {
             throw await doubtIfGrown(request, error.message)
         }
         changes.notify()
-        return view(try await store.volume(named: request.name))
-    }
-
-    /// The node whose engine can do it, or nil if nobody needs to.
-    private func nodeThatGrows(_ stored: StoredVolume, to size: UInt64) throws -> String? {
-        let (name, now) = (stored.volume.name, UInt64(stored.volume.sizeBytes))
-        guard size >= now else {
-            throw Self.refused(
-                "volume '\(name)' has \(VolumeSize.text(now)) and never shrinks: what is beyond "
-                    + "\(VolumeSize.text(size)) would be lost; copy what you need to a smaller one")
-        }
-        guard let node = try servingNode(stored) else {
-            if size == now { return nil }
-            throw Self.refused(
-                "volume '\(name)' is not attached, and only its engine can ask the replicas for "
-                    + "room: attach it first: storagectl volume attach \(name)")
-        }
-        return node
-    }
-
-    private func grow(
-        _ request: Haptera_V1_ResizeVolumeRequest, _ stored: StoredVolume, on node: String
-    ) async throws {
-        let timeout = Self.timeout(request.timeoutMilliseconds)
-        _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
-            $0.growVolume.volumeID = stored.volume.id
-            $0.growVolume.clientGeneration = UInt64(stored.volume.clientGeneration)
-            $0.growVolume.sizeBytes = request.sizeBytes
-            $0.growVolume.timeoutMilliseconds = timeout
-        }
     }
 
     private func doubtIfGrown(
@@ -66,7 +60,7 @@ extension Controller {
     ) async -> ControlError {
         var words = "it is not known whether volume '\(request.name)' has grown: \(reason)"
         if let stored = try? await store.volume(named: request.name) {
-            let trouble = view(stored).reason
+            let trouble = self.trouble(stored)
             if !trouble.isEmpty { words += " (\(trouble))" }
             let size = VolumeSize.text(UInt64(stored.volume.sizeBytes))
             words += "; by its record it has \(size)"

@@ -72,15 +72,23 @@ extension Controller {
         if let objection = Labels.objection(to: request.labels) {
             throw ControlError(.invalid, objection)
         }
-        let (stored, node) = try await knowingNodes {
-            let stored = try await store.volume(named: request.volume)
-            return (stored, try nodeThatTakes(request.name, of: stored))
-        }
+        return try await withEngine(
+            of: request.volume, for: "a snapshot is being taken",
+            timeout: request.timeoutMilliseconds,
+            isNeeded: { try isToBeTaken(request.name, of: $0) }
+        ) { try await create(request, reserved, $0) }
+    }
+
+    private func create(
+        _ request: Haptera_V1_CreateSnapshotRequest, _ reserved: [String: String],
+        _ use: EngineUse
+    ) async throws -> Haptera_V1_Snapshot {
+        let stored = use.stored
         let isNamed = stored.record?.snapshot(named: request.name) != nil
-        if let node { try await tasks.requireConnected(node) }
+        if let node = use.node { try await tasks.requireConnected(node) }
         // Before it is taken: the transaction that names it gives it its labels.
         try await label(request, stored, reserved)
-        if let node {
+        if let node = use.node {
             if !isNamed {
                 try await store.addEvent(
                     "SnapshotRequested", "volume/\(request.volume)", "snapshot \(request.name)",
@@ -88,7 +96,7 @@ extension Controller {
                 changes.notify()
             }
             do {
-                try await take(request, stored, on: node)
+                try await take(request, use, on: node)
             } catch let error as ControlError {
                 guard error.code == .inDoubt else {
                     try await forgetLabels(request, stored)
@@ -106,14 +114,22 @@ extension Controller {
     /// replicas see to that by themselves.
     package func deleteSnapshot(_ request: Haptera_V1_DeleteSnapshotRequest) async throws {
         try Self.check(request.name)
-        let (stored, snapshot, node) = try await knowingNodes {
-            let stored = try await store.volume(named: request.volume)
-            guard let snapshot = stored.record?.snapshot(named: request.name) else {
-                throw MetadataStore.noSnapshot(request.name, of: request.volume)
+        try await withEngine(
+            of: request.volume, for: "a snapshot is being deleted",
+            timeout: request.timeoutMilliseconds,
+            isNeeded: { stored in
+                _ = try Self.named(request.name, in: stored)
+                return true
             }
-            return (stored, snapshot, try nodeThatDeletes(from: stored))
-        }
-        try await store.requireNoCloneUnderWay(of: stored.volume, snapshot: request.name)
+        ) { try await delete(request, $0) }
+    }
+
+    private func delete(
+        _ request: Haptera_V1_DeleteSnapshotRequest, _ use: EngineUse
+    ) async throws {
+        let snapshot = try Self.named(request.name, in: use.stored)
+        guard let node = use.node else { return }
+        try await store.requireNoCloneUnderWay(of: use.stored.volume, snapshot: request.name)
         try await tasks.requireConnected(node)
         try await store.addEvent(
             "SnapshotDeletionRequested", "volume/\(request.volume)", "snapshot \(request.name)",
@@ -121,7 +137,7 @@ extension Controller {
         changes.notify()
         var failure: ControlError?
         do {
-            try await delete(request, stored, on: node)
+            try await delete(request, use, on: node)
         } catch let error as ControlError {
             failure = error
         }
@@ -136,92 +152,6 @@ extension Controller {
         throw await doubt(
             request.name, of: request.volume, was: "deleted",
             failure?.message ?? "its engine says so", ifNamed: "the volume names it still")
-    }
-
-    /// Answers when the volume holds what the snapshot does, with the snapshot of what it held.
-    package func revertVolume(
-        _ request: Haptera_V1_RevertVolumeRequest
-    ) async throws -> Haptera_V1_Snapshot {
-        try Self.check(request.snapshot)
-        try Self.check(request.keep)
-        let (stored, node) = try await knowingNodes {
-            let stored = try await store.volume(named: request.volume)
-            return (stored, try nodeThatReverts(request, stored))
-        }
-        try await tasks.requireConnected(node)
-        // Whatever waits under that name was wanted for a snapshot that never came: with a group's
-        // label, what is kept would be deleted as one of its.
-        if let id = stored.record?.volume {
-            try await store.labelSnapshot(request.keep, of: id, [:])
-        }
-        try await store.addEvent(
-            "RevertRequested", "volume/\(request.volume)",
-            "to snapshot \(request.snapshot), keeping \(request.keep)", by: Caller.current)
-        changes.notify()
-        do {
-            try await revert(request, stored, on: node)
-        } catch let error as ControlError where error.code == .inDoubt {
-            throw await doubt(
-                "to \(request.snapshot)", of: request.volume, error.message)
-        }
-        changes.notify()
-        if let kept = try await existing(request.keep, of: request.volume) { return kept }
-        throw await doubt(
-            "to \(request.snapshot)", of: request.volume,
-            "its engine says so, and the record does not name '\(request.keep)'")
-    }
-
-    /// The node whose engine can do it.
-    private func nodeThatReverts(
-        _ request: Haptera_V1_RevertVolumeRequest, _ stored: StoredVolume
-    ) throws -> String {
-        let volume = stored.volume.name
-        guard let record = stored.record,
-            let target = record.snapshot(named: request.snapshot)
-        else { throw MetadataStore.noSnapshot(request.snapshot, of: volume) }
-        if let kept = record.snapshot(named: request.keep) {
-            guard record.hasReverted(to: target, keeping: kept) else {
-                throw Self.refused(
-                    "volume '\(volume)' has a snapshot '\(request.keep)' already: choose another "
-                        + "name for what is to be kept")
-            }
-        } else if !record.mayRevert(keeping: request.keep) {
-            throw Self.refused(
-                "the record of volume '\(volume)' has no room for another revert, or for the "
-                    + "snapshot that one keeps: delete snapshots, above all those that reverts "
-                    + "have kept")
-        }
-        guard let node = try servingNode(stored) else {
-            throw Self.refused(
-                "volume '\(volume)' is not attached, and only its engine can revert it: attach it "
-                    + "first, and connect no client: storagectl volume attach \(volume)")
-        }
-        return node
-    }
-
-    private func revert(
-        _ request: Haptera_V1_RevertVolumeRequest, _ stored: StoredVolume, on node: String
-    ) async throws {
-        let timeout = Self.timeout(request.timeoutMilliseconds)
-        let created = UInt64(clamping: store.clock())
-        _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
-            $0.revertToSnapshot.volumeID = stored.volume.id
-            $0.revertToSnapshot.clientGeneration = UInt64(stored.volume.clientGeneration)
-            $0.revertToSnapshot.snapshot = request.snapshot
-            $0.revertToSnapshot.keep = request.keep
-            $0.revertToSnapshot.createdUnixMilliseconds = created
-            $0.revertToSnapshot.timeoutMilliseconds = timeout
-        }
-    }
-
-    private func doubt(
-        _ what: String, of volume: String, _ reason: String
-    ) async -> ControlError {
-        let trouble = (try? await store.volume(named: volume)).map { view($0).reason } ?? ""
-        return ControlError(
-            .inDoubt,
-            "it is not known whether volume '\(volume)' was reverted \(what): \(reason)"
-                + (trouble.isEmpty ? "" : " (\(trouble))"))
     }
 
     func existing(
@@ -263,37 +193,25 @@ extension Controller {
         ControlError(.precondition, reason)
     }
 
-    /// The node whose engine can take it, or nil if nobody needs to.
-    func nodeThatTakes(_ name: String, of stored: StoredVolume) throws -> String? {
-        let volume = stored.volume.name
-        let isNamed = stored.record?.snapshot(named: name) != nil
-        guard let node = try servingNode(stored) else {
-            // An engine that left in order has flushed.
-            if isNamed, stored.record?.isClean == true { return nil }
-            let attach = "attach it first: storagectl volume attach \(volume)"
-            throw Self.refused(
-                isNamed
-                    ? "volume '\(volume)' names a snapshot '\(name)', and its engine ended before "
-                        + "it said that every replica has it; to be sure, \(attach)"
-                    : "volume '\(volume)' is not attached, and only its engine can take a "
-                        + "snapshot: \(attach)")
+    static func named(
+        _ snapshot: String, in stored: StoredVolume
+    ) throws -> VolumeRecord.Snapshot {
+        guard let found = stored.record?.snapshot(named: snapshot) else {
+            throw MetadataStore.noSnapshot(snapshot, of: stored.volume.name)
         }
-        guard isNamed || stored.record?.mayHold(snapshotNamed: name) == true else {
-            throw Self.refused(
-                "volume '\(volume)' has \(view(stored).snapshotCount) snapshots: its record cannot "
-                    + "hold another one")
-        }
-        return node
+        return found
     }
 
-    private func nodeThatDeletes(from stored: StoredVolume) throws -> String {
-        let volume = stored.volume.name
-        guard let node = try servingNode(stored) else {
+    /// False: it is there, and nobody needs to be asked. Throws if there is no room for it.
+    func isToBeTaken(_ name: String, of stored: StoredVolume) throws -> Bool {
+        let isNamed = stored.record?.snapshot(named: name) != nil
+        if isNamed, stored.wasLeftInOrder { return false }
+        guard isNamed || stored.record?.mayHold(snapshotNamed: name) == true else {
             throw Self.refused(
-                "volume '\(volume)' is not attached, and only its engine can delete a snapshot: "
-                    + "attach it first: storagectl volume attach \(volume)")
+                "volume '\(stored.volume.name)' has \(view(stored).snapshotCount) snapshots: its "
+                    + "record cannot hold another one")
         }
-        return node
+        return true
     }
 
     /// The node whose engine can be asked, or nil if the volume is not attached. Throws where that
@@ -304,7 +222,7 @@ extension Controller {
         guard stored.volume.phase != .deleting else {
             throw Self.refused("volume '\(volume)' is being deleted")
         }
-        guard let node = stored.volume.attachedNode else { return nil }
+        guard let node = stored.volume.clientNode else { return nil }
         guard now.state == .attached else {
             throw Self.refused(
                 now.state == .detaching
@@ -324,9 +242,9 @@ extension Controller {
     }
 
     private func take(
-        _ request: Haptera_V1_CreateSnapshotRequest, _ stored: StoredVolume, on node: String
+        _ request: Haptera_V1_CreateSnapshotRequest, _ use: EngineUse, on node: String
     ) async throws {
-        let timeout = Self.timeout(request.timeoutMilliseconds)
+        let (stored, timeout) = (use.stored, use.timeout)
         let created = UInt64(clamping: store.clock())
         _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
             $0.takeSnapshot.volumeID = stored.volume.id
@@ -338,9 +256,9 @@ extension Controller {
     }
 
     private func delete(
-        _ request: Haptera_V1_DeleteSnapshotRequest, _ stored: StoredVolume, on node: String
+        _ request: Haptera_V1_DeleteSnapshotRequest, _ use: EngineUse, on node: String
     ) async throws {
-        let timeout = Self.timeout(request.timeoutMilliseconds)
+        let (stored, timeout) = (use.stored, use.timeout)
         _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
             $0.deleteSnapshot.volumeID = stored.volume.id
             $0.deleteSnapshot.clientGeneration = UInt64(stored.volume.clientGeneration)
@@ -378,7 +296,7 @@ extension Controller {
         guard let stored = try? await store.volume(named: volume) else {
             return ControlError(.inDoubt, words)
         }
-        let trouble = view(stored).reason
+        let trouble = self.trouble(stored)
         if !trouble.isEmpty { words += " (\(trouble))" }
         if stored.record?.snapshot(named: snapshot) != nil { words += "; \(ifNamed)" }
         return ControlError(.inDoubt, words)

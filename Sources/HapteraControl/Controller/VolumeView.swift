@@ -63,9 +63,12 @@ package struct VolumeView: Sendable {
         message.snapshotCount = UInt32(stored.record?.snapshots.count ?? 0)
         if let engine, engine.needsDecision { message.decisionInstance = engine.instance }
         (message.robustness, message.reason) = robustness(message.replicas)
-        if let node = volume.attachedNode {
+        if let words = maintenance {
+            message.reason = [words, message.reason].filter { !$0.isEmpty }.joined(separator: "; ")
+        }
+        if let node = volume.clientNode {
             message.engine.node = node
-            if let engine {
+            if let engine, !volume.isMaintained {
                 message.engine.pid = engine.pid
                 message.engine.uri = engine.uri
                 message.engine.unixUri = engine.unixUri
@@ -88,11 +91,24 @@ package struct VolumeView: Sendable {
         case .deleting: return .deleting
         case .ready: break
         }
-        guard volume.attachedNode != nil else { return .detached }
+        guard volume.clientNode != nil else { return .detached }
+        if volume.isMaintained { return .attaching }
         if volume.isDetaching { return .detaching }
         // An engine that has served and is being restarted leaves its volume attached (and
         // stalled).
         return volume.servedGeneration == volume.clientGeneration ? .attached : .attaching
+    }
+
+    /// Why it is not healthy; empty if it is.
+    var trouble: String { robustness(stored.replicas.map(replica)).reason }
+
+    /// What is being done to the volume though it is not attached, if that is of interest: while
+    /// it goes on, or holds up an attachment.
+    private var maintenance: String? {
+        let volume = stored.volume
+        guard let words = volume.maintenance else { return nil }
+        if volume.nextNode != nil { return "it is attached when that is done: \(words)" }
+        return volume.isDetaching ? nil : words
     }
 
     /// The engine's process runs and has taken the volume over.

@@ -12,8 +12,8 @@ extension MetadataStore {
         try await transaction { db in
             try self.swap(db, volume, proposed)
             if endsAttachment, var row = try VolumeRow.fetchOne(db, key: volume.id) {
-                row.attachedNode = nil
-                row.isDetaching = false
+                row.endAttachment()
+                row.nextNode = nil
                 try row.update(db)
             }
             try self.addEvent(db, "VolumeSalvaged", "volume/\(volume.name)", message)
@@ -39,6 +39,9 @@ extension MetadataStore {
 
     /// Makes a record the volume's, whatever stood before.
     func putRecord(_ db: Database, _ record: VolumeRecord) throws {
+        try db.execute(
+            sql: "UPDATE volumes SET unchangedSince = 0 WHERE id = ?",
+            arguments: [record.volume.text])
         try db.execute(
             sql: "INSERT OR REPLACE INTO records (volumeID, epoch, record) VALUES (?, ?, ?)",
             arguments: [

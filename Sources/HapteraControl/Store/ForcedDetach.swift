@@ -15,16 +15,20 @@ extension MetadataStore {
                     "node \(node) is there and can end the engine in order: storagectl volume "
                         + "detach \(name), without --force")
             }
-            try AbandonedEngineRow(
-                volumeID: row.id, volume: name, node: node, clientGeneration: row.clientGeneration
-            ).upsert(db)
-            row.attachedNode = nil
-            row.isDetaching = false
+            try self.abandon(db, row, on: node)
+            row.endAttachment()
+            row.nextNode = nil
             try row.update(db)
             try self.addEvent(
                 db, "VolumeDetachForced", "volume/\(name)",
                 "from node \(node), which is not heard of; its engine is ended when it returns")
         }
+    }
+
+    func abandon(_ db: Database, _ row: VolumeRow, on node: String) throws {
+        try AbandonedEngineRow(
+            volumeID: row.id, volume: row.name, node: node, clientGeneration: row.clientGeneration
+        ).upsert(db)
     }
 
     /// What the node still has to end, but for volumes that are attached to it again.

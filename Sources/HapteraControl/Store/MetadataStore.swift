@@ -68,6 +68,7 @@ package final class MetadataStore: Sendable {
             try db.execute(
                 sql: "ALTER TABLE volumes ADD COLUMN detectsZeroes INTEGER NOT NULL DEFAULT 0")
         }
+        registerMaintenance(&migrator)
         return migrator
     }
 

@@ -67,10 +67,12 @@ extension MetadataStore {
             row.attachedBootID = node.bootID
             if isNewBoot, !row.hadRemoteClient {
                 row.clientGeneration += 1
-                try addEvent(
-                    db, "ClientEnded", "volume/\(row.name)",
-                    "node \(node.name) has restarted; client generation "
-                        + "\(row.clientGeneration) begins", by: caller)
+                if !row.isMaintained {
+                    try addEvent(
+                        db, "ClientEnded", "volume/\(row.name)",
+                        "node \(node.name) has restarted; client generation "
+                            + "\(row.clientGeneration) begins", by: caller)
+                }
             }
             try row.update(db)
         }
@@ -224,14 +226,15 @@ extension MetadataStore {
         let subject = "volume/\(row.name)"
         if fact.hasServed, row.servedGeneration < fact.clientGeneration {
             row.servedGeneration = fact.clientGeneration
-            try addEvent(db, "VolumeAttached", subject, "on node \(node)")
+            if !row.isMaintained {
+                try addEvent(db, "VolumeAttached", subject, "on node \(node)")
+            }
         }
         row.hadRemoteClient = row.hadRemoteClient || fact.hadRemoteClient
         if fact.isDetached, row.isDetaching {
-            row.attachedNode = nil
-            row.isDetaching = false
-            try addEvent(db, "VolumeDetached", subject, "from node \(node)")
+            try finishAttachment(db, &row, "from node \(node)")
+        } else {
+            try row.update(db)
         }
-        try row.update(db)
     }
 }

@@ -17,7 +17,7 @@ extension MetadataStore {
     /// stays the volume's.
     func reconstruct(
         _ record: VolumeRecord, _ found: [NodeScan.Found],
-        engine: (node: String, generation: UInt64)?
+        engine: NodeScan.Engine?
     ) async throws {
         try await transaction { db in
             let id = record.volume.text
@@ -30,15 +30,17 @@ extension MetadataStore {
             let generation = Int64(clamping: record.clientGeneration)
             if let engine {
                 row.attachedNode = engine.node
-                row.isDetaching = false
+                // One that was there for something nobody remembers has nothing left to do.
+                row.isDetaching = engine.isMaintenance
+                row.maintenance = engine.isMaintenance ? "the store was reconstructed" : nil
                 row.clientGeneration = Int64(clamping: engine.generation)
                 row.servedGeneration = min(row.clientGeneration, generation)
             } else if row.clientGeneration <= generation {
                 row.clientGeneration = generation
                 // Whoever was attached before is not any more.
-                row.attachedNode = nil
-                row.isDetaching = false
+                row.endAttachment()
             }
+            row.nextNode = nil
             // An engine of an earlier number than the record's was started by the restored store,
             // and can do nothing with its record: the attachment begins anew.
             if row.clientGeneration < generation || row.attachedNode == nil {

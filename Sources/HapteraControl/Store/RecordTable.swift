@@ -100,6 +100,11 @@ extension MetadataStore {
                 sql: "UPDATE volumes SET sizeBytes = ? WHERE id = ?",
                 arguments: [Int64(proposed.size), volume])
         }
+        if proposed.size != current.size || proposed.change == .revert {
+            try db.execute(
+                sql: "UPDATE volumes SET unchangedSince = 0 WHERE id = ?",
+                arguments: [proposed.volume.text])
+        }
         if proposed.snapshots != current.snapshots { try settleLabels(db, proposed) }
         try noteHistory(db, proposed)
         try addEvents(db, of: proposed, after: current)
@@ -114,9 +119,9 @@ extension MetadataStore {
         let engine = Caller(actor: "engine/\(hexadecimal(new.engine.rawValue))")
         let epoch = "epoch \(new.epoch.rawValue)"
         if new.engine != old.engine, new.engine != .none {
+            let place = new.engineEndpoint.isEmpty ? "without clients" : "at \(new.engineEndpoint)"
             try addEvent(
-                db, "EngineTookOver", subject, "engine at \(new.engineEndpoint), \(epoch)",
-                by: engine)
+                db, "EngineTookOver", subject, "engine \(place), \(epoch)", by: engine)
         }
         for member in old.inSync where !new.inSync.contains(member) {
             let text = "replica \(member.replica.text) left the in-sync set, \(epoch)"

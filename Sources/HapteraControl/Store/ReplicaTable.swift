@@ -197,7 +197,7 @@ extension MetadataStore {
                     + "\(max(1, stored.volume.minInSync)); wait until others are, or see "
                     + "'storagectl volume update \(name) --min-in-sync'")
         }
-        guard stored.volume.attachedNode != nil else {
+        guard stored.volume.attachedNode != nil, !stored.volume.isMaintained else {
             throw ControlError(
                 .precondition,
                 "replica \(row.id) is in sync, and only a running engine can take it out: attach "

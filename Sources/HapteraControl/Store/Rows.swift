@@ -46,6 +46,13 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     package var originSnapshot: String?
     /// Of a clone, until every replica runs and it is the volume's.
     package var firstRecord: Data?
+    /// What is being done to the volume while it is not attached, in words; nil: nothing, and if
+    /// it has an engine, that is for clients.
+    package var maintenance: String?
+    /// Where it is attached as soon as that is done.
+    package var nextNode: String?
+    /// Snapshots of this layer and later ones hold what the volume does; 0: not known.
+    package var unchangedSince: Int64 = 0
 
     package init(id: VolumeID, name: String, sizeBytes: Int64, replicaCount: Int, created: Int64) {
         self.id = id.text

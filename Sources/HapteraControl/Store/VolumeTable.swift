@@ -199,7 +199,8 @@ extension MetadataStore {
         }
     }
 
-    /// Wants an engine on `node`; without one, on a node that holds an in-sync replica.
+    /// Wants an engine on `node`; without one, on a node that holds an in-sync replica. At once, or
+    /// as soon as a maintenance has ended.
     package func attachVolume(
         _ name: String, node: String?, ready: Set<String>
     ) async throws -> StoredVolume {
@@ -209,8 +210,8 @@ extension MetadataStore {
                 throw ControlError(
                     .precondition, "volume '\(name)' is still being created; try again later")
             }
-            if let attached = row.attachedNode {
-                if row.isDetaching {
+            if let attached = row.clientNode {
+                if row.isDetaching, !row.isMaintained {
                     throw ControlError(
                         .precondition,
                         "volume '\(name)' is being detached from \(attached); wait "
@@ -225,11 +226,16 @@ extension MetadataStore {
                 return
             }
             let target = try Self.attachTarget(stored, node: node, ready: ready)
-            row.attachedNode = target
-            row.clientGeneration += 1
-            row.attachedBootID = try NodeRow.fetchOne(db, key: target)?.bootID ?? ""
-            row.hadRemoteClient = false
-            row.acceptLossInstance = ""
+            if let words = row.maintenance {
+                row.nextNode = target
+                try row.update(db)
+                try self.addEvent(
+                    db, "VolumeAttachRequested", "volume/\(name)",
+                    "on node \(target), as soon as the other engine has left: \(words)")
+                return
+            }
+            try self.beginAttachment(db, &row, on: target)
+            row.unchangedSince = 0
             try row.update(db)
             try self.addEvent(
                 db, "VolumeAttachRequested", "volume/\(name)",
@@ -265,6 +271,7 @@ extension MetadataStore {
             var row = stored.volume
             guard row.acceptLossInstance != "\(instance)" else { return }
             row.acceptLossInstance = "\(instance)"
+            row.unchangedSince = 0
             try row.update(db)
             try self.addEvent(db, "LossAccepted", "volume/\(name)", question)
         }
@@ -273,8 +280,9 @@ extension MetadataStore {
     package func detachVolume(_ name: String) async throws -> StoredVolume {
         try await changeVolume(name) { db, stored in
             var row = stored.volume
-            guard row.attachedNode != nil, !row.isDetaching else { return }
-            row.isDetaching = true
+            guard row.clientNode != nil, !row.isDetaching || row.isMaintained else { return }
+            // Of a maintenance only the attachment that was to follow it is given up.
+            if row.isMaintained { row.nextNode = nil } else { row.isDetaching = true }
             try row.update(db)
             try self.addEvent(db, "VolumeDetachRequested", "volume/\(name)", "")
         }
@@ -291,11 +299,15 @@ extension MetadataStore {
                 return true
             }
             if row.phase == .deleting { return false }
-            if let node = row.attachedNode {
+            if let node = row.clientNode {
                 throw ControlError(
                     .precondition,
                     "volume '\(name)' is attached to \(node); detach it first: "
                         + "storagectl volume detach \(name)")
+            }
+            if let words = row.maintenance {
+                throw ControlError(
+                    .unavailable, "volume '\(name)' still has an engine: \(words); try again")
             }
             try Self.requireNoCloneUnderWay(db, of: row)
             row.phase = .deleting

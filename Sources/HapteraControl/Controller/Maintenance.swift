@@ -1,0 +1,382 @@
+import HapteraAPI
+import HapteraCore
+import HapteraHost
+
+/// Who uses the engines of volumes that are not attached, by volume id. In memory: what a controller
+/// that starts anew finds in the store is used by nobody, and is ended.
+struct Maintenances {
+    private struct Use {
+        var ticket: UInt64
+        var count: Int
+        /// Of the attachment; nil: the store does not have it yet.
+        var generation: Int64?
+    }
+    private var uses: [String: Use] = [:]
+    private var nextTicket: UInt64 = 1
+    /// Volumes that somebody waits for to be without an engine: no other is begun.
+    private var closed: [String: Int] = [:]
+    private var waitingSince: [String: Int64] = [:]
+
+    func userCount(_ id: String) -> Int { uses[id]?.count ?? 0 }
+    func isUsed(_ id: String) -> Bool { userCount(id) > 0 }
+    func isUsed(_ id: String, by ticket: UInt64) -> Bool { uses[id]?.ticket == ticket }
+    func isClosed(_ id: String) -> Bool { closed[id] != nil }
+
+    /// Noted before the store knows of it, so that what is in the store and not noted is nobody's.
+    mutating func begin(_ id: String) -> UInt64 {
+        precondition(uses[id] == nil)
+        defer { nextTicket += 1 }
+        uses[id] = Use(ticket: nextTicket, count: 1)
+        return nextTicket
+    }
+
+    mutating func begun(_ id: String, _ ticket: UInt64, generation: Int64) {
+        if uses[id]?.ticket == ticket { uses[id]?.generation = generation }
+    }
+
+    mutating func join(_ id: String) -> UInt64? {
+        uses[id]?.count += 1
+        return uses[id]?.ticket
+    }
+
+    /// The attachment that nobody uses any more, if that was the last one to leave.
+    mutating func leave(_ id: String, _ ticket: UInt64) -> Int64? {
+        guard var use = uses[id], use.ticket == ticket else { return nil }
+        use.count -= 1
+        uses[id] = use.count > 0 ? use : nil
+        return use.count > 0 ? nil : use.generation
+    }
+
+    /// Forgets one that has ended, whoever uses it: a salvage may end it, or a reconstruction.
+    mutating func look(at volume: VolumeRow) {
+        guard let begun = uses[volume.id]?.generation, !volume.isMaintained,
+            volume.clientGeneration >= begun
+        else { return }
+        drop(volume.id)
+    }
+
+    /// How long somebody waits for its end to attach the volume, milliseconds.
+    mutating func waiting(_ volume: VolumeRow, now: Int64) -> Int64 {
+        guard volume.nextNode != nil else {
+            waitingSince[volume.id] = nil
+            return 0
+        }
+        let since = waitingSince[volume.id] ?? now
+        waitingSince[volume.id] = since
+        return now - since
+    }
+    mutating func keepOnly(_ maintained: Set<String>) {
+        waitingSince = waitingSince.filter { maintained.contains($0.key) }
+    }
+
+    /// It has ended, whoever uses it.
+    mutating func drop(_ id: String) { uses[id] = nil }
+
+    mutating func close(_ id: String) { closed[id, default: 0] += 1 }
+    mutating func open(_ id: String) {
+        let count = closed[id] ?? 0
+        closed[id] = count > 1 ? count - 1 : nil
+    }
+}
+
+/// An engine that may be asked, until `leave`.
+struct EngineUse: Sendable {
+    let stored: StoredVolume
+    /// Nil: nobody needs to be asked.
+    let node: String?
+    let deadline: ContinuousClock.Instant
+    /// The share of a maintenance; nil: the volume is attached.
+    fileprivate var ticket: UInt64?
+
+    /// What is left of the time, milliseconds.
+    var timeout: UInt64 {
+        let left = (deadline - ContinuousClock.now) / .milliseconds(1)
+        return UInt64(max(left, Double(Controller.snapshotTimeouts.lowerBound)))
+    }
+}
+
+/// What only an engine can do, to volumes that are attached or not.
+extension Controller {
+    /// Does it with the volume's engine. A volume that is not attached gets one for so long, which
+    /// no client can connect to; those who do something at the same time share it.
+    ///
+    /// `words`: what is done. `isNeeded`: throws where it would lead nowhere, before an engine is
+    /// begun and again when it is ready; false: nobody needs to be asked.
+    func withEngine<Result>(
+        of name: String, for words: String, timeout: UInt64,
+        isNeeded: (StoredVolume) throws -> Bool,
+        _ act: (EngineUse) async throws -> Result
+    ) async throws -> Result {
+        let deadline = ContinuousClock.now + .milliseconds(Self.timeout(timeout))
+        let use = try await enter(name, for: words, by: deadline, isNeeded: isNeeded)
+        do {
+            let result = try await act(use)
+            await leave(use)
+            return result
+        } catch {
+            await leave(use)
+            throw error
+        }
+    }
+
+    /// Waits until an engine can be asked.
+    func enter(
+        _ name: String, for words: String, by deadline: ContinuousClock.Instant,
+        isNeeded: (StoredVolume) throws -> Bool
+    ) async throws -> EngineUse {
+        var ticket: UInt64?
+        var last: StoredVolume?
+        var reason = "volume '\(name)' did not get an engine in time; try again"
+        do {
+            let found = try await first(by: deadline) { () -> EngineUse? in
+                let stored = try await store.volume(named: name)
+                last = stored
+                maintenances.look(at: stored.volume)
+                if let held = ticket, !maintenances.isUsed(stored.volume.id, by: held) {
+                    ticket = nil
+                }
+                let step = try await knowingNodes {
+                    try self.step(stored, ticket, isNeeded: isNeeded)
+                }
+                switch step {
+                case .ask(let node):
+                    return EngineUse(
+                        stored: stored, node: node, deadline: deadline, ticket: ticket)
+                case .wait(let why): reason = why
+                case .join:
+                    ticket = maintenances.join(stored.volume.id)
+                    changes.notify()
+                case .begin(let node):
+                    ticket = try await begin(stored, on: node, for: words)
+                }
+                return nil
+            }
+            if let found { return found }
+            throw Self.refused(reason)
+        } catch {
+            if let last, let ticket {
+                await leave(
+                    EngineUse(stored: last, node: nil, deadline: deadline, ticket: ticket))
+            }
+            throw error
+        }
+    }
+
+    private enum EngineStep {
+        /// Nil: nobody needs to be asked.
+        case ask(String?)
+        case wait(String)
+        /// The engine that somebody else has begun.
+        case join
+        case begin(String)
+    }
+
+    private func step(
+        _ stored: StoredVolume, _ ticket: UInt64?, isNeeded: (StoredVolume) throws -> Bool
+    ) throws -> EngineStep {
+        let volume = stored.volume
+        guard volume.phase == .ready else {
+            throw Self.refused(
+                volume.phase == .deleting
+                    ? "volume '\(volume.name)' is being deleted"
+                    : "volume '\(volume.name)' is still being created; try again later")
+        }
+        if let node = volume.attachedNode, !volume.isMaintained {
+            if let why = try passing(stored, on: node) { return .wait(why) }
+            let node = try servingNode(stored)
+            return try .ask(isNeeded(stored) ? node : nil)
+        }
+        // Also of one that is about to begin: it would be no use.
+        guard try isNeeded(stored) else { return .ask(nil) }
+        if ticket != nil {
+            guard let node = volume.attachedNode else {
+                return .wait(
+                    "the engine of volume '\(volume.name)' did not begin in time; try again")
+            }
+            return try maintained(stored, on: node)
+        }
+        let isShared = maintenances.isUsed(volume.id) && volume.nextNode == nil
+        if isShared, !maintenances.isClosed(volume.id) { return .join }
+        if let words = volume.maintenance {
+            return .wait(
+                "volume '\(volume.name)' still has the engine of an earlier request: \(words); "
+                    + "try again")
+        }
+        guard !maintenances.isUsed(volume.id), !maintenances.isClosed(volume.id) else {
+            return .wait("volume '\(volume.name)' is about to be deleted; try again")
+        }
+        return .begin(try maintenanceNode(stored))
+    }
+
+    /// Of a volume that is just being attached or detached: what is waited for.
+    private func passing(_ stored: StoredVolume, on node: String) throws -> String? {
+        let now = view(stored)
+        guard now.state != .attached, observedNodes[node]?.isReady == true,
+            now.robustness != .faulted
+        else { return nil }
+        do {
+            _ = try servingNode(stored)
+            return nil
+        } catch {
+            return "\(error)"
+        }
+    }
+
+    /// Of a maintenance that is shared: whether its engine can be asked.
+    private func maintained(_ stored: StoredVolume, on node: String) throws -> EngineStep {
+        let name = stored.volume.name
+        let now = VolumeView(stored, nodes: observedNodes)
+        let (robustness, why) = (now.message.robustness, now.engine?.reason ?? "")
+        guard observedNodes[node]?.isReady == true else {
+            return .wait(
+                "node \(node), which runs the engine of volume '\(name)', is not heard of: bring "
+                    + "it back; see 'storagectl node list'")
+        }
+        guard robustness != .faulted else {
+            throw Self.refused(
+                "volume '\(name)' serves nobody: \(why); attach it to decide what becomes of it: "
+                    + "storagectl volume attach \(name)")
+        }
+        guard now.engine?.state == .serving else {
+            return .wait(
+                "the engine of volume '\(name)' on node \(node) did not become ready in time"
+                    + (why.isEmpty ? "" : ": \(why)") + "; see 'storagectl volume why \(name)'")
+        }
+        return .ask(node)
+    }
+
+    /// One that holds a replica which is in sync and runs: no other engine could begin.
+    func maintenanceNode(_ stored: StoredVolume) throws -> String {
+        let nodes = observedNodes
+        let holder = stored.replicas.first { row in
+            guard stored.isMember(row), row.phase == .run, let node = nodes[row.node] else {
+                return false
+            }
+            return node.isReady && node.replica(row.id)?.state == .running
+        }
+        guard let holder else {
+            let name = stored.volume.name
+            throw Self.refused(
+                "volume '\(name)' is not attached, and no in-sync replica of it is running: bring "
+                    + "one back; see 'storagectl volume why \(name)'")
+        }
+        return holder.node
+    }
+
+    /// Nil: somebody else was first.
+    private func begin(
+        _ stored: StoredVolume, on node: String, for words: String
+    ) async throws -> UInt64? {
+        let id = stored.volume.id
+        // It would be begun in vain.
+        try await tasks.requireConnected(node)
+        guard !maintenances.isUsed(id), !maintenances.isClosed(id) else {
+            changes.notify()
+            return nil
+        }
+        let ticket = maintenances.begin(id)
+        defer { changes.notify() }
+        // Not given up half-way, whoever asked: what is in the store is noted here, or is nobody's.
+        let (name, generation) = (stored.volume.name, stored.volume.clientGeneration)
+        do {
+            let begun = try await Task {
+                try await store.beginMaintenance(name, after: generation, on: node, words: words)
+            }.value
+            if let begun {
+                maintenances.begun(id, ticket, generation: begun.volume.clientGeneration)
+                return ticket
+            }
+        } catch {
+            maintenances.drop(id)
+            throw error
+        }
+        maintenances.drop(id)
+        return nil
+    }
+
+    /// The last one to leave ends the maintenance; its engine's end is not waited for.
+    func leave(_ use: EngineUse) async {
+        let volume = use.stored.volume
+        guard let ticket = use.ticket, let generation = maintenances.leave(volume.id, ticket) else {
+            return
+        }
+        // Also of a request that was given up. What fails is tried again.
+        await Task {
+            try? await store.endMaintenance(volume.name, generation: generation)
+        }.value
+        changes.notify()
+    }
+
+    /// Looks now and after each change, until `look` has found something. Nil: not in time.
+    private func first<Found>(
+        by deadline: ContinuousClock.Instant, _ look: () async throws -> Found?
+    ) async throws -> Found? {
+        let alarm = Task {
+            try await Task.sleep(until: deadline, clock: .continuous)
+            changes.notify()
+        }
+        defer { alarm.cancel() }
+        for await _ in changes.watch() {
+            // Before the look: what is there when the time is up is found.
+            let isLast = ContinuousClock.now >= deadline
+            if let found = try await look() { return found }
+            if isLast { return nil }
+        }
+        try Task.checkCancellation()
+        throw ControlError(.unavailable, "the controller stops")
+    }
+
+    /// So long an attachment waits for what is being done. Then that is broken off: it may hang, and
+    /// whoever wants to attach has no use for an answer that it does.
+    static let attachmentPatienceMilliseconds: Int64 = 10_000
+
+    /// One round: ends what nobody uses, which a controller before this one may have begun, breaks
+    /// off what takes too long, and gives up what is on nodes that are not heard of.
+    package func tendMaintenances() async throws {
+        let maintained = try await store.volumes().filter(\.volume.isMaintained)
+        maintenances.keepOnly(Set(maintained.map(\.volume.id)))
+        for volume in maintained.map(\.volume) {
+            let isReady = observedNodes[volume.attachedNode ?? ""]?.isReady ?? false
+            let waited = maintenances.waiting(volume, now: store.clock())
+            try await Caller.$current.withValue(.controller) {
+                if !isReady {
+                    guard try await knowsNodes else { return }
+                    maintenances.drop(volume.id)
+                    try await store.abandonMaintenance(
+                        volume.name, generation: volume.clientGeneration)
+                } else if !volume.isDetaching,
+                    !maintenances.isUsed(volume.id)
+                        || waited >= Self.attachmentPatienceMilliseconds
+                {
+                    maintenances.drop(volume.id)
+                    try await store.endMaintenance(
+                        volume.name, generation: volume.clientGeneration)
+                } else {
+                    return
+                }
+                changes.notify()
+            }
+        }
+    }
+
+    // MARK: Deletion
+
+    static let deletionPatience = Duration.seconds(30)
+
+    /// What is just done to the volume comes to its end first, and nothing else is begun.
+    package func delete(_ name: String) async throws {
+        if let id = try await store.volumes(named: name).first?.volume.id {
+            maintenances.close(id)
+            defer { maintenances.open(id) }
+            _ = try await first(by: ContinuousClock.now + Self.deletionPatience) {
+                let volume = try await store.volumes(named: name).first?.volume
+                let isFree = volume?.maintenance == nil || volume?.nextNode != nil
+                return isFree && !maintenances.isUsed(id) ? true : nil
+            }
+            _ = try await store.deleteVolume(name)
+        } else {
+            _ = try await store.deleteVolume(name)
+        }
+        changes.notify()
+    }
+}
