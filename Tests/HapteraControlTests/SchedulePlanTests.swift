@@ -169,6 +169,40 @@ import Testing
         #expect(steps(schedule, [told], []).isEmpty)
     }
 
+    /// Only what the schedule took itself counts: others may go at any time.
+    @Test func whatHasNotChangedIsSkipped() throws {
+        let schedule = begun(try hourly())
+        func detached(_ snapshots: [SchedulePlan.Volume.Snapshot]) -> SchedulePlan.Volume {
+            volume("v") {
+                $0.unchangedSince = LayerID(rawValue: 5)
+                $0.snapshots = snapshots
+            }
+        }
+        let name = "hourly-20261129-0800"
+        let before = SchedulePlan.Volume.Snapshot(
+            name: "b", schedule: "hourly", layer: LayerID(rawValue: 4))
+        let other = SchedulePlan.Volume.Snapshot(
+            name: "o", schedule: "daily", layer: LayerID(rawValue: 6))
+        let own = SchedulePlan.Volume.Snapshot(
+            name: "h", schedule: "hourly", layer: LayerID(rawValue: 5))
+        #expect(
+            steps(schedule, [run("v")], [detached([before, other])])
+                == [.takeSnapshot(run("v"), name)])
+        #expect(
+            steps(schedule, [run("v")], [detached([before, own, other])]) == [
+                .skip(run("v"), why: "it is not attached, and has not changed since 'h'")
+            ])
+        let attached = volume("v") { $0.snapshots = [before, own] }
+        #expect(steps(schedule, [run("v")], [attached]) == [.takeSnapshot(run("v"), name)])
+        // Though nobody could be asked.
+        var away = detached([own])
+        away.obstacle = "no in-sync replica of it is running"
+        #expect(
+            steps(schedule, [run("v")], [away]) == [
+                .skip(run("v"), why: "it is not attached, and has not changed since 'h'")
+            ])
+    }
+
     @Test func whatFailedIsTriedLaterAndLater() throws {
         let schedule = begun(try hourly())
         let (wanted, name) = (run("v"), "hourly-20261129-0800")
@@ -287,7 +321,8 @@ import Testing
         seen: Int64? = now, obstacle: String? = nil
     ) -> SchedulePlan.Volume {
         SchedulePlan.Volume(
-            id: name, name: name, nodes: nodes, obstacle: obstacle, scrub: scrub, scrubSeen: seen)
+            id: name, name: name, nodes: nodes, scrubObstacle: obstacle, scrub: scrub,
+            scrubSeen: seen)
     }
 
     private func steps(

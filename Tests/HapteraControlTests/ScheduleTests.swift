@@ -324,16 +324,18 @@ import Testing
         #expect(try await world.events.count { $0.kind == "SnapshotCreated" } == 1)
     }
 
-    @Test func aDetachedVolumeIsSkippedUntilItIsAttached() async throws {
+    /// Its clients may live on somewhere: nobody asked for a takeover.
+    @Test func aVolumeThatWasNotLeftInOrderIsSkippedUntilItIsAttached() async throws {
         let world = try await World(attached: false)
         try await create(world)
+        #expect(try await world.swap(.takeover) { $0.isClean = false } == .swapped)
         for _ in 0..<3 {
             try await pass(world)
             try await settle(world)
         }
         let waiting = try await run(world)
         #expect(waiting.state == .waiting)
-        #expect(waiting.reason == "it is not attached, and only its engine can be asked")
+        #expect(waiting.reason == "it is not attached, and its last engine did not leave in order")
         let skipped = try await world.events.filter { $0.kind == "ScheduleVolumeSkipped" }
         #expect(skipped.map(\.message) == ["volume 'vol': \(waiting.reason)"])
 
@@ -342,6 +344,52 @@ import Testing
         try await settle(world)
         #expect(try await names(world) == ["often-19700101-0019"])
         #expect(try await run(world).reason.isEmpty)
+    }
+
+    @Test func aScrubWaitsUntilTheVolumeIsAttached() async throws {
+        let world = try await World(attached: false)
+        try await create(world, .scrub)
+        try await pass(world)
+        try await settle(world)
+        #expect(
+            try await run(world).reason == "it is not attached, and only its engine can be asked")
+        #expect(world.askedToScrub.withLock { $0.isEmpty })
+    }
+
+    /// One of what it was left with, and no more while nothing changes; again after it was.
+    @Test func aDetachedVolumeGetsOneOfWhatItHolds() async throws {
+        let world = try await World(attached: false)
+        world.live()
+        try await create(world)
+        for _ in 0..<4 {
+            try await pass(world)
+            try await settle(world)
+        }
+        #expect(try await names(world) == ["often-19700101-0017"])
+        let done = try await run(world)
+        #expect(done.state == .done)
+        #expect(
+            done.reason == "it is not attached, and has not changed since 'often-19700101-0017'")
+        let skipped = try await world.events.filter { $0.kind == "ScheduleVolumeSkipped" }
+        #expect(skipped.map(\.message) == ["volume 'vol': \(done.reason)"])
+        #expect(try await world.controller.volume(named: "vol").state == .detached)
+
+        // Attached, though nothing is known to have been written; and what was taken is deleted.
+        for detach in [true, false] {
+            if detach {
+                _ = try await world.controller.attach("vol", node: "a")
+                try await world.until { $0.volume.servedGeneration == $0.volume.clientGeneration }
+                _ = try await world.controller.detach("vol")
+                try await world.until { $0.volume.attachedNode == nil }
+            } else {
+                try await world.delete("often-19700101-0021")
+                try await world.until { $0.volume.attachedNode == nil }
+            }
+            try await pass(world)
+            try await settle(world)
+            try await world.until { $0.volume.attachedNode == nil }
+        }
+        #expect(try await names(world) == ["often-19700101-0017", "often-19700101-0022"])
     }
 
     @Test func whatTheEngineRefusesIsTriedAgain() async throws {

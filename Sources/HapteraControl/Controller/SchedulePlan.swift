@@ -8,6 +8,7 @@ package struct SchedulePlan: Sendable {
             package var name: String
             /// Who took it, if a schedule did.
             package var schedule: String?
+            package var layer: LayerID = .head
         }
         /// The last scrub, as its engine says.
         package enum Scrub: Equatable, Sendable {
@@ -22,8 +23,13 @@ package struct SchedulePlan: Sendable {
         package var labels: [String: String] = [:]
         /// Of its replicas and its engine.
         package var nodes: Set<String> = []
-        /// Why no engine can be asked; nil: it can be.
+        /// Why no engine can be asked for a snapshot; nil: it can be.
         package var obstacle: String?
+        /// The same for a scrub.
+        package var scrubObstacle: String?
+        /// Snapshots of this layer and later ones hold what the volume does, which is not attached;
+        /// nil: it may have changed since any.
+        package var unchangedSince: LayerID?
         /// Oldest first.
         package var snapshots: [Snapshot] = []
         package var scrub = Scrub.none
@@ -37,6 +43,8 @@ package struct SchedulePlan: Sendable {
         case begin(ScheduleRow, fire: Int64, volumes: [String])
         /// Cannot be done now, for a reason that is new.
         case hold(ScheduleRunRow, why: String)
+        /// Need not be done.
+        case skip(ScheduleRunRow, why: String)
         case takeSnapshot(ScheduleRunRow, String)
         case deleteSnapshot(ScheduleRunRow, String)
         case scrub(ScheduleRunRow)
@@ -113,6 +121,9 @@ package struct SchedulePlan: Sendable {
                 return hold(run, "there is a snapshot '\(name)' that the schedule did not take")
             }
             // One that is there may be certain without an engine: its volume was left in order.
+            if there == nil, let same = unchanged(volume, since: schedule) {
+                return .skip(run, why: "it is not attached, and has not changed since '\(same)'")
+            }
             if there == nil, let obstacle = volume.obstacle { return hold(run, obstacle) }
             return attempts.mayTry(run, name, now: now) ? .takeSnapshot(run, name) : nil
         case .taken:
@@ -125,6 +136,13 @@ package struct SchedulePlan: Sendable {
                 .map { .deleteSnapshot(run, $0.name) }
         case .running, .done: return nil
         }
+    }
+
+    /// The schedule's own snapshot that holds what the volume does. Another one would hold no more,
+    /// and in time cost one that does. Of others nobody knows how long they are kept.
+    private func unchanged(_ volume: Volume, since schedule: ScheduleRow) -> String? {
+        guard let layer = volume.unchangedSince else { return nil }
+        return volume.snapshots.last { $0.schedule == schedule.name && $0.layer >= layer }?.name
     }
 
     private func hold(_ run: ScheduleRunRow, _ why: String) -> Step? {
@@ -157,7 +175,7 @@ package struct SchedulePlan: Sendable {
         waiting.sort { ($0.doneMilliseconds, $0.volume) < ($1.doneMilliseconds, $1.volume) }
         for run in waiting {
             guard let volume = volumes[run.volumeID] else { continue }
-            if let obstacle = volume.obstacle {
+            if let obstacle = volume.scrubObstacle {
                 if let step = hold(run, obstacle) { steps.append(step) }
             } else if attempts.mayTry(run, "", now: now), busyNodes.isDisjoint(with: volume.nodes) {
                 steps.append(.scrub(run))
@@ -194,7 +212,7 @@ extension SchedulePlan.Step {
     fileprivate var occupiesVolume: Bool {
         switch self {
         case .takeSnapshot, .deleteSnapshot, .scrub: true
-        case .begin, .hold, .scrubAgain, .finish: false
+        case .begin, .hold, .skip, .scrubAgain, .finish: false
         }
     }
 }

@@ -61,6 +61,8 @@ extension Controller {
             case .hold(let run, let why):
                 try await store.noteRun(
                     run, run.state, message: why, event: "ScheduleVolumeSkipped")
+            case .skip(let run, let why):
+                try await store.noteRun(run, .done, message: why, event: "ScheduleVolumeSkipped")
             case .scrubAgain(let run): try await store.noteRun(run, .waiting)
             case .finish(let run): try await store.noteRun(run, .done)
             case .takeSnapshot(let run, let snapshot):
@@ -84,11 +86,18 @@ extension Controller {
             var volume = SchedulePlan.Volume(
                 id: stored.volume.id, name: stored.volume.name, labels: stored.labels)
             volume.nodes = Set(stored.replicas.map(\.node))
-            volume.obstacle = obstacle(stored)
-            volume.snapshots = (stored.record?.snapshots ?? []).map {
-                .init(name: $0.name, schedule: taken[stored.volume.id]?[$0.name])
+            (volume.obstacle, volume.scrubObstacle) = obstacles(stored)
+            if stored.volume.clientNode == nil, stored.volume.unchangedSince > 0 {
+                volume.unchangedSince = LayerID(
+                    rawValue: UInt32(clamping: stored.volume.unchangedSince))
             }
-            guard let node = stored.volume.attachedNode else { return volume }
+            volume.snapshots = (stored.record?.snapshots ?? []).map {
+                .init(
+                    name: $0.name, schedule: taken[stored.volume.id]?[$0.name], layer: $0.layer)
+            }
+            guard let node = stored.volume.attachedNode, !stored.volume.isMaintained else {
+                return volume
+            }
             volume.nodes.insert(node)
             let seen = observedNodes[node]
             volume.scrubSeen = seen?.lastSeenMilliseconds
@@ -105,12 +114,23 @@ extension Controller {
         }
     }
 
-    private func obstacle(_ stored: StoredVolume) -> String? {
+    /// To a snapshot and to a scrub. A volume that is not attached gets an engine for the former.
+    private func obstacles(_ stored: StoredVolume) -> (snapshot: String?, scrub: String?) {
         do {
-            return try servingNode(stored) == nil
-                ? "it is not attached, and only its engine can be asked" : nil
+            guard try servingNode(stored) == nil else { return (nil, nil) }
         } catch {
-            return "\(error)"
+            return ("\(error)", "\(error)")
+        }
+        let scrub = "it is not attached, and only its engine can be asked"
+        // Nobody has asked for the takeover of a volume whose clients may live on somewhere.
+        guard stored.volume.isMaintained || stored.wasLeftInOrder else {
+            return ("it is not attached, and its last engine did not leave in order", scrub)
+        }
+        do {
+            if !stored.volume.isMaintained { _ = try maintenanceNode(stored) }
+            return (nil, scrub)
+        } catch {
+            return ("\(error)", scrub)
         }
     }
 

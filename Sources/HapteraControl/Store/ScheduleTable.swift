@@ -152,7 +152,8 @@ extension MetadataStore {
             for volume in volumes {
                 let before = old.first { $0.volumeID == volume }
                 // A reason that still holds is not told again.
-                let message = before?.state == .waiting ? before?.message ?? "" : ""
+                let isOpen = before?.state == .waiting || before?.state == .done
+                let message = isOpen ? before?.message ?? "" : ""
                 try db.execute(
                     sql: "INSERT OR REPLACE INTO scheduleRuns VALUES (?, ?, ?, ?, ?, ?, ?)",
                     arguments: [
