@@ -74,11 +74,15 @@ def test_schedules(context):
         state = runs(plane)
         plane.run("schedule", "pause", "often")
         assert set(state) == {"vol", "away"}, state
-        assert state["away"]["state"] == "waiting" and "not attached" in state["away"]["reason"]
+        # It is not attached: one snapshot of what it holds, and no other while that stays so.
+        (only,) = plane.run("snapshot", "list", "away")
+        assert state["away"]["state"] == "done", state
+        assert state["away"]["reason"].endswith(f"has not changed since '{only['name']}'"), state
+        assert plane.run("volume", "show", "away")["state"] == "detached"
         assert plane.run("snapshot", "list", "other") == []
         events = plane.run("events", "--limit", "500")
         taken = [e["message"] for e in events if e["kind"] == "SnapshotCreated"]
-        assert len(taken) == 3, taken
+        assert len(taken) == 4, taken
         skipped = [e for e in events if e["kind"] == "ScheduleVolumeSkipped"
                    and e["subject"] == "schedule/often"]
         assert len(skipped) == 1 and "'away'" in skipped[0]["message"], skipped
