@@ -346,6 +346,20 @@ import Testing
         #expect(try await run(world).reason.isEmpty)
     }
 
+    /// An engine without clients that ended with its node keeps nobody waiting.
+    @Test func oneWithoutClientsMayHaveEndedAnyhow() async throws {
+        let world = try await World(attached: false)
+        try await create(world)
+        _ = try await world.test.store.beginMaintenance("vol", after: 0, on: "a", words: "w")
+        #expect(try await world.swap(.takeover) { $0.isClean = false } == .swapped)
+        try await world.test.store.abandonMaintenance("vol", generation: 1)
+        world.live()
+        try await pass(world)
+        try await settle(world)
+        #expect(try await names(world) == ["often-19700101-0017"])
+        try await world.untilDetached()
+    }
+
     @Test func aScrubWaitsUntilTheVolumeIsAttached() async throws {
         let world = try await World(attached: false)
         try await create(world, .scrub)

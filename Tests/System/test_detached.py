@@ -391,15 +391,28 @@ def test_store_lost_meanwhile(context):
         detach(plane)
         taking = plane.start("snapshot", "create", "vol", "s")
         wait_for(lambda: engines(plane), "its engine")
-        wait_for(lambda: control(
-            words(engines(plane)[0])[words(engines(plane)[0]).index("--control") + 1],
-            "status")["state"] == "serving", "it to serve")
+        agents = processes(plane, "haptera-node")
+        for pid in agents:  # Or it would be over too soon.
+            os.kill(pid, signal.SIGSTOP)
+        (engine,) = engines(plane)
+        socket = words(engine)[words(engine).index("--control") + 1]
+
+        def serves():
+            try:
+                return control(socket, "status")["state"] == "serving"
+            except OSError:
+                return False
+
+        wait_for(serves, "it to serve")
         plane.kill(plane.daemon("controller"))
         taking.kill()
         taking.communicate()
+        for pid in agents:
+            os.kill(pid, signal.SIGCONT)
         for path in (plane.cluster / "controller").iterdir():
             path.unlink()
         plane.up()
+        assert engines(plane) == [engine]
         plane.run("store", "reconstruct", "--from-nodes", "--yes")
         until_idle(plane)
         assert plane.volume()["state"] == "detached"
