@@ -8,9 +8,9 @@ extension VolumeCommand {
         package static let configuration = CommandConfiguration(
             abstract: "Let a volume grow; the same size again changes nothing.",
             discussion: """
-                An attached one goes on being served. Clients that connect afterwards see the new size; a \
-                kernel that is attached has to be told: see docs/operations.md. Snapshots keep \
-                the size they were taken at.
+                An attached one goes on being served. Clients that connect afterwards see the new \
+                size; a kernel that is attached has to be told: see docs/operations.md. Snapshots \
+                keep the size they were taken at.
                 """)
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))

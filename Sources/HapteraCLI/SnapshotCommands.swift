@@ -41,7 +41,8 @@ extension SnapshotCommand {
             discussion: """
                 It holds everything that was answered before the command began, as a disk does \
                 after a power cut: flush file systems and databases first if that is not enough. \
-                It returns when every in-sync replica has it. A volume that is not attached stays so.
+                It returns when every in-sync replica has it. A volume that is not attached stays \
+                so.
                 """)
 
         @Argument(help: "The volume's name; with --group the snapshot's.")

@@ -226,14 +226,14 @@ extension SnapshotTests.World {
     @Test func whatACrashLeavesIsEnded() async throws {
         let world = try await detached()
         for turn in 0..<2 {
-            let generation = try await world.test.store.volume(named: "vol").volume
+            let attachment = try await world.test.store.volume(named: "vol").volume
                 .clientGeneration
             let begun = try await world.test.store.beginMaintenance(
-                "vol", after: generation, on: "a", words: "a snapshot is being taken")
+                "vol", after: attachment, on: "a", words: "a snapshot is being taken")
             #expect(begun?.volume.isMaintained == true)
             world.controller.changes.notify()
             // Not before its engine has begun the second time.
-            if turn == 1 { try await world.until { $0.volume.servedGeneration == generation + 1 } }
+            if turn == 1 { try await world.until { $0.volume.servedGeneration == attachment + 1 } }
             async let again = world.create("s\(turn)")
             try await Task.sleep(for: .milliseconds(20))
             #expect(try await world.phase(on: "a") == .maintain)
@@ -353,7 +353,7 @@ extension SnapshotTests.World {
         _ = try await world.create("s")
         _ = try await world.revert("s", keeping: "kept")
         try await world.untilDetached()
-        let generation = try await world.test.store.volume(named: "vol").volume.clientGeneration
+        let attachment = try await world.test.store.volume(named: "vol").volume.clientGeneration
         #expect(try await world.create("s").name == "s")
         #expect(try await world.revert("s", keeping: "kept").name == "kept")
         #expect(try await world.resize(1 << 30).sizeBytes == 1 << 30)
@@ -362,7 +362,7 @@ extension SnapshotTests.World {
         #expect(try await world.revertRefusal("s", keeping: "s").code == .precondition)
         #expect(try await world.resizeRefusal(1 << 29).code == .precondition)
         #expect(
-            try await world.test.store.volume(named: "vol").volume.clientGeneration == generation)
+            try await world.test.store.volume(named: "vol").volume.clientGeneration == attachment)
     }
 
     /// A crash after the engine's change and before its order: the same again makes sure.

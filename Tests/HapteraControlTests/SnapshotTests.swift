@@ -77,14 +77,14 @@ import Testing
 
         /// An engine takes over and leaves, as engines do it.
         private func obey(_ wanted: Haptera_V1_DesiredEngine) async throws {
-            let generation = wanted.clientGeneration
+            let attachment = wanted.clientGeneration
             if wanted.phase == .detach {
                 guard try await record.isClean == false else { return }
                 #expect(try await swap(.detach) { $0.isClean = true } == .swapped)
-            } else if served.withLock({ $0.insert(generation).inserted }) {
+            } else if served.withLock({ $0.insert(attachment).inserted }) {
                 let result = try await swap(.takeover) {
                     $0.isClean = false
-                    $0.clientGeneration = generation
+                    $0.clientGeneration = attachment
                 }
                 #expect(result == .swapped)
             }

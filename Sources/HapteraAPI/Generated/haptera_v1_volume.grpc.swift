@@ -508,8 +508,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-        /// > is just being done to it comes to its end first.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > What is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_DeleteVolumeRequest` messages.
@@ -974,8 +974,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-        /// > is just being done to it comes to its end first.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > What is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -1439,8 +1439,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-        /// > is just being done to it comes to its end first.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > What is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_DeleteVolumeRequest` message.
@@ -2831,8 +2831,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-        /// > is just being done to it comes to its end first.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > What is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -3494,8 +3494,8 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-        /// > is just being done to it comes to its end first.
+        /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+        /// > What is just being done to it comes to its end first.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -4324,8 +4324,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-    /// > is just being done to it comes to its end first.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+    /// > What is just being done to it comes to its end first.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_DeleteVolumeRequest` message.
@@ -5082,8 +5082,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND. What
-    /// > is just being done to it comes to its end first.
+    /// > Begins to remove a detached volume and all of its data; done when GetVolume says NOT_FOUND.
+    /// > What is just being done to it comes to its end first.
     ///
     /// - Parameters:
     ///   - message: request message to send.

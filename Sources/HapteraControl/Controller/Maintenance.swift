@@ -2,8 +2,8 @@ import HapteraAPI
 import HapteraCore
 import HapteraHost
 
-/// Who uses the engines of volumes that are not attached, by volume id. In memory: what a controller
-/// that starts anew finds in the store is used by nobody, and is ended.
+/// Who uses the engines of volumes that are not attached, by volume id. In memory: what a
+/// controller that starts anew finds in the store is used by nobody, and is ended.
 struct Maintenances {
     private struct Use {
         var ticket: UInt64
@@ -326,8 +326,8 @@ extension Controller {
         throw ControlError(.unavailable, "the controller stops")
     }
 
-    /// So long an attachment waits for what is being done. Then that is broken off: it may hang, and
-    /// whoever wants to attach has no use for an answer that it does.
+    /// So long an attachment waits for what is being done. Then that is broken off: it may hang,
+    /// and whoever wants to attach has no use for an answer that it does.
     static let attachmentPatienceMilliseconds: Int64 = 10_000
 
     /// One round: ends what nobody uses, which a controller before this one may have begun, breaks

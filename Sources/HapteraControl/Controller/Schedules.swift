@@ -122,8 +122,8 @@ extension Controller {
             return ("\(error)", "\(error)")
         }
         let scrub = "it is not attached, and only its engine can be asked"
-        // Nobody has asked for the takeover of a volume whose clients may live on somewhere. There were
-        // none since it is known what it has not changed since.
+        // Nobody has asked for the takeover of a volume whose clients may live on somewhere. There
+        // were none since it is known what it has not changed since.
         let hadNoClients = stored.wasLeftInOrder || stored.volume.unchangedSince > 0
         guard stored.volume.isMaintained || hadNoClients else {
             return ("it is not attached, and its last engine did not leave in order", scrub)
