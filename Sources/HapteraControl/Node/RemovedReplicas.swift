@@ -1,5 +1,4 @@
 import Foundation
-import Glibc
 import HapteraCore
 import HapteraHost
 import Logging
@@ -21,10 +20,9 @@ enum RemovedReplicas {
             guard name.hasSuffix(suffix), ReplicaID(id)?.text == id, !known.contains(id) else {
                 return false
             }
-            var status = stat()
-            // SAFETY: the string is valid during the call; the structure is a local.
-            return unsafe lstat("\(directory)/\(name)", &status) == 0
-                && status.st_mode & S_IFMT == S_IFDIR
+            // Of the link itself, were it one.
+            let found = try? FileManager.default.attributesOfItem(atPath: "\(directory)/\(name)")
+            return found?[.type] as? FileAttributeType == .typeDirectory
         }
     }
 
