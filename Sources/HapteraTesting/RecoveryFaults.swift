@@ -23,7 +23,9 @@ extension World {
         let peers = hosts.filter { $0 !== host && store.record.contains($0) }
         let known = peers.compactMap { $0.core?.knownStable }.max() ?? .zero
         // With no other member it would be what there is: a loss that only its owner can accept.
-        guard !peers.isEmpty,
+        // Nor would the engine hear of it from a peer that is deaf until it is given up: its disk
+        // owes an Install's sync for longer than that (seed 1011444).
+        guard !peers.isEmpty, peers.allSatisfy({ $0.disk.operationsInFlight == 0 }),
             host.backupFlushed < known || host.backupPromise < store.record.promised
         else { return }
         note("fault: \(host.name), a member, is put back as it was")

@@ -88,7 +88,7 @@ struct ReplicaImage {
         for record in records { replay(record, covered) }
         // As opening does it after a power cut.
         if isDurable { dropUnsynced() }
-        fold(manifest.retiredLayers.map(manifest.name(of:)))
+        fold(manifest.retiredLayers.map(manifest.name(of:)), installed)
         self.record = record ?? installed
         look(from: top ?? self.record?.head ?? manifest.head)
     }
@@ -179,14 +179,14 @@ struct ReplicaImage {
     }
 
     /// Retired layers count as their heirs'.
-    private mutating func fold(_ retired: [LayerID]) {
+    private mutating func fold(_ retired: [LayerID], _ record: VolumeRecord?) {
         // The nearest first: what it holds hides what is below. Not into others that are retired:
         // of one that was discarded it is not known any more what it was made over (seed 403429).
         for place in layers.indices.dropLast().reversed()
         where retired.contains(layers[place].id) {
             let heir = layers.indices.dropFirst(place + 1).first {
                 !retired.contains(layers[$0].id)
-                    && Self.isSeen(layers[place].id, from: layers[$0].id, installed)
+                    && Self.isSeen(layers[place].id, from: layers[$0].id, record)
             }
             if let heir { layers[heir].inherit(layers[place]) }
         }
@@ -197,6 +197,17 @@ struct ReplicaImage {
     func seen(from top: LayerID) -> ReplicaImage {
         var image = self
         image.look(from: top)
+        return image
+    }
+    /// The same files, as they count when they promise the record: its Install retires the layers
+    /// that it does not name any more.
+    func promising(_ record: VolumeRecord) -> ReplicaImage {
+        guard promise < record.epoch else { return self }
+        var image = self
+        let gone = layers.map(\.id).filter { !record.layers.contains($0) }
+        image.fold(gone, record)
+        image.record = record
+        image.look(from: record.head)
         return image
     }
     func layer(_ id: LayerID) -> Layer? { layers.first { $0.id == id } }
