@@ -154,6 +154,42 @@ import Testing
         }
     }
 
+    /// A trimmed block was written again, and a log that fills has the region's page written before
+    /// the data is durable: after a power cut the page must not name what is not there, with the
+    /// bytes of before the trim beneath it.
+    @Test func aRenewedPageDoesNotUndoATrim() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(1), at: 0)
+        try bench.run()
+        bench.send(.setState, length: 4096, auxiliary: UInt64(BlockState.zero.rawValue))
+        try bench.run()
+        try bench.flush(5)
+        let page = ReplicaFile.table(layer)
+        var pages = 0
+        bench.write(ReplicaBench.pattern(2), at: 0, sequence: 6)
+        for round in 1..<8 as Range<UInt64> {
+            bench.write(
+                ReplicaBench.pattern(round, blocks: 100),
+                at: round * UInt64(Geometry.regionSize), sequence: round + 6)
+            while let next = bench.pending.first {
+                try bench.performOne()
+                if case .write(page, let offset, TablePage.size, _, _, _) = next,
+                    offset < TablePage.pairSize
+                {
+                    pages += 1
+                }
+            }
+        }
+        #expect(pages > 0, "the region was renewed")
+        var random = TestRandom(seed: 1)
+        bench.disk.cutPower(&random, keepPercent: 0)
+        try bench.reopen(boot: 2)
+        _ = try bench.attach(epoch: 2)
+        let seen = try bench.read(0, 1)
+        #expect(seen == ReplicaBench.zero(1) || seen == ReplicaBench.pattern(2))
+    }
+
     /// A page that a power cut has torn belongs to an active region, though the log may tell of
     /// more other regions than there is memory for before it comes to the activation.
     @Test func aTornPageIsJudgedWhenTheWholeLogIsRead() throws {

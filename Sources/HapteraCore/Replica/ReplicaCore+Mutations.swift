@@ -327,7 +327,10 @@ extension ReplicaCore {
         let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
         let old = cache.entry(frame, block).state
         if old != entry.state { stateChanged(layer, region, old, entry.state) }
-        if layer != chain.id(0) ? old != .data : old.isZero { freshEnd = log.nextIndex + 1 }
+        if layer != chain.id(0) ? old != .data : old.isZero {
+            freshEnd = log.nextIndex + 1
+            cache.frames[Int(frame)].freshTicket = cache.frames[Int(frame)].dataTicket
+        }
         chain.willHold(layer, region)
         let first = region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(

@@ -272,6 +272,7 @@ package struct OpenedReplica {
                 cache.frames[Int(frame)].birth, manifest.promise)
             cache.frames[Int(frame)].lastWrite = last
             cache.frames[Int(frame)].dataTicket = 1
+            cache.frames[Int(frame)].freshTicket = 1
             frame = cache.nextActive(frame)
         }
     }

@@ -127,10 +127,10 @@ extension ReplicaCore {
         cache.frames[Int(frame)].slotsTicket <= syncs[FileSync.table].durable
     }
 
-    /// Opening takes what a page says of an upper layer's block for durable with its data.
+    /// Opening takes what a page says for durable with its data. (What was written over data since
+    /// need not be: torn, it is doubtful either way.)
     private func isRenewable(_ frame: Int32) -> Bool {
-        cache.frames[Int(frame)].layer == chain.id(0)
-            || cache.frames[Int(frame)].dataTicket <= syncs[FileSync.data].durable
+        cache.frames[Int(frame)].freshTicket <= syncs[FileSync.data].durable
     }
 
     private func collect(isTick: Bool) {
@@ -159,7 +159,7 @@ extension ReplicaCore {
             } else if !areSlotsDurable(frame) {
                 want(FileSync.table, cache.frames[Int(frame)].slotsTicket)
             } else if !isRenewable(frame) {
-                want(FileSync.data, cache.frames[Int(frame)].dataTicket)
+                want(FileSync.data, cache.frames[Int(frame)].freshTicket)
             } else if cache.frames[Int(frame)].state == .active,
                 !cache.frames[Int(frame)].isMerging, log.hasRoomForUpkeep
             {

@@ -99,6 +99,8 @@ package struct TableFrame: BitwiseCopyable, Sendable {
     package var lastWrite: StablePoint = .zero
     /// What a sync of the data file has to cover before the region's writes are durable.
     package var dataTicket: UInt64 = 0
+    /// The same of its blocks' first data: of what was over nothing, or over a trim.
+    package var freshTicket: UInt64 = 0
     /// What a sync of the table has to cover before the region's first slots are durable.
     package var slotsTicket: UInt64 = 0
     package var lastUse: Instant = .zero
