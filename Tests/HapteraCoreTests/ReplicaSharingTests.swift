@@ -295,6 +295,27 @@ extension ReplicaBench {
         #expect(try other.read(0, 8) == seen[2])
     }
 
+    /// A joiner is to share its members' damage in a block of which a deleted layer, whose files a
+    /// clone has, holds an older version: its heir says so, and the clone keeps what it has.
+    @Test func aLostBlockHidesWhatIsStuck() throws {
+        let (bench, seen) = try four()
+        let (disk, record) = try clone(bench, 1)
+        bench.deleted = [1]
+        try bench.installNext()
+        let tag = bench.send(
+            .adopt, epoch: bench.core.promise.rawValue, offset: 0, length: 4096, sequence: 40,
+            auxiliary: 1 | 0x1234_5678 << 32, flags: FrameFlags.resync, layer: 2)
+        try bench.run()
+        #expect(bench.status(tag) == .ok)
+        for layer in [2, 3, 0] as [UInt32] { #expect(try bench.read(0, 1, layer: layer) == nil) }
+        let expected = try #require(seen[3])
+        #expect(try bench.read(1, 7) == [UInt8](expected[block...]))
+        try bench.settle()
+        #expect(try bench.read(0, 1) == nil)
+        #expect(bench.disk.violations == [] && bench.pool.inUse == 0)
+        #expect(try open(disk, record).read(0, 8) == seen[1])
+    }
+
     /// Below the record's lowest layer everything reads zero, so absent and zero are the same
     /// there; copies differ in it when one has a retired layer left (seed 401521).
     @Test(arguments: [BlockState.zero, .absent]) func absentIsZeroInTheLowestLayer(

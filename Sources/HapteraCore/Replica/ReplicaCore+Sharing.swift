@@ -173,7 +173,9 @@ extension ReplicaCore {
         guard requests[Int(slot)].extents >= 0 || isFixed else { return false }
         let isReveal =
             header.kind == .setState && header.auxiliary == UInt64(BlockState.absent.rawValue)
-        guard isFixed || (isReveal || header.kind == .adopt) && isFolded(slot)
+        // To take the bytes that are there, they must be this layer's.
+        let isOwn = header.kind == .adopt && header.auxiliary == 0
+        guard isFixed || (isReveal || isOwn) && isFolded(slot)
         else { return false }
         resumeChainRead(slot)
         return true
