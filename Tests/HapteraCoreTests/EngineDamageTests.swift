@@ -114,6 +114,44 @@ import Testing
         #expect(h.stored.inSync.count == 3 && h.fakes[2].blocks[0]?.data == block(10))
     }
 
+    /// The joiner's copy is as damaged as the first member's, and another member has the block.
+    @Test func itsOwnDamageIsRepairedFromAnother() {
+        let h = EngineHarness(replicas: 3, members: 2)
+        for fake in h.fakes {
+            fake.verifies = true
+            fake.put(0, block(10), in: LayerID(rawValue: 1))
+        }
+        rot(h.fakes[0], 0)
+        rot(h.fakes[2], 0)
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.stored.inSync.count == 3 && h.fakes[2].blocks[0]?.data == block(10))
+    }
+
+    /// Each member has a damaged block in the region, but not the same one: the joiner gets both
+    /// from who has them, and only what nobody has is damaged there, too.
+    @Test(arguments: [[1, 2], [2, 1], [1, 200], [200, 1]] as [[UInt64]], [false, true])
+    func membersAreDamagedInDifferentBlocks(places: [UInt64], isHeld: Bool) {
+        let h = EngineHarness(replicas: 3, members: 2)
+        for fake in h.fakes.prefix(2) {
+            fake.verifies = true
+            for index in [0, 1, 2, 3, 200] as [UInt64] {
+                fake.put(index, block(UInt8(10 + index % 100)), in: LayerID(rawValue: 1))
+            }
+            rot(fake, 3)
+        }
+        if isHeld { h.fakes[2].put(0, block(5), in: LayerID(rawValue: 1)) }
+        for (fake, place) in zip(h.fakes, places) { rot(fake, place) }
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.stored.inSync.count == 3)
+        for index in [0, 1, 2, 200] as [UInt64] {
+            let isThere = h.fakes[2].blocks[index]?.data == block(UInt8(10 + index % 100))
+            #expect(isThere, "block \(index)")
+        }
+        #expect(isDamaged(h.fakes[2], 3) && h.fakes[2].entry(3) == h.fakes[0].entry(3))
+    }
+
     /// What could not be kept after a crash is lost, and says so: a replica that returns with an
     /// older copy, the one the entry named, must not make that the volume's.
     @Test func whatWasLostStaysLost() {

@@ -74,6 +74,7 @@ extension EngineCore {
         jobs[job].nextBlock = 0
         jobs[job].readsOut = 0
         jobs[job].writesOut = 0
+        jobs[job].hasSkipped = false
         continueCopy(job)
     }
 
@@ -89,6 +90,10 @@ extension EngineCore {
         guard jobs[job].stage == .copying, jobs[job].nextBlock >= count,
             jobs[job].readsOut + jobs[job].writesOut == 0
         else { return }
+        if jobs[job].hasSkipped {
+            jobs[job].unfit.insert(SlotSet(ReplicaSlot(jobs[job].source)))
+            return restart(job)
+        }
         if jobs[job].isStampDue { return stamp(job) }
         finishLayer(job)
     }
@@ -124,11 +129,18 @@ extension EngineCore {
             let bad = RegionDigest.decode(
                 index: block, from: digest(job, ReplicaSlot(jobs[job].source)))
         else { return run }
+        if its.entry == bad.entry, !its.isDoubtful { return Job.Run() }
+        guard jobs[job].acceptsDamage else { return run }
+        // First it gets what each of the others has.
+        let others = liveMembers.subtracting(jobs[job].unfit)
+        guard others.subtracting(SlotSet(ReplicaSlot(jobs[job].source))).isEmpty else {
+            jobs[job].hasSkipped = true
+            return Job.Run()
+        }
         if its.entry == bad.entry { return Job.Run() }
         // What cannot be read now may be read later.
         let isUnreadable = bad.hashLow == 0 && bad.hashHigh == 0
-        guard jobs[job].acceptsDamage, !isUnreadable || unreadableJoins >= Self.unreadableJoinsMax
-        else { return run }
+        guard !isUnreadable || unreadableJoins >= Self.unreadableJoinsMax else { return run }
         run.action = .mark
         run.checksum = bad.entry.checksum
         return run
@@ -296,6 +308,7 @@ extension EngineCore {
             return dropJoiner(retryMilliseconds: 10_000)
         }
         jobs[job].acceptsDamage = true
+        jobs[job].unfit = []
         restart(job)
     }
 }

@@ -77,6 +77,8 @@ extension EngineCore {
             let layer = jobs[job].layer
             guard gone.contains(layer) || heirs.contains(layer) else { continue }
             jobs[job].layer = remaining(layer) ?? nearest(above: layer)
+            jobs[job].unfit = []
+            jobs[job].acceptsDamage = false
             if jobs[job].stage != .waiting { restart(job) }
         }
         for (region, layers) in suspectLayers where layers.contains(where: gone.contains) {

@@ -319,6 +319,8 @@ struct Job: BitwiseCopyable {
     var unfit = SlotSet()
     /// No member is fit: blocks that are damaged on the source shall be so on the joiner.
     var acceptsDamage = false
+    /// Blocks were passed over that are damaged on the source, but perhaps not on the next one.
+    var hasSkipped = false
     var nextBlock = 0
     var run = Run()
     var blocksCopied: UInt64 = 0
