@@ -109,7 +109,7 @@ import Testing
             "leaseMilliseconds": 500,
             "removalDeadlineMilliseconds": 3000,
             "staleReplicaTimeoutMilliseconds": 1800000,
-             "detectZeroes": false
+            "detectZeroes": false
           },
           "labels": {
             "app": "db",
