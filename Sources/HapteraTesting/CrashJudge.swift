@@ -5,6 +5,8 @@ struct CrashJudge {
     let oracle: CrashOracle
     /// Unsynced writes may be gone; otherwise only the process ended.
     let isPower: Bool
+    /// After a kill it is the same as before.
+    let boot: UInt64
     let random: RandomSource
     let mutations: MutationSet
 
@@ -16,8 +18,8 @@ struct CrashJudge {
                     storage: image, identity: CrashHost.identity, logCapacity: CrashDisk.records)
             }
             let host = try CrashHost(
-                opening: image, instance: random.next() | 1, boot: isPower ? random.next() | 1 : 1,
-                mutations: mutations, limits: .init(small: 48, medium: 4, large: 3))
+                opening: image, instance: random.next() | 1, boot: boot, mutations: mutations,
+                limits: .init(small: 48, medium: 4, large: 3))
             return examine(host, image)
         } catch { return "does not open: \(error.message)" }
     }

@@ -147,7 +147,8 @@ package final class CrashReplay {
         outcome.images += 1
         let image = CrashImage(disk, keep: keep, random)
         let judge = CrashJudge(
-            oracle: oracle, isPower: isPower, random: random, mutations: options.mutations)
+            oracle: oracle, isPower: isPower, boot: isPower ? random.next() | 1 : boot,
+            random: random, mutations: options.mutations)
         let wrong = judge.examine(image)
         image.discard()
         guard let wrong else { return }
