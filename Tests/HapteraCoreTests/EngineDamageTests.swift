@@ -152,6 +152,26 @@ import Testing
         #expect(isDamaged(h.fakes[2], 3) && h.fakes[2].entry(3) == h.fakes[0].entry(3))
     }
 
+    /// One of several blocks whose bytes are to be kept cannot be read: the others are kept.
+    @Test func oneUnreadableBlockCostsNoOther() {
+        let h = EngineHarness(replicas: 1)
+        h.stored.isClean = false
+        for index in 3..<8 as Range<UInt64> {
+            let before = BlockEntry(state: .data, checksum: checksum(of: block(8)))
+            h.fakes[0].blocks[index] = (before, block(UInt8(20 + index)))
+        }
+        h.fakes[0].verifies = true
+        h.fakes[0].active = [0]
+        h.fakes[0].unreadable = [5]
+        h.start()
+        h.pass(milliseconds: 4000)
+        #expect(h.fakes[0].entry(5).checksum == BlockEntry.lostChecksum)
+        for index in [3, 4, 6, 7] as [UInt64] {
+            let read = h.read(index * 4096, 4096)
+            #expect(h.reads[read] == block(UInt8(20 + index)), "block \(index)")
+        }
+    }
+
     /// What could not be kept after a crash is lost, and says so: a replica that returns with an
     /// older copy, the one the entry named, must not make that the volume's.
     @Test func whatWasLostStaysLost() {

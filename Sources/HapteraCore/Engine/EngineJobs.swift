@@ -228,7 +228,8 @@ extension EngineCore {
                 if header.status == .checksumMismatch || mayReadAgain(job, header.status) {
                     restart(job)
                 } else if header.status == .ioError, isLost(job) {
-                    giveUpRun(job)
+                    // Which of them it is, one finds out by asking for one.
+                    if jobs[job].run.count > 1 { narrowRun(job) } else { giveUpRun(job) }
                 } else {
                     failReplica(slot, .failing(header.status))
                 }
@@ -299,8 +300,14 @@ extension EngineCore {
         return run
     }
 
-    private func nextRun(_ job: Int) {
-        let run = nextDifference(job)
+    private func nextRun(_ job: Int) { begin(job, nextDifference(job)) }
+    private func narrowRun(_ job: Int) {
+        var run = jobs[job].run
+        run.count = 1
+        jobs[job].nextBlock = run.first + 1
+        begin(job, run)
+    }
+    private func begin(_ job: Int, _ run: Job.Run) {
         jobs[job].run = run
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
