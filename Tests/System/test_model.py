@@ -286,7 +286,8 @@ class Model:
             predicted = {
                 replica.number: test_sizes.predictions(self.cluster, replica)
                 for replica in self.cluster.replicas}
-            given.append(test_sizes.delete_as_predicted(self.cluster, name, predicted))
+            given.append(test_sizes.delete_as_predicted(
+                self.cluster, name, predicted, was_killed=True))
             del self.snapshots[name]
         self.counts["KiB given back as predicted"] = sum(given) // 1024
 

@@ -51,15 +51,18 @@ def predictions(cluster, replica, **options):
     return {name: exclusive[layer] for layer, _, name in cluster.record().snapshots}
 
 
-def delete_as_predicted(cluster, name, predicted):
-    """Deletes the snapshot; what comes back is what was predicted, by replica. Returns that."""
+def delete_as_predicted(cluster, name, predicted, was_killed=False):
+    """Deletes the snapshot; what comes back is what was predicted, by replica. Returns that.
+
+    `was_killed`: a replica that was killed between the draining of a region and giving its space
+    back has forgotten to (docs/formats.md): then more may come back with the layer."""
     before = {replica.number: allocated(replica) for replica in cluster.replicas}
     control(cluster.engine.control, "delete-snapshot", name=name)
     for replica in cluster.replicas:
         settle(replica)
         given = before[replica.number] - allocated(replica)
         expected = predicted[replica.number][name]
-        assert abs(given - expected) <= SLACK, (
+        assert given - expected >= -SLACK and (was_killed or given - expected <= SLACK), (
             f"{name} on replica {replica.number}: {given // BLOCK} blocks came back "
             f"instead of {expected // BLOCK}")
     return predicted[cluster.replicas[0].number][name]
