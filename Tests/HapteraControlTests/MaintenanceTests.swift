@@ -1,3 +1,4 @@
+import GRDB
 import HapteraAPI
 import HapteraCore
 import HapteraHost
@@ -10,18 +11,27 @@ import Testing
 extension SnapshotTests.World {
     /// Waits until the volume is stored like that.
     func until(_ isSo: (StoredVolume) -> Bool) async throws {
-        let deadline = ContinuousClock.now + .seconds(60)
-        while ContinuousClock.now < deadline {
-            if isSo(try await test.store.volume(named: "vol")) { return }
-            try await Task.sleep(for: .milliseconds(2))
+        let observation = ValueObservation.tracking { db in
+            try VolumeRow.filter(Column("name") == "vol").fetchOne(db).map {
+                try MetadataStore.stored(db, $0)
+            }
         }
-        throw HostError("never happened: \(try await test.store.volume(named: "vol").volume)")
+        for try await stored in observation.values(in: test.store.database) {
+            if let stored, isSo(stored) { return }
+        }
     }
     func until(_ isSo: (Maintenances, String) -> Bool) async throws {
         let id = try await test.store.volume(named: "vol").volume.id
-        while await !isSo(controller.maintenances, id) {
-            try await Task.sleep(for: .milliseconds(2))
-        }
+        while await !isSo(controller.maintenances, id) { await Task.yield() }
+    }
+    /// Begins the request, and returns when it waits for something in the controller.
+    func whenWaiting<Result: Sendable>(
+        _ request: @escaping @Sendable (SnapshotTests.World) async throws -> Result
+    ) async -> Task<Result, any Error> {
+        let before = controller.changes.watcherCount
+        let task = Task { try await request(self) }
+        while controller.changes.watcherCount <= before { await Task.yield() }
+        return task
     }
     func untilDetached() async throws { try await until { $0.volume.attachedNode == nil } }
 
@@ -36,7 +46,7 @@ extension SnapshotTests.World {
 }
 
 /// What is done to volumes that are not attached, over the stand-ins of `SnapshotTests`.
-@Suite struct MaintenanceTests {
+@Suite(.timeLimit(.minutes(5))) struct MaintenanceTests {
     typealias World = SnapshotTests.World
 
     private func detached() async throws -> World {
@@ -69,7 +79,7 @@ extension SnapshotTests.World {
 
     @Test func theVolumeStaysDetachedAndLetsNobodyIn() async throws {
         let world = try await detached()
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         async let snapshot = world.create("s")
         try await world.until { $0.volume.servedGeneration == 1 }
         #expect(try await world.phase(on: "a") == .maintain)
@@ -87,7 +97,7 @@ extension SnapshotTests.World {
             _ = try await world.controller.scrubVolume(scrubbing)
         }
         #expect(scrub?.message.contains("is not attached") == true)
-        world.isHeld.withLock { $0 = false }
+        world.gate.open()
         #expect(try await snapshot.uri.isEmpty)
         try await world.untilDetached()
         #expect(try await world.controller.volume(named: "vol").reason.isEmpty)
@@ -95,13 +105,13 @@ extension SnapshotTests.World {
 
     @Test func thoseOfOneTimeShareAnEngine() async throws {
         let world = try await detached()
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         async let first = world.create("s")
         try await world.until { $0.volume.isMaintained }
         async let second = world.create("t")
         async let third = world.resize(2 << 30)
         try await world.until { $0.userCount($1) == 3 }
-        world.isHeld.withLock { $0 = false }
+        world.gate.open()
         _ = try await (first, second, third)
         try await world.untilDetached()
         #expect(try await world.names.sorted() == ["s", "t"])
@@ -128,7 +138,7 @@ extension SnapshotTests.World {
 
     @Test func whoAttachesMeanwhileIsAttachedWhereHeWanted() async throws {
         let world = try await detached()
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         async let snapshot = world.create("s")
         try await world.until { $0.volume.servedGeneration == 1 }
         let attaching = try await world.controller.attach("vol", node: "b")
@@ -150,10 +160,9 @@ extension SnapshotTests.World {
         }
         #expect(deletion?.message.contains("is attached to b") == true)
         // What comes now waits for the attachment: nobody keeps it from beginning.
-        async let later = world.create("t")
-        try await Task.sleep(for: .milliseconds(50))
-        world.isHeld.withLock { $0 = false }
-        _ = try await (snapshot, later)
+        let later = await world.whenWaiting { try await $0.create("t") }
+        world.gate.open()
+        _ = try await (snapshot, later.value)
         try await world.until { $0.volume.servedGeneration == 2 }
         let stored = try await world.test.store.volume(named: "vol").volume
         #expect(stored.attachedNode == "b" && !stored.isMaintained && stored.nextNode == nil)
@@ -166,12 +175,12 @@ extension SnapshotTests.World {
 
     @Test func anAttachmentThatWaitsCanBeGivenUp() async throws {
         let world = try await detached()
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         async let snapshot = world.create("s")
         try await world.until { $0.volume.servedGeneration == 1 }
         _ = try await world.controller.attach("vol", node: "b")
         #expect(try await world.controller.detach("vol").state == .detached)
-        world.isHeld.withLock { $0 = false }
+        world.gate.open()
         _ = try await snapshot
         try await world.untilDetached()
         #expect(try await world.test.store.volume(named: "vol").volume.clientGeneration == 1)
@@ -181,7 +190,7 @@ extension SnapshotTests.World {
     /// What hangs is broken off for the one who wants to attach.
     @Test func anAttachmentDoesNotWaitForEver() async throws {
         let world = try await detached()
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         world.engine.withLock { $0 = .isSilent }
         async let snapshot = world.refusal("s")
         try await world.until { $0.volume.servedGeneration == 1 }
@@ -197,25 +206,24 @@ extension SnapshotTests.World {
         try await world.report(.serving, obeyingOn: ["a", "b", "c"])
         try await world.controller.tendMaintenances()
         try await world.until { $0.volume.attachedNode == "b" && !$0.volume.isMaintained }
-        world.isHeld.withLock { $0 = false }
+        world.gate.open()
         #expect(try await snapshot.code == .inDoubt)
     }
 
     @Test func aDeletionWaitsForItsEnd() async throws {
         let world = try await detached()
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         async let snapshot = world.create("s")
         try await world.until { $0.volume.servedGeneration == 1 }
         async let deletion: Void = world.controller.delete("vol")
         try await world.until { $0.isClosed($1) }
         // Nothing else is begun meanwhile.
-        async let late = world.refusal("t")
-        try await Task.sleep(for: .milliseconds(50))
+        let late = await world.whenWaiting { try await $0.refusal("t") }
         #expect(try await world.test.store.volume(named: "vol").volume.phase == .ready)
-        world.isHeld.withLock { $0 = false }
+        world.gate.open()
         _ = try await snapshot
         try await deletion
-        #expect(try await late.message == "volume 'vol' is being deleted")
+        #expect(try await late.value.message == "volume 'vol' is being deleted")
         let volume = try await world.test.store.volume(named: "vol").volume
         #expect(volume.phase == .deleting && volume.attachedNode == nil)
         #expect(try await world.count("MaintenanceEnded") == 1)
@@ -234,11 +242,10 @@ extension SnapshotTests.World {
             world.controller.changes.notify()
             // Not before its engine has begun the second time.
             if turn == 1 { try await world.until { $0.volume.servedGeneration == attachment + 1 } }
-            async let again = world.create("s\(turn)")
-            try await Task.sleep(for: .milliseconds(20))
+            let again = await world.whenWaiting { try await $0.create("s\(turn)") }
             #expect(try await world.phase(on: "a") == .maintain)
             try await world.controller.tendMaintenances()
-            #expect(try await again.name == "s\(turn)")
+            #expect(try await again.value.name == "s\(turn)")
             try await world.untilDetached()
             #expect(try await world.record.isClean)
         }
@@ -257,10 +264,10 @@ extension SnapshotTests.World {
         }
         defer { living.cancel() }
         world.engine.withLock { $0 = .isSilent }
-        world.isHeld.withLock { $0 = true }
+        world.gate.close()
         async let lost = world.refusal("s")
         try await world.until { $0.volume.servedGeneration == 1 }
-        try await Task.sleep(for: .milliseconds(50))
+        while world.gate.waitingCount == 0 { await Task.yield() }
         nodes.withLock { $0 = ["b", "c"] }
         world.test.clock.advance(Controller.nodeSilenceMaxMilliseconds + 1)
         try await world.report(.serving, obeyingOn: ["b", "c"])
@@ -273,7 +280,7 @@ extension SnapshotTests.World {
         #expect(try await world.count("MaintenanceAbandoned") == 1)
         // Its node is told to end it.
         #expect(try await world.phase(on: "a") == .detach)
-        world.isHeld.withLock { $0 = false }
+        world.gate.open()
         #expect(try await lost.code == .inDoubt)
         world.engine.withLock { $0 = .obeys }
         try await world.until { $0.volume.servedGeneration == 2 }

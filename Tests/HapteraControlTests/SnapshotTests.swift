@@ -43,7 +43,7 @@ import Testing
         let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
         let needsDecision = Mutex(false)
         /// Engines answer later.
-        let isHeld = Mutex(false)
+        let gate = Gate()
         /// Attachments whose engine has taken over, by its stand-in.
         private let served = Mutex<Set<UInt64>>([])
         /// What the engine says of a scrub.
@@ -137,7 +137,7 @@ import Testing
         private func perform(_ task: Haptera_V1_AgentTask, on node: String) async throws {
             var answer = Haptera_V1_AgentAnswer()
             answer.name = node
-            while isHeld.withLock({ $0 }) { try await Task.sleep(for: .milliseconds(2)) }
+            await gate.pass()
             answer.taskID = task.id
             let engine = engine.withLock { $0 }
             switch task.task {

@@ -60,7 +60,7 @@ struct TestStore {
         let gate = DispatchSemaphore(value: 0)
         let busy = Task { try await store.database.write { _ in gate.wait() } }
         let result = Task { try await body() }
-        while store.swaps.waitingCount < swaps { try await Task.sleep(for: .milliseconds(1)) }
+        while store.swaps.waitingCount < swaps { await Task.yield() }
         gate.signal()
         try await busy.value
         return try await result.value
@@ -92,6 +92,31 @@ struct TestStore {
                 hasServed: served, isDetached: detached)
         ]
         _ = try await store.apply(facts, from: stored.volume.attachedNode ?? "")
+    }
+}
+
+/// Whoever comes while it is closed waits until it opens.
+final class Gate: Sendable {
+    private let state = Mutex<(isClosed: Bool, waiting: [CheckedContinuation<Void, Never>])>(
+        (false, []))
+    var waitingCount: Int { state.withLock { $0.waiting.count } }
+
+    func close() { state.withLock { $0.isClosed = true } }
+    func open() {
+        let waiting = state.withLock { state in
+            defer { state = (false, []) }
+            return state.waiting
+        }
+        for one in waiting { one.resume() }
+    }
+    func pass() async {
+        await withCheckedContinuation { continuation in
+            let isOpen = state.withLock { state in
+                if state.isClosed { state.waiting.append(continuation) }
+                return !state.isClosed
+            }
+            if isOpen { continuation.resume() }
+        }
     }
 }
 

@@ -24,6 +24,19 @@ extension ReplicaBench {
         try run()
         #expect(status(tag) == .ok)
     }
+    /// The next record is the one before with that change.
+    func installChanged(_ change: (inout VolumeRecord) -> Void) throws {
+        var record = try #require(lineage)
+        change(&record)
+        record.epoch = core.promise.next
+        record.engine = InstanceID(rawValue: 1)
+        lineage = record
+        let tag = send(
+            .install, epoch: record.epoch.rawValue,
+            table: InstallRequest(engine: record.engine, record: record).encoded())
+        try run()
+        #expect(status(tag) == .ok)
+    }
     /// A flush, and that it is stable.
     func flush(_ sequence: UInt64) throws {
         let epoch = core.promise.rawValue

@@ -90,29 +90,17 @@ extension ReplicaMergeTests {
         bench.write(ReplicaBench.pattern(10, blocks: 8), at: 0)
         bench.write(ReplicaBench.pattern(9), at: UInt64(Geometry.regionSize), sequence: 2)
         try bench.run()
-        func install(_ change: (inout VolumeRecord) -> Void) throws {
-            var record = try #require(bench.lineage)
-            record.epoch = bench.core.promise.next
-            record.engine = InstanceID(rawValue: 1)
-            change(&record)
-            bench.lineage = record
-            let tag = bench.send(
-                .install, epoch: record.epoch.rawValue,
-                table: InstallRequest(engine: record.engine, record: record).encoded())
-            try bench.run()
-            #expect(bench.status(tag) == .ok)
-        }
         bench.lineage = bench.record(epoch: 1)
-        try install { $0.freezeHead("a", created: 1) }
+        try bench.installChanged { $0.freezeHead("a", created: 1) }
         let prepare = bench.send(
             .prepareSize, epoch: 2, offset: UInt64(6 * Geometry.regionSize))
         try bench.run()
         #expect(bench.status(prepare) == .ok)
-        try install { $0.grow(to: UInt64(6 * Geometry.regionSize)) }
+        try bench.installChanged { $0.grow(to: UInt64(6 * Geometry.regionSize)) }
         bench.write(ReplicaBench.pattern(30), at: 4096, epoch: 3, sequence: 5)
         try bench.run()
-        try install { $0.freezeHead("b", created: 2) }
-        try install { $0.deleteSnapshot(of: LayerID(rawValue: 1)) }
+        try bench.installChanged { $0.freezeHead("b", created: 2) }
+        try bench.installChanged { $0.deleteSnapshot(of: LayerID(rawValue: 1)) }
         try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
         #expect(bench.core.layerFiles == [2, 3].map(LayerID.init))

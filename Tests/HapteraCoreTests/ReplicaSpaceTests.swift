@@ -282,28 +282,16 @@ extension ReplicaBench {
             try bench.run()
             #expect(bench.replies.last?.header.status == .ok)
         }
-        func change(_ body: (inout VolumeRecord) -> Void) throws {
-            var record = try #require(bench.lineage)
-            body(&record)
-            record.epoch = bench.core.promise.next
-            record.engine = InstanceID(rawValue: 1)
-            bench.lineage = record
-            let tag = bench.send(
-                .install, epoch: record.epoch.rawValue,
-                table: InstallRequest(engine: record.engine, record: record).encoded())
-            try bench.run()
-            #expect(bench.status(tag) == .ok)
-        }
         for region in [0, 63, 64, 69] { try put(region, UInt64(region + 1)) }
-        try change { $0.freezeHead("first", created: 1) }
+        try bench.installChanged { $0.freezeHead("first", created: 1) }
         try put(63, 100)
         try put(69, 101)
         try bench.checkSpace("as small as it was")
         #expect(bench.core.snapshotSpaces.map(\.blocks) == [2])
-        try change { $0.grow(to: UInt64(140 * Geometry.regionSize)) }
+        try bench.installChanged { $0.grow(to: UInt64(140 * Geometry.regionSize)) }
         try put(139, 102)
         try put(0, 103)
-        try change { $0.freezeHead("second", created: 1) }
+        try bench.installChanged { $0.freezeHead("second", created: 1) }
         try put(139, 104)
         try bench.checkSpace("larger")
         #expect(bench.core.snapshotSpaces.map(\.blocks) == [3, 1])

@@ -218,7 +218,8 @@ def test_removed_replicas_do_not_stay(context):
         assert not any(removed.exists() for _, removed in left)
         for saved, removed in left:
             saved.rename(removed)
-        time.sleep(1.5)
+        for _, removed in left:
+            assert any(file.stat().st_nlink > 1 for file in (removed / "layers").iterdir())
         assert all(status["sharedLayers"] == "1" for status in volumes.statuses("vol"))
         bystander = left[0][1].with_name("notes.removed")
         bystander.mkdir()

@@ -61,11 +61,12 @@ class Watch(threading.Thread):
 
     def __init__(self, plane):
         super().__init__(daemon=True)
-        self.plane, self.seen, self.wrong, self.ends = plane, set(), [], False
+        self.plane, self.seen, self.wrong = plane, set(), []
+        self.ends = threading.Event()
         self.start()
 
     def run(self):
-        while not self.ends:
+        while not self.ends.wait(0.02):
             for pid in engines(self.plane):
                 line = words(pid)
                 if line == [""] or pid in self.seen:
@@ -81,10 +82,9 @@ class Watch(threading.Thread):
                 volume = self.plane.volume()
                 if volume["state"] != "detached" or volume["engine"] is not None:
                     self.wrong.append(volume)
-            time.sleep(0.02)
 
     def stop(self):
-        self.ends = True
+        self.ends.set()
         self.join()
         assert self.seen and not self.wrong, (self.seen, self.wrong)
 
@@ -180,7 +180,8 @@ def test_attach_meanwhile(context):
         taking = plane.start("snapshot", "create", "vol", "last")
         wait_for(lambda: engines(plane), "its engine")
         attaching = plane.start("volume", "attach", "vol", "--node", "node-3")
-        time.sleep(0.1)
+        wait_for(lambda: plane.volume()["state"] == "attaching" or attaching.poll() is not None,
+                 "the attachment to wait")
         detach(plane)
         for process in (taking, attaching):
             process.communicate(timeout=120)

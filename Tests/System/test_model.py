@@ -1,6 +1,5 @@
 """The whole life of a volume at random, against a model that is exact to the byte."""
 
-import dataclasses
 import random
 import shutil
 import subprocess
@@ -182,27 +181,13 @@ class Model:
             return
         self.cluster.start_replicas()
         self.cluster.wait_healthy()
-        record = self.cluster.record()
-        layer, created, name = self.chance.choice(record.snapshots)
+        _, _, name = self.chance.choice(self.cluster.record().snapshots)
         blocks = self.snapshots[name]
         directories = []
         for replica in self.cluster.replicas:
-            directory = self.cluster.path / f"{self.name('clone-')}-{replica.number}"
-            directory.mkdir()
-            directories.append(directory)
-            first = dataclasses.replace(
-                record, volume=self.chance.randbytes(16), name="clone", size=len(blocks) * BLOCK,
-                epoch=record.epoch + 1000, engine=0, endpoint="", clean=1, change=0, joining=[],
-                out=[], lineage=[], layers=[layer, layer + 1], growths=[], reverts=[],
-                snapshots=[(layer, created, name)],
-                in_sync=[(replica.id, replica.incarnation)])
-            shared = control(
-                replica.control, "share", layer=layer, into=directory.name, epoch=first.epoch)
-            subprocess.run(
-                [BINARIES / "haptera-replica", "clone", "--dir", directory, "--record",
-                 first.encode().hex(), "--replica-id", replica.text, "--incarnation",
-                 f"{replica.incarnation:016x}", "--layers", shared["layers"], "--size",
-                 shared["size"], "--log-index", shared["logIndex"]], check=True)
+            directories.append(test_sizes.clone(
+                self.cluster, replica, name, folder=self.name("clone-"),
+                volume=self.chance.randbytes(16), size=len(blocks) * BLOCK))
         self.clones.append((directories, blocks))
 
     def drop_clone(self):

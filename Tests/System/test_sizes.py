@@ -123,14 +123,14 @@ def test_what_a_snapshot_gives_back_is_known_before(context):
         return "came back as predicted: " + ", ".join(f"{count // 1024} KiB" for count in back)
 
 
-def clone(cluster, replica, name):
+def clone(cluster, replica, name, folder="clone", **changes):
     """A directory with a clone of the snapshot, which nobody serves."""
     record = cluster.record()
     layer, created, _ = next(s for s in record.snapshots if s[2] == name)
-    directory = cluster.path / f"clone-{replica.number}"
+    directory = cluster.path / f"{folder}-{replica.number}"
     directory.mkdir()
     first = dataclasses.replace(
-        record, volume=os.urandom(16), name="clone", epoch=record.epoch + 1000, engine=0,
+        record, **{"volume": os.urandom(16), **changes}, name="clone", epoch=record.epoch + 1000, engine=0,
         endpoint="", clean=1, change=0, joining=[], out=[], lineage=[], layers=[layer, layer + 1],
         growths=[], reverts=[], snapshots=[(layer, created, name)],
         in_sync=[(replica.id, replica.incarnation)])

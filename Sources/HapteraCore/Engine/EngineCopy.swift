@@ -20,7 +20,7 @@ extension EngineCore {
         jobs[job].awaiting = SlotSet(source)
         jobs[job].run = Job.Run()
         jobs[job].run.count = blockCount(jobs[job].region)
-        send(source, copyHeader(job, .read, 0..<jobs[job].run.count))
+        send(source, jobHeader(job, .read, 0..<jobs[job].run.count))
     }
 
     func receivedFetch(
@@ -148,21 +148,21 @@ extension EngineCore {
 
     private func start(_ job: Int, _ run: Job.Run) {
         guard let joiner else { return }
-        let blocks = run.first..<run.first + run.count
+        let blocks = run.blocks
         switch run.action {
         case .copy where jobs[job].isFetched: sendCopy(job, blocks)
         case .copy:
             jobs[job].readsOut += 1
-            send(ReplicaSlot(jobs[job].source), copyHeader(job, .read, blocks))
+            send(ReplicaSlot(jobs[job].source), jobHeader(job, .read, blocks))
         case .setState:
-            var header = copyHeader(job, .setState, blocks)
+            var header = jobHeader(job, .setState, blocks)
             header.auxiliary = UInt64(run.state.rawValue)
             header.sequence = nextSequence()
             jobs[job].blocksCopied += UInt64(run.count)
             willWrite(job)
             send(joiner, header)
         case .mark:
-            var header = copyHeader(job, .adopt, blocks)
+            var header = jobHeader(job, .adopt, blocks)
             header.auxiliary = 1 | UInt64(run.checksum) << 32
             header.sequence = nextSequence()
             willWrite(job)
@@ -171,7 +171,8 @@ extension EngineCore {
         }
     }
 
-    private func copyHeader(_ job: Int, _ kind: FrameKind, _ blocks: Range<Int>) -> FrameHeader {
+    /// A frame of a job, about these blocks of its region in its layer.
+    func jobHeader(_ job: Int, _ kind: FrameKind, _ blocks: Range<Int>) -> FrameHeader {
         var header = FrameHeader(kind: kind)
         header.flags = FrameFlags.resync
         header.layer = jobs[job].layer
@@ -200,7 +201,7 @@ extension EngineCore {
             let content = memory.slice(block * Geometry.blockSize, Geometry.blockSize)
             checksums.store(CRC32C.checksum(content), block * 4)
         }
-        var header = copyHeader(job, .write, blocks)
+        var header = jobHeader(job, .write, blocks)
         header.sequence = nextSequence()
         header.dataLength = header.length
         header.tableLength = UInt32(blocks.count * 4)

@@ -312,14 +312,7 @@ extension EngineCore {
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
         slots[index].sentAt = now
-        var header = FrameHeader(kind: .read)
-        header.flags = FrameFlags.resync
-        header.layer = jobs[job].layer
-        header.tag = tag(index)
-        header.offset =
-            jobs[job].region * UInt64(Geometry.regionSize)
-            + UInt64(run.first * Geometry.blockSize)
-        header.length = UInt32(run.count * Geometry.blockSize)
+        var header = jobHeader(job, .read, run.blocks)
         switch run.action {
         case .none: finishLayer(job)
         case .copy, .adopt:
@@ -409,14 +402,7 @@ extension EngineCore {
             table.store(CRC32C.checksum(content), block * 4)
         }
         if run.action == .adopt { spareThoseThatHave(job, table) }
-        var header = FrameHeader(kind: .write)
-        header.flags = FrameFlags.resync
-        header.layer = jobs[job].layer
-        header.tag = tag(index)
-        header.offset =
-            jobs[job].region * UInt64(Geometry.regionSize)
-            + UInt64(run.first * Geometry.blockSize)
-        header.length = UInt32(run.count * Geometry.blockSize)
+        var header = jobHeader(job, .write, run.blocks)
         header.tableLength = UInt32(run.count * 4)
         header.dataLength = header.length
         header.tableChecksum = CRC32C.checksum(table.slice(0, run.count * 4))

@@ -136,14 +136,7 @@ extension EngineCore {
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
         slots[index].sentAt = now
-        var header = FrameHeader(kind: .adopt)
-        header.flags = FrameFlags.resync
-        header.layer = jobs[job].layer
-        header.tag = tag(index)
-        header.offset =
-            jobs[job].region * UInt64(Geometry.regionSize)
-            + UInt64(jobs[job].run.first * Geometry.blockSize)
-        header.length = UInt32(jobs[job].run.count * Geometry.blockSize)
+        var header = jobHeader(job, .adopt, jobs[job].run.blocks)
         header.auxiliary = 1 | UInt64(BlockEntry.lostChecksum) << 32
         header.sequence = nextSequence()
         jobs[job].stage = .writing

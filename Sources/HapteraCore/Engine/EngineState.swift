@@ -361,6 +361,7 @@ struct Job: BitwiseCopyable {
         var targets = SlotSet()
         var first = 0
         var count = 0
+        var blocks: Range<Int> { first..<first + count }
         func continues(_ other: Run) -> Bool {
             action == other.action && action != .mark && state == other.state
                 && source == other.source
