@@ -93,3 +93,15 @@ package enum RegionDigest {
             hashHigh: memory.load(UInt64.self, at + 24))
     }
 }
+
+/// `FrameHeader.auxiliary` of `FrameKind.adopt`.
+package enum AdoptRequest {
+    /// Take the bytes that are there for the blocks' data.
+    package static let keep: UInt64 = 0
+    /// Nobody has the data; the entries are to name this checksum.
+    package static func naming(_ checksum: UInt32) -> UInt64 { 1 | UInt64(checksum) << 32 }
+    /// Nil: it asks for nothing of the kind.
+    package static func checksum(_ auxiliary: UInt64) -> UInt32? {
+        auxiliary & 0xffff_ffff == 1 ? UInt32(truncatingIfNeeded: auxiliary >> 32) : nil
+    }
+}

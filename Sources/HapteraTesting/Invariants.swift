@@ -12,7 +12,7 @@ extension World {
     ) {
         let host = hosts[connection.replica]
         switch header.kind {
-        case .adopt where header.auxiliary != 0: break
+        case .adopt where header.auxiliary != AdoptRequest.keep: break
         case .read, .status, .adopt:
             let isMember = store.record(at: header.epoch)?.contains(host.id) ?? true
             if engine.core.isClientTag(header.tag) {
@@ -45,9 +45,12 @@ extension World {
         }
         let first = header.offset / UInt64(Geometry.blockSize)
         let blocks = first..<first + UInt64(header.length) / UInt64(Geometry.blockSize)
-        if header.kind == .adopt, header.auxiliary == 0 { promises.forget(blocks) }
-        if header.kind == .adopt, header.auxiliary != 0 {
-            host.marked.formUnion(blocks.map { Int($0) })
+        if header.kind == .adopt {
+            if header.auxiliary == AdoptRequest.keep {
+                promises.forget(blocks)
+            } else {
+                host.marked.formUnion(blocks.map { Int($0) })
+            }
         }
         let overlapping = host.requests.first {
             $0.connection == number && $0.blocks.overlaps(blocks) && $0.epoch == header.epoch

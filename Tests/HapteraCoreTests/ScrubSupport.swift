@@ -2,8 +2,7 @@
 
 extension FakeReplica {
     func adopt(_ header: FrameHeader, _ blocks: Range<UInt64>, in layer: LayerID) -> FrameStatus {
-        guard header.auxiliary == 0 else {
-            let checksum = UInt32(truncatingIfNeeded: header.auxiliary >> 32)
+        if let checksum = AdoptRequest.checksum(header.auxiliary) {
             mark(blocks, in: layer, checksum: checksum)
             return .ok
         }

@@ -56,6 +56,16 @@ def last_change(plane):
     return plane.run("volume", "why", "vol")["changes"][-1]
 
 
+def detached(plane):
+    """A volume that has been written and is not attached; the image of what it holds."""
+    plane.run("volume", "create", "vol", "--size", str(SIZE))
+    image = plane.image(SIZE)
+    attach(plane)
+    plane.write(image)
+    detach(plane)
+    return image
+
+
 class Watch(threading.Thread):
     """Looks at the engines that run: none listens for clients. The volume is never shown attached."""
 
@@ -206,11 +216,7 @@ def test_attach_meanwhile(context):
 def test_controller_killed_meanwhile(context):
     """At ten moments: the command succeeds all the same, once, and nothing stays behind."""
     with Plane(context) as plane:
-        plane.run("volume", "create", "vol", "--size", str(SIZE))
-        image = plane.image(SIZE)
-        attach(plane)
-        plane.write(image)
-        detach(plane)
+        image = detached(plane)
         chance = random.Random(context.seed)
         longest, doubts = 0.0, 0
         for turn in range(10):
@@ -305,11 +311,7 @@ def test_hanging_engine_is_ended_for_an_attachment(context):
     """The engine of a maintenance hangs, its node does not: whoever wants to attach does not wait for
     it for ever."""
     with Plane(context) as plane:
-        plane.run("volume", "create", "vol", "--size", str(SIZE))
-        attach(plane)
-        image = plane.image(SIZE)
-        plane.write(image)
-        detach(plane)
+        image = detached(plane)
         taking = plane.start("snapshot", "create", "vol", "s")
         wait_for(lambda: engines(plane), "its engine")
         for pid in engines(plane):
@@ -387,11 +389,7 @@ def test_detached_without_replicas(context):
 def test_store_lost_meanwhile(context):
     """A store that is rebuilt from the nodes takes an engine without clients for what it is."""
     with Plane(context) as plane:
-        plane.run("volume", "create", "vol", "--size", str(SIZE))
-        image = plane.image(SIZE)
-        attach(plane)
-        plane.write(image)
-        detach(plane)
+        image = detached(plane)
         taking = plane.start("snapshot", "create", "vol", "s")
         wait_for(lambda: engines(plane), "its engine")
         agents = processes(plane, "haptera-node")

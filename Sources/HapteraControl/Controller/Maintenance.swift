@@ -365,18 +365,17 @@ extension Controller {
 
     /// What is just done to the volume comes to its end first, and nothing else is begun.
     package func delete(_ name: String) async throws {
-        if let id = try await store.volumes(named: name).first?.volume.id {
-            maintenances.close(id)
-            defer { maintenances.open(id) }
+        let id = try await store.volumes(named: name).first?.volume.id
+        if let id { maintenances.close(id) }
+        defer { if let id { maintenances.open(id) } }
+        if let id {
             _ = try await first(by: ContinuousClock.now + Self.deletionPatience) {
                 let volume = try await store.volumes(named: name).first?.volume
                 let isFree = volume?.maintenance == nil || volume?.nextNode != nil
                 return isFree && !maintenances.isUsed(id) ? true : nil
             }
-            _ = try await store.deleteVolume(name)
-        } else {
-            _ = try await store.deleteVolume(name)
         }
+        _ = try await store.deleteVolume(name)
         changes.notify()
     }
 }

@@ -163,7 +163,7 @@ extension EngineCore {
             send(joiner, header)
         case .mark:
             var header = jobHeader(job, .adopt, blocks)
-            header.auxiliary = 1 | UInt64(run.checksum) << 32
+            header.auxiliary = AdoptRequest.naming(run.checksum)
             header.sequence = nextSequence()
             willWrite(job)
             send(joiner, header)

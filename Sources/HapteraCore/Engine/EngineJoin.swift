@@ -158,6 +158,7 @@ extension EngineCore {
 
     func promoted() {
         guard let joiner else { return }
+        unreadableJoins = 0
         note(.replicaPromoted(joiner, proposedRecord.epoch))
         replicas[joiner].fullBackoff = 0
         replicas[joiner].isRolledBack = false

@@ -122,7 +122,7 @@ extension EngineCore {
         guard run.action == .adopt else { return false }
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            for block in run.first..<run.first + run.count {
+            for block in run.blocks {
                 let its = RegionDigest.decode(index: block, from: digest(job, slot))
                 guard its?.isDoubtful == true else { return false }
             }
@@ -137,7 +137,7 @@ extension EngineCore {
         slots[index].generation &+= 1
         slots[index].sentAt = now
         var header = jobHeader(job, .adopt, jobs[job].run.blocks)
-        header.auxiliary = 1 | UInt64(BlockEntry.lostChecksum) << 32
+        header.auxiliary = AdoptRequest.naming(BlockEntry.lostChecksum)
         header.sequence = nextSequence()
         jobs[job].stage = .writing
         jobs[job].awaiting = jobs[job].participants

@@ -219,10 +219,9 @@ extension ReplicaCore {
             setState(slot, frame)
             return finishDurably(slot)
         }
-        if header.kind == .adopt, header.auxiliary != 0 {
+        if header.kind == .adopt, let checksum = AdoptRequest.checksum(header.auxiliary) {
             touch(frame, header)
             log.reserve(count)
-            let checksum = UInt32(truncatingIfNeeded: header.auxiliary >> 32)
             for block in requests[index].blocks {
                 record(frame, block, BlockEntry(state: .data, checksum: checksum))
             }

@@ -87,7 +87,8 @@ extension ReplicaCore {
                 return header.auxiliary <= 3 && header.auxiliary != UInt64(BlockState.data.rawValue)
             }
             if header.kind == .adopt {
-                return header.auxiliary == 0 || header.auxiliary & 0xffff_ffff == 1
+                return header.auxiliary == AdoptRequest.keep
+                    || AdoptRequest.checksum(header.auxiliary) != nil
             }
             return !isWrite
                 || header.dataLength == header.length && Int(header.tableLength) == 4 * blocks

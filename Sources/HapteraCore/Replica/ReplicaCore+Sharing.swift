@@ -174,7 +174,7 @@ extension ReplicaCore {
         let isReveal =
             header.kind == .setState && header.auxiliary == UInt64(BlockState.absent.rawValue)
         // To take the bytes that are there, they must be this layer's.
-        let isOwn = header.kind == .adopt && header.auxiliary == 0
+        let isOwn = header.kind == .adopt && header.auxiliary == AdoptRequest.keep
         guard isFixed || (isReveal || isOwn) && isFolded(slot)
         else { return false }
         resumeChainRead(slot)
