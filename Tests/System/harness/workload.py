@@ -224,11 +224,15 @@ def check_all(history, socket):
 
 
 class SyncProbe:
-    """How long an fdatasync of one block takes on the same disk in the same minutes."""
+    """How long an fdatasync of one block takes on the same disk in the same minutes, and how long
+    this machine let a process that does nothing else wait."""
+
+    _PAUSE = 0.01
 
     def __init__(self, directory):
         self.path = directory / "sync-probe"
         self.seconds = []
+        self.longest_stall = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -243,14 +247,20 @@ class SyncProbe:
 
     def _run(self):
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        index = 0
-        while not self._stop.wait(0.01):
+        index, last = 0, time.monotonic()
+        while not self._stop.wait(self._PAUSE):
             os.pwrite(descriptor, bytes(BLOCK), index % 64 * BLOCK)
             index += 1
             start = time.monotonic()
             os.fdatasync(descriptor)
-            self.seconds.append(time.monotonic() - start)
+            now = time.monotonic()
+            self.seconds.append(now - start)
+            self.longest_stall = max(self.longest_stall, now - last - self._PAUSE)
+            last = now
         os.close(descriptor)
+
+    def reset_stall(self):
+        self.longest_stall = 0.0
 
     def p99(self):
         ordered = sorted(self.seconds)
