@@ -136,7 +136,7 @@ import Testing
         #expect(h.stored.inSync.count == 3)
         #expect(h.stored.joining == nil && h.stored.out.isEmpty)
         for index in [0, 1, 512, 700] as [UInt64] {
-            #expect(h.fakes[1].entry(index) == h.fakes[0].entry(index))
+            #expect(h.fakes[1].lowestEntry(index) == h.fakes[0].lowestEntry(index))
         }
         h.fakes[1].mute = [FrameKind.write.rawValue]
         #expect(h.results[h.write(0, block(3))] == nil, "its reply counts again")
@@ -162,7 +162,7 @@ import Testing
         h.pass(milliseconds: 3000)
         #expect(h.stored.inSync.count == 2)
         for index in 0..<16 as Range<UInt64> {
-            #expect(h.fakes[1].entry(index) == h.fakes[0].entry(index))
+            #expect(h.fakes[1].lowestEntry(index) == h.fakes[0].lowestEntry(index))
         }
     }
 
@@ -181,7 +181,7 @@ import Testing
         #expect(!h.fakes[1].seen.contains(.digest))
         #expect(h.fakes[1].seen.filter { $0 == .write }.count == 1)
         for index in 0..<256 as Range<UInt64> {
-            #expect(h.fakes[1].entry(index) == h.fakes[0].entry(index))
+            #expect(h.fakes[1].lowestEntry(index) == h.fakes[0].lowestEntry(index))
         }
     }
 

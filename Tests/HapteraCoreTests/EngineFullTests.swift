@@ -54,7 +54,7 @@ import Testing
         #expect(h.results[write] == nil)
         h.pass(milliseconds: 700)
         #expect(h.results[write] == .noSpace && h.stored.inSync.count == 3)
-        #expect(h.fakes[2].entry(0) == h.fakes[0].entry(0))
+        #expect(h.fakes[2].lowestEntry(0) == h.fakes[0].lowestEntry(0))
     }
 
     @Test func fullOnOneMemberRemovesItAndFillsItAgainEverMoreRarely() {

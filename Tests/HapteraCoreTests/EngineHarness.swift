@@ -73,6 +73,11 @@ final class FakeReplica {
     }
 
     func entry(_ block: UInt64) -> BlockEntry { blocks[block]?.entry ?? .absent }
+    /// Of the lowest layer, as copies are compared: below it everything reads zero.
+    func lowestEntry(_ block: UInt64) -> BlockEntry {
+        let entry = entry(block)
+        return entry.state == .absent ? BlockEntry(state: .zero) : entry
+    }
     /// What a request means by a layer.
     func named(_ layer: LayerID) -> LayerID { layer == .head ? head : layer }
     /// The block as that layer holds it, or as it is seen from there.

@@ -22,7 +22,10 @@ private let three = LayerID(rawValue: 3)
                         a.block($0, in: layer, isMerged: false),
                         b.block($0, in: layer, isMerged: false)
                     )
-                    return x.entry == y.entry && x.data == y.data
+                    let areZero =
+                        layer == a.layers.keys.min()
+                        && [x, y].allSatisfy { [.absent, .zero].contains($0.entry.state) }
+                    return areZero || x.entry == y.entry && x.data == y.data
                 }
             }
     }

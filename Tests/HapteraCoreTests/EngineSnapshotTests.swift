@@ -341,7 +341,7 @@ extension EngineHarness {
         for fake in h.fakes { h.answerMuted(fake) }
         #expect(h.result(5) == .ok && h.results[write] == nil)
         let isEqual = h.fakes.allSatisfy {
-            ($0.layers[one]?[0]?.entry.state ?? .absent) == .absent
+            $0.layers[one]?[0]?.entry.state != .data
         }
         #expect(isEqual)
         for fake in h.fakes { fake.errors = [:] }

@@ -208,7 +208,7 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(!h.fakes[2].seen.contains(.regionMap))
         // Its activity log took part in the resolution.
         h.pass(milliseconds: 100)
-        #expect(h.fakes[0].entry(300) == h.fakes[2].entry(300))
+        #expect(h.fakes[0].lowestEntry(300) == h.fakes[2].lowestEntry(300))
     }
 
     /// The witness answers before the one that shows it to be an old copy (simulator seed 20034).

@@ -49,6 +49,8 @@ extension EngineCore {
                 .init(entry: entry, isDoubtful: false, hashLow: 0, hashHigh: 0), index: block,
                 to: content)
         }
+        settleLowest(job, joiner)
+        settleLowest(job, slot)
         jobs[job].isFetched = true
         // One layer's birth is the region's: what the upper ones do not hold takes no space there.
         jobs[job].isStampDue =

@@ -220,6 +220,7 @@ extension EngineCore {
                 return failReplica(slot, .failing(header.status))
             }
             digest(job, slot).copy(from: table)
+            settleLowest(job, slot)
             answered(job, slot)
         case (.fetching, .read): receivedFetch(job, slot, header, table)
         case (.copying, _), (.draining, _): receivedForCopy(job, slot, header, table)
@@ -273,6 +274,24 @@ extension EngineCore {
     func digest(_ job: Int, _ slot: ReplicaSlot) -> RawMemory {
         digests.memory.slice(
             (job * Geometry.replicaSlotsMax + slot) * RegionDigest.size, RegionDigest.size)
+    }
+
+    /// Below the lowest layer everything reads zero: copies differ in which of the two they say
+    /// (seed 401521). Nobody is told to hold nothing there: what is written over bytes of before,
+    /// and torn, would show them, but zero is known to have been zero.
+    func settleLowest(_ job: Int, _ slot: ReplicaSlot) {
+        guard jobs[job].layer == record?.layers.first else { return }
+        let content = digest(job, slot)
+        for block in 0..<blockCount(jobs[job].region) {
+            guard let its = RegionDigest.decode(index: block, from: content),
+                its.entry.state == .absent
+            else { continue }
+            RegionDigest.encode(
+                .init(
+                    entry: BlockEntry(state: .zero), isDoubtful: its.isDoubtful,
+                    hashLow: its.hashLow, hashHigh: its.hashHigh),
+                index: block, to: content)
+        }
     }
 
     // MARK: - Runs

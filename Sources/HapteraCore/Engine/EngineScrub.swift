@@ -405,17 +405,7 @@ extension EngineCore {
         return votes
     }
     private func judged(_ job: Int, _ slot: ReplicaSlot, _ block: Int) -> RegionDigest.Block? {
-        guard let its = RegionDigest.decode(index: block, from: digest(job, slot)) else {
-            return nil
-        }
-        // Below the lowest layer everything reads zero: what is trimmed where nothing was is noted
-        // by a copy that has a deleted layer left, and by no other (seed 401521).
-        guard its.entry.state == .absent, jobs[job].layer == record?.layers.first else {
-            return its
-        }
-        return .init(
-            entry: BlockEntry(state: .zero), isDoubtful: false, hashLow: its.hashLow,
-            hashHigh: its.hashHigh)
+        RegionDigest.decode(index: block, from: digest(job, slot))
     }
     func sourceForScrub(_ job: Int, _ block: Int) -> ReplicaSlot? {
         if mutations.contains(.scrubTrustsFirst) {

@@ -42,10 +42,22 @@ extension ReplicaCore {
     private func takeFingerprint(_ slot: Int32, _ frame: Int32) {
         guard requests[Int(slot)].layersLeft == 0 else { return }
         requests[Int(slot)].layersLeft = 1
-        let entries = cache.entries(frame).slice(0, TablePage.entriesSize)
+        let entries = chainTable(slot)
+        entries.copy(from: cache.entries(frame).slice(0, entries.count))
+        addFingerprint(slot, of: entries)
+    }
+    private func addFingerprint(_ slot: Int32, of entries: RawMemory) {
+        let layer = requests[Int(slot)].header.layer
+        // Below the lowest layer everything reads zero: copies differ in which of the two they say.
+        if layer == manifest.installed?.layers.first {
+            for block in 0..<entries.count / BlockEntry.size
+            where state(entries, block) == BlockState.zero.rawValue {
+                BlockEntry.absent.encode(to: entries, at: block * BlockEntry.size)
+            }
+        }
         guard !entries.isZero else { return }
         requests[Int(slot)].loads += 1
-        change(slot) { $0.add(requests[Int(slot)].header.layer, options.hash(entries)) }
+        change(slot) { $0.add(layer, options.hash(entries)) }
     }
     private func change(_ slot: Int32, _ body: (inout RegionVerification) -> Void) {
         let table = pool.memory(requests[Int(slot)].table).slice(0, RegionVerification.size)
@@ -133,10 +145,7 @@ extension ReplicaCore {
                 suspect += 1
             }
         }
-        if !table.isZero {
-            requests[index].loads += 1
-            change(slot) { $0.add(requests[index].header.layer, options.hash(table)) }
-        }
+        addFingerprint(slot, of: table)
         change(slot) {
             $0.checked += checked
             $0.suspect += suspect
