@@ -29,9 +29,6 @@ package struct BlockEntry: Equatable, BitwiseCopyable, Sendable {
         self.checksum = checksum
     }
     package static let absent = BlockEntry(state: .absent)
-    /// What a block's entry names when what it held is lost, so that no older copy of it, with the
-    /// checksum that its entry named before, can be taken for it. ("LOST")
-    package static let lostChecksum: UInt32 = 0x4C4F_5354
 
     @inlinable package func encode(to memory: RawMemory, at offset: Int) {
         memory.store(UInt64(state.rawValue) | UInt64(checksum) << 32, offset)
@@ -98,7 +95,7 @@ package enum RegionDigest {
 package enum AdoptRequest {
     /// Take the bytes that are there for the blocks' data.
     package static let keep: UInt64 = 0
-    /// Nobody has the data; the entries are to name this checksum.
+    /// No member has the data; the entries are to name this checksum.
     package static func naming(_ checksum: UInt32) -> UInt64 { 1 | UInt64(checksum) << 32 }
     /// Nil: it asks for nothing of the kind.
     package static func checksum(_ auxiliary: UInt64) -> UInt32? {

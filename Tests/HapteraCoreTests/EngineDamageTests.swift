@@ -165,21 +165,37 @@ import Testing
         h.fakes[0].unreadable = [5]
         h.start()
         h.pass(milliseconds: 4000)
-        #expect(h.fakes[0].entry(5).checksum == BlockEntry.lostChecksum)
+        #expect(h.fakes[0].entry(5).checksum == checksum(of: block(8)))
         for index in [3, 4, 6, 7] as [UInt64] {
             let read = h.read(index * 4096, 4096)
             #expect(h.reads[read] == block(UInt8(20 + index)), "block \(index)")
         }
     }
 
-    /// What could not be kept after a crash is lost, and says so: a replica that returns with an
-    /// older copy, the one the entry named, must not make that the volume's.
-    @Test func whatWasLostStaysLost() {
+    /// Seed 1403455: what the disk could not read for a moment is there when it can.
+    @Test func whatCannotBeReadForAMomentIsNotLost() {
+        let h = EngineHarness(replicas: 1)
+        h.stored.isClean = false
+        h.fakes[0].put(3, block(9), in: LayerID(rawValue: 1))
+        h.fakes[0].verifies = true
+        h.fakes[0].active = [0]
+        h.fakes[0].unreadable = [3]
+        h.start()
+        h.pass(milliseconds: 1000)
+        #expect(h.core.unresolvedCount == 0)
+        h.fakes[0].unreadable = []
+        let read = h.read(3 * 4096, 4096)
+        #expect(h.reads[read] == block(9))
+    }
+
+    /// What could not be kept after a crash is what the entry says: somebody may have that.
+    @Test(arguments: [8, 7] as [UInt8])
+    func whatTheEntrySaysIsTakenFromWhoHasIt(returning: UInt8) {
         let h = EngineHarness(replicas: 2, members: 1)
         h.stored.isClean = false
-        let older = block(8)
-        h.fakes[0].blocks[3] = (BlockEntry(state: .data, checksum: checksum(of: older)), block(9))
-        h.fakes[1].put(3, older, in: LayerID(rawValue: 1))
+        let named = checksum(of: block(8))
+        h.fakes[0].blocks[3] = (BlockEntry(state: .data, checksum: named), block(9))
+        h.fakes[1].put(3, block(returning), in: LayerID(rawValue: 1))
         for fake in h.fakes { fake.verifies = true }
         h.fakes[0].active = [0]
         h.fakes[0].unreadable = [3]
@@ -190,13 +206,33 @@ import Testing
             }
             h.pass(milliseconds: 1000)
         }
-        #expect(h.fakes[0].entry(3).checksum == BlockEntry.lostChecksum)
-        #expect(h.stored.inSync.count == 2 && h.fakes[1].entry(3) == h.fakes[0].entry(3))
+        #expect(h.stored.inSync.count == 2 && h.fakes[1].entry(3).checksum == named)
         let read = h.read(3 * 4096, 4096)
         h.pass(milliseconds: 2000)
-        #expect(h.results[read] != .ok)
+        if returning == 8 {
+            #expect(h.reads[read] == block(8))
+        } else {
+            #expect(h.results[read] != .ok)
+        }
         let write = h.write(3 * 4096, block(5))
         let again = h.read(3 * 4096, 4096)
         #expect(h.results[write] == .ok && h.reads[again] == block(5))
+    }
+
+    /// Two members whose entries differ, and neither has what it says.
+    @Test func allSayTheSameOfWhatNobodyCanRead() {
+        let h = EngineHarness(replicas: 2)
+        h.stored.isClean = false
+        for (fake, value) in zip(h.fakes, [8, 7] as [UInt8]) {
+            let named = BlockEntry(state: .data, checksum: checksum(of: block(value)))
+            fake.blocks[3] = (named, block(9))
+            fake.verifies = true
+            fake.active = [0]
+            fake.unreadable = [3]
+        }
+        h.start()
+        h.pass(milliseconds: 1000)
+        #expect(h.core.unresolvedCount == 0)
+        #expect(h.fakes[0].entry(3) == h.fakes[1].entry(3))
     }
 }

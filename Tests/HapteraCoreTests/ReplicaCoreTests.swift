@@ -184,7 +184,7 @@ import Testing
         _ = try bench.attach()
         bench.write(ReplicaBench.pattern(1), at: 0)
         try bench.run()
-        let lost = 1 | UInt64(BlockEntry.lostChecksum) << 32
+        let lost = 1 | UInt64(0x4C4F_5354) << 32
         for auxiliary in [2, lost | 4] {
             let tag = bench.send(
                 .adopt, offset: 0, length: 8192, sequence: 2, auxiliary: auxiliary)

@@ -228,9 +228,9 @@ extension EngineCore {
             guard header.status == .ok else {
                 if header.status == .checksumMismatch || mayReadAgain(job, header.status) {
                     restart(job)
-                } else if header.status == .ioError, isLost(job) {
+                } else if header.status == .ioError, isUnreadable(job) {
                     // Which of them it is, one finds out by asking for one.
-                    if jobs[job].run.count > 1 { narrowRun(job) } else { giveUpRun(job) }
+                    if jobs[job].run.count > 1 { narrowRun(job) } else { agreeOnEntry(job) }
                 } else {
                     failReplica(slot, .failing(header.status))
                 }
@@ -319,7 +319,7 @@ extension EngineCore {
         return run
     }
 
-    private func nextRun(_ job: Int) { begin(job, nextDifference(job)) }
+    func nextRun(_ job: Int) { begin(job, nextDifference(job)) }
     private func narrowRun(_ job: Int) {
         var run = jobs[job].run
         run.count = 1

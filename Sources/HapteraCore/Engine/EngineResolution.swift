@@ -113,11 +113,10 @@ extension EngineCore {
         return nil
     }
 
-    // MARK: - What nobody has
+    // MARK: - What nobody can read
 
-    /// Bytes to be kept that cannot be read, of blocks that no member has intact: they are doubtful
-    /// everywhere, which no read returns, until they are written. (An intact one may be older.)
-    func isLost(_ job: Int) -> Bool {
+    /// Bytes to be kept that cannot be read, of blocks that no member has intact.
+    func isUnreadable(_ job: Int) -> Bool {
         let run = jobs[job].run
         guard run.action == .adopt else { return false }
         var rest = jobs[job].participants
@@ -130,19 +129,31 @@ extension EngineCore {
         return true
     }
 
-    /// The blocks are lost, and a replica that was away, with an older copy of them, is not to be
-    /// taken for one that has them.
-    func giveUpRun(_ job: Int) {
+    /// The one block of the run stays what its source's entry says, and all say so: it is read
+    /// again when its disk can, or somebody returns with exactly that (seed 1403455: a disk that
+    /// failed for a moment had cost a block that was flushed).
+    func agreeOnEntry(_ job: Int) {
+        let run = jobs[job].run
+        guard
+            let entry = RegionDigest.decode(
+                index: run.first, from: digest(job, ReplicaSlot(run.source)))?.entry
+        else { return restart(job) }
+        var others = SlotSet()
+        var rest = jobs[job].participants
+        while let slot = rest.popFirst() {
+            let its = RegionDigest.decode(index: run.first, from: digest(job, slot))
+            if its?.entry != entry { others.insert(SlotSet(slot)) }
+        }
+        guard !others.isEmpty else { return nextRun(job) }
         let index = Int(jobs[job].slot)
         slots[index].generation &+= 1
         slots[index].sentAt = now
-        var header = jobHeader(job, .adopt, jobs[job].run.blocks)
-        header.auxiliary = AdoptRequest.naming(BlockEntry.lostChecksum)
+        var header = jobHeader(job, .adopt, run.blocks)
+        header.auxiliary = AdoptRequest.naming(entry.checksum)
         header.sequence = nextSequence()
         jobs[job].stage = .writing
-        jobs[job].awaiting = jobs[job].participants
-        var rest = jobs[job].participants
-        while let slot = rest.popFirst() { send(slot, header) }
+        jobs[job].awaiting = others
+        while let slot = others.popFirst() { send(slot, header) }
         if flushDueAt == nil {
             flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
         }
