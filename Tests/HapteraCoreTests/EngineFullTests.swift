@@ -138,6 +138,12 @@ import Testing
             for fake in h.fakes { h.answerMuted(fake) }
             #expect(h.results[write] == .ok && h.results[flush] == .ok)
             #expect(h.fakes[0].leftOut == (mutation.isEmpty ? [1] : []))
+            guard mutation.isEmpty else { continue }
+            // Nothing else is asked of the volume, and it becomes stable (seed 1403677).
+            for fake in h.fakes { fake.mute = [] }
+            let stable = h.core.stablePoint
+            h.pass(milliseconds: h.core.configuration.flushIntervalMilliseconds + 500)
+            #expect(h.core.stablePoint > stable)
         }
     }
 }

@@ -193,7 +193,14 @@ extension EngineCore {
                 regions.insert(LayerRegion(layer, region))
             }
         }
-        for (flush, region) in passed where flush == point.sequence { regions.insert(region) }
+        for (flush, region) in passed where flush == point.sequence {
+            regions.insert(region)
+            // Should nothing else be written, they would be in the logs for ever, and what is
+            // merged into them or out of them, too (seed 1403677).
+            if flushDueAt == nil {
+                flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
+            }
+        }
         passed.removeAll { $0.flush <= point.sequence }
         if mutations.contains(.passedWritesNotLeftOut) { return }
         var header = FrameHeader(kind: .stable)
