@@ -54,7 +54,7 @@ extension World {
     }
 
     /// The process looks at its files' links from time to time.
-    private func notice(_ host: SimulatedReplica) {
+    func notice(_ host: SimulatedReplica) {
         guard let core = host.core, host.pausedUntil <= timeline.now else { return }
         for layer in core.sharedLayers where !host.disk.isShared(layer) {
             core.setShared(layer, false)
