@@ -57,6 +57,51 @@ import Testing
         #expect(h.stored.inSync.count == 2)
     }
 
+    /// Seed 1302205: flushes that had timed out waited for the missing member for ever. They kept
+    /// the volume attached, and all were sent to the member when it was back.
+    @Test(arguments: [false, true])
+    func flushesTimedOutForWantOfMembersAreOver(isBack: Bool) {
+        let h = EngineHarness(replicas: 2) {
+            $0.minInSync = 2
+            $0.ioTimeoutMilliseconds = 500
+        }
+        h.start()
+        h.kill(h.fakes[1])
+        for _ in 0..<20 {
+            let flush = h.submit(.flush)
+            h.pass(milliseconds: 600)
+            #expect(h.results[flush] == .ioError)
+        }
+        guard isBack else { return detach(h) }
+        h.fakes[1].seen = []
+        for _ in 0..<20 {
+            if h.core.replicas[h.slot(h.fakes[1])].link == .down { h.connect(h.fakes[1]) }
+            h.pass(milliseconds: 1000)
+        }
+        #expect(h.stored.inSync.count == 2)
+        #expect(h.fakes[1].seen.count { $0 == .flush } < 10)
+    }
+    private func detach(_ h: EngineHarness) {
+        h.run(.detach)
+        h.pass(milliseconds: 10_000)
+        #expect(h.core.stopReason == .detached && h.stored.isClean)
+    }
+
+    /// What a client that is gone had asked for waits for no member.
+    @Test func theDeadWaitForNoMember() {
+        let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }
+        h.start()
+        h.kill(h.fakes[1])
+        let late = write(h, 0, 1, session: 1)
+        let flush = h.submit(.flush, session: 1)
+        h.pass(milliseconds: 4000)
+        #expect(h.results[late] == nil && h.results[flush] == nil)
+        h.run(.cancel(session: 1))
+        h.pass(milliseconds: 1000)
+        #expect(h.results[late] == .ioError && h.results[flush] == .cancelled)
+        detach(h)
+    }
+
     @Test func theStablePointMovesWhileMembersAreMissing() {
         let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }
         h.start()

@@ -272,7 +272,13 @@ extension EngineCore {
         for index in 0..<slotsUsed
         where slots[index].use == .client && slots[index].operation.session == session {
             slots[index].isOrphan = true
-            dropOrphan(index)
+            if dropOrphan(index) { continue }
+            if slots[index].isFlush, !slots[index].isAcknowledged {
+                completeClient(index, .cancelled)
+                release(index)
+            } else if slots[index].isChanging {
+                settleWrite(index)
+            }
         }
     }
     /// An operation that has to begin (again), and nobody waits for it. True if it is gone.
@@ -295,15 +301,16 @@ extension EngineCore {
             if now.nanoseconds(since: slots[index].submittedAt) >= timeout { expire(index) }
         }
     }
-    /// What has not begun, or only waits for a lease, is over. Anything else keeps its range until
-    /// nothing of it is under way: a read because its reply may be arriving in its buffer, a write
-    /// until every member has it, so that an error never leaves copies that differ (trap 22). If
-    /// the volume stalls first, the takeover after that makes them equal.
+    /// What has not begun, or only waits for a lease, is over, and so is a flush, which changes
+    /// nothing (seed 1302205: they piled up while members were missing). Anything else keeps its
+    /// range until nothing of it is under way: a read because its reply may be arriving in its
+    /// buffer, a write until every member has it, so that an error never leaves copies that differ
+    /// (trap 22). If the volume stalls first, the takeover after that makes them equal.
     private func expire(_ index: Int) {
         let isRead = slots[index].isRead || slots[index].phase == .readingEdges
         let isOver =
             slots[index].phase == .waiting || slots[index].isReady
-            || slots[index].operation.kind == .status
+            || slots[index].operation.kind == .status || slots[index].isFlush
             || !isRead && mutations.contains(.timedOutWriteUnlocked)
         if !isOver, slots[index].isRead {
             pool.retain(slots[index].operation.buffer)

@@ -174,6 +174,12 @@ extension EngineCore {
         if !slots[index].full.isEmpty && !settleFull(index) { return }
         if slots[index].isExpired {
             guard !required.isEmpty, required.isSubset(of: slots[index].replied) else { return }
+        } else if slots[index].isOrphan, !slots[index].isAcknowledged,
+            !required.isEmpty, required.isSubset(of: slots[index].replied)
+        {
+            // Nobody waits for more members (`minInSync`).
+            completeClient(index, .ioError)
+            slots[index].isAcknowledged = true
         } else if !slots[index].isAcknowledged {
             guard mayAcknowledge(slots[index].replied), !isHeldBack(index) else { return }
             noteAcknowledged(index)
