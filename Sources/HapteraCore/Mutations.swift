@@ -155,6 +155,9 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("revertIgnored", .revertIgnored), ("revertForgotten", .revertForgotten),
         ("foldIgnored", .foldIgnored), ("sharedIsMerged", .sharedIsMerged),
         ("sharedBeforeDrained", .sharedBeforeDrained),
+        ("sharedIsForgotten", .sharedIsForgotten), ("sharedIsChanged", .sharedIsChanged),
+        ("stuckIsPunched", .stuckIsPunched), ("cloneLogAtZero", .cloneLogAtZero),
+        ("sharedForEver", .sharedForEver),
         ("heldIsAcknowledged", .heldIsAcknowledged),
         ("scrubBelieves", .scrubBelieves), ("scrubTrustsFirst", .scrubTrustsFirst),
     ]

@@ -31,6 +31,16 @@ extension MutationSet {
     package static let sharedIsMerged = MutationSet(rawValue: 1 << 65)
     /// Clones: link files before what is in memory is in them.
     package static let sharedBeforeDrained = MutationSet(rawValue: 1 << 66)
+    /// Clones: take layers for the copy's own when it is opened, whatever names their files have.
+    package static let sharedIsForgotten = MutationSet(rawValue: 1 << 69)
+    /// Clones: change a shared layer's blocks as any other's.
+    package static let sharedIsChanged = MutationSet(rawValue: 1 << 70)
+    /// Clones: give the space of stuck layers' hidden blocks back.
+    package static let stuckIsPunched = MutationSet(rawValue: 1 << 71)
+    /// Clones: begin a clone's log at zero, below what shared pages name.
+    package static let cloneLogAtZero = MutationSet(rawValue: 1 << 72)
+    /// Clones: never notice that a layer is not shared any more.
+    package static let sharedForEver = MutationSet(rawValue: 1 << 73)
 
     /// G: answer for room in the head's files that no sync has made durable.
     package static let growthNotSynced = MutationSet(rawValue: 1 << 53)

@@ -65,13 +65,12 @@ extension World {
             let record = found.record(nonce: random.next())
             check(
                 29,
-                record.epoch.rawValue <= UInt64(history.count)
-                    && record == history[Int(record.epoch.rawValue) - 1],
+                history.contains(record),
                 "the record found on the replicas, e\(record.epoch.rawValue), never stood")
             guard failure == nil else { return }
             note("the store is reconstructed at e\(record.epoch.rawValue)")
             coverage.took(.reconstruction)
-            stands = Int(record.epoch.rawValue)
+            stands = Int(record.epoch.rawValue - history[0].epoch.rawValue) + 1
         } else {
             note("the store cannot be reconstructed; a newer backup is found")
         }
@@ -150,7 +149,7 @@ extension World {
             killReplica(host, restartAfter: 10)
             host.disk.replace()
             host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
-            cutPower(host)
+            loseDirectory(host)
             createReplica(host)
         }
     }

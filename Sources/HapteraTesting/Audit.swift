@@ -165,7 +165,7 @@ extension World {
         coverage.evaluated(invariant)
         for sector in hotSectors
         where promised[sector] != 0 && concerns(sector / Content.sectorsPerBlock) {
-            let value = image.value(sector: sector, scratch: sectorBlock.memory)
+            let value = image.value(sector: sector, contents)
             let operation = operations[promised[sector] - 1]
             // Bytes under a torn write: what was trimmed before may still lie there. And a block
             // known to be damaged is repaired from another copy.
@@ -212,9 +212,9 @@ extension World {
                 !images[$0].activeRegions.contains(region)
             }
             guard unlisted.count > 1 else { continue }
-            let first = images[unlisted[0]].value(sector: sector, scratch: sectorBlock.memory)
+            let first = images[unlisted[0]].value(sector: sector, contents)
             for index in unlisted.dropFirst() {
-                let other = images[index].value(sector: sector, scratch: sectorBlock.memory)
+                let other = images[index].value(sector: sector, contents)
                 if other == first { continue }
                 return fail(
                     "invariant 13: \(kind) images of \(members[unlisted[0]].name) and"
@@ -244,9 +244,9 @@ extension World {
                 if !faults.rot { return fail("\(host.name): block \(block) is damaged at rest") }
             }
             for sector in hotSectors {
-                let mine = image.value(sector: sector, scratch: sectorBlock.memory)
+                let mine = image.value(sector: sector, contents)
                 let first =
-                    images[model]?.value(sector: sector, scratch: sectorBlock.memory) ?? mine
+                    images[model]?.value(sector: sector, contents) ?? mine
                 if mine != first && !faults.rot {
                     return fail(
                         "invariant 13: at rest \(host.name) holds #\(mine) at sector \(sector),"

@@ -17,9 +17,20 @@ struct SimulatedClones {
     /// Whether this world has any.
     let areThere: Bool
 
-    init(seed: UInt64, mutations: MutationSet) {
+    /// They are volumes, one in each such world: see SecondVolume.swift.
+    let isVolume: Bool
+    /// What is asked of the source's replicas for that one.
+    var making: Making?
+    /// When one of the two volumes is deleted, and which.
+    var end: End?
+
+    /// `isClone`: of the volume that is one.
+    init(seed: UInt64, mutations: MutationSet, isClone: Bool) {
         random = RandomSource(seed: RandomSource.mix(seed ^ 0x434C_4F4E))
-        areThere = random.permille(500) || !mutations.isDisjoint(with: Self.rules)
+        let areDrawn = random.permille(500)
+        let isJudged = !mutations.isDisjoint(with: Self.volumeRules)
+        isVolume = isClone || isJudged || !areDrawn && random.permille(850)
+        areThere = areDrawn || isVolume || !mutations.isDisjoint(with: Self.rules)
     }
     static let rules: MutationSet = [.foldIgnored, .sharedIsMerged, .sharedBeforeDrained]
 }
@@ -88,7 +99,7 @@ extension World {
 
     /// 35: what a layer holds and its table stay as they are while a clone has its files.
     func checkShared(_ host: SimulatedReplica) {
-        guard !host.disk.shared.isEmpty else { return }
+        guard host.disk.isShared else { return }
         coverage.evaluated(35)
         if let violation = host.disk.violation {
             fail("invariant 35: \(host.name): \(violation)")
@@ -97,12 +108,25 @@ extension World {
 }
 
 extension SimulatedDisk {
+    /// Its files have names in the other directory.
+    func isLinked(_ layer: LayerID) -> Bool {
+        guard let neighbour else { return false }
+        return [ReplicaFile.data(layer), .table(layer)].contains {
+            file($0).map(neighbour.has) ?? false
+        }
+    }
+    func isShared(_ layer: LayerID) -> Bool { shared.contains(layer) || isLinked(layer) }
+    var isShared: Bool { !shared.isEmpty || isLinked }
+    func share(_ layers: [LayerID]) { shared.formUnion(layers) }
+    /// Every clone of which only the links are there is deleted.
+    func unshare() { shared = [] }
+
     /// Judges a write, or a hole, of a layer whose files a clone has as well.
     func judgeShared(_ name: ReplicaFile, offset: Int, bytes: [UInt8], length: Int) {
         switch name {
-        case .table(let layer) where shared.contains(layer):
+        case .table(let layer) where isShared(layer):
             violation = "a page of the table of shared layer \(layer.rawValue) is written"
-        case .data(let layer) where shared.contains(layer):
+        case .data(let layer) where isShared(layer):
             for at in stride(from: 0, to: length, by: Geometry.blockSize) {
                 let block = (offset + at) / Geometry.blockSize
                 let entry = entry(layer, block)

@@ -41,3 +41,32 @@ package enum Content {
         return checksum == expected ? value : garbage
     }
 }
+
+/// The contents of one volume, by the numbers of its own operations.
+///
+/// A clone begins with what its source's operations wrote. On the disk its own are marked, so that
+/// bytes of the one volume are never taken for the other's.
+package final class Contents {
+    private static let mark: ValueID = 1 << 40
+    /// For a clone: its own number for what each of its source's operations left it.
+    private let inherited: [ValueID: ValueID]?
+    package var isClone: Bool { inherited != nil }
+    private let scratch = MemoryBlock(count: Content.sectorSize)
+
+    package init(inherited: [ValueID: ValueID]? = nil) { self.inherited = inherited }
+
+    /// Of a value on the disk. One that is not this volume's is garbage.
+    package func own(_ value: ValueID) -> ValueID {
+        guard let inherited, value != 0, value != Content.garbage else { return value }
+        if value & Self.mark != 0 { return value ^ Self.mark }
+        return inherited[value] ?? Content.garbage
+    }
+    package func fill(_ memory: RawMemory, value: ValueID, sector: UInt64) {
+        let isMarked = inherited != nil && value != 0
+        Content.fill(memory, value: isMarked ? value | Self.mark : value, sector: sector)
+    }
+    /// Zero for all zeroes, `garbage` for anything that no write of the volume produced.
+    package func value(in memory: RawMemory, sector: UInt64) -> ValueID {
+        own(Content.value(in: memory, sector: sector, scratch: scratch.memory))
+    }
+}

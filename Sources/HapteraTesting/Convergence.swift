@@ -9,7 +9,6 @@ extension World {
     static let storelessSeconds = 30
 
     func converge() {
-        heal()
         coverage.evaluated(31)
         if run(seconds: Self.convergenceSeconds, until: { isWhole }) { return }
         guard failure == nil else { return }
@@ -36,7 +35,7 @@ extension World {
         fail("invariant 31: not whole \(Self.convergenceSeconds) s after the last trouble: \(why)")
     }
 
-    private func heal() {
+    func heal() {
         note("troubles end")
         network.unblockAll()
         network.corruptionPermille = 0
@@ -62,7 +61,7 @@ extension World {
     }
 
     /// The current engine serves, every replica is in sync, nothing is unanswered.
-    private var isWhole: Bool {
+    var isWhole: Bool {
         guard let current = currentEngine else { return false }
         let engine = engines[current]
         if !engine.isRunning {
@@ -84,10 +83,10 @@ extension World {
         return engine.isServing && engine.isSettled && store.record.engine == engine.instance
             && hosts.allSatisfy { store.record.contains($0) } && unanswered.isEmpty
             && engine.core.unresolvedCount == 0
-            && hosts.allSatisfy { $0.core?.retiredLayerCount == 0 }
+            && areLayersMerged
     }
 
-    private var why: String {
+    var why: String {
         guard let current = currentEngine else { return "no engine" }
         return
             "\(engines[current].name) \(engines[current].core.phase), \(names(store.record)),"
@@ -148,6 +147,25 @@ extension World {
         }
         if engine.pool.inUse != engine.core.ownBuffers {
             fail("\(engine.name) keeps \(engine.pool.inUse - engine.core.ownBuffers) buffers")
+        }
+    }
+
+    /// Troubles end for both; then one is judged and deleted, and the other judged without it.
+    func end() {
+        giveUpMaking()
+        var volumes = [self, second].compactMap { $0 }.filter { !$0.isGone }
+        if volumes.count > 1, clones.random.permille(500) { volumes.reverse() }
+        for volume in volumes where failure == nil { volume.heal() }
+        for volume in volumes where failure == nil { volume.converge() }
+        for (index, volume) in volumes.enumerated() where failure == nil {
+            if index > 0 {
+                volumes[0].deleteVolume()
+                guard volume.run(seconds: Self.convergenceSeconds, until: { volume.isWhole })
+                else {
+                    return volume.fail("invariant 31: not whole without the other: \(volume.why)")
+                }
+            }
+            volume.finish()
         }
     }
 }

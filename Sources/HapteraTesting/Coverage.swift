@@ -28,6 +28,17 @@ package struct Coverage: Sendable {
         case revert
         case scrub
         case clone
+        /// A clone begins that is a volume of its own.
+        case second
+        /// One of two volumes that share layers is deleted.
+        case sourceDeleted
+        case cloneDeleted
+        /// The bytes of a shared layer are written again, as they were; where some have changed by
+        /// themselves.
+        case sharedRewrite
+        case sharedRepair
+        /// A replica is filled from others that share layers with another volume.
+        case sharedFill
         case mergeDown
     }
     /// Those of `docs/replication.md`.

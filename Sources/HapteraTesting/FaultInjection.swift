@@ -32,7 +32,7 @@ extension World {
 
     private func inject(_ kind: FaultPlan.Kind) {
         // While the store is wrong nothing else happens: who could tell must be there.
-        guard timeline.now >= calmUntil, trueHistory == nil else { return }
+        guard !isSpared, maySuffer(kind) else { return }
         coverage.injected(kind)
         let host = random.pick(hosts)
         let downtime = random.permille(500) ? random.between(1, 400) : random.between(400, 9000)
@@ -41,6 +41,7 @@ extension World {
             guard host.core != nil, !isKeeper(host) else { return }
             note("fault: kill -9 \(host.name)")
             killReplica(host, restartAfter: downtime)
+            killBeside(host)
         case .killAllReplicas:
             note("fault: kill -9 of every replica")
             for host in hosts where host.core != nil && !isKeeper(host) {
@@ -79,7 +80,7 @@ extension World {
                     .relief(.disk(replica: host.index)))
             }
         case .lostWrite, .misdirectedWrite:
-            guard host.index != keeper, store.record.contains(hosts[keeper]) else { return }
+            guard host.index != keeper, isKeeperThere else { return }
             note("fault: \(kind) at \(host.name)")
             host.disk.trouble.misdoing = kind == .lostWrite ? .lose : .misdirect
         case .replaceReplica: injectReplacement(host, downtime)
@@ -104,7 +105,7 @@ extension World {
 
     /// Power may be cut where another member keeps its memory and its disk.
     private func injectPowerCut(_ host: SimulatedReplica, _ downtime: Int) {
-        guard isSpareable(host) else { return }
+        guard mayLosePower(host) else { return }
         note("fault: power cut of \(host.name)")
         killReplica(host, restartAfter: downtime)
         cutPower(host)
@@ -116,7 +117,7 @@ extension World {
     }
 
     /// Whether another member has all its memory and a working disk: then this host may lose both.
-    private func isSpareable(_ host: SimulatedReplica) -> Bool {
+    func isSpareable(_ host: SimulatedReplica) -> Bool {
         !store.record.contains(host)
             || hosts.contains {
                 $0 !== host && store.record.contains($0) && !$0.isLossy && $0.core != nil
@@ -203,7 +204,7 @@ extension World {
         killReplica(host, restartAfter: downtime)
         host.disk.replace()
         host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
-        cutPower(host)
+        loseDirectory(host)
         createReplica(host)
         noteLoss()
     }
@@ -258,7 +259,7 @@ extension World {
             host.disk.trouble.isFull = true
             note("fault: disk of \(host.name) is full")
         default:
-            guard store.record.contains(host), isSpareable(host) else { return }
+            guard store.record.contains(host), mayLosePower(host) else { return }
             switch random.below(3) {
             case 0: host.disk.trouble.readErrors = random.pick([20, 500])
             case 1: host.disk.trouble.writeErrors = random.pick([20, 500])
@@ -322,6 +323,11 @@ extension World {
             killReplica(host, restartAfter: random.between(100, 3000))
             cutPower(host)
         }
+        beginAnew()
+        sibling?.beginAnew()
+    }
+    /// Engines and clients were struck as well.
+    private func beginAnew() {
         noteLoss()
         for engine in engines { killEngine(engine) }
         loseClients()
@@ -333,7 +339,7 @@ extension World {
         let victims = hosts.filter { $0.index != keeper }
         guard !victims.isEmpty else { return }
         let host = random.pick(victims)
-        guard store.record.contains(host), store.record.contains(hosts[keeper].id),
+        guard store.record.contains(host), isKeeperThere,
             let layer = host.core.map({ random.pick($0.layers) }),
             let file = host.disk.file(.data(layer))
         else { return }

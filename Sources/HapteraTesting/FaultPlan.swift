@@ -48,16 +48,39 @@ struct FaultPlan {
     private(set) var kinds: [Kind] = []
     let pauseMillisecondsMax: Int
     let cutsDuringOpen: Bool
-    let corruptsFrames: Bool
+    private(set) var corruptsFrames: Bool
     /// Per thousand changes of stage (a join begins, a record change is asked for, a takeover
     /// resolves): something goes wrong right then. Rare windows are hit on purpose.
     let stageFaultPermille: Int
 
-    var diskErrors: Bool { kinds.contains(.badDisk) }
-    var noSpace: Bool { kinds.contains(.fullDisk) || kinds.contains(.fullDisks) }
+    /// Of its hosts, which another volume's faults befall.
+    private var befalling: [Kind] = []
+    var diskErrors: Bool { has(.badDisk) }
+    var noSpace: Bool { has(.fullDisk) || has(.fullDisks) }
+    private func has(_ kind: Kind) -> Bool { kinds.contains(kind) || befalling.contains(kind) }
     /// Bytes change behind the replica's back.
     var rot: Bool { kinds.contains { Self.rotting.contains($0) } }
     private static let rotting: [Kind] = [.rot, .lostWrite, .misdirectedWrite]
+    /// Those that two volumes on one host have in common.
+    static let ofHosts: [Kind] =
+        rotting + [
+            .cutPower, .blackout, .slowDisk, .diskOutliers, .badDisk, .fullDisk, .fullDisks,
+        ]
+
+    /// `other`: the faults of a volume on the same hosts.
+    init(random: RandomSource, mutations: MutationSet, beside other: FaultPlan?) {
+        self.init(random: random, mutations: mutations)
+        guard let other else { return }
+        kinds.removeAll { Self.ofHosts.contains($0) }
+        befalling = other.kinds.filter { Self.ofHosts.contains($0) }
+        if other.rot {
+            kinds.removeAll { [.pauseEngine, .replaceReplica, .salvage].contains($0) }
+            // Each volume's own layers, and shared ones from either side.
+            kinds.append(.rot)
+            corruptsFrames = false
+        }
+        if kinds.isEmpty { kinds = [.killReplica] }
+    }
 
     init(random: RandomSource, mutations: MutationSet = MutationSet()) {
         for kind in Kind.allCases {

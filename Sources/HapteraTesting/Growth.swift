@@ -10,9 +10,14 @@ struct SimulatedGrowth {
     private let random: RandomSource
 
     /// A third of the worlds begin smaller. `seed` is the world's: what else it draws stays as it
-    /// is.
-    init(seed: UInt64, size: UInt64) {
+    /// is. `first`: what it begins with; nil: drawn.
+    init(seed: UInt64, size: UInt64, first: UInt64? = nil) {
         random = RandomSource(seed: RandomSource.mix(seed ^ 0x6772_6f77))
+        if let first {
+            self.first = first
+            sizes = first < size ? [size] : []
+            return
+        }
         sizes = []
         var first = size
         if random.below(3) == 0 {

@@ -65,7 +65,7 @@ extension World {
         var values: [ValueID] = []
         if header.kind == .write {
             for position in stride(from: 0, to: data.count, by: Content.sectorSize) {
-                let value = data.load(UInt64.self, position)
+                let value = contents.own(data.load(UInt64.self, position))
                 if value != 0 && value != values.last { values.append(value) }
             }
         }
@@ -189,7 +189,9 @@ extension World {
     func observeDiskAction(_ host: SimulatedReplica, _ action: ReplicaAction) {
         guard case .write(.data(let layer), let offset, _, _, _, _) = action else { return }
         // The same bytes again, which invariant 35 judges (seed 800406).
-        if host.core?.sharedLayers.contains(layer) == true { return }
+        if host.core?.sharedLayers.contains(layer) == true {
+            return coverage.took(faults.rot ? .sharedRepair : .sharedRewrite)
+        }
         host.dataWriteCount += 1
         guard host.dataWriteCount % 8 == 1 else { return }
         let image = ReplicaImage(
@@ -294,7 +296,7 @@ extension World {
                 record: trueRecord)
         else { return false }
         return operation.sectors.allSatisfy { sector in
-            image.value(sector: sector, scratch: sectorBlock.memory) == operation.value
+            image.value(sector: sector, contents) == operation.value
         }
     }
 

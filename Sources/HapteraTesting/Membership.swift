@@ -121,7 +121,11 @@ extension World {
         case .takeover: coverage.took(.takeover)
         case .removal: coverage.took(.removal)
         case .join: coverage.took(.join)
-        case .promotion: coverage.took(.promotion)
+        case .promotion:
+            coverage.took(.promotion)
+            if hosts.contains(where: { before.contains($0) && $0.disk.isLinked }) {
+                coverage.took(.sharedFill)
+            }
         case .detach: coverage.took(.detach)
         case .salvage: coverage.took(.salvage)
         case .reinstatement: coverage.took(.reinstatement)
@@ -203,8 +207,8 @@ extension World {
                     !isDamageShared
                 else { continue }
                 let (a, b) = (
-                    mine.value(sector: sector, scratch: sectorBlock.memory),
-                    other.value(sector: sector, scratch: sectorBlock.memory)
+                    mine.value(sector: sector, contents),
+                    other.value(sector: sector, contents)
                 )
                 if a != b {
                     return fail(

@@ -152,6 +152,8 @@ package struct RegisterChecker {
         }
         states = [withReads(State(value: value, happened: satisfied))]
         candidates = [value]
+        // A clone's first: nobody wrote it here, and a salvage may bring it back (seed 921).
+        if value != 0, !past.contains(value) { past.append(value) }
         flushes = []
         floorOrder = order
         hasUnseenWrites = false

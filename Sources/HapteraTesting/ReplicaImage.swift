@@ -246,12 +246,12 @@ struct ReplicaImage {
         owners[block] >= 0 && layers[owners[block]].isDoubtful(block)
     }
     /// The block's bytes as a reader would see them if it trusted them.
-    func value(sector: Int, scratch: RawMemory) -> ValueID {
+    func value(sector: Int, _ contents: Contents) -> ValueID {
         let block = sector / Content.sectorsPerBlock
         guard entries[block].state == .data else { return 0 }
         let at = sector % Content.sectorsPerBlock * Content.sectorSize
-        return Content.value(
+        return contents.value(
             in: layers[owners[block]].bytes(block).slice(at, Content.sectorSize),
-            sector: UInt64(sector), scratch: scratch)
+            sector: UInt64(sector))
     }
 }

@@ -36,12 +36,15 @@ extension World {
 
     func requestRevert() {
         guard isChaos else { return }
+        // Elsewhere one turn becomes two while it waits, as many as a run's steps allow.
+        if reverts.pending != nil, contents.isClone { return continueRevert() }
         scheduleRevert()
         if reverts.pending != nil { return continueRevert() }
         let targets = snapshots.filter { !$0.values.isEmpty && !$0.isDeleted && $0.layer != nil }
         guard !targets.isEmpty, trueHistory == nil, reverts.count < 6 else { return }
         let kept = SimulatedSnapshot(
-            name: "kept\(reverts.count)", promised: promises.acknowledged, losses: promises.losses)
+            name: "\(contents.isClone ? "ckept" : "kept")\(reverts.count)",
+            promised: promises.acknowledged, losses: promises.losses)
         reverts.count += 1
         let target = reverts.random.pick(targets)
         note("the clients leave; the volume is to go back to \(target.name)")
@@ -109,9 +112,9 @@ extension World {
         history.append(.reverted(hotSectors, values), step: timeline.step)
     }
     /// Stands for the zeroes that a revert brings back. Nobody waits for it.
-    private func newRevertOperation() -> ClientOperation {
+    func newRevertOperation(_ kind: OperationKind = .flush) -> ClientOperation {
         let operation = ClientOperation(
-            id: operations.count + 1, kind: .flush, flags: [], offset: 0, length: 0, worker: -1,
+            id: operations.count + 1, kind: kind, flags: [], offset: 0, length: 0, worker: -1,
             generation: generation)
         operation.isComplete = true
         operations.append(operation)

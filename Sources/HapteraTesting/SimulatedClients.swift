@@ -202,7 +202,7 @@ extension World {
         let memory = pool.memory(buffer)
         var position = Int(operation.offset % blockSize)
         for sector in operation.sectors {
-            Content.fill(
+            contents.fill(
                 memory.slice(position, Content.sectorSize), value: operation.value,
                 sector: UInt64(sector))
             position += Content.sectorSize
@@ -258,9 +258,8 @@ extension World {
         var position = Int(operation.offset % UInt64(Geometry.blockSize))
         var values: [ValueID] = []
         for sector in operation.sectors {
-            let value = Content.value(
-                in: memory.slice(position, Content.sectorSize), sector: UInt64(sector),
-                scratch: sectorBlock.memory)
+            let value = contents.value(
+                in: memory.slice(position, Content.sectorSize), sector: UInt64(sector))
             position += Content.sectorSize
             check(
                 27, value != Content.garbage,

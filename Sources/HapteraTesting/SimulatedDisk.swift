@@ -1,26 +1,5 @@
 import HapteraCore
 
-/// What a disk does wrong, set by the world's fault plan and read at each operation.
-struct DiskTrouble: Equatable {
-    /// Multiplies latencies.
-    var slowness = 1
-    /// Per thousand operations.
-    var readErrors = 0
-    var writeErrors = 0
-    var syncErrors = 0
-    var isFull = false
-    /// Operations that take up to three seconds.
-    var outliers = 0
-    /// The next write of a layer's data does not happen, or happens somewhere else.
-    var misdoing = Misdoing.none
-    enum Misdoing {
-        case none
-        case lose
-        case misdirect
-    }
-    var isNone: Bool { self == DiskTrouble() }
-}
-
 /// An operation ended.
 struct DiskCompletion {
     var token: UInt64
@@ -56,28 +35,51 @@ final class SimulatedDisk: ReplicaStorage {
         var token: UInt64
     }
 
+    /// A file's name in this directory.
+    private struct Name {
+        let file: SimulatedFile
+        /// It survives a power cut.
+        var isDurable = false
+    }
+
     private let random: RandomSource
-    private(set) var files: [SimulatedFile] = []
+    private let drive: SimulatedDrive
+    private var names: [Name] = []
     /// Deleted since names were last synced: a power cut may bring them back.
-    private var unlinked: [SimulatedFile] = []
+    private var unlinked: [Name] = []
     private var operations: [Operation] = []
     private var nextOperation: UInt64 = 0
-    private var nextOrder: UInt64 = 0
-    private var scratch = MemoryBlock(count: Geometry.regionSize)
-    var trouble = DiskTrouble()
+    private var nextOrder: UInt64 {
+        get { drive.nextOrder }
+        set { drive.nextOrder = newValue }
+    }
+    var trouble: DiskTrouble {
+        get { drive.trouble }
+        set { drive.trouble = newValue }
+    }
     /// Synchronous calls until the process is cut off in the middle of opening; nil: never.
     var callsUntilCut: Int?
     /// A sync failed: nothing written before it can be relied on until the host restarts.
     private(set) var hasFailedSync = false
-    /// Layers whose files a clone has as well, and what was done to them that must not be.
-    private(set) var shared: Set<LayerID> = []
+    /// Layers whose files a clone has as well of which nothing else is there, and what was done to
+    /// any shared one that must not be.
+    var shared: Set<LayerID> = []
     var violation: String?
 
     init(random: RandomSource) {
         self.random = random
+        drive = SimulatedDrive()
+    }
+    /// Another directory on the same disk, empty. Links can be made between them.
+    init(random: RandomSource, beside other: SimulatedDisk) {
+        precondition(other.neighbour == nil)
+        self.random = random
+        drive = other.drive
+        neighbour = other
+        other.neighbour = self
     }
 
-    func file(_ name: ReplicaFile) -> SimulatedFile? { files.first { $0.name == name } }
+    func file(_ name: ReplicaFile) -> SimulatedFile? { names.first { $0.file.name == name }?.file }
 
     private func countCall() throws(StorageError) {
         guard let left = callsUntilCut else { return }
@@ -130,7 +132,8 @@ final class SimulatedDisk: ReplicaStorage {
                 id: 0, file: .layers, kind: .remove(layer), offset: 0, length: 0, token: token)
         case .sync(.layers, let token):
             operation = Operation(
-                id: 0, file: .layers, kind: .syncNames(files.map(\.name)), offset: 0, length: 0,
+                id: 0, file: .layers, kind: .syncNames(names.map(\.file.name)), offset: 0,
+                length: 0,
                 token: token)
             delay = random.delay(microseconds: 100, 4000)
         case .sync(let file, let token):
@@ -213,8 +216,10 @@ final class SimulatedDisk: ReplicaStorage {
         case .remove(let layer):
             unlink(layer)
             return 0
-        case .syncNames(let names):
-            for file in files where names.contains(file.name) { file.isNameDurable = true }
+        case .syncNames(let synced):
+            for index in names.indices where synced.contains(names[index].file.name) {
+                names[index].isDurable = true
+            }
             unlinked = []
             return 0
         default: return nil
@@ -309,30 +314,79 @@ final class SimulatedDisk: ReplicaStorage {
     }
 
     /// The host loses power: operations under way are torn, unsynced writes survive by chance.
-    func cutPower() {
+    /// `isAlone`: only what nobody else has is lost.
+    func cutPower(isAlone: Bool = false) {
         // Nearly everything, nearly nothing, or a mixture: each finds other bugs.
         let keepPermille = random.pick([0, 50, 500, 500, 950, 1000])
-        for file in files {
-            var torn: [SimulatedFile.Unsynced] = []
-            for operation in operations where operation.file == file.name {
-                guard case .write(let bytes) = operation.kind else { continue }
-                torn.append(
-                    .init(
-                        order: nextOrder, offset: operation.offset, bytes: bytes,
-                        length: bytes.count))
-                nextOrder += 1
-            }
+        let other = neighbour
+        for file in names.map(\.file) where !isAlone || other?.has(file) != true {
+            let torn = torn(file) + (other?.torn(file) ?? [])
             file.cutPower(keepPermille: keepPermille, torn: torn, random)
         }
-        files += unlinked.filter { _ in random.permille(500) }
+        if !isAlone, let other {
+            for file in other.names.map(\.file) where !has(file) {
+                file.cutPower(keepPermille: keepPermille, torn: other.torn(file), random)
+            }
+            other.cutNames()
+        }
+        cutNames()
+    }
+    /// Writes to the file under way.
+    private func torn(_ file: SimulatedFile) -> [SimulatedFile.Unsynced] {
+        guard has(file) else { return [] }
+        var torn: [SimulatedFile.Unsynced] = []
+        for operation in operations where operation.file == file.name {
+            guard case .write(let bytes) = operation.kind else { continue }
+            torn.append(
+                .init(
+                    order: nextOrder, offset: operation.offset, bytes: bytes,
+                    length: bytes.count))
+            nextOrder += 1
+        }
+        return torn
+    }
+    private func cutNames() {
+        names += unlinked.filter { _ in random.permille(500) }
         unlinked = []
         // A name that was not synced is gone, or is there, perhaps without the file's size.
-        files.removeAll { !$0.isNameDurable && random.permille(500) }
-        for index in files.indices where !files[index].isNameDurable && random.permille(500) {
-            files[index] = SimulatedFile(name: files[index].name, size: 0)
+        names.removeAll { !$0.isDurable && random.permille(500) }
+        for index in names.indices where !names[index].isDurable && random.permille(500) {
+            let file = names[index].file
+            // That of a file which was there before is for the whole of it.
+            guard neighbour?.has(file) != true else { continue }
+            names[index] = Name(file: SimulatedFile(name: file.name, size: 0))
         }
         operations = []
         hasFailedSync = false
+    }
+
+    // MARK: Files with names in two directories
+
+    /// The other directory on this disk, if there is one.
+    private(set) weak var neighbour: SimulatedDisk?
+    func has(_ file: SimulatedFile) -> Bool { names.contains { $0.file === file } }
+    /// Some layer's files have names in the other directory.
+    var isLinked: Bool {
+        guard let neighbour else { return false }
+        return names.contains { neighbour.has($0.file) }
+    }
+    /// Gives the layers' files names in this directory as well.
+    func link(_ layers: [LayerID], from other: SimulatedDisk) {
+        precondition(other === neighbour)
+        for layer in layers {
+            for name in [ReplicaFile.data(layer), .table(layer)] {
+                guard let file = other.file(name), !has(file) else { continue }
+                names.append(Name(file: file))
+            }
+        }
+    }
+    /// The directory is deleted, when what was asked for in it has been done.
+    func delete() {
+        for operation in operations { _ = complete(operation.id, pool: nil) }
+        names = []
+        unlinked = []
+        neighbour?.neighbour = nil
+        neighbour = nil
     }
 
     // MARK: Whole directories
@@ -341,23 +395,26 @@ final class SimulatedDisk: ReplicaStorage {
     struct Backup {
         fileprivate var files: [SimulatedFile]
     }
-    func backup() -> Backup { Backup(files: files.map(\.copy)) }
+    func backup() -> Backup { Backup(files: names.map(\.file.copy)) }
     /// Puts a copy back. The process must be gone.
     func restore(_ backup: Backup) {
         unlinked = []
         shared = []
-        files = backup.files.map(\.copy)
+        names = backup.files.map { Name(file: $0.copy, isDurable: true) }
         operations = []
         hasFailedSync = false
     }
     /// A new, empty disk.
     func replace() {
-        files = []
+        clear()
+        trouble = DiskTrouble()
+    }
+    func clear() {
+        names = []
         unlinked = []
         shared = []
         operations = []
         hasFailedSync = false
-        trouble = DiskTrouble()
     }
 
     // MARK: ReplicaStorage
@@ -389,28 +446,24 @@ final class SimulatedDisk: ReplicaStorage {
         if let found = self.file(file) {
             // One without a byte is what a creation cut short leaves: it is taken for new.
             guard found.size == 0 else { throw StorageError(.exists, "\(file)") }
-            files.removeAll { $0.name == file }
+            names.removeAll { $0.file.name == file }
         }
-        files.append(SimulatedFile(name: file, size: Int(size)))
+        names.append(Name(file: SimulatedFile(name: file, size: Int(size))))
     }
     private func unlink(_ layer: LayerID) {
-        let isOf = { (file: SimulatedFile) in
-            file.name == .data(layer) || file.name == .table(layer)
+        let isOf = { (name: Name) in
+            name.file.name == .data(layer) || name.file.name == .table(layer)
         }
-        unlinked += files.filter(isOf)
-        files.removeAll(where: isOf)
+        unlinked += names.filter(isOf)
+        names.removeAll(where: isOf)
         shared.remove(layer)
     }
-    func isShared(_ layer: LayerID) -> Bool { shared.contains(layer) }
-    func share(_ layers: [LayerID]) { shared.formUnion(layers) }
-    /// Every clone is deleted.
-    func unshare() { shared = [] }
     func remove(_ layer: LayerID) throws(StorageError) {
         try countCall()
         unlink(layer)
     }
     func layersPresent() throws(StorageError) -> [LayerID] {
-        files.compactMap { if case .data(let layer) = $0.name { layer } else { nil } }
+        names.compactMap { if case .data(let layer) = $0.file.name { layer } else { nil } }
     }
     func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
         let file = try existing(file)
@@ -420,7 +473,7 @@ final class SimulatedDisk: ReplicaStorage {
     }
     func syncDirectories() throws(StorageError) {
         try countCall()
-        for file in files { file.isNameDurable = true }
+        for index in names.indices { names[index].isDurable = true }
         unlinked = []
     }
     func nextAllocated(_ file: ReplicaFile, from offset: UInt64) throws(StorageError)

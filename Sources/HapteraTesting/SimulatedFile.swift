@@ -31,8 +31,6 @@ final class SimulatedFile {
     /// Ranges a failed sync has thrown out of the cache's care: no later sync makes them durable.
     private var abandoned: [Range<Int>] = []
     var isMapped = false
-    /// The name survives a power cut.
-    var isNameDurable = false
     /// 4 KiB pages that were ever written: the file system's allocation.
     private(set) var allocated: [Bool]
 
@@ -54,7 +52,6 @@ final class SimulatedFile {
         copy.current.copy(from: current)
         copy.durable.copy(from: current)
         copy.allocated = allocated
-        copy.isNameDurable = true
         return copy
     }
 

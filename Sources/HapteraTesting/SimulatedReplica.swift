@@ -67,11 +67,12 @@ final class SimulatedReplica {
         var isCopy: Bool
     }
 
-    init(index: Int, random: RandomSource, blockCount: Int) {
+    /// `disk`: its directory; nil: on a disk of its own.
+    init(index: Int, random: RandomSource, blockCount: Int, disk: SimulatedDisk? = nil) {
         self.index = index
         id = ReplicaID(rawValue: random.next() | 1)
         incarnation = Incarnation(rawValue: random.next() | 1)
-        disk = SimulatedDisk(random: random.fork())
+        self.disk = disk ?? SimulatedDisk(random: random.fork())
         bootID = random.next() | 1
         clock = SimulatedClock(random: random)
         connections = Array(repeating: nil, count: ReplicaLimits.connectionsMax)
@@ -79,6 +80,7 @@ final class SimulatedReplica {
     }
 
     var name: String { "replica-\(index)" }
+    var member: VolumeRecord.Member { .init(replica: id, incarnation: incarnation) }
     var freeConnection: Int? { connections.firstIndex { $0 == nil } }
 
     /// A request that changes the block is under way.
@@ -117,6 +119,12 @@ final class SimulatedReplica {
         backup = disk.backup()
         backupFlushed = core?.flushedPoint ?? .zero
         backupPromise = core?.promise ?? .zero
+    }
+
+    /// It was made as a member.
+    func began(_ epoch: Epoch) {
+        promised = epoch
+        installed = epoch
     }
 
     /// The directory is another one now: nothing seen of the one before is true of it.
@@ -160,7 +168,7 @@ extension World {
                 }
                 note("\(host.name) loses power while it is made")
                 host.disk.callsUntilCut = nil
-                host.disk.cutPower()
+                host.disk.cutPower(isAlone: true)
             }
         }
     }
@@ -176,7 +184,7 @@ extension World {
         if host.disk.hasFailedSync {
             // The kernel has forgotten which pages are not on the disk: only a restart of the host
             // gives the replica a true view of it.
-            cutPower(host)
+            loseDirectory(host)
         }
         let pool = BufferPool(limits: .init(small: 192, medium: 24, large: 20))
         if faults.cutsDuringOpen && isChaos && random.permille(300) {
@@ -199,7 +207,9 @@ extension World {
             }
             host.disk.callsUntilCut = nil
             note("\(host.name) is cut off while opening")
-            if random.permille(500) { cutPower(host) }
+            if random.permille(500) {
+                if mayLosePower(host) { cutPower(host) } else { loseDirectory(host) }
+            }
             host.nextProcess()
             timeline.schedule(
                 after: milliseconds(random.between(10, 500)), .startReplica(host.index))
@@ -226,9 +236,27 @@ extension World {
             after: UInt64(milliseconds) * 1_000_000, .startReplica(host.index))
     }
 
-    /// The host's power fails. Its process must have been stopped.
+    /// The host's power fails, for both volumes if there are two. This one's process must have been
+    /// stopped.
     func cutPower(_ host: SimulatedReplica) {
+        let other = sibling?.hosts[host.index]
+        if let sibling, let other {
+            sibling.note("\(other.name) loses power with the other volume's")
+            sibling.killReplica(other, restartAfter: sibling.random.between(1, 3000))
+        }
         host.disk.cutPower()
+        lostPower(host)
+        if let sibling, let other {
+            sibling.lostPower(other)
+            sibling.noteLoss()
+        }
+    }
+    /// As if its power failed, for what the other volume has not got.
+    func loseDirectory(_ host: SimulatedReplica) {
+        host.disk.cutPower(isAlone: true)
+        lostPower(host)
+    }
+    private func lostPower(_ host: SimulatedReplica) {
         host.rebooted(random)
         host.isLossy = true
         host.isMarkedRebooted = true

@@ -11,13 +11,18 @@ extension World {
         // (Seed 1400923: whose clone was deleted while it was paused.)
         for host in hosts { notice(host) }
         let isCounted = run(seconds: Self.countingSeconds) {
-            hosts.allSatisfy { $0.core?.isSpaceCounted ?? true }
+            hosts.allSatisfy { host in
+                guard let core = host.core else { return true }
+                // What another volume shares it counts otherwise, until it has noticed.
+                return core.isSpaceCounted && (core.sharedLayers.isEmpty || host.disk.isShared)
+            }
         }
         // A page that is not what it was written as is never counted.
         guard isCounted || !faults.rot else { return }
         check(36, isCounted, "sizes are not counted")
         for host in hosts {
-            guard let core = host.core, host.disk.shared.isEmpty, core.retiredLayerCount == 0,
+            checkSharedSizes(host)
+            guard let core = host.core, !host.disk.isShared, core.retiredLayerCount == 0,
                 let record = core.installedRecord,
                 let image = ReplicaImage(
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
@@ -38,6 +43,21 @@ extension World {
                     "\(host.name) says that \(found.map(String.init) ?? "no number of") blocks of "
                         + "layer \(space.layer.rawValue) are exclusive: it is \(expected)")
             }
+        }
+    }
+}
+
+extension World {
+    /// What another volume has as well is exclusive in neither.
+    private func checkSharedSizes(_ host: SimulatedReplica) {
+        guard host.disk.isLinked, let core = host.core else { return }
+        let files = Dictionary(uniqueKeysWithValues: zip(core.layers, core.layerFiles))
+        for space in core.snapshotSpaces {
+            guard let file = files[space.layer], host.disk.isLinked(file) else { continue }
+            check(
+                36, space.blocks == 0 && space.files.isEmpty,
+                "\(host.name) says that \(space.blocks.map(String.init) ?? "no number of") blocks "
+                    + "of layer \(space.layer.rawValue), which another volume has, are exclusive")
         }
     }
 }

@@ -53,7 +53,8 @@ extension World {
             engines[current].pausedUntil <= timeline.now, trueHistory == nil
         else { return }
         let snapshot = SimulatedSnapshot(
-            name: "s\(snapshots.count)", promised: promises.acknowledged, losses: promises.losses)
+            name: "\(contents.isClone ? "c" : "s")\(snapshots.count)",
+            promised: promises.acknowledged, losses: promises.losses)
         note("snapshot \(snapshot.name) is asked of \(engines[current].name)")
         snapshots.append(snapshot)
         step(
@@ -66,6 +67,7 @@ extension World {
 
     private func mayDelete(_ snapshot: SimulatedSnapshot) -> Bool {
         snapshot.layer != nil && !snapshot.isDeleted && snapshot !== reverts.pending?.target
+            && snapshot !== clones.making?.origin.snapshot
     }
     private func requestDeletion(_ token: Int) {
         let snapshot = snapshots[token]
@@ -131,7 +133,7 @@ extension World {
             compare(host, image, snapshot.promised, snapshot.promise, "\(snapshot.name): lacks")
         }
         guard !faults.rot else { return }
-        let values = hotSectors.map { image.value(sector: $0, scratch: sectorBlock.memory) }
+        let values = hotSectors.map { image.value(sector: $0, contents) }
         if snapshot.values.isEmpty { snapshot.values = values }
         coverage.evaluated(25)
         for (index, sector) in hotSectors.enumerated() where values[index] != snapshot.values[index]

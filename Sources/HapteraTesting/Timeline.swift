@@ -70,10 +70,22 @@ struct SimulatedClock {
 
 /// Simulated time and what is to happen in it.
 final class Timeline {
-    /// Nanoseconds. Starts above zero, as a monotonic clock does.
-    private(set) var now: UInt64 = 1_000_000_000
+    private final class Clock {
+        /// Nanoseconds. Starts above zero, as a monotonic clock does.
+        var now: UInt64 = 1_000_000_000
+    }
+    private let clock: Clock
     private(set) var step = 0
     private var queue = EventQueue<WorldEvent>()
+
+    init() { clock = Clock() }
+    /// The same time, in which other things are to happen.
+    init(beside other: Timeline) { clock = other.clock }
+
+    var now: UInt64 { clock.now }
+    var nextTime: UInt64? { queue.nextTime }
+    /// Nothing happens any more.
+    func clear() { queue = EventQueue() }
 
     func instant(_ clock: SimulatedClock) -> Instant {
         let drifted = Int64(now) + Int64(now) * clock.drift / 1_000_000
@@ -88,7 +100,7 @@ final class Timeline {
     }
     func advance() -> WorldEvent? {
         guard let (time, event) = queue.popFirst() else { return nil }
-        now = time
+        clock.now = time
         step += 1
         return event
     }

@@ -93,16 +93,19 @@ struct Workload {
     /// writes wait for regions to be drained.
     var activeRegionsMax: Int { depth * workers + Self.staleRequestsMax + 1 }
 
-    init(random: RandomSource, sizeBytes: UInt64) {
+    init(random: RandomSource, sizeBytes: UInt64, origin: SimulatedOrigin? = nil) {
         self.sizeBytes = sizeBytes
         let blocks = sizeBytes / UInt64(Geometry.blockSize)
         let perRegion = UInt64(Geometry.blocksPerRegion)
         var clusters: [Range<UInt64>] = [0..<2, blocks - 2..<blocks]
         if blocks > perRegion + 2 { clusters.append(perRegion - 2..<perRegion + 2) }
-        for _ in 0..<random.between(2, 6) + (blocks > 4 * perRegion ? 16 : 0) {
+        let drawn =
+            origin == nil ? random.between(2, 6) + (blocks > 4 * perRegion ? 16 : 0) : 0
+        for _ in 0..<drawn {
             let start = UInt64(random.below(Int(blocks) - 8))
             clusters.append(start..<start + UInt64(random.between(1, 6)))
         }
+        if let origin { clusters += origin.clusters }
         for index in clusters.indices { clusters.swapAt(index, random.below(clusters.count)) }
         self.clusters = clusters
         let touched = Set(clusters.joined().map { $0 / perRegion })
@@ -115,10 +118,20 @@ struct Workload {
         trimPermille = random.pick([0, 60, 200])
         fuaPermille = random.pick([0, 50, 300])
         thinkMillisecondsMax = random.pick([5, 40, 200])
-        snapshotsMax = random.pick([0, 0, 2, 5])
+        snapshotsMax = random.pick(origin == nil ? [0, 0, 2, 5] : [2, 2, 3, 5])
         snapshotPauseMilliseconds = random.pick([300, 3000])
         deletionPermille = random.pick([0, 300, 700])
         (workers, depth) = random.pick([(1, 1), (1, 3), (2, 1), (2, 4), (4, 2), (3, 4)])
+    }
+
+    /// Those that clients use, ascending.
+    var hotSectors: [Int] {
+        Set(
+            (Array(clusters.joined()) + freshBlocks).flatMap {
+                let first = Int($0) * Content.sectorsPerBlock
+                return first..<first + Content.sectorsPerBlock
+            }
+        ).sorted()
     }
 
     /// A request within one region.

@@ -28,7 +28,7 @@ package struct SimulationOutcome: Sendable {
 package final class World {
     let options: SimulationOptions
     let random: RandomSource
-    let timeline = Timeline()
+    let timeline: Timeline
     let network: SimulatedNetwork
     let store: SimulatedStore
     let volume: VolumeID
@@ -41,7 +41,7 @@ package final class World {
     let leases: SimulatedLeases
     /// Clients zero by writing too, and engines look for that.
     let detectsZeroes: Bool
-    private(set) var hosts: [SimulatedReplica] = []
+    let hosts: [SimulatedReplica]
     var engines: [SimulatedEngine] = []
     var currentEngine: Int?
     var history = History()
@@ -80,12 +80,24 @@ package final class World {
     var pendingReplicaCloses: [(SimulatedReplica, Int, Int)] = []
     let frameBlock = MemoryBlock(
         count: FrameHeader.size + FrameHeader.tableLengthMax + FrameHeader.dataLengthMax)
-    let sectorBlock = MemoryBlock(count: Content.sectorSize)
+    let contents: Contents
     private(set) var failure: (step: Int, what: String)?
     private let seed: UInt64
+    /// Of this volume, if it is a clone; and the one that was made of it.
+    weak var source: World?
+    var second: World?
+    /// The volume was deleted.
+    var isGone = false
 
-    package init(seed: UInt64, options: SimulationOptions) {
+    package convenience init(seed: UInt64, options: SimulationOptions) {
+        self.init(seed: seed, options: options, origin: nil)
+    }
+
+    /// `origin`: what the volume begins as; nil: empty, on hosts of its own.
+    init(seed: UInt64, options: SimulationOptions, origin: SimulatedOrigin?) {
         self.seed = seed
+        contents = Contents(inherited: origin?.numbers)
+        timeline = origin.map { Timeline(beside: $0.source.timeline) } ?? Timeline()
         self.options = options
         random = RandomSource(seed: RandomSource.mix(seed))
         scrubRandom = RandomSource(seed: RandomSource.mix(seed ^ 0x5C2B))
@@ -94,39 +106,38 @@ package final class World {
         // Of the seed, not drawn: every world without it is the one it was before.
         detectsZeroes = seed % 4 == 1
         // Mostly three copies: that is where the protocol has the most to decide.
-        let replicas = options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
-        let regions = random.pick([1, 2, 3, 16])
-        let size = UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
+        let replicas =
+            origin?.source.hosts.count
+            ?? options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
+        let size = origin?.size ?? Self.drawSize(random)
         volume = VolumeID(high: random.next(), low: random.next())
-        workload = Workload(random: random.fork(), sizeBytes: size)
+        workload = Workload(random: random.fork(), sizeBytes: size, origin: origin)
         reverts = SimulatedReverts(seed: seed)
         holds = SimulatedHolds(seed: seed)
-        clones = SimulatedClones(seed: seed, mutations: options.mutations)
-        growth = SimulatedGrowth(seed: seed, size: size)
-        hotSectors = Set(
-            (Array(workload.clusters.joined()) + workload.freshBlocks).flatMap {
-                let first = Int($0) * Content.sectorsPerBlock
-                return first..<first + Content.sectorsPerBlock
-            }
-        ).sorted()
+        clones = SimulatedClones(seed: seed, mutations: options.mutations, isClone: origin != nil)
+        growth = SimulatedGrowth(seed: seed, size: size, first: origin?.sizeFirst)
+        hotSectors = workload.hotSectors
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
-        faults = FaultPlan(random: random.fork(), mutations: options.mutations)
+        faults = FaultPlan(
+            random: random.fork(), mutations: options.mutations, beside: origin?.source.faults)
         leases = SimulatedLeases(
             random: random.fork(), replicas: replicas, sparesPausedMembers: faults.rot,
             mutations: options.mutations)
-        keeper = random.below(replicas)
+        keeper = origin?.source.keeper ?? random.below(replicas)
         network = SimulatedNetwork(timeline: timeline, random: random.fork())
         let hostsRandom = random.fork()
         let hosts = (0..<replicas).map {
             SimulatedReplica(
-                index: $0, random: hostsRandom, blockCount: Int(size) / Geometry.blockSize)
+                index: $0, random: hostsRandom, blockCount: Int(size) / Geometry.blockSize,
+                disk: origin?.disks[$0])
         }
         self.hosts = hosts
-        store = SimulatedStore(
-            record: VolumeRecord(
+        let record =
+            origin?.record(volume, hosts)
+            ?? VolumeRecord(
                 volume: volume, name: "sim", epoch: Epoch(1), nonce: 1, size: growth.first,
-                inSync: hosts.map { .init(replica: $0.id, incarnation: $0.incarnation) }),
-            timeline: timeline, random: random.fork())
+                inSync: hosts.map(\.member))
+        store = SimulatedStore(record: record, timeline: timeline, random: random.fork())
         network.latencyMax = random.pick([100, 600, 20_000])
         if faults.corruptsFrames { network.corruptionPermille = 2 }
         if faults.kinds.contains(.storeOutage) {
@@ -135,6 +146,11 @@ package final class World {
             store.lateArrival = 100
             store.duplicates = 100
         }
+    }
+
+    private static func drawSize(_ random: RandomSource) -> UInt64 {
+        let regions = random.pick([1, 2, 3, 16])
+        return UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
     }
 
     /// What the store says, or said before it was put back.
@@ -148,8 +164,8 @@ package final class World {
     func trace(_ text: @autoclosure () -> String) {
         guard let sink = options.trace else { return }
         let time = (timeline.now - 1_000_000_000) / 1000
-        sink(
-            "\(timeline.step) \(time / 1000).\(String(time % 1000 + 1000).dropFirst())ms \(text())")
+        let fraction = String(time % 1000 + 1000).dropFirst()
+        sink("\(timeline.step) \(time / 1000).\(fraction)ms \(label)\(text())")
     }
     func traceDisk(_ host: SimulatedReplica, _ action: ReplicaAction) {
         trace("\(host.name) \(describe(action))")
@@ -169,16 +185,16 @@ package final class World {
         }
     }
 
+    /// Which of two volumes it is about.
+    private var label: String { contents.isClone ? "clone: " : "" }
+
     /// The first thing that is wrong ends the run.
-    func fail(_ what: String) {
-        guard failure == nil else { return }
-        failure = (timeline.step, what)
-        note("FAILED: \(what)")
-    }
+    func fail(_ what: String) { fail(atStep: timeline.step, what) }
     func fail(atStep step: Int, _ what: String) {
         guard failure == nil else { return }
         failure = (step, what)
         note("FAILED: \(what)")
+        (second ?? source)?.fail(atStep: step, label + what)
     }
 
     /// Judges an invariant of `docs/replication.md`, by its number, and counts that it did.
@@ -192,24 +208,30 @@ package final class World {
     package func run() -> SimulationOutcome {
         setUp()
         runChaos()
-        if failure == nil { converge() }
-        if failure == nil { finish() }
+        end()
+        judgeHistory()
+        second?.judgeHistory()
+        if let second { coverage.add(second.coverage) }
+        return SimulationOutcome(
+            seed: seed, steps: timeline.step + (second?.timeline.step ?? 0), failure: failure,
+            acknowledged: acknowledgedCount + (second?.acknowledgedCount ?? 0),
+            epochs: store.history.count, coverage: coverage)
+    }
+    private var acknowledgedCount: Int { operations.count(where: \.isComplete) }
+
+    private func judgeHistory() {
         coverage.evaluated(9)
         coverage.evaluated(33)
         if let wrong = history.check(sectorCount: Int(workload.sizeBytes) / Content.sectorSize) {
             fail(atStep: wrong.step, wrong.what)
         }
-        return SimulationOutcome(
-            seed: seed, steps: timeline.step, failure: failure,
-            acknowledged: operations.count(where: \.isComplete),
-            epochs: Int(store.record.epoch.rawValue), coverage: coverage)
     }
 
-    private func setUp() {
+    func setUp(origin: SimulatedOrigin? = nil) {
         let kinds = faults.kinds.map { "\($0)" }.joined(separator: " ")
         note("\(hosts.count) replicas, \(workload.sizeBytes) bytes; faults: \(kinds)")
         for host in hosts {
-            createReplica(host)
+            if let origin { createClone(host, origin) } else { createReplica(host) }
             startReplica(host)
         }
         startEngine(generation: generation)
@@ -219,16 +241,25 @@ package final class World {
         timeline.schedule(after: milliseconds(random.between(100, 2000)), .fault)
         if workload.snapshotsMax > 0 { scheduleSnapshot() }
         if workload.snapshotsMax > 0, reverts.areThere { scheduleRevert() }
-        if workload.snapshotsMax > 0, clones.areThere { scheduleClone() }
+        if workload.snapshotsMax > 0 && clones.areThere || origin != nil { scheduleClone() }
         if !growth.sizes.isEmpty { timeline.schedule(after: growth.pause(), .growth) }
         if scrubs { scheduleScrub() }
     }
 
+    /// The troubled part, of both volumes if there are two.
     private func runChaos() {
-        while failure == nil, timeline.step < options.steps, advance() {
-            if timeline.step % 400 == 0 { audit() }
+        while failure == nil, !isGone, timeline.step < options.steps {
+            let step = timeline.step
+            guard advance() else { break }
+            if timeline.step != step, timeline.step % 400 == 0 { audit() }
+        }
+        // The clone has outlived its source.
+        let stepsMin = options.steps / 2
+        while failure == nil, isGone, let second, second.timeline.step < stepsMin {
+            guard second.advance() else { break }
         }
         isChaos = false
+        second?.isChaos = false
     }
 
     /// Lets time pass until `condition` holds; false if it does not within `seconds`.
@@ -241,9 +272,21 @@ package final class World {
         return failure == nil && condition()
     }
 
+    /// The next event of either volume.
     private func advance() -> Bool {
+        if let sibling, sibling.timeline.nextTime ?? .max < timeline.nextTime ?? .max {
+            return sibling.advanceOwn()
+        }
+        return advanceOwn()
+    }
+    private func advanceOwn() -> Bool {
         guard let event = timeline.advance() else { return false }
         handle(event)
+        if contents.isClone, isChaos {
+            if timeline.step % 400 == 0 { audit() }
+            // One that was made early has had its share before its source has.
+            if timeline.step >= options.steps { isChaos = false }
+        }
         return true
     }
 
@@ -284,7 +327,7 @@ package final class World {
         case .growth: requestGrowth()
         case .revert: if isChaos { requestRevert() } else { continueRevert() }
         case .scrub: requestScrub()
-        case .clone: cloneOrNot()
+        case .clone: clones.isVolume ? tendClone() : cloneOrNot()
         case .stageFault: stageFault()
         case .freshWrite: writeFreshBlock()
         case .lateBytes(let index): deliverLate(engines[index])

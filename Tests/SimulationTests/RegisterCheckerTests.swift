@@ -90,4 +90,15 @@ import Testing
         #expect(verdict(write(1, 7) + write(2, 0) + flush(3) + [loss] + read(4, 7)) != nil)
         #expect(verdict(write(1, 7) + write(2, 0) + flush(3) + [loss] + read(4, 0)) == nil)
     }
+
+    /// A clone begins with what its source wrote; going on from an old copy may bring that back.
+    @Test func aSalvageMayBringBackWhatAClonesFirstCopyHeld() {
+        let begun = [RegisterEvent(.reverted(3), operation: -1)]
+        let salvaged = [RegisterEvent(.salvaged, operation: -1)]
+        #expect(verdict(begun + read(1, 3)) == nil)
+        #expect(verdict(begun + read(1, 0)) != nil)
+        #expect(verdict(begun + write(1, 7) + flush(2) + read(3, 3)) != nil)
+        #expect(verdict(begun + write(1, 7) + flush(2) + salvaged + read(3, 3)) == nil)
+        #expect(verdict(begun + write(1, 7) + flush(2) + salvaged + read(3, 4)) != nil)
+    }
 }

@@ -95,7 +95,9 @@ extension ReplicaCore {
     /// Has the layer's files another name than this copy's? While one is about to be made it counts
     /// as if.
     package func setShared(_ layer: LayerID, _ isShared: Bool) {
-        guard chain.index(of: layer) != nil, isShared || !isSharing(layer) else { return }
+        guard chain.index(of: layer) != nil, isShared || !isSharing(layer),
+            isShared || !options.mutations.contains(.sharedForEver)
+        else { return }
         chain.setShared([layer], isShared)
         if !isShared {
             unlinked.remove(layer)
@@ -107,7 +109,9 @@ extension ReplicaCore {
         return (0..<chain.count).filter(chain.isShared).map(chain.id)
     }
     /// Where a clone's log begins: pages that it shares name records below.
-    package var logNextIndex: UInt64 { log.nextIndex }
+    package var logNextIndex: UInt64 {
+        options.mutations.contains(.cloneLogAtZero) ? 0 : log.nextIndex
+    }
 
     // MARK: the fold of a layer and what is stuck under it
 
@@ -167,7 +171,9 @@ extension ReplicaCore {
     /// True: the change is about a layer that stays as it is, or about what one would show.
     func isAboutShared(_ slot: Int32) -> Bool {
         let header = requests[Int(slot)].header
-        guard let place = chain.place(named: header.layer) else { return false }
+        guard let place = chain.place(named: header.layer),
+            !options.mutations.contains(.sharedIsChanged)
+        else { return false }
         // What the snapshot's flush has yet to cover may still come.
         let isFixed = chain.isShared(place) && !unlinked.contains(chain.id(place))
         guard requests[Int(slot)].extents >= 0 || isFixed else { return false }

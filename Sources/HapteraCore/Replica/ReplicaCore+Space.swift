@@ -297,6 +297,13 @@ extension ReplicaCore {
         }
         let hidden = UInt32((data & above).nonzeroBitCount)
         if isMerging { space.rest.unmerged += hidden } else { space.rest.stuck += hidden }
+        if !isMerging, options.mutations.contains(.stuckIsPunched), data & above != 0 {
+            let block = part * 64 + (data & above).trailingZeroBitCount
+            let region = UInt64(space.word * 64 + place) * UInt64(Geometry.regionSize)
+            punchAtOnce(
+                group.files[depth], region + UInt64(block * Geometry.blockSize),
+                UInt32(Geometry.blockSize))
+        }
         space.masks[space.mask(SpaceState.own, place, part)] |= held
     }
 }

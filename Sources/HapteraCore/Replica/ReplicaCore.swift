@@ -160,7 +160,7 @@ package final class ReplicaCore {
         flushedPoint = opened.log.flushed
         knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
-        if !options.mutations.contains(.sharedIsMerged) {
+        if options.mutations.isDisjoint(with: [.sharedIsMerged, .sharedIsForgotten]) {
             chain.setShared(opened.manifest.layers.filter(storage.isShared), true)
         }
         isRebooted = !opened.manifest.isClean && opened.manifest.settledBoot != options.bootID
