@@ -43,58 +43,6 @@ package struct ReplicaCommand: AsyncParsableCommand {
     }
 }
 
-package struct NodeCommand: AsyncParsableCommand {
-    package static let configuration = CommandConfiguration(
-        commandName: "node", abstract: "Look at nodes.", subcommands: [List.self, Show.self])
-    package init() {}
-
-    package struct List: AsyncParsableCommand {
-        package static let configuration = CommandConfiguration(abstract: "List all nodes.")
-
-        @Flag(help: "List again whenever something changes.")
-        package var watch = false
-
-        @OptionGroup package var options: GlobalOptions
-        package init() {}
-
-        package func run() async throws {
-            try await Session.run(options) { session in
-                try await session.list(watch: watch) {
-                    let nodes = try await session.cluster.listNodes(
-                        Haptera_V1_ListNodesRequest(), options: session.watchOptions
-                    ).nodes
-                    return (
-                        .list(nodes.map { Presentation.value($0) }),
-                        names: nodes.map(\.name).joined(separator: "\n"),
-                        Presentation.table(nodes, wide: options.output == .wide)
-                    )
-                }
-            }
-        }
-    }
-
-    package struct Show: AsyncParsableCommand {
-        package static let configuration = CommandConfiguration(abstract: "Show one node.")
-
-        @Argument(help: "The node's name.", transform: Label.init(typed:))
-        package var name: Label
-
-        @OptionGroup package var options: GlobalOptions
-        package init() {}
-
-        package func run() async throws {
-            try await Session.run(options) { session in
-                var request = Haptera_V1_GetNodeRequest()
-                request.name = name.text
-                let node = try await session.cluster.getNode(request, options: session.callOptions)
-                session.say(Presentation.value(node), quiet: node.name) { wide in
-                    Presentation.table([node], wide: wide).text
-                }
-            }
-        }
-    }
-}
-
 package struct EventsCommand: AsyncParsableCommand {
     package static let configuration = CommandConfiguration(
         commandName: "events", abstract: "Show what happened, oldest first.",

@@ -141,7 +141,7 @@ package enum Presentation {
         ])
     }
 
-    private static func pid(_ pid: Int32) -> OutputValue {
+    static func pid(_ pid: Int32) -> OutputValue {
         pid > 0 ? .number(UInt64(pid)) : .null
     }
 
@@ -227,36 +227,6 @@ package enum Presentation {
             return wide ? row + [pid, replica.directory] : row
         }
         return TextTable(wide ? header + ["PID", "DIRECTORY"] : header, rows)
-    }
-
-    // MARK: Nodes
-
-    package static func value(_ node: Haptera_V1_Node) -> OutputValue {
-        .object([
-            ("name", .text(node.name)),
-            ("ready", .flag(node.ready)),
-            ("address", .text(node.address)),
-            ("directory", .text(node.directory)),
-            ("version", .text(node.version)),
-            ("pid", pid(node.pid)),
-            ("capacityBytes", .number(node.capacityBytes)),
-            ("availableBytes", .number(node.availableBytes)),
-            ("replicas", .number(UInt64(node.replicas))),
-            ("engines", .number(UInt64(node.engines))),
-            ("lastSeen", time(node.lastSeenUnixMilliseconds)),
-        ])
-    }
-
-    package static func table(_ nodes: [Haptera_V1_Node], wide: Bool) -> TextTable {
-        let header = ["NAME", "READY", "ADDRESS", "REPLICAS", "ENGINES", "AVAILABLE"]
-        let rows = nodes.map { node in
-            let row = [
-                node.name, node.ready ? "yes" : "no", node.address, "\(node.replicas)",
-                "\(node.engines)", VolumeSize.text(node.availableBytes),
-            ]
-            return wide ? row + ["\(node.pid)", node.version, node.directory] : row
-        }
-        return TextTable(wide ? header + ["PID", "VERSION", "DIRECTORY"] : header, rows)
     }
 
     // MARK: Events and status

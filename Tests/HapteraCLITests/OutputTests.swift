@@ -46,6 +46,50 @@ import Testing
         return volume
     }
 
+    @Test func nodesAsJSONAndText() {
+        var node = Haptera_V1_Node()
+        node.name = "node-1"
+        node.ready = true
+        node.address = "127.0.0.1"
+        node.directory = "/d"
+        node.version = "1"
+        node.pid = 7
+        node.capacityBytes = 100 << 30
+        node.availableBytes = 1 << 30
+        node.allocatedBytes = 3 << 30
+        node.promisedBytes = 150 << 30
+        node.reserveBytes = 2 << 30
+        node.replicas = 4
+        node.engines = 1
+        let free = #"""
+            {"name":"node-1","ready":true,"conditions":[],"address":"127.0.0.1","directory":"/d",\#
+            "version":"1","pid":7,"capacityBytes":107374182400,"availableBytes":1073741824,\#
+            "allocatedBytes":3221225472,"promisedBytes":161061273600,"overcommitPercent":null,\#
+            "reserveBytes":2147483648,"replicas":4,"engines":1,"lastSeen":null}
+            """#
+        #expect(Presentation.value(node).json(pretty: false) == free)
+        node.conditions = [.lowSpace]
+        node.overcommitPercent = 200
+        let limited = Presentation.value(node).json(pretty: false)
+        #expect(limited.contains(#""conditions":["lowSpace"]"#))
+        #expect(limited.contains(#""overcommitPercent":200"#))
+        #expect(
+            Presentation.table([node], wide: false).text == """
+                NAME    READY  CONDITIONS  ADDRESS    REPLICAS  ENGINES  CAPACITY  AVAILABLE  \
+                ALLOCATED  PROMISED
+                node-1  yes    lowSpace    127.0.0.1  4         1        100GiB    1GiB       \
+                3GiB       150GiB
+                """)
+        #expect(
+            Presentation.details(node).contains(
+                """
+                capacity:    100GiB, 1GiB available
+                allocated:   3GiB by 4 replicas
+                promised:    150GiB of at most 200GiB
+                limits:      overcommit 200%, reserve 2GiB
+                """))
+    }
+
     private static let volumeJSON = """
         {
           "name": "vol",

@@ -57,6 +57,7 @@ import Testing
                 var report = Haptera_V1_NodeReport()
                 report.name = name
                 report.nodeID = id
+                report.capacityBytes = 200 << 30
                 report.availableBytes = available
                 let desired = try await controller.desired(for: name, nodeID: id)
                 report.replicas = desired.replicas.map { wanted in
@@ -226,7 +227,10 @@ import Testing
         try await world.pass(Self.timeout + 20_000)
         #expect(try await world.nodes == ["a", "b", "c"])
         let reason = try await world.controller.volume(named: "vol").reason
-        #expect(reason.contains("no other ready node has 1.2GiB available"), "\(reason)")
+        #expect(
+            reason.contains(
+                "no other ready node has room: node d has no room for a replica of volume 'vol' "
+                    + "(1GiB): 1GiB are available (1GiB needed, 256MiB reserved)"), "\(reason)")
         #expect(try await world.kinds.count { $0 == "ReplicaNotReplaced" } == 1)
         world.alive = ["a", "b"]
         try await world.pass(20_000)

@@ -162,8 +162,11 @@ import Testing
     private func nodes(
         _ replicas: Int, _ candidates: [Placement.Candidate], _ requested: [String] = []
     ) throws -> [String] {
-        try Placement.choose(replicas: replicas, requested: requested, candidates: candidates)
-            .map(\.node)
+        try Placement.choose(
+            replicas: replicas, requested: requested, candidates: candidates,
+            need: ReplicaNeed(volume: "v", sizeBytes: 1 << 30)
+        )
+        .map(\.node)
     }
 
     @Test func theEmptiestNodesComeFirst() throws {
@@ -196,7 +199,8 @@ import Testing
         }
         func places(_ replicas: Int, _ requested: [String] = []) throws -> [String] {
             try Placement.choose(
-                replicas: replicas, requested: requested, candidates: candidates, sources: sources
+                replicas: replicas, requested: requested, candidates: candidates, sources: sources,
+                need: ReplicaNeed(volume: "v", sizeBytes: 1 << 30)
             ).map { "\($0.node)\($0.source ?? "-")" }
         }
         #expect(try places(1) == ["b3"])

@@ -74,6 +74,19 @@ package enum Haptera_V1_ClusterService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "UpdateNode" metadata.
+        package enum UpdateNode: Sendable {
+            /// Request type for "UpdateNode".
+            package typealias Input = Haptera_V1_UpdateNodeRequest
+            /// Response type for "UpdateNode".
+            package typealias Output = Haptera_V1_Node
+            /// Descriptor for "UpdateNode".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.ClusterService"),
+                method: "UpdateNode",
+                type: .unary
+            )
+        }
         /// Namespace for "ListEvents" metadata.
         package enum ListEvents: Sendable {
             /// Request type for "ListEvents".
@@ -132,6 +145,7 @@ package enum Haptera_V1_ClusterService: Sendable {
             GetVersion.descriptor,
             ListNodes.descriptor,
             GetNode.descriptor,
+            UpdateNode.descriptor,
             ListEvents.descriptor,
             WatchEvents.descriptor,
             InjectVolumeFault.descriptor,
@@ -215,6 +229,25 @@ extension Haptera_V1_ClusterService {
         /// - Returns: A streaming response of `Haptera_V1_Node` messages.
         func getNode(
             request: GRPCCore.StreamingServerRequest<Haptera_V1_GetNodeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Node>
+
+        /// Handle the "UpdateNode" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+        /// > they say. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_UpdateNodeRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Node` messages.
+        func updateNode(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_UpdateNodeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Node>
 
@@ -352,6 +385,25 @@ extension Haptera_V1_ClusterService {
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Node>
 
+        /// Handle the "UpdateNode" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+        /// > they say. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateNodeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Node` message.
+        func updateNode(
+            request: GRPCCore.ServerRequest<Haptera_V1_UpdateNodeRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Node>
+
         /// Handle the "ListEvents" method.
         ///
         /// - Parameters:
@@ -484,6 +536,25 @@ extension Haptera_V1_ClusterService {
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Node
 
+        /// Handle the "UpdateNode" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+        /// > they say. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_UpdateNodeRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Node` to respond with.
+        func updateNode(
+            request: Haptera_V1_UpdateNodeRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Node
+
         /// Handle the "ListEvents" method.
         ///
         /// - Parameters:
@@ -605,6 +676,17 @@ extension Haptera_V1_ClusterService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: Haptera_V1_ClusterService.Method.UpdateNode.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_UpdateNodeRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Node>(),
+            handler: { request, context in
+                try await self.updateNode(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: Haptera_V1_ClusterService.Method.ListEvents.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ListEventsRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ListEventsResponse>(),
@@ -692,6 +774,17 @@ extension Haptera_V1_ClusterService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Node> {
         let response = try await self.getNode(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func updateNode(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_UpdateNodeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Node> {
+        let response = try await self.updateNode(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -791,6 +884,19 @@ extension Haptera_V1_ClusterService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Node> {
         return GRPCCore.ServerResponse<Haptera_V1_Node>(
             message: try await self.getNode(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func updateNode(
+        request: GRPCCore.ServerRequest<Haptera_V1_UpdateNodeRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Node> {
+        return GRPCCore.ServerResponse<Haptera_V1_Node>(
+            message: try await self.updateNode(
                 request: request.message,
                 context: context
             ),
@@ -935,6 +1041,30 @@ extension Haptera_V1_ClusterService {
         func getNode<Result>(
             request: GRPCCore.ClientRequest<Haptera_V1_GetNodeRequest>,
             serializer: some GRPCCore.MessageSerializer<Haptera_V1_GetNodeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Node>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Node>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "UpdateNode" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+        /// > they say. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateNodeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_UpdateNodeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Node` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func updateNode<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_UpdateNodeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_UpdateNodeRequest>,
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Node>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Node>) async throws -> Result
@@ -1159,6 +1289,41 @@ extension Haptera_V1_ClusterService {
             try await self.client.unary(
                 request: request,
                 descriptor: Haptera_V1_ClusterService.Method.GetNode.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "UpdateNode" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+        /// > they say. Idempotent.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_UpdateNodeRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_UpdateNodeRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Node` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func updateNode<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_UpdateNodeRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_UpdateNodeRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Node>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Node>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_ClusterService.Method.UpdateNode.descriptor,
                 serializer: serializer,
                 deserializer: deserializer,
                 options: options,
@@ -1402,6 +1567,36 @@ extension Haptera_V1_ClusterService.ClientProtocol {
         )
     }
 
+    /// Call the "UpdateNode" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+    /// > they say. Idempotent.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_UpdateNodeRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func updateNode<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_UpdateNodeRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Node>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.updateNode(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_UpdateNodeRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Node>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
     /// Call the "ListEvents" method.
     ///
     /// - Parameters:
@@ -1627,6 +1822,40 @@ extension Haptera_V1_ClusterService.ClientProtocol {
             metadata: metadata
         )
         return try await self.getNode(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "UpdateNode" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Changes the limits that are given and leaves the others. What is there already stays, whatever
+    /// > they say. Idempotent.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func updateNode<Result>(
+        _ message: Haptera_V1_UpdateNodeRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Node>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_UpdateNodeRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.updateNode(
             request: request,
             options: options,
             onResponse: handleResponse

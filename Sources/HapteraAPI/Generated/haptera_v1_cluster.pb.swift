@@ -22,6 +22,42 @@ fileprivate nonisolated struct _GeneratedWithProtocGenSwiftVersion: SwiftProtobu
   typealias Version = _2
 }
 
+package nonisolated enum Haptera_V1_NodeCondition: SwiftProtobuf.Enum, Swift.CaseIterable {
+  package typealias RawValue = Int
+  case unspecified // = 0
+
+  /// Less is available than its reserve.
+  case lowSpace // = 1
+  case UNRECOGNIZED(Int)
+
+  package init() {
+    self = .unspecified
+  }
+
+  package init?(rawValue: Int) {
+    switch rawValue {
+    case 0: self = .unspecified
+    case 1: self = .lowSpace
+    default: self = .UNRECOGNIZED(rawValue)
+    }
+  }
+
+  package var rawValue: Int {
+    switch self {
+    case .unspecified: return 0
+    case .lowSpace: return 1
+    case .UNRECOGNIZED(let i): return i
+    }
+  }
+
+  // The compiler won't synthesize support with the UNRECOGNIZED case.
+  package static let allCases: [Haptera_V1_NodeCondition] = [
+    .unspecified,
+    .lowSpace,
+  ]
+
+}
+
 package nonisolated struct Haptera_V1_GetClusterStatusRequest: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
@@ -119,6 +155,20 @@ package nonisolated struct Haptera_V1_Node: Sendable {
 
   package var pid: Int32 = 0
 
+  /// What the files of its replicas take; what volumes share counts for each of them.
+  package var allocatedBytes: UInt64 = 0
+
+  /// The sum of the sizes of the volumes that its replicas are of, and are about to grow to.
+  package var promisedBytes: UInt64 = 0
+
+  /// No replica is put where more than so much of the capacity would be promised; 0: no limit.
+  package var overcommitPercent: UInt32 = 0
+
+  /// No replica is put where less than this would stay available.
+  package var reserveBytes: UInt64 = 0
+
+  package var conditions: [Haptera_V1_NodeCondition] = []
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -156,6 +206,41 @@ package nonisolated struct Haptera_V1_GetNodeRequest: Sendable {
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
+}
+
+package nonisolated struct Haptera_V1_UpdateNodeRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  /// 1 to 100000; 0: no limit, which is the default.
+  package var overcommitPercent: UInt32 {
+    get {_overcommitPercent ?? 0}
+    set {_overcommitPercent = newValue}
+  }
+  /// Returns true if `overcommitPercent` has been explicitly set.
+  package var hasOvercommitPercent: Bool {self._overcommitPercent != nil}
+  /// Clears the value of `overcommitPercent`. Subsequent reads from it will return its default value.
+  package mutating func clearOvercommitPercent() {self._overcommitPercent = nil}
+
+  /// Default 268435456.
+  package var reserveBytes: UInt64 {
+    get {_reserveBytes ?? 0}
+    set {_reserveBytes = newValue}
+  }
+  /// Returns true if `reserveBytes` has been explicitly set.
+  package var hasReserveBytes: Bool {self._reserveBytes != nil}
+  /// Clears the value of `reserveBytes`. Subsequent reads from it will return its default value.
+  package mutating func clearReserveBytes() {self._reserveBytes = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _overcommitPercent: UInt32? = nil
+  fileprivate var _reserveBytes: UInt64? = nil
 }
 
 /// What happened: changes somebody asked for (an audit entry), and changes the system made itself.
@@ -326,6 +411,10 @@ package nonisolated struct Haptera_V1_InjectVolumeFaultResponse: Sendable {
 
 fileprivate nonisolated let _protobuf_package = "haptera.v1"
 
+nonisolated extension Haptera_V1_NodeCondition: SwiftProtobuf._ProtoNameProviding {
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0NODE_CONDITION_UNSPECIFIED\0\u{1}NODE_CONDITION_LOW_SPACE\0")
+}
+
 nonisolated extension Haptera_V1_GetClusterStatusRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".GetClusterStatusRequest"
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap()
@@ -486,7 +575,7 @@ nonisolated extension Haptera_V1_Version: SwiftProtobuf.Message, SwiftProtobuf._
 
 nonisolated extension Haptera_V1_Node: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Node"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}address\0\u{1}directory\0\u{1}version\0\u{1}ready\0\u{3}last_seen_unix_milliseconds\0\u{3}capacity_bytes\0\u{3}available_bytes\0\u{1}replicas\0\u{1}engines\0\u{1}pid\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}address\0\u{1}directory\0\u{1}version\0\u{1}ready\0\u{3}last_seen_unix_milliseconds\0\u{3}capacity_bytes\0\u{3}available_bytes\0\u{1}replicas\0\u{1}engines\0\u{1}pid\0\u{4}\u{9}allocated_bytes\0\u{3}promised_bytes\0\u{3}overcommit_percent\0\u{3}reserve_bytes\0\u{1}conditions\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -505,6 +594,11 @@ nonisolated extension Haptera_V1_Node: SwiftProtobuf.Message, SwiftProtobuf._Mes
       case 9: try { try decoder.decodeSingularUInt32Field(value: &self.replicas) }()
       case 10: try { try decoder.decodeSingularUInt32Field(value: &self.engines) }()
       case 11: try { try decoder.decodeSingularInt32Field(value: &self.pid) }()
+      case 20: try { try decoder.decodeSingularUInt64Field(value: &self.allocatedBytes) }()
+      case 21: try { try decoder.decodeSingularUInt64Field(value: &self.promisedBytes) }()
+      case 22: try { try decoder.decodeSingularUInt32Field(value: &self.overcommitPercent) }()
+      case 23: try { try decoder.decodeSingularUInt64Field(value: &self.reserveBytes) }()
+      case 24: try { try decoder.decodeRepeatedEnumField(value: &self.conditions) }()
       default: break
       }
     }
@@ -544,6 +638,21 @@ nonisolated extension Haptera_V1_Node: SwiftProtobuf.Message, SwiftProtobuf._Mes
     if self.pid != 0 {
       try visitor.visitSingularInt32Field(value: self.pid, fieldNumber: 11)
     }
+    if self.allocatedBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.allocatedBytes, fieldNumber: 20)
+    }
+    if self.promisedBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.promisedBytes, fieldNumber: 21)
+    }
+    if self.overcommitPercent != 0 {
+      try visitor.visitSingularUInt32Field(value: self.overcommitPercent, fieldNumber: 22)
+    }
+    if self.reserveBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.reserveBytes, fieldNumber: 23)
+    }
+    if !self.conditions.isEmpty {
+      try visitor.visitPackedEnumField(value: self.conditions, fieldNumber: 24)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -559,6 +668,11 @@ nonisolated extension Haptera_V1_Node: SwiftProtobuf.Message, SwiftProtobuf._Mes
     if lhs.replicas != rhs.replicas {return false}
     if lhs.engines != rhs.engines {return false}
     if lhs.pid != rhs.pid {return false}
+    if lhs.allocatedBytes != rhs.allocatedBytes {return false}
+    if lhs.promisedBytes != rhs.promisedBytes {return false}
+    if lhs.overcommitPercent != rhs.overcommitPercent {return false}
+    if lhs.reserveBytes != rhs.reserveBytes {return false}
+    if lhs.conditions != rhs.conditions {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -638,6 +752,50 @@ nonisolated extension Haptera_V1_GetNodeRequest: SwiftProtobuf.Message, SwiftPro
 
   package static func ==(lhs: Haptera_V1_GetNodeRequest, rhs: Haptera_V1_GetNodeRequest) -> Bool {
     if lhs.name != rhs.name {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_UpdateNodeRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".UpdateNodeRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}overcommit_percent\0\u{3}reserve_bytes\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularUInt32Field(value: &self._overcommitPercent) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self._reserveBytes) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    try { if let v = self._overcommitPercent {
+      try visitor.visitSingularUInt32Field(value: v, fieldNumber: 2)
+    } }()
+    try { if let v = self._reserveBytes {
+      try visitor.visitSingularUInt64Field(value: v, fieldNumber: 3)
+    } }()
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_UpdateNodeRequest, rhs: Haptera_V1_UpdateNodeRequest) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs._overcommitPercent != rhs._overcommitPercent {return false}
+    if lhs._reserveBytes != rhs._reserveBytes {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -56,7 +56,10 @@ package actor Controller {
         observed[report.name] = (report, store.clock())
         let isChanged = try await store.apply(Self.facts(report), from: report.name)
         try await noteTransitions(from: previous?.report, to: report)
-        if isChanged || previous?.report != report || !isFresh(previous?.seen) { changes.notify() }
+        let isSpaceNews = try await noteSpace(of: report.name)
+        if isSpaceNews || isChanged || previous?.report != report || !isFresh(previous?.seen) {
+            changes.notify()
+        }
     }
 
     package func requireNode(_ name: String, _ nodeID: String) async throws {
@@ -215,27 +218,6 @@ package actor Controller {
         }
     }
 
-    package func nodes() async throws -> [Haptera_V1_Node] {
-        let now = observedNodes
-        return try await store.nodes().map { row in
-            var node = Haptera_V1_Node()
-            node.name = row.name
-            node.address = row.address
-            node.directory = row.directory
-            node.version = row.version
-            node.pid = row.pid
-            if let seen = now[row.name] {
-                node.ready = seen.isReady
-                node.lastSeenUnixMilliseconds = seen.lastSeenMilliseconds
-                node.capacityBytes = seen.report.capacityBytes
-                node.availableBytes = seen.report.availableBytes
-                node.replicas = UInt32(seen.report.replicas.count { $0.state == .running })
-                node.engines = UInt32(seen.report.engines.count { $0.state != .detached })
-            }
-            return node
-        }
-    }
-
     private var readyNodes: [String] {
         observed.filter { isFresh($0.value.seen) }.keys.sorted()
     }
@@ -271,8 +253,16 @@ package actor Controller {
             try await requireUsableSource(wanted)
             return try changed(
                 await store.createVolume(
-                    wanted, candidates: readyNodes, running: runningReplicas))
+                    wanted, candidates: readyNodes, running: runningReplicas, spaces: spaces,
+                    sourceBytes: try await sourceBytes(wanted.source)))
         }
+    }
+    /// What a copy of the snapshot takes, as replicas that have it say.
+    private func sourceBytes(_ source: CloneSource?) async throws -> UInt64 {
+        guard let source, let stored = try await store.volumes(named: source.volume).first,
+            let snapshot = stored.record?.snapshot(named: source.snapshot)
+        else { return 0 }
+        return lineage(stored).cumulative[snapshot.layer] ?? 0
     }
     private func requireUsableSource(_ wanted: VolumeSpecification) async throws {
         guard let source = wanted.source, try await store.volumes(named: wanted.name).isEmpty

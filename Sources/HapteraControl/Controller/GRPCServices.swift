@@ -353,12 +353,14 @@ struct ClusterService: Haptera_V1_ClusterService.SimpleServiceProtocol {
     func getNode(
         request: Haptera_V1_GetNodeRequest, context: ServerContext
     ) async throws -> Haptera_V1_Node {
-        let name = try checked(request.name, "node")
-        guard let node = try await controller.nodes().first(where: { $0.name == name }) else {
-            throw ControlError(
-                .notFound, "there is no node '\(name)'; see 'storagectl node list'")
-        }
-        return node
+        try await controller.node(named: try checked(request.name, "node"))
+    }
+
+    func updateNode(
+        request: Haptera_V1_UpdateNodeRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Node {
+        _ = try checked(request.name, "node")
+        return try await controller.updateNode(request)
     }
 
     func listEvents(

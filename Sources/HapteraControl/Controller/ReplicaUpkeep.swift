@@ -19,8 +19,7 @@ package struct ReplicaUpkeep: Sendable {
 
     let stored: StoredVolume
     let nodes: [String: ObservedNode]
-    /// Replicas on each node, of all volumes.
-    let load: [String: Int]
+    let rooms: [String: NodeRoom]
     /// Since when replicas are away, milliseconds since 1970.
     let awaySince: [String: Int64]
     let now: Int64
@@ -28,12 +27,12 @@ package struct ReplicaUpkeep: Sendable {
     private let states: [String: Haptera_V1_ReplicaState]
 
     package init(
-        _ stored: StoredVolume, nodes: [String: ObservedNode], load: [String: Int],
+        _ stored: StoredVolume, nodes: [String: ObservedNode], rooms: [String: NodeRoom],
         awaySince: [String: Int64], now: Int64
     ) {
         self.stored = stored
         self.nodes = nodes
-        self.load = load
+        self.rooms = rooms
         self.awaySince = awaySince
         self.now = now
         view = VolumeView(stored, nodes: nodes)
@@ -122,22 +121,20 @@ package struct ReplicaUpkeep: Sendable {
         }
     }
 
-    /// Kept free on the node beyond the data: for the replica's log, its table, and others.
-    static let spareBytes: UInt64 = 256 << 20
+    /// What a new replica is filled with: what the largest of the others takes.
+    package var dataBytes: UInt64 {
+        stored.replicas.compactMap { nodes[$0.node]?.replica($0.id)?.allocatedBytes }.max() ?? 0
+    }
 
     package var anotherNode: String {
         get throws(ControlError) {
-            let allocated = stored.replicas.compactMap {
-                nodes[$0.node]?.replica($0.id)?.allocatedBytes
-            }
+            let ready = rooms.values.filter { nodes[$0.limits.node]?.isReady == true }
             return try Placement.chooseAnother(
                 occupied: Set(stored.replicas.map(\.node)),
-                neededBytes: (allocated.max() ?? 0) + Self.spareBytes,
-                candidates: nodes.filter(\.value.isReady).map { name, node in
-                    .init(
-                        name: name, replicas: load[name] ?? 0,
-                        availableBytes: node.report.availableBytes)
-                })
+                need: ReplicaNeed(
+                    volume: stored.volume.name, sizeBytes: UInt64(stored.volume.sizeBytes),
+                    dataBytes: dataBytes),
+                candidates: ready.map { Placement.Candidate($0) })
         }
     }
 }
@@ -182,22 +179,24 @@ extension Controller {
         awayTimes.keepOnly(Set(replicas.map(\.id)))
         let names = Set(volumes.map(\.volume.name))
         problems = problems.filter { names.contains($0.key) }
-        let load = Dictionary(grouping: replicas, by: \.node).mapValues(\.count)
         let nodes = observedNodes
+        let rooms = try await store.rooms(spaces)
         for stored in volumes {
-            let look = ReplicaUpkeep(stored, nodes: nodes, load: load, awaySince: [:], now: now)
+            let look = ReplicaUpkeep(stored, nodes: nodes, rooms: rooms, awaySince: [:], now: now)
             for row in stored.replicas {
                 awayTimes.note(row.id, isAway: look.isAway(row), now: now)
             }
             let step =
                 ReplicaUpkeep(
-                    stored, nodes: nodes, load: load, awaySince: awayTimes.since, now: now
+                    stored, nodes: nodes, rooms: rooms, awaySince: awayTimes.since, now: now
                 ).step
-            try await perform(step, on: stored.volume.name)
+            try await perform(step, on: stored.volume.name, dataBytes: look.dataBytes)
         }
     }
 
-    private func perform(_ step: ReplicaUpkeep.Step?, on name: String) async throws {
+    private func perform(
+        _ step: ReplicaUpkeep.Step?, on name: String, dataBytes: UInt64
+    ) async throws {
         try await Caller.$current.withValue(.controller) {
             var problem: String?
             switch step {
@@ -208,8 +207,14 @@ extension Controller {
             case .giveUp(let id, let why):
                 _ = try await store.discardReplica(id, of: name, why: why)
             case .replace(let id, let node, let why):
-                _ = try await store.replaceReplica(
-                    id, of: name, node: node, isAutomatic: true, why: why)
+                do {
+                    _ = try await store.replaceReplica(
+                        id, of: name, node: node, isAutomatic: true, why: why,
+                        dataBytes: dataBytes, spaces: spaces)
+                } catch let error as ControlError where error.code == .precondition {
+                    // Somebody else has taken what was left of the room, or is as quick.
+                    problem = "replica \(id) is \(why), and cannot be replaced: \(error)"
+                }
             }
             let isNews = problems[name] != problem
             problems[name] = problem
@@ -229,6 +234,9 @@ extension Controller {
         let stored = try await store.volume(named: name)
         _ = try stored.replica(id)
         let nodes = observedNodes
+        let look = ReplicaUpkeep(
+            stored, nodes: nodes, rooms: try await store.rooms(spaces), awaySince: [:],
+            now: store.clock())
         if let node, nodes[node]?.isReady != true {
             throw ControlError(
                 .precondition, "node \(node) is not known or not ready; see 'storagectl node list'")
@@ -239,22 +247,18 @@ extension Controller {
         } else if let running = stored.replicas.first(where: { $0.replaces == id }) {
             target = running.node
         } else {
-            let load = Dictionary(
-                grouping: try await store.volumes().flatMap(\.replicas), by: \.node
-            ).mapValues(\.count)
             do {
-                target = try ReplicaUpkeep(
-                    stored, nodes: nodes, load: load, awaySince: [:], now: store.clock()
-                ).anotherNode
+                target = try look.anotherNode
             } catch {
                 throw ControlError(
                     .precondition,
-                    "\(error.message); name a node with --node to use it all the same")
+                    "\(error.message); --node puts it on one that holds another replica of it")
             }
         }
         return try changed(
             await store.replaceReplica(
-                id, of: name, node: target, isAutomatic: false, why: "on request"))
+                id, of: name, node: target, isAutomatic: false, why: "on request",
+                dataBytes: look.dataBytes, spaces: spaces))
     }
 
     package func deleteReplica(

@@ -12,6 +12,9 @@ extension Controller {
             throw ControlError(
                 .invalid, "a volume's size is \(VolumeSize.rule), not \(request.sizeBytes)")
         }
+        // Also before an engine is begun, which would be in vain.
+        try await requireKnownSpaces(request.name)
+        try await store.requireRoomToGrow(request.name, to: request.sizeBytes, spaces: spaces)
         try await withEngine(
             of: request.name, for: "it is growing", timeout: request.timeoutMilliseconds,
             isNeeded: { try Self.isToGrow($0, to: request.sizeBytes) }
@@ -41,6 +44,9 @@ extension Controller {
             "ResizeRequested", "volume/\(request.name)",
             "\(VolumeSize.text(UInt64(stored.volume.sizeBytes))) to "
                 + VolumeSize.text(request.sizeBytes), by: Caller.current)
+        // Promised before the engine may do it. If we end in between, it counts until that engine
+        // has left, or the same is asked for again.
+        try await store.beginGrowth(request.name, to: request.sizeBytes, spaces: spaces)
         changes.notify()
         do {
             _ = try await tasks.ask(node, timeout: Self.patience(timeout), doubt: .inDoubt) {
@@ -51,7 +57,12 @@ extension Controller {
             }
         } catch let error as ControlError where error.code == .inDoubt {
             throw await doubtIfGrown(request, error.message)
+        } catch let error as ControlError {
+            try await store.endGrowth(stored.volume.id, to: request.sizeBytes)
+            changes.notify()
+            throw error
         }
+        try await store.endGrowth(stored.volume.id, to: request.sizeBytes)
         changes.notify()
     }
 

@@ -23,7 +23,7 @@ extension Controller {
         }
         .filter { selector.matches($0.labels) }
     }
-    private func lineage(_ stored: StoredVolume) -> SnapshotLineage {
+    func lineage(_ stored: StoredVolume) -> SnapshotLineage {
         SnapshotLineage(
             stored.record, own: bytes(\.layerBytes, stored),
             exclusive: bytes(\.exclusiveBytes, stored))

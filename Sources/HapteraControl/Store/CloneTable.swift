@@ -63,9 +63,8 @@ struct CloneOrigin {
         stored.replicas.filter { $0.phase == .run && stored.isMember($0) }
     }
 
-    /// `running`: replicas, on nodes that are ready.
     func plan(
-        _ wanted: VolumeSpecification, candidates: [Placement.Candidate], running: Set<String>
+        _ wanted: VolumeSpecification, candidates: [Placement.Candidate], _ seen: SeenNodes
     ) throws(ControlError) -> VolumePlan {
         guard wanted.sizeBytes == 0 || wanted.sizeBytes >= sizeBytes else {
             throw ControlError(
@@ -75,17 +74,19 @@ struct CloneOrigin {
         }
         try Placement.requireReady(wanted.nodes, among: candidates)
         let ready = Set(candidates.map(\.name))
-        let usable = members.filter { running.contains($0.id) && ready.contains($0.node) }
+        let usable = members.filter { seen.running.contains($0.id) && ready.contains($0.node) }
         let allowed = usable.filter { wanted.nodes.isEmpty || wanted.nodes.contains($0.node) }
         let count =
             wanted.replicas == 0
             ? min(allowed.count, stored.volume.replicaCount) : wanted.replicas
-        guard !allowed.isEmpty else { throw nothingToShare(running) }
+        guard !allowed.isEmpty else { throw nothingToShare(seen.running) }
+        let size = max(wanted.sizeBytes, sizeBytes)
         let places = try Placement.choose(
             replicas: count, requested: wanted.nodes, candidates: candidates,
-            sources: allowed.map { .init(replica: $0.id, node: $0.node) })
-        return VolumePlan(
-            sizeBytes: max(wanted.sizeBytes, sizeBytes), places: places, origin: self)
+            sources: allowed.map { .init(replica: $0.id, node: $0.node) },
+            need: ReplicaNeed(
+                volume: wanted.name, sizeBytes: size, dataBytes: seen.sourceBytes))
+        return VolumePlan(sizeBytes: size, places: places, origin: self)
     }
 
     private func nothingToShare(_ running: Set<String>) -> ControlError {

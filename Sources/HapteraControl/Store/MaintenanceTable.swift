@@ -107,6 +107,7 @@ extension MetadataStore {
         let subject = "volume/\(row.name)"
         try addEvent(db, row.isMaintained ? event : "VolumeDetached", subject, words)
         row.endAttachment()
+        try Self.forgetGrowths(db, of: row.id)
         if let node = row.nextNode {
             row.nextNode = nil
             try beginAttachment(db, &row, on: node)

@@ -69,6 +69,7 @@ package final class MetadataStore: Sendable {
                 sql: "ALTER TABLE volumes ADD COLUMN detectsZeroes INTEGER NOT NULL DEFAULT 0")
         }
         registerMaintenance(&migrator)
+        registerNodeLimits(&migrator)
         return migrator
     }
 

@@ -4,12 +4,15 @@ import HapteraHost
 package struct Placement: Equatable, Sendable {
     package struct Candidate: Equatable, Sendable {
         package var name: String
-        package var replicas: Int
-        package var availableBytes: UInt64
-        package init(name: String, replicas: Int, availableBytes: UInt64 = .max) {
-            self.name = name
-            self.replicas = replicas
-            self.availableBytes = availableBytes
+        package var replicas: Int { room.replicas }
+        package var room: NodeRoom
+        package init(name: String, replicas: Int) {
+            self.init(NodeRoom(limits: NodeLimits(node: name), space: nil))
+            room.replicas = replicas
+        }
+        package init(_ room: NodeRoom) {
+            name = room.limits.node
+            self.room = room
         }
     }
 
@@ -35,17 +38,25 @@ package struct Placement: Equatable, Sendable {
     /// `requested` with as many names as replicas: exactly there, repeats allowed. Otherwise it
     /// limits the choice (empty: all candidates): first one for each of `sources`, on its node,
     /// then one on each other node, those with the fewest replicas first. `candidates` are the
-    /// nodes that are ready.
+    /// nodes that are ready. Never where there is no room for `need`.
     package static func choose(
-        replicas: Int, requested: [String], candidates: [Candidate], sources: [Source] = []
+        replicas: Int, requested: [String], candidates: [Candidate], sources: [Source] = [],
+        need: ReplicaNeed
     ) throws(ControlError) -> [Place] {
         try requireReady(requested, among: candidates)
+        var rooms = Rooms(candidates, need)
         if requested.count == replicas {
             var left = sources
-            return requested.map { node in
+            var places: [Place] = []
+            for node in requested {
                 let index = left.firstIndex { $0.node == node }
-                return Place(node: node, source: index.map { left.remove(at: $0).replica })
+                let source = index.map { left.remove(at: $0).replica }
+                if let why = rooms.take(node, isShared: source != nil) {
+                    throw ControlError(.precondition, why)
+                }
+                places.append(Place(node: node, source: source))
             }
+            return places
         }
         guard requested.count <= replicas || Set(requested).count == requested.count else {
             throw ControlError(.invalid, "\(requested.count) nodes named for \(replicas) replicas")
@@ -54,18 +65,52 @@ package struct Placement: Equatable, Sendable {
             candidates
             .filter { requested.isEmpty || requested.contains($0.name) }
             .sorted { ($0.replicas, $0.name) < ($1.replicas, $1.name) }
-        let shared = spread(sources, over: allowed.map(\.name)).prefix(replicas)
-        let used = Set(shared.map(\.node))
-        let others = allowed.map(\.name).filter { !used.contains($0) }
-        guard shared.count + others.count >= replicas else {
+        var places: [Place] = []
+        for source in spread(sources, over: allowed.map(\.name)) where places.count < replicas {
+            guard rooms.take(source.node, isShared: true) == nil else { continue }
+            places.append(Place(node: source.node, source: source.replica))
+        }
+        let used = Set(places.map(\.node))
+        for node in allowed.map(\.name) where places.count < replicas && !used.contains(node) {
+            if rooms.take(node) == nil { places.append(Place(node: node)) }
+        }
+        guard places.count == replicas else {
+            let usable = allowed.count { rooms.refusals[$0.name] == nil || used.contains($0.name) }
             throw ControlError(
                 .precondition,
-                "\(replicas) replicas need \(replicas) nodes, and \(allowed.count) can be used; "
+                "\(replicas) replicas need \(replicas) nodes, and \(usable) can be used; "
+                    + rooms.refusalWords
                     + "ask for fewer with --replicas, or name a node for each replica with --node "
                     + "(repeats put several on one node)")
         }
-        return shared.map { Place(node: $0.node, source: $0.replica) }
-            + others.prefix(replicas - shared.count).map { Place(node: $0) }
+        return places
+    }
+
+    /// What is left on each node while replicas of one volume are placed.
+    private struct Rooms {
+        private var rooms: [String: NodeRoom]
+        private let need: ReplicaNeed
+        /// Why there was none, by node.
+        private(set) var refusals: [String: String] = [:]
+        private static let refusalsSaidMax = 3
+
+        init(_ candidates: [Candidate], _ need: ReplicaNeed) {
+            rooms = Dictionary(uniqueKeysWithValues: candidates.map { ($0.name, $0.room) })
+            self.need = need
+        }
+
+        mutating func take(_ node: String, isShared: Bool = false) -> String? {
+            let why = rooms[node]?.take(isShared ? need.withoutData : need)
+            if let why { refusals[node] = why }
+            return why
+        }
+
+        var refusalWords: String {
+            let said = refusals.sorted { $0.key < $1.key }.prefix(Self.refusalsSaidMax).map(\.value)
+            let more = refusals.count - said.count
+            return said.map { $0 + "; " }.joined()
+                + (more > 0 ? "and \(more) more have no room; " : "")
+        }
     }
 
     static func requireReady(
@@ -90,21 +135,22 @@ package struct Placement: Equatable, Sendable {
         return rounds.flatMap { $0 }
     }
 
-    /// A node for one more replica of a volume that has some on `occupied`: another one, with space
-    /// for `neededBytes`, the one with the fewest replicas.
+    /// A node for one more replica of a volume that has some on `occupied`: another one, with room
+    /// for it, the one with the fewest replicas.
     package static func chooseAnother(
-        occupied: Set<String>, neededBytes: UInt64, candidates: [Candidate]
+        occupied: Set<String>, need: ReplicaNeed, candidates: [Candidate]
     ) throws(ControlError) -> String {
         let others = candidates.filter { !occupied.contains($0.name) }
         guard !others.isEmpty else {
             throw ControlError(.precondition, "every ready node holds a replica of it already")
         }
-        let spacious = others.filter { $0.availableBytes >= neededBytes }
-            .sorted { ($0.replicas, $0.name) < ($1.replicas, $1.name) }
-        guard let best = spacious.first else {
+        var rooms = Rooms(others, need)
+        let best = others.sorted { ($0.replicas, $0.name) < ($1.replicas, $1.name) }
+            .first { rooms.take($0.name) == nil }
+        guard let best else {
             throw ControlError(
                 .precondition,
-                "no other ready node has \(VolumeSize.text(neededBytes)) available")
+                "no other ready node has room: " + String(rooms.refusalWords.dropLast(2)))
         }
         return best.name
     }

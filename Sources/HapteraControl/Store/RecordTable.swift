@@ -99,6 +99,7 @@ extension MetadataStore {
             try db.execute(
                 sql: "UPDATE volumes SET sizeBytes = ? WHERE id = ?",
                 arguments: [Int64(proposed.size), volume])
+            try Self.forgetGrowths(db, of: volume, upTo: proposed.size)
         }
         if proposed.size != current.size || proposed.change == .revert {
             try db.execute(

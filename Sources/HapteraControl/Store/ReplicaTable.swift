@@ -8,12 +8,13 @@ extension ReplicaRow {
     /// A new replica of the volume, with an identity nobody had before.
     init(
         of volume: VolumeRow, ordinal: Int, node: String, replaces: String? = nil,
-        isAutomatic: Bool = false, source: String? = nil
+        isAutomatic: Bool = false, source: String? = nil, expectedBytes: UInt64 = 0
     ) {
         self.init(
             id: hexadecimal(UInt64.random(in: 1 ... .max)), volumeID: volume.id, ordinal: ordinal,
             node: node, incarnation: hexadecimal(UInt64.random(in: 1 ... .max)), phase: .create,
             replaces: replaces, isAutomatic: isAutomatic, source: source)
+        self.expectedBytes = Int64(clamping: expectedBytes)
     }
 }
 
@@ -47,9 +48,10 @@ extension StoredVolume {
 
 extension MetadataStore {
     /// Adds a replica on `node` that takes the place of `id` once it is in sync. One at a time for
-    /// each volume; the same again changes nothing.
+    /// each volume; the same again changes nothing. `dataBytes`: what it is to be filled with.
     package func replaceReplica(
-        _ id: String, of volume: String, node: String, isAutomatic: Bool, why: String
+        _ id: String, of volume: String, node: String, isAutomatic: Bool, why: String,
+        dataBytes: UInt64 = 0, spaces: NodeSpaces = [:]
     ) async throws -> StoredVolume {
         try await changeVolume(volume) { db, stored in
             let old = try stored.replica(id)
@@ -77,10 +79,14 @@ extension MetadataStore {
                 throw ControlError(
                     .precondition, "volume '\(volume)' has too many replicas to add another")
             }
+            var room = try Self.rooms(db, spaces)[node]
+            let need = ReplicaNeed(
+                volume: volume, sizeBytes: UInt64(stored.volume.sizeBytes), dataBytes: dataBytes)
+            if let why = room?.take(need) { throw ControlError(.precondition, why) }
             let ordinal = (stored.replicas.map(\.ordinal).max() ?? 0) + 1
             let new = ReplicaRow(
                 of: stored.volume, ordinal: ordinal, node: node, replaces: id,
-                isAutomatic: isAutomatic)
+                isAutomatic: isAutomatic, expectedBytes: dataBytes)
             try new.insert(db)
             try self.addEvent(
                 db, "ReplicaReplacementStarted", "volume/\(volume)",

@@ -104,6 +104,8 @@ package struct ReplicaRow: Codable, Equatable, Sendable, FetchableRecord, Persis
     package var isAutomatic = false
     /// The replica on its node whose layers it begins with; nil: made empty.
     package var source: String?
+    /// What it was to be filled with when it was asked for.
+    package var expectedBytes: Int64 = 0
 
     package init(
         id: String, volumeID: String, ordinal: Int, node: String, incarnation: String,

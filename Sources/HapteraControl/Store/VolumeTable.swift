@@ -75,6 +75,17 @@ package struct VolumeSpecification: Equatable, Sendable {
     }
 }
 
+/// What nodes have said, as far as it matters to a new volume.
+struct SeenNodes {
+    /// Nodes.
+    var ready: [String]
+    /// Replicas, on nodes that are ready.
+    var running: Set<String>
+    var spaces: NodeSpaces
+    /// What a copy of the snapshot takes that it begins as.
+    var sourceBytes: UInt64
+}
+
 /// What a new volume is made of.
 struct VolumePlan {
     var sizeBytes: UInt64
@@ -116,8 +127,18 @@ extension MetadataStore {
 
     /// Adds the volume and its replicas, to be made by their nodes. A volume of that name with the
     /// same arguments is returned as it is. `running`: replicas, on nodes that are ready.
+    /// `sourceBytes`: what a copy of the source takes.
     package func createVolume(
-        _ wanted: VolumeSpecification, candidates ready: [String], running: Set<String> = []
+        _ wanted: VolumeSpecification, candidates ready: [String], running: Set<String> = [],
+        spaces: NodeSpaces = [:], sourceBytes: UInt64 = 0
+    ) async throws -> StoredVolume {
+        let seen = SeenNodes(
+            ready: ready, running: running, spaces: spaces, sourceBytes: sourceBytes)
+        return try await createVolume(wanted, seen)
+    }
+
+    private func createVolume(
+        _ wanted: VolumeSpecification, _ seen: SeenNodes
     ) async throws -> StoredVolume {
         try await transaction { db in
             if let row = try VolumeRow.filter(Column("name") == wanted.name).fetchOne(db) {
@@ -125,7 +146,7 @@ extension MetadataStore {
                 try Self.requireSame(existing, wanted)
                 return existing
             }
-            let plan = try Self.plan(db, wanted, ready: ready, running: running)
+            let plan = try Self.plan(db, wanted, seen)
             var row = VolumeRow(
                 id: .random(), name: wanted.name, sizeBytes: Int64(plan.sizeBytes),
                 replicaCount: plan.places.count, created: self.clock())
@@ -133,7 +154,9 @@ extension MetadataStore {
             try row.settings.check(replicas: row.replicaCount)
             row.isScratch = wanted.isScratch
             let replicas = plan.places.enumerated().map { ordinal, place in
-                ReplicaRow(of: row, ordinal: ordinal, node: place.node, source: place.source)
+                ReplicaRow(
+                    of: row, ordinal: ordinal, node: place.node, source: place.source,
+                    expectedBytes: place.source == nil ? seen.sourceBytes : 0)
             }
             if let origin = plan.origin { row.begin(as: origin, replicas) }
             try row.insert(db)
@@ -151,22 +174,20 @@ extension MetadataStore {
     }
 
     private static func plan(
-        _ db: Database, _ wanted: VolumeSpecification, ready: [String], running: Set<String>
+        _ db: Database, _ wanted: VolumeSpecification, _ seen: SeenNodes
     ) throws -> VolumePlan {
-        let counts = try Row.fetchAll(
-            db, sql: "SELECT node, COUNT(*) AS count FROM replicas GROUP BY node")
-        let used =
-            Dictionary(uniqueKeysWithValues: counts.map { ($0["node"], $0["count"]) })
-            as [String: Int]
-        let candidates = ready.map {
-            Placement.Candidate(name: $0, replicas: used[$0] ?? 0)
+        let rooms = try rooms(db, seen.spaces)
+        let candidates = seen.ready.map { name in
+            rooms[name].map { Placement.Candidate($0) }
+                ?? Placement.Candidate(name: name, replicas: 0)
         }
         if let source = wanted.source {
             let origin = try CloneOrigin(source, of: clonable(db, source))
-            return try origin.plan(wanted, candidates: candidates, running: running)
+            return try origin.plan(wanted, candidates: candidates, seen)
         }
         let places = try Placement.choose(
-            replicas: wanted.replicas, requested: wanted.nodes, candidates: candidates)
+            replicas: wanted.replicas, requested: wanted.nodes, candidates: candidates,
+            need: ReplicaNeed(volume: wanted.name, sizeBytes: wanted.sizeBytes))
         return VolumePlan(sizeBytes: wanted.sizeBytes, places: places)
     }
 
