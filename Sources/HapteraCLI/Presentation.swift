@@ -29,6 +29,7 @@ package enum Presentation {
             ("stuckBytes", volume.hasStuckBytes ? .number(volume.stuckBytes) : .null),
             ("originVolume", .optional(volume.originVolume)),
             ("originSnapshot", .optional(volume.originSnapshot)),
+            ("filling", volume.hasFilling ? value(volume.filling) : .null),
             ("settings", value(volume.settings)),
             ("labels", value(volume.labels)),
         ])
@@ -58,12 +59,33 @@ package enum Presentation {
     /// What `volume create` answers.
     package static func creation(_ volume: Haptera_V1_Volume) -> String {
         let from = origin(volume).map { " from \($0)" } ?? ""
-        let text =
-            "volume \(volume.name) created\(from): \(VolumeSize.text(volume.sizeBytes)), replicas "
-            + "on \(volume.replicas.map(\.node).joined(separator: ", "))"
-        let empty = volume.replicas.filter { !$0.inSync }.map(\.node)
-        guard volume.state == .detached, !from.isEmpty, !empty.isEmpty else { return text }
-        return text + "; filled when the volume is attached: \(empty.joined(separator: ", "))"
+        let nodes = volume.replicas.filter { !$0.temporary }.map(\.node)
+        return "volume \(volume.name) created\(from): \(VolumeSize.text(volume.sizeBytes)), "
+            + "replicas on \(nodes.joined(separator: ", "))"
+    }
+
+    private static func value(_ filling: Haptera_V1_Filling) -> OutputValue {
+        .object([
+            ("replicasDone", .number(UInt64(filling.replicasDone))),
+            ("replicasTotal", .number(UInt64(filling.replicasTotal))),
+            ("regionsDone", .number(filling.regionsDone)),
+            ("regionsTotal", .number(filling.regionsTotal)),
+            ("percent", .number(percent(filling))),
+        ])
+    }
+
+    /// Of all replicas, 0...100; 100 when only what is temporary has to go.
+    package static func percent(_ filling: Haptera_V1_Filling) -> UInt64 {
+        let total = UInt64(filling.replicasTotal)
+        guard total > 0, filling.replicasDone < filling.replicasTotal else { return 100 }
+        let whole = UInt64(filling.replicasDone) * 100
+        guard filling.regionsTotal > 0 else { return whole / total }
+        let done = min(filling.regionsDone, filling.regionsTotal)
+        return (whole + UInt64(Double(done) / Double(filling.regionsTotal) * 100)) / total
+    }
+
+    private static func line(_ filling: Haptera_V1_Filling) -> String {
+        "\(percent(filling))%, \(filling.replicasDone) of \(filling.replicasTotal) replicas in sync"
     }
 
     private static func value(_ settings: Haptera_V1_VolumeSettings) -> OutputValue {
@@ -148,7 +170,7 @@ package enum Presentation {
     package static func table(_ volumes: [Haptera_V1_Volume], wide: Bool) -> TextTable {
         let header = ["NAME", "SIZE", "STATE", "ROBUSTNESS", "NODE", "REPLICAS"]
         let rows = volumes.map { volume in
-            let inSync = volume.replicas.count { $0.state == .inSync }
+            let inSync = volume.replicas.count { $0.state == .inSync && !$0.temporary }
             let row = [
                 volume.name, VolumeSize.text(volume.sizeBytes), word(volume.state),
                 word(volume.robustness), volume.engine.node, "\(inSync)/\(volume.replicaCount)",
@@ -171,6 +193,7 @@ package enum Presentation {
         ]
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
         if let origin = origin(volume) { lines.append("origin:      \(origin)") }
+        if volume.hasFilling { lines.append("filling:     \(line(volume.filling))") }
         lines.append("epoch:       \(volume.epoch)")
         if volume.snapshotCount > 0 { lines.append("snapshots:   \(volume.snapshotCount)") }
         if let space = space(volume) { lines.append("space:       \(space)") }
@@ -209,6 +232,7 @@ package enum Presentation {
             ("reason", .optional(replica.reason)),
             ("replaces", .optional(replica.replaces)),
             ("leaving", .flag(replica.leaving)),
+            ("temporary", .flag(replica.temporary)),
         ]
         if withVolume { fields.insert(("volume", .text(replica.volume)), at: 1) }
         return .object(fields)
@@ -220,7 +244,8 @@ package enum Presentation {
             let row = [
                 replica.id, replica.volume, replica.node,
                 word(replica.state) + (replica.leaving ? " (leaving)" : "")
-                    + (replica.replaces.isEmpty ? "" : " (new)"),
+                    + (replica.replaces.isEmpty ? "" : " (new)")
+                    + (replica.temporary ? " (temporary)" : ""),
                 replica.inSync ? "yes" : "no", replica.address,
             ]
             let pid = replica.pid > 0 ? "\(replica.pid)" : ""

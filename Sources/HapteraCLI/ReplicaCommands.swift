@@ -60,7 +60,7 @@ extension ReplicaCommand {
                     .notFound, "there is no volume '\(volume.text)'; see 'storagectl volume list'")
             }
             return volumes.flatMap { volume in
-                volume.engine.rebuilds.map { RebuildRow(volume: volume.name, rebuild: $0) }
+                volume.rebuilds.map { RebuildRow(volume: volume.name, rebuild: $0) }
             }
         }
 

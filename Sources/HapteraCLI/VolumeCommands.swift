@@ -58,8 +58,9 @@ extension VolumeCommand {
             abstract: "Create a volume; the same arguments again change nothing.",
             discussion: """
                 With --from it begins as a snapshot: at once, whatever the size, since its \
-                replicas share the snapshot's data on the nodes that have it. From then on the two \
-                volumes have nothing to do with each other; each can be deleted.
+                replicas share the snapshot's data on the nodes that have it. Replicas elsewhere \
+                are filled, which this waits for; the volume can be attached meanwhile. From then \
+                on the two volumes have nothing to do with each other; each can be deleted.
                 """)
 
         @Argument(help: "The volume's name: \(Names.labelRule).", transform: Label.init(typed:))
@@ -133,7 +134,10 @@ extension VolumeCommand {
                     guard let volume else {
                         throw CommandFailure(.failed, "volume '\(name)' was deleted meanwhile")
                     }
-                    guard volume.state == .creating else { return true }
+                    guard volume.state == .creating else {
+                        // Deleted by somebody else: it will not be filled.
+                        return !volume.hasFilling || volume.state == .deleting
+                    }
                     guard volume.robustness != .faulted else {
                         throw CommandFailure(
                             .failed,
@@ -142,7 +146,9 @@ extension VolumeCommand {
                     }
                     return false
                 }
-                guard let volume else { return }
+                guard let volume, volume.state != .deleting else {
+                    throw CommandFailure(.failed, "volume '\(name)' was deleted meanwhile")
+                }
                 session.say(Presentation.value(volume), quiet: volume.name) { _ in
                     Presentation.creation(volume)
                 }

@@ -122,7 +122,8 @@ import Testing
               "restarts": 0,
               "reason": null,
               "replaces": null,
-              "leaving": false
+              "leaving": false,
+              "temporary": false
             },
             {
               "id": "00000000000000b2",
@@ -136,7 +137,8 @@ import Testing
               "restarts": 0,
               "reason": null,
               "replaces": null,
-              "leaving": false
+              "leaving": false,
+              "temporary": false
             }
           ],
           "replicaCount": 2,
@@ -147,6 +149,7 @@ import Testing
           "stuckBytes": null,
           "originVolume": null,
           "originSnapshot": null,
+          "filling": null,
           "settings": {
             "minInSync": 1,
             "ioTimeoutMilliseconds": 0,
@@ -199,14 +202,38 @@ import Testing
         #expect(
             Presentation.value(volume).json(pretty: false)
                 .contains(#","originVolume":"gold","originSnapshot":"v1.0","#))
-        #expect(
-            Presentation.creation(volume)
-                == "volume vol created from gold@v1.0: 1GiB, replicas on node-1, node-2; filled "
-                + "when the volume is attached: node-2")
-        volume.replicas[1].inSync = true
+        var temporary = volume.replicas[0]
+        temporary.node = "node-3"
+        temporary.temporary = true
+        volume.replicas.append(temporary)
         #expect(
             Presentation.creation(volume)
                 == "volume vol created from gold@v1.0: 1GiB, replicas on node-1, node-2")
+        #expect(
+            Presentation.table(volume.replicas, wide: false).text
+                .contains("node-3  inSync (temporary)"))
+        #expect(Presentation.table([volume], wide: false).text.contains("1/2"))
+    }
+
+    @Test func howFarAVolumeIsFilled() {
+        var volume = Self.volume()
+        volume.filling.replicasTotal = 3
+        func percent(_ done: UInt32, _ regions: UInt64, of total: UInt64) -> UInt64 {
+            volume.filling.replicasDone = done
+            volume.filling.regionsDone = regions
+            volume.filling.regionsTotal = total
+            return Presentation.percent(volume.filling)
+        }
+        #expect(percent(0, 0, of: 0) == 0 && percent(0, 1, of: 2) == 16)
+        #expect(percent(2, 0, of: 0) == 66 && percent(2, 5, of: 5) == 100)
+        #expect(percent(3, 0, of: 0) == 100 && percent(4, 0, of: 9) == 100)
+        #expect(percent(1, 30, of: 100) == 43)
+        #expect(
+            Presentation.details(volume, wide: false)
+                .contains("\nfilling:     43%, 1 of 3 replicas in sync\n"))
+        let json = Presentation.value(volume).json(pretty: false)
+        let words = #""filling":{"replicasDone":1,"replicasTotal":3,"regionsDone":30,"#
+        #expect(json.contains(words + #""regionsTotal":100,"percent":43}"#))
     }
 
     @Test func labelsOfVolumes() {

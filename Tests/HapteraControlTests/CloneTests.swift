@@ -73,7 +73,9 @@ import Testing
     }
 
     private static func places(_ stored: StoredVolume) -> [String] {
-        stored.replicas.map { $0.node + ($0.source == nil ? " (empty)" : "") }
+        stored.replicas.map {
+            $0.node + ($0.source == nil ? " (empty)" : $0.isTemporary ? " (temporary)" : "")
+        }
     }
 
     @Test func beginsAsTheSnapshotOnTheSameNodes() async throws {
@@ -214,15 +216,44 @@ import Testing
             #expect(Self.places(made) == places)
             #expect(try await bench.make(wanted) == made)
         }
-        for (replicas, nodes) in [(0, ["d"]), (1, ["d"]), (2, ["d", "d"])] as [(UInt32, [String])] {
-            let none = try await bench.refusal(
-                bench.specification(replicas: replicas, nodes: nodes))
-            #expect(none.code == .precondition)
-            #expect(none.message.contains("vol@s, which is in sync on a, b, c: use a node"))
-        }
         let unknown = try await bench.refusal(bench.specification(nodes: ["x"]))
         #expect(unknown.code == .precondition)
         #expect(unknown.message.contains("node x is not known or not ready"))
+    }
+
+    /// Temporary replicas share the layers on nodes of the source, and are the first members.
+    @Test func whereNoSourceIsTemporaryOnesShare() async throws {
+        let bench = try await Bench()
+        for (name, replicas, nodes, lasting) in [
+            ("a", 0, ["d"], ["d"]), ("b", 1, ["d"], ["d"]), ("c", 2, ["d", "d"], ["d", "d"]),
+            ("e", 0, ["d", "d"], ["d", "d"]),
+            ("f", 0, ["d", "d", "d", "d"], ["d", "d", "d", "d"]),
+        ] as [(String, UInt32, [String], [String])] {
+            let wanted = try bench.specification(name, replicas: replicas, nodes: nodes)
+            let made = try await bench.make(wanted)
+            #expect(
+                Self.places(made)
+                    == lasting.map { "\($0) (empty)" } + ["a (temporary)", "b (temporary)"])
+            #expect(made.volume.isFilling && made.volume.replicaCount == lasting.count)
+            let first = try #require(made.volume.cloneRecord)
+            #expect(first.inSync == made.replicas.suffix(2).compactMap(\.member))
+            #expect(made.lastingReplicas.map(\.node) == lasting)
+            // Again, whoever runs.
+            #expect(try await bench.make(wanted, ready: [], running: []) == made)
+            #expect(try await bench.store.deleteVolume(name) == false)
+            for replica in made.replicas { try await bench.world.test.remove(replica) }
+        }
+        // With one source on these nodes none is needed.
+        let mixed = try await bench.make(
+            bench.specification("mixed", replicas: 2, nodes: ["d", "a"]))
+        #expect(Self.places(mixed) == ["d (empty)", "a"] && mixed.volume.isFilling)
+        let shared = try await bench.make(bench.specification("shared"))
+        #expect(!shared.volume.isFilling)
+        #expect(
+            try await bench.world.events.first {
+                $0.kind == "VolumeRequested" && $0.subject == "volume/a"
+            }?
+            .message == "1GiB, from vol@s, replicas on d, shared on a, b until these are filled")
     }
 
     @Test func whatIsNotThereIsNoSource() async throws {

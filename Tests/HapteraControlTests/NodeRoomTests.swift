@@ -35,9 +35,9 @@ import Testing
         #expect(room.objection(to: "x", promise: 50 * GiB, data: 0) == nil)
         #expect(
             room.objection(to: "a disk", promise: 50 * GiB + 1, data: 0)
-                == "node n has no room for a disk: 100GiB are promised to its replicas, and at most "
-                + "150GiB may be (150% of 100GiB); use another node, remove replicas there, or see "
-                + "'storagectl node update n --overcommit'")
+                == "node n has no room for a disk: 100GiB are promised to its replicas, and at "
+                + "most 150GiB may be (150% of 100GiB); use another node, remove replicas there, or "
+                + "see 'storagectl node update n --overcommit'")
         #expect(room.objection(to: "x", promise: .max, data: 0) != nil)
         // Beyond what fits a number of bytes there is no limit that could be reached.
         var huge = room
@@ -287,6 +287,73 @@ import Testing
             }
             #expect(error?.code == code)
             #expect(error?.message.contains("'\(name)'") == true)
+        }
+    }
+
+    /// What shares the source's layers needs none; a copy elsewhere does, until it is filled.
+    @Test func aCloneElsewhereNeedsRoomForACopy() async throws {
+        let world = try await SnapshotTests.World(attached: false)
+        try await world.add("s", created: 5)
+        let store = world.test.store
+        try await store.registerNode(
+            NodeRow(
+                name: "d", nodeID: hexadecimal(4), address: "127.0.0.1", directory: "/d",
+                version: "1", pid: 1))
+        let running = Set(try await store.volume(named: "vol").replicas.map(\.id))
+        func make(_ name: String, _ node: String, of bytes: UInt64) async throws -> StoredVolume {
+            let little = NodeSpace(capacityBytes: 100 * GiB, availableBytes: GiB)
+            return try await store.createVolume(
+                VolumeSpecification(
+                    name: name, sizeBytes: 0, replicas: 1, nodes: [node],
+                    source: CloneSource(volume: "vol", snapshot: "s")),
+                candidates: ["a", "b", "c", "d"], running: running,
+                spaces: ["a": little, "b": little, "d": little], sourceBytes: bytes)
+        }
+        _ = try await make("shared", "a", of: 2 * GiB)
+        let error = await #expect(throws: ControlError.self) {
+            _ = try await make("x", "d", of: 2 * GiB)
+        }
+        #expect(error?.message.hasPrefix("node d has no room for a replica of volume 'x'") == true)
+        let made = try await make("x", "d", of: GiB / 2)
+        #expect(made.replicas.map(\.expectedBytes) == [Int64(GiB / 2), 0, 0])
+        // The first one has not got it yet.
+        let second = await #expect(throws: ControlError.self) {
+            _ = try await make("y", "d", of: GiB / 2)
+        }
+        #expect(second?.message.contains("512MiB on their way") == true)
+        // A node that shares obeys as well: another one is taken, or none.
+        for (nodes, temporary) in [(["a"], ["b", "c"]), (["b", "c"], nil)]
+            as [([String], [String]?)]
+        {
+            for node in nodes {
+                var request = Haptera_V1_UpdateNodeRequest()
+                request.name = node
+                request.overcommitPercent = 1
+                request.reserveBytes = 2 * GiB
+                try await store.updateNode(request)
+            }
+            let little = NodeSpace(capacityBytes: GiB, availableBytes: GiB)
+            let wanted = try VolumeSpecification(
+                name: "z", sizeBytes: 0, replicas: 1, nodes: ["d"],
+                source: CloneSource(volume: "vol", snapshot: "s"))
+            let spaces = ["a": little, "b": little, "c": little]
+            guard let temporary else {
+                _ = try await store.deleteVolume("z")
+                for replica in try await store.volume(named: "z").replicas {
+                    try await world.test.remove(replica)
+                }
+                let none = await #expect(throws: ControlError.self) {
+                    _ = try await store.createVolume(
+                        wanted, candidates: ["a", "b", "c", "d"], running: running,
+                        spaces: spaces)
+                }
+                let words = "volume 'z' needs a node that has vol@s until it is filled: node a has"
+                #expect(none?.message.hasPrefix(words) == true, "\(none?.message ?? "")")
+                continue
+            }
+            let made = try await store.createVolume(
+                wanted, candidates: ["a", "b", "c", "d"], running: running, spaces: spaces)
+            #expect(made.replicas.filter(\.isTemporary).map(\.node) == temporary)
         }
     }
 

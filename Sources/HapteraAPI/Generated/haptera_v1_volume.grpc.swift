@@ -406,7 +406,8 @@ extension Haptera_V1_VolumeService {
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
         /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+        /// > too where a node's limits do not allow another replica.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_CreateVolumeRequest` messages.
@@ -872,7 +873,8 @@ extension Haptera_V1_VolumeService {
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
         /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+        /// > too where a node's limits do not allow another replica.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -1336,7 +1338,8 @@ extension Haptera_V1_VolumeService {
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
         /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+        /// > too where a node's limits do not allow another replica.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_CreateVolumeRequest` message.
@@ -2699,7 +2702,8 @@ extension Haptera_V1_VolumeService {
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
         /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+        /// > too where a node's limits do not allow another replica.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -3298,7 +3302,8 @@ extension Haptera_V1_VolumeService {
         /// >
         /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
         /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+        /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+        /// > too where a node's limits do not allow another replica.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -4158,7 +4163,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     /// >
     /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
     /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-    /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+    /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+    /// > too where a node's limits do not allow another replica.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_CreateVolumeRequest` message.
@@ -4892,7 +4898,8 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     /// >
     /// > Begins to create a volume; it is usable once its state is DETACHED. Idempotent by name: the
     /// > same arguments return the volume there is, others fail with ALREADY_EXISTS. From a snapshot:
-    /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node that may be used has it in sync.
+    /// > NOT_FOUND if that is not there, FAILED_PRECONDITION if no node has it in sync. FAILED_PRECONDITION
+    /// > too where a node's limits do not allow another replica.
     ///
     /// - Parameters:
     ///   - message: request message to send.

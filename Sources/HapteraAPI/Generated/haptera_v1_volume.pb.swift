@@ -365,6 +365,22 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
   /// Clears the value of `stuckBytes`. Subsequent reads from it will return its default value.
   package mutating func clearStuckBytes() {_uniqueStorage()._stuckBytes = nil}
 
+  /// What is being copied or compared, whether it is attached or not.
+  package var rebuilds: [Haptera_V1_Rebuild] {
+    get {_storage._rebuilds}
+    set {_uniqueStorage()._rebuilds = newValue}
+  }
+
+  /// Set while replicas are filled that were made empty when it began as a snapshot.
+  package var filling: Haptera_V1_Filling {
+    get {_storage._filling ?? Haptera_V1_Filling()}
+    set {_uniqueStorage()._filling = newValue}
+  }
+  /// Returns true if `filling` has been explicitly set.
+  package var hasFilling: Bool {_storage._filling != nil}
+  /// Clears the value of `filling`. Subsequent reads from it will return its default value.
+  package mutating func clearFilling() {_uniqueStorage()._filling = nil}
+
   /// Made for tests: faults may be injected.
   package var scratch: Bool {
     get {_storage._scratch}
@@ -420,6 +436,27 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
   package init() {}
 
   fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+/// How far a volume that began as a snapshot is on its way to the replicas it is meant to have.
+package nonisolated struct Haptera_V1_Filling: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// In sync, of those it is meant to have.
+  package var replicasDone: UInt32 = 0
+
+  package var replicasTotal: UInt32 = 0
+
+  /// Of the one that is being filled; 0 while there is none.
+  package var regionsDone: UInt64 = 0
+
+  package var regionsTotal: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 package nonisolated struct Haptera_V1_Engine: @unchecked Sendable {
@@ -689,6 +726,10 @@ package nonisolated struct Haptera_V1_Replica: Sendable {
   /// It is being taken out of the volume.
   package var leaving: Bool = false
 
+  /// It shares the snapshot that the volume began as, on a node that nobody asked for, until as many
+  /// others are in sync as the volume is meant to have.
+  package var temporary: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -707,7 +748,7 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   package var sizeBytes: UInt64 = 0
 
   /// 1 to 5; 0 means 3. With a source, 0 means one for each replica of it that is in sync and runs,
-  /// on the nodes that may be used.
+  /// on the nodes that may be used; if there is none on these, as many as nodes are named.
   package var replicas: UInt32 = 0
 
   /// Where to put the replicas. As many as `replicas`: exactly there, repeats allowed. Otherwise
@@ -727,6 +768,7 @@ package nonisolated struct Haptera_V1_CreateVolumeRequest: Sendable {
   package var labels: Dictionary<String,String> = [:]
 
   /// The snapshot to begin as, whose layers it shares on the nodes that have them; both or neither.
+  /// Replicas elsewhere are filled; if all are, temporary ones share it until they have been.
   package var sourceVolume: String = String()
 
   package var sourceSnapshot: String = String()
@@ -1504,7 +1546,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{2}\u{5}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{2}\u{8}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{1}rebuilds\0\u{1}filling\0\u{2}\u{3}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{2}\u{8}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1522,6 +1564,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _exclusiveBytes: UInt64? = nil
     var _reclaimableBytes: UInt64? = nil
     var _stuckBytes: UInt64? = nil
+    var _rebuilds: [Haptera_V1_Rebuild] = []
+    var _filling: Haptera_V1_Filling? = nil
     var _scratch: Bool = false
     var _settings: Haptera_V1_VolumeSettings? = nil
     var _replicaCount: UInt32 = 0
@@ -1555,6 +1599,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _exclusiveBytes = source._exclusiveBytes
       _reclaimableBytes = source._reclaimableBytes
       _stuckBytes = source._stuckBytes
+      _rebuilds = source._rebuilds
+      _filling = source._filling
       _scratch = source._scratch
       _settings = source._settings
       _replicaCount = source._replicaCount
@@ -1596,6 +1642,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 13: try { try decoder.decodeSingularUInt64Field(value: &_storage._exclusiveBytes) }()
         case 14: try { try decoder.decodeSingularUInt64Field(value: &_storage._reclaimableBytes) }()
         case 15: try { try decoder.decodeSingularUInt64Field(value: &_storage._stuckBytes) }()
+        case 16: try { try decoder.decodeRepeatedMessageField(value: &_storage._rebuilds) }()
+        case 17: try { try decoder.decodeSingularMessageField(value: &_storage._filling) }()
         case 20: try { try decoder.decodeSingularMessageField(value: &_storage._settings) }()
         case 21: try { try decoder.decodeSingularUInt32Field(value: &_storage._replicaCount) }()
         case 22: try { try decoder.decodeSingularUInt64Field(value: &_storage._decisionInstance) }()
@@ -1661,6 +1709,12 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       try { if let v = _storage._stuckBytes {
         try visitor.visitSingularUInt64Field(value: v, fieldNumber: 15)
       } }()
+      if !_storage._rebuilds.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._rebuilds, fieldNumber: 16)
+      }
+      try { if let v = _storage._filling {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 17)
+      } }()
       try { if let v = _storage._settings {
         try visitor.visitSingularMessageField(value: v, fieldNumber: 20)
       } }()
@@ -1709,6 +1763,8 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._exclusiveBytes != rhs_storage._exclusiveBytes {return false}
         if _storage._reclaimableBytes != rhs_storage._reclaimableBytes {return false}
         if _storage._stuckBytes != rhs_storage._stuckBytes {return false}
+        if _storage._rebuilds != rhs_storage._rebuilds {return false}
+        if _storage._filling != rhs_storage._filling {return false}
         if _storage._scratch != rhs_storage._scratch {return false}
         if _storage._settings != rhs_storage._settings {return false}
         if _storage._replicaCount != rhs_storage._replicaCount {return false}
@@ -1721,6 +1777,51 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       }
       if !storagesAreEqual {return false}
     }
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_Filling: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".Filling"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}replicas_done\0\u{3}replicas_total\0\u{3}regions_done\0\u{3}regions_total\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt32Field(value: &self.replicasDone) }()
+      case 2: try { try decoder.decodeSingularUInt32Field(value: &self.replicasTotal) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.regionsDone) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.regionsTotal) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.replicasDone != 0 {
+      try visitor.visitSingularUInt32Field(value: self.replicasDone, fieldNumber: 1)
+    }
+    if self.replicasTotal != 0 {
+      try visitor.visitSingularUInt32Field(value: self.replicasTotal, fieldNumber: 2)
+    }
+    if self.regionsDone != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsDone, fieldNumber: 3)
+    }
+    if self.regionsTotal != 0 {
+      try visitor.visitSingularUInt64Field(value: self.regionsTotal, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_Filling, rhs: Haptera_V1_Filling) -> Bool {
+    if lhs.replicasDone != rhs.replicasDone {return false}
+    if lhs.replicasTotal != rhs.replicasTotal {return false}
+    if lhs.regionsDone != rhs.regionsDone {return false}
+    if lhs.regionsTotal != rhs.regionsTotal {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2016,7 +2117,7 @@ nonisolated extension Haptera_V1_Rebuild.Kind: SwiftProtobuf._ProtoNameProviding
 
 nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Replica"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}volume\0\u{1}node\0\u{1}state\0\u{3}in_sync\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{3}allocated_bytes\0\u{1}restarts\0\u{1}reason\0\u{2}\u{9}replaces\0\u{1}leaving\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}volume\0\u{1}node\0\u{1}state\0\u{3}in_sync\0\u{1}pid\0\u{1}address\0\u{1}directory\0\u{3}allocated_bytes\0\u{1}restarts\0\u{1}reason\0\u{2}\u{9}replaces\0\u{1}leaving\0\u{1}temporary\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2037,6 +2138,7 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
       case 11: try { try decoder.decodeSingularStringField(value: &self.reason) }()
       case 20: try { try decoder.decodeSingularStringField(value: &self.replaces) }()
       case 21: try { try decoder.decodeSingularBoolField(value: &self.leaving) }()
+      case 22: try { try decoder.decodeSingularBoolField(value: &self.temporary) }()
       default: break
       }
     }
@@ -2082,6 +2184,9 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
     if self.leaving != false {
       try visitor.visitSingularBoolField(value: self.leaving, fieldNumber: 21)
     }
+    if self.temporary != false {
+      try visitor.visitSingularBoolField(value: self.temporary, fieldNumber: 22)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2099,6 +2204,7 @@ nonisolated extension Haptera_V1_Replica: SwiftProtobuf.Message, SwiftProtobuf._
     if lhs.reason != rhs.reason {return false}
     if lhs.replaces != rhs.replaces {return false}
     if lhs.leaving != rhs.leaving {return false}
+    if lhs.temporary != rhs.temporary {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

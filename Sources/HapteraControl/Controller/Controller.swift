@@ -26,6 +26,8 @@ package actor Controller {
     /// When those that came to nothing are looked at again.
     var groupsRetryAt: Int64 = 0
     var maintenances = Maintenances()
+    /// What keeps the engines of volumes that are being filled, by id.
+    var fillings: [String: EngineUse] = [:]
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
     private let startedMilliseconds: Int64
 
@@ -188,7 +190,7 @@ package actor Controller {
         wanted.removalDeadlineMilliseconds = UInt64(volume.removalDeadlineMilliseconds)
         wanted.acceptLossInstance = UInt64(volume.acceptLossInstance) ?? 0
         wanted.detectZeroes = volume.detectsZeroes
-        wanted.replicas = stored.replicas.filter { $0.phase == .run }.map {
+        wanted.replicas = stored.replicas.filter(stored.isForEngine).map {
             var endpoint = Haptera_V1_ReplicaEndpoint()
             endpoint.replicaID = $0.id
             endpoint.address = $0.address
@@ -283,7 +285,10 @@ package actor Controller {
     }
     package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
         try await knowingNodes {
-            try changed(await store.attachVolume(name, node: node, ready: Set(readyNodes)))
+            let stored = try await store.attachVolume(name, node: node, ready: Set(readyNodes))
+            // The next engine goes on with it.
+            await leaveFilling(stored.volume.id)
+            return changed(stored)
         }
     }
     /// A controller that has just started takes nodes for missing that have yet to report to it:

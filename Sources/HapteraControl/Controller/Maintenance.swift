@@ -86,7 +86,7 @@ struct EngineUse: Sendable {
     let node: String?
     let deadline: ContinuousClock.Instant
     /// The share of a maintenance; nil: the volume is attached.
-    fileprivate var ticket: UInt64?
+    var ticket: UInt64?
 
     /// What is left of the time, milliseconds.
     var timeout: UInt64 {
@@ -264,7 +264,7 @@ extension Controller {
     }
 
     /// Nil: somebody else was first.
-    private func begin(
+    func begin(
         _ stored: StoredVolume, on node: String, for words: String
     ) async throws -> UInt64? {
         let id = stored.volume.id
@@ -333,6 +333,7 @@ extension Controller {
     /// One round: ends what nobody uses, which a controller before this one may have begun, breaks
     /// off what takes too long, and gives up what is on nodes that are not heard of.
     package func tendMaintenances() async throws {
+        try await tendFillings()
         let maintained = try await store.volumes().filter(\.volume.isMaintained)
         maintenances.keepOnly(Set(maintained.map(\.volume.id)))
         for volume in maintained.map(\.volume) {
@@ -369,6 +370,7 @@ extension Controller {
         if let id { maintenances.close(id) }
         defer { if let id { maintenances.open(id) } }
         if let id {
+            await leaveFilling(id)
             _ = try await first(by: ContinuousClock.now + Self.deletionPatience) {
                 let volume = try await store.volumes(named: name).first?.volume
                 let isFree = volume?.maintenance == nil || volume?.nextNode != nil

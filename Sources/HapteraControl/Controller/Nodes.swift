@@ -4,7 +4,7 @@ import HapteraHost
 
 /// Nodes as users see them, and the room they have.
 extension Controller {
-    /// Of nodes that have said what their disks have; of those that are silent, what they said last.
+    /// Of nodes that have said what their disks have; of silent ones, what they said last.
     var spaces: NodeSpaces {
         observedNodes.compactMapValues { Self.space($0.report) }
     }
@@ -34,8 +34,8 @@ extension Controller {
         guard try await knowsNodes else {
             throw ControlError(
                 .unavailable,
-                "the controller has just started; some nodes with replicas of volume '\(name)' have "
-                    + "yet to report")
+                "the controller has just started; some nodes with replicas of volume '\(name)' "
+                    + "have yet to report")
         }
     }
 

@@ -15,6 +15,10 @@ package struct ReplicaUpkeep: Sendable {
         case replace(String, on: String, why: String)
         /// Would replace the replica, but cannot.
         case cannotReplace(String, why: String)
+        /// As many replicas as the volume is meant to have are in sync without the temporary ones.
+        case finishFilling
+        /// They are not any more, and a temporary one is still a member.
+        case resumeFilling
     }
 
     let stored: StoredVolume
@@ -58,6 +62,10 @@ package struct ReplicaUpkeep: Sendable {
             $0.phase == .leave && !stored.isMember($0) && !stored.isJoining($0)
         }
         if let leaving { return .finishLeaving(leaving.id) }
+        if stored.hasLeftTooEarly { return .resumeFilling }
+        if stored.volume.isFilling, inSyncCount(without: nil) >= stored.volume.replicaCount {
+            return .finishFilling
+        }
         if let new = stored.replicas.first(where: { $0.replaces != nil }) { return next(for: new) }
         return replacement
     }
@@ -65,7 +73,8 @@ package struct ReplicaUpkeep: Sendable {
     /// In sync by the record and in the eyes of its engine, without `other`.
     private func inSyncCount(without other: String?) -> Int {
         stored.replicas.count {
-            $0.id != other && $0.phase == .run && stored.isMember($0) && states[$0.id] == .inSync
+            $0.id != other && !$0.isTemporary && $0.phase == .run && stored.isMember($0)
+                && states[$0.id] == .inSync
         }
     }
 
@@ -96,12 +105,26 @@ package struct ReplicaUpkeep: Sendable {
         return timeout > 0 ? timeout : nil
     }
 
+    private var isServed: Bool {
+        view.engine?.state == .serving && view.state == .attached
+            && nodes[stored.volume.attachedNode ?? ""]?.isReady == true
+    }
+
+    /// It is not attached, and gets an engine to be filled by.
+    private var canBeFilled: Bool {
+        stored.volume.isFilling && stored.volume.clientNode == nil
+            && stored.replicas.contains { row in
+                guard stored.isMember(row), let node = nodes[row.node] else { return false }
+                return node.isReady && node.replica(row.id)?.state == .running
+            }
+    }
+
     private var replacement: Step? {
-        guard let timeout, view.engine?.state == .serving, view.state == .attached,
-            nodes[stored.volume.attachedNode ?? ""]?.isReady == true
-        else { return nil }
+        guard let timeout, isServed || canBeFilled else { return nil }
         let stale = stored.replicas.filter { row in
-            guard row.phase == .run, !stored.isKept(row), let since = awaySince[row.id] else {
+            guard row.phase == .run, !row.isTemporary, !stored.isKept(row),
+                let since = awaySince[row.id]
+            else {
                 return false
             }
             return now - since > timeout
@@ -202,6 +225,8 @@ extension Controller {
             switch step {
             case nil: break
             case .cannotReplace(let id, let why): problem = "replica \(id) is \(why)"
+            case .finishFilling: try await store.finishFilling(name)
+            case .resumeFilling: try await store.resumeFilling(name)
             case .finishLeaving(let id): try await store.finishLeaving(id, of: name)
             case .finishReplacement(let id): try await store.finishReplacement(by: id, of: name)
             case .giveUp(let id, let why):

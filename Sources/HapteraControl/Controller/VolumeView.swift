@@ -62,6 +62,8 @@ package struct VolumeView: Sendable {
         message.replicaCount = UInt32(volume.replicaCount)
         message.snapshotCount = UInt32(stored.record?.snapshots.count ?? 0)
         if let engine, engine.needsDecision { message.decisionInstance = engine.instance }
+        message.rebuilds = engine?.rebuilds.map(rebuild) ?? []
+        if let filling { message.filling = filling }
         (message.robustness, message.reason) = robustness(message.replicas)
         if let words = maintenance {
             message.reason = [words, message.reason].filter { !$0.isEmpty }.joined(separator: "; ")
@@ -108,7 +110,40 @@ package struct VolumeView: Sendable {
         let volume = stored.volume
         guard let words = volume.maintenance else { return nil }
         if volume.nextNode != nil { return "it is attached when that is done: \(words)" }
-        return volume.isDetaching ? nil : words
+        return volume.isDetaching || words == Controller.fillingWords ? nil : words
+    }
+
+    private var filling: Haptera_V1_Filling? {
+        guard stored.isBeingFilled else { return nil }
+        var message = Haptera_V1_Filling()
+        message.replicasDone = UInt32(stored.filledCount)
+        message.replicasTotal = UInt32(stored.volume.replicaCount)
+        if let rebuild = fillingRebuild {
+            message.regionsDone = rebuild.regionsDone
+            message.regionsTotal = rebuild.regionsTotal
+        }
+        return message
+    }
+
+    private var fillingRebuild: Haptera_V1_RebuildReport? {
+        engine?.rebuilds.first { rebuild in
+            stored.replicas.contains { $0.id == rebuild.replicaID && !$0.isTemporary }
+        }
+    }
+
+    /// "its replicas are being filled, 1 of 2 are in sync, replica X on node x is at 43%"
+    private var fillingProgress: String {
+        var words =
+            "\(Controller.fillingWords), \(stored.filledCount) of "
+            + "\(stored.volume.replicaCount) are in sync"
+        if let rebuild = fillingRebuild, rebuild.regionsTotal > 0,
+            let row = stored.replicas.first(where: { $0.id == rebuild.replicaID })
+        {
+            let percent =
+                min(rebuild.regionsDone, rebuild.regionsTotal) * 100 / rebuild.regionsTotal
+            words += ", replica \(row.id) on node \(row.node) is at \(percent)%"
+        }
+        return words
     }
 
     /// The engine's process runs and has taken the volume over.
@@ -166,6 +201,7 @@ package struct VolumeView: Sendable {
         message.inSync = stored.isMember(row)
         message.replaces = row.replaces ?? ""
         message.leaving = row.phase == .leave
+        message.temporary = row.isTemporary
         let report = nodes[row.node]?.replica(row.id)
         if let report {
             message.pid = report.pid
@@ -190,7 +226,9 @@ package struct VolumeView: Sendable {
         if isEngineUp {
             let view = engine?.replicas.first { $0.replicaID == row.id }?.state
             switch view {
-            case "failed": return .failed
+            case "failed":
+                // Of one that is there, and no member: it waits for its turn.
+                return stored.volume.isFilling && !isMember ? .absent : .failed
             case "full": return .full
             case "inSync": return isMember ? .inSync : (isJoining ? .joining : .absent)
             case "joining": return .joining
@@ -230,17 +268,28 @@ package struct VolumeView: Sendable {
         }
         let isStuck = state == .detaching && !isNodeReady
         if state == .attached || isStuck, let trouble = engineTrouble { return trouble }
-        let inSync = replicas.count { $0.state == .inSync && !$0.leaving }
+        let members = replicas.filter { $0.state == .inSync && !$0.leaving }
+        let inSync = members.count { !$0.temporary }
         if inSync >= stored.volume.replicaCount { return (.healthy, "") }
-        if inSync == 0, !isEngineUp {
+        if members.isEmpty, !isEngineUp {
             return (.stalled, "no in-sync replica is running; it waits for one to return")
         }
-        let missing = replicas.filter { $0.state != .inSync }.map { replica in
+        let missing = replicas.filter(isMissing).map { replica in
             let purpose = replica.replaces.isEmpty ? "" : ", to replace \(replica.replaces),"
             return "replica \(replica.id)\(purpose) on node \(replica.node) is "
                 + replica.state.word
         }
-        return (.degraded, (missing + [problem].compactMap { $0 }).joined(separator: "; "))
+        let progress = stored.volume.isFilling ? [fillingProgress] : []
+        let words = progress + missing + [problem].compactMap { $0 }
+        return (.degraded, words.joined(separator: "; "))
+    }
+
+    /// Of a volume that is being filled, those that wait for their turn are as they should be.
+    private func isMissing(_ replica: Haptera_V1_Replica) -> Bool {
+        guard replica.state != .inSync else { return false }
+        guard stored.volume.isFilling, replica.state != .full else { return true }
+        guard let node = nodes[replica.node], node.isReady else { return true }
+        return node.replica(replica.id)?.state != .running
     }
 
     private var isNodeReady: Bool {

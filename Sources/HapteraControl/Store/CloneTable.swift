@@ -60,7 +60,9 @@ struct CloneOrigin {
 
     /// Members hold all of every snapshot that the record names; others may lack some of it.
     private var members: [ReplicaRow] {
-        stored.replicas.filter { $0.phase == .run && stored.isMember($0) }
+        let members = stored.replicas.filter { $0.phase == .run && stored.isMember($0) }
+        let lasting = members.filter { !$0.isTemporary }
+        return lasting.isEmpty ? members : lasting
     }
 
     func plan(
@@ -75,18 +77,48 @@ struct CloneOrigin {
         try Placement.requireReady(wanted.nodes, among: candidates)
         let ready = Set(candidates.map(\.name))
         let usable = members.filter { seen.running.contains($0.id) && ready.contains($0.node) }
+        guard !usable.isEmpty else { throw nothingToShare(seen.running) }
         let allowed = usable.filter { wanted.nodes.isEmpty || wanted.nodes.contains($0.node) }
         let count =
-            wanted.replicas == 0
-            ? min(allowed.count, stored.volume.replicaCount) : wanted.replicas
-        guard !allowed.isEmpty else { throw nothingToShare(seen.running) }
-        let size = max(wanted.sizeBytes, sizeBytes)
+            wanted.replicas > 0
+            ? wanted.replicas
+            : allowed.isEmpty
+                ? min(wanted.nodes.count, Geometry.replicasMax)
+                : min(allowed.count, stored.volume.replicaCount)
+        let need = ReplicaNeed(
+            volume: wanted.name, sizeBytes: max(wanted.sizeBytes, sizeBytes),
+            dataBytes: seen.sourceBytes)
         let places = try Placement.choose(
             replicas: count, requested: wanted.nodes, candidates: candidates,
             sources: allowed.map { .init(replica: $0.id, node: $0.node) },
-            need: ReplicaNeed(
-                volume: wanted.name, sizeBytes: size, dataBytes: seen.sourceBytes))
-        return VolumePlan(sizeBytes: size, places: places, origin: self)
+            need: need)
+        var plan = VolumePlan(sizeBytes: need.sizeBytes, places: places, origin: self)
+        if places.allSatisfy({ $0.source == nil }) {
+            plan.temporary = try temporary(of: usable, candidates: candidates, need)
+        }
+        return plan
+    }
+
+    /// If one of their nodes is lost meanwhile, the other is there: what is written before the
+    /// lasting ones are filled must not depend on a single node.
+    static let temporaryMax = 2
+
+    /// Where the layers are, so that the volume is there at once and the others can be filled.
+    private func temporary(
+        of usable: [ReplicaRow], candidates: [Placement.Candidate], _ need: ReplicaNeed
+    ) throws(ControlError) -> [Placement.Place] {
+        let sources = usable.map { Placement.Source(replica: $0.id, node: $0.node) }
+        let nodes = Set(usable.map(\.node))
+        let places = Placement.share(
+            sources, candidates: candidates.filter { nodes.contains($0.name) }, need: need,
+            max: Self.temporaryMax)
+        guard !places.places.isEmpty else {
+            throw ControlError(
+                .precondition,
+                "volume '\(need.volume)' needs a node that has \(source.text) until it is filled: "
+                    + places.refusals)
+        }
+        return places.places
     }
 
     private func nothingToShare(_ running: Set<String>) -> ControlError {

@@ -70,6 +70,7 @@ package final class MetadataStore: Sendable {
         }
         registerMaintenance(&migrator)
         registerNodeLimits(&migrator)
+        registerFilling(&migrator)
         return migrator
     }
 

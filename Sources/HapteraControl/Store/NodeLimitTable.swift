@@ -96,8 +96,8 @@ extension MetadataStore {
         guard request.overcommitPercent <= UInt32(NodeLimits.overcommitMax) else {
             throw ControlError(
                 .invalid,
-                "--overcommit of node '\(name)' is 1% to \(NodeLimits.overcommitMax)%, or none, not "
-                    + "\(request.overcommitPercent)%")
+                "--overcommit of node '\(name)' is 1% to \(NodeLimits.overcommitMax)%, or none, "
+                    + "not \(request.overcommitPercent)%")
         }
         guard request.reserveBytes <= UInt64(NodeLimits.reserveMax) else {
             throw ControlError(

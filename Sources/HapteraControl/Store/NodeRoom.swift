@@ -104,9 +104,10 @@ package struct NodeRoom: Equatable, Sendable {
         let text = VolumeSize.text
         if let limit = promisableBytes, saturating(promisedBytes, promise) > limit {
             return "node \(node) has no room for \(what): \(text(promisedBytes)) are promised to "
-                + "its replicas, and at most \(text(limit)) may be (\(limits.overcommitPercent)% of "
-                + "\(text(space.capacityBytes))); use another node, remove replicas there, or see "
-                + "'storagectl node update \(node) --overcommit'"
+                + "its replicas, and at most \(text(limit)) may be "
+                + "(\(limits.overcommitPercent)% of \(text(space.capacityBytes))); use another "
+                + "node, remove replicas there, or see 'storagectl node update \(node) "
+                + "--overcommit'"
         }
         let reserve = UInt64(limits.reserveBytes)
         let needed = saturating(saturating(data, incomingBytes), reserve)

@@ -183,7 +183,7 @@ extension MetadataStore {
     /// that notes the last of them: an engine never finds a member that was not made yet.
     private func finishCreation(_ db: Database, _ volume: VolumeRow) throws {
         let stored = try Self.stored(db, volume)
-        guard stored.replicas.count == volume.replicaCount,
+        guard stored.lastingReplicas.count == volume.replicaCount,
             stored.replicas.allSatisfy({ $0.phase == .run }), let id = VolumeID(volume.id)
         else { return }
         var record =

@@ -86,6 +86,23 @@ package struct Placement: Equatable, Sendable {
         return places
     }
 
+    /// Up to `max` places that share, each on another node, those with the fewest replicas first.
+    /// `refusals`: why not on others, in words.
+    static func share(
+        _ sources: [Source], candidates: [Candidate], need: ReplicaNeed, max: Int
+    ) -> (places: [Place], refusals: String) {
+        var rooms = Rooms(candidates, need)
+        var places: [Place] = []
+        let nodes = candidates.sorted { ($0.replicas, $0.name) < ($1.replicas, $1.name) }
+        for node in nodes.map(\.name) where places.count < max {
+            guard let source = sources.first(where: { $0.node == node }),
+                rooms.take(node, isShared: true) == nil
+            else { continue }
+            places.append(Place(node: node, source: source.replica))
+        }
+        return (places, String(rooms.refusalWords.dropLast(2)))
+    }
+
     /// What is left on each node while replicas of one volume are placed.
     private struct Rooms {
         private var rooms: [String: NodeRoom]

@@ -8,13 +8,15 @@ extension ReplicaRow {
     /// A new replica of the volume, with an identity nobody had before.
     init(
         of volume: VolumeRow, ordinal: Int, node: String, replaces: String? = nil,
-        isAutomatic: Bool = false, source: String? = nil, expectedBytes: UInt64 = 0
+        isAutomatic: Bool = false, source: String? = nil, expectedBytes: UInt64 = 0,
+        isTemporary: Bool = false
     ) {
         self.init(
             id: hexadecimal(UInt64.random(in: 1 ... .max)), volumeID: volume.id, ordinal: ordinal,
             node: node, incarnation: hexadecimal(UInt64.random(in: 1 ... .max)), phase: .create,
             replaces: replaces, isAutomatic: isAutomatic, source: source)
         self.expectedBytes = Int64(clamping: expectedBytes)
+        self.isTemporary = isTemporary
     }
 }
 
@@ -65,6 +67,7 @@ extension MetadataStore {
                 }
                 return
             }
+            guard !old.isTemporary else { throw Self.isTemporary(old, of: stored.volume) }
             guard stored.volume.phase == .ready, old.phase == .run else {
                 throw ControlError(
                     .precondition, "replica \(id) is being made or removed; try again later")
@@ -136,7 +139,7 @@ extension MetadataStore {
         }
     }
 
-    private func take(_ db: Database, _ row: ReplicaRow, outOf stored: StoredVolume) throws {
+    func take(_ db: Database, _ row: ReplicaRow, outOf stored: StoredVolume) throws {
         guard stored.isMember(row) || stored.isJoining(row) else {
             return try discard(db, row, of: stored.volume)
         }
@@ -165,6 +168,9 @@ extension MetadataStore {
             guard stored.volume.phase == .ready else {
                 throw ControlError(.precondition, "volume '\(name)' is still being created")
             }
+            guard !row.isTemporary || !(stored.isMember(row) || stored.isJoining(row)) else {
+                throw Self.isTemporary(row, of: stored.volume)
+            }
             guard discardKept || !stored.isKept(row) else {
                 throw ControlError(
                     .precondition,
@@ -172,7 +178,7 @@ extension MetadataStore {
                         + "add --discard-kept")
             }
             try Self.requireRedundancy(stored, without: row)
-            if stored.replacement(of: row) == nil, row.replaces == nil {
+            if stored.replacement(of: row) == nil, row.replaces == nil, !row.isTemporary {
                 var volume = stored.volume
                 volume.replicaCount -= 1
                 try volume.update(db)

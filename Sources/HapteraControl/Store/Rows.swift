@@ -53,6 +53,9 @@ package struct VolumeRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     package var nextNode: String?
     /// Snapshots of this layer and later ones hold what the volume does; 0: not known.
     package var unchangedSince: Int64 = 0
+    /// It began as a snapshot, and has not had as many replicas in sync yet as it is meant to have,
+    /// without the temporary ones.
+    package var isFilling = false
 
     package init(id: VolumeID, name: String, sizeBytes: Int64, replicaCount: Int, created: Int64) {
         self.id = id.text
@@ -106,6 +109,8 @@ package struct ReplicaRow: Codable, Equatable, Sendable, FetchableRecord, Persis
     package var source: String?
     /// What it was to be filled with when it was asked for.
     package var expectedBytes: Int64 = 0
+    /// Shares the snapshot that its volume began as until the others are filled.
+    package var isTemporary = false
 
     package init(
         id: String, volumeID: String, ordinal: Int, node: String, incarnation: String,

@@ -92,6 +92,15 @@ struct VolumePlan {
     var places: [Placement.Place]
     /// Nil: empty.
     var origin: CloneOrigin?
+    /// Beside `places`, if none of these shares what it begins as.
+    var temporary: [Placement.Place] = []
+
+    var isToFill: Bool { origin != nil && places.contains { $0.source == nil } }
+    var temporaryWords: String {
+        temporary.isEmpty
+            ? ""
+            : ", shared on \(temporary.map(\.node).joined(separator: ", ")) until these are filled"
+    }
 }
 
 extension MetadataStore {
@@ -153,11 +162,18 @@ extension MetadataStore {
             row.settings = row.settings.changed(by: wanted.settings)
             try row.settings.check(replicas: row.replicaCount)
             row.isScratch = wanted.isScratch
-            let replicas = plan.places.enumerated().map { ordinal, place in
+            row.isFilling = plan.isToFill
+            let lasting = plan.places.enumerated().map { ordinal, place in
                 ReplicaRow(
                     of: row, ordinal: ordinal, node: place.node, source: place.source,
                     expectedBytes: place.source == nil ? seen.sourceBytes : 0)
             }
+            let temporary = plan.temporary.enumerated().map { ordinal, place in
+                ReplicaRow(
+                    of: row, ordinal: lasting.count + ordinal, node: place.node,
+                    source: place.source, isTemporary: true)
+            }
+            let replicas = lasting + temporary
             if let origin = plan.origin { row.begin(as: origin, replicas) }
             try row.insert(db)
             try self.putLabels(db, wanted.labels, of: row.id)
@@ -168,7 +184,7 @@ extension MetadataStore {
             try self.addEvent(
                 db, "VolumeRequested", "volume/\(wanted.name)",
                 "\(VolumeSize.text(plan.sizeBytes))\(origin), replicas on "
-                    + replicas.map(\.node).joined(separator: ", "))
+                    + lasting.map(\.node).joined(separator: ", ") + plan.temporaryWords)
             return try Self.stored(db, row)
         }
     }
@@ -201,7 +217,7 @@ extension MetadataStore {
             )
         }
         try requireSameOrigin(volume, wanted)
-        let nodes = existing.replicas.map(\.node)
+        let nodes = existing.lastingReplicas.map(\.node)
         let size = wanted.sizeBytes == 0 ? UInt64(volume.sizeBytes) : wanted.sizeBytes
         let count = wanted.replicas == 0 ? volume.replicaCount : wanted.replicas
         let isPlacedAsAsked =

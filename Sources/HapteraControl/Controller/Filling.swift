@@ -1,0 +1,81 @@
+import HapteraAPI
+import HapteraCore
+
+/// Volumes that began as a snapshot where not all of their replicas could share it: their engine
+/// fills these, as it does any joiner. One that is not attached gets an engine for so long, which
+/// whoever attaches it does not wait for.
+extension Controller {
+    static let fillingWords = "its replicas are being filled"
+
+    /// One round over all such volumes. What a controller before this one has begun goes on.
+    func tendFillings() async throws {
+        let volumes = try await store.volumes().filter(\.isBeingFilled)
+        let ids = Set(volumes.map(\.volume.id))
+        for id in fillings.keys where !ids.contains(id) { await leaveFilling(id) }
+        for stored in volumes where stored.volume.phase == .ready { try await tend(stored) }
+    }
+
+    /// Its engine is needed for this no longer.
+    func leaveFilling(_ id: String) async {
+        if let use = fillings.removeValue(forKey: id) { await leave(use) }
+    }
+
+    private func tend(_ stored: StoredVolume) async throws {
+        let (volume, id) = (stored.volume, stored.volume.id)
+        maintenances.look(at: volume)
+        if let held = fillings[id]?.ticket, !maintenances.isUsed(id, by: held) {
+            fillings[id] = nil
+        }
+        // What nodes hold that have yet to report to us is not known: what goes on goes on.
+        let isUnknown = try await !knowsNodes
+        let isWanted =
+            volume.clientNode == nil && !maintenances.isClosed(id)
+            && (needsEngine(stored) || isUnknown)
+        guard fillings[id] == nil else {
+            if !isWanted { await leaveFilling(id) }
+            return
+        }
+        guard isWanted, !volume.isDetaching else { return }
+        guard let ticket = try await ticket(stored, mayBegin: !isUnknown) else { return }
+        fillings[id] = EngineUse(stored: stored, node: nil, deadline: .now, ticket: ticket)
+    }
+
+    /// The share of an engine that is there, or of another one. Nil: not now.
+    private func ticket(_ stored: StoredVolume, mayBegin: Bool) async throws -> UInt64? {
+        let (volume, id) = (stored.volume, stored.volume.id)
+        if maintenances.isUsed(id) { return maintenances.join(id) }
+        if volume.isMaintained {
+            guard volume.maintenance == Self.fillingWords else { return nil }
+            let ticket = maintenances.begin(id)
+            maintenances.begun(id, ticket, generation: volume.clientGeneration)
+            return ticket
+        }
+        guard mayBegin, let node = try? maintenanceNode(stored) else { return nil }
+        return try await Caller.$current.withValue(.controller) {
+            do {
+                return try await begin(stored, on: node, for: Self.fillingWords)
+            } catch let error as ControlError where error.code != .invalid {
+                // Its node is about to go, or the volume: looked at again.
+                return nil
+            }
+        }
+    }
+
+    /// A replica can be filled, or has to be taken out of the record.
+    private func needsEngine(_ stored: StoredVolume) -> Bool {
+        let isLeaving = stored.replicas.contains {
+            $0.phase == .leave && (stored.isMember($0) || stored.isJoining($0))
+        }
+        if isLeaving { return true }
+        guard stored.volume.isFilling else { return false }
+        // About to be finished: the same engine lets the temporary ones go.
+        if stored.filledCount >= stored.volume.replicaCount { return true }
+        let nodes = observedNodes
+        return stored.lastingReplicas.contains { row in
+            guard row.phase == .run, !stored.isMember(row), !stored.isKept(row),
+                let node = nodes[row.node], node.isReady
+            else { return false }
+            return node.replica(row.id)?.state == .running
+        }
+    }
+}
