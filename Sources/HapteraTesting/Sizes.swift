@@ -27,11 +27,6 @@ extension World {
                 let image = ReplicaImage(
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes)
             else { continue }
-            // A salvage leaves a layer whose snapshot is gone, until the next deletion, which takes
-            // both (seed 1301925).
-            var needed = record
-            needed.deleteSnapshot(of: .head)
-            guard needed.layers == record.layers else { continue }
             for space in core.snapshotSpaces {
                 var deleted = record
                 deleted.deleteSnapshot(of: space.layer)
