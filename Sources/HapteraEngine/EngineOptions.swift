@@ -12,8 +12,10 @@ struct EngineOptions {
     var controlPath: String?
     var clientGeneration: UInt64
     var isReadOnly: Bool
-    /// Without clients: for what is done to a volume that is not attached.
+    /// Without clients: for what is done to a volume that is not attached. Only its snapshots are
+    /// served.
     var isMaintenance: Bool
+    var listens: Bool { nbd != nil || nbdUnixPath != nil }
     var removalDeadlineMilliseconds: UInt64
     var leaseMilliseconds: UInt32
     var renewMilliseconds: UInt64
@@ -22,7 +24,8 @@ struct EngineOptions {
     /// Nil: what the record says.
     var minInSync: UInt8?
     var endedInstance: InstanceID
-    var endpoint: String { nbd?.text ?? nbdUnixPath ?? "" }
+    /// Where the volume's clients find it, as its record tells.
+    var endpoint: String { isMaintenance ? "" : nbd?.text ?? nbdUnixPath ?? "" }
 
     static let usage = """
         usage: haptera-engine --volume NAME --volume-id HEX32 --store HOST:PORT...
@@ -37,7 +40,8 @@ struct EngineOptions {
           --store               the record service; may be repeated, tried in turn
           --replica             a replica and where it listens; repeated, 1 to 8 times
           --client-generation   raised by the controller for every new attachment
-          --maintenance         listens for no client: only its control socket is used
+          --maintenance         lets no client of the volume in: with --nbd or --nbd-unix its
+                                snapshots can be read, and nothing else
           --lease               how long an answer of a replica lets the engine serve (500)
           --renew               a replica asked nothing for so long is asked for a sign of
                                 life (150); less than the lease
@@ -72,11 +76,8 @@ struct EngineOptions {
         nbd = try arguments.parse("nbd", "HOST:PORT") { SocketAddress(tcp: $0) }
         nbdUnixPath = try arguments.value("nbd-unix")
         isMaintenance = arguments.has("maintenance")
-        guard isMaintenance != (nbd != nil || nbdUnixPath != nil) else {
-            throw UsageError(
-                isMaintenance
-                    ? "--maintenance lets no client in: it goes with neither --nbd nor --nbd-unix"
-                    : "--nbd or --nbd-unix is needed")
+        guard isMaintenance || nbd != nil || nbdUnixPath != nil else {
+            throw UsageError("--nbd or --nbd-unix is needed")
         }
         controlPath = try arguments.value("control")
         isReadOnly = arguments.has("read-only")

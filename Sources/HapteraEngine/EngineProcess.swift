@@ -46,7 +46,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             control = try ControlServer(reactor: reactor, path: path, handler: self)
         }
         shell.onServing = { [unowned self] isServing in
-            if isServing, server == nil, !options.isMaintenance { listen() }
+            if isServing, server == nil, options.listens { listen() }
         }
         shell.onStopped = { [unowned self] reason in stopped(reason) }
         Log.info(
@@ -55,9 +55,12 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         shell.start()
     }
 
-    /// Clients are let in when the volume is served for the first time; later they wait.
+    /// Clients are let in when the volume is served for the first time; later they wait. In a
+    /// maintenance only readers of snapshots are: whatever else is done meets no client.
     private func listen() {
-        let server = server ?? NBDServer(reactor: reactor, device: shell)
+        let server =
+            server
+            ?? NBDServer(reactor: reactor, device: shell, offersLive: !options.isMaintenance)
         self.server = server
         snapshots.userCount = { [unowned server] in server.userCount(of: $0) }
         let now = Clock.monotonic()

@@ -75,6 +75,38 @@ import Testing
         #expect(other.feed(unknown) == [.hangUp(.refused)])
     }
 
+    /// While the volume is not attached, its snapshots are served and it is not, by any name.
+    @Test func snapshotsWithoutTheirVolume() {
+        let harness = NBDHarness(snapshots: ["monday"])
+        harness.exports.offersLive = false
+        #expect(harness.ask(.list).dropLast().map(name) == ["vol@monday"])
+        harness.feed(NBDBytes.option(.structuredReply))
+        for live in ["", "vol"] {
+            for option: NBDOption in [.info, .go] {
+                let refused = harness.ask(option, NBDBytes.go(live))
+                #expect(refused.map(\.0) == [.errorPolicy])
+                #expect(
+                    text(refused)
+                        == "volume 'vol' is not attached: only its snapshots can be read, as "
+                        + "'vol@SNAPSHOT'; LIST names them")
+            }
+            for option: NBDOption in [.setMetaContext, .listMetaContext] {
+                let refused = harness.ask(option, NBDBytes.queries(live, ["base:allocation"]))
+                #expect(refused.map(\.0) == [.errorPolicy])
+            }
+            let other = NBDHarness(snapshots: ["monday"])
+            other.exports.offersLive = false
+            let entering = NBDBytes.option(.exportName, Array(live.utf8))
+            #expect(other.feed(entering) == [.hangUp(.refused)])
+        }
+        #expect(harness.ask(.info, NBDBytes.go("vol@friday")).map(\.0) == [.errorUnknown])
+        let selected = harness.ask(
+            .setMetaContext, NBDBytes.queries("vol@monday", ["haptera:changed:monday"]))
+        #expect(selected.map(\.0) == [.metaContext, .ack])
+        let events = harness.feed(NBDBytes.option(.go, NBDBytes.go("vol@monday")))
+        #expect(events == [.transmission] && harness.session.export.isSnapshot)
+    }
+
     @Test func theEmptyNameIsTheLiveVolume() {
         let harness = NBDHarness(snapshots: ["monday"])
         #expect(harness.feed(NBDBytes.option(.go, NBDBytes.go(""))) == [.transmission])

@@ -56,11 +56,12 @@ final class NBDServerHarness {
 
     init(
         limits: NBDServer.Limits = .init(), pool: BufferPool.Limits = .init(),
-        backend: Backend = .automatic
+        backend: Backend = .automatic, offersLive: Bool = true
     ) throws {
         reactor = try Reactor(backend: backend, pool: BufferPool(limits: pool))
         device = HeldDevice(pool: reactor.pool)
-        server = NBDServer(reactor: reactor, device: device, limits: limits)
+        server = NBDServer(
+            reactor: reactor, device: device, limits: limits, offersLive: offersLive)
     }
     deinit { for end in ends { close(end) } }
 

@@ -19,6 +19,23 @@ import Testing
         ]
         return h
     }
+    /// A server without its volume: those who read are nobody's client, and nobody else gets in.
+    @Test func onlyReadersGetInWithoutTheVolume() throws {
+        let h = try NBDServerHarness(offersLive: false)
+        h.device.snapshots = [.init(layer: monday, name: "monday", created: 1)]
+        let stranger = h.connect()
+        h.send(stranger, NBDBytes.option(1, Array("vol".utf8)))
+        h.run("stays") { h.server.connectionCount == 0 }
+        let reader = h.join(structured: false, export: "vol@monday")
+        h.send(reader, NBDBytes.request(.read, length: 4096))
+        h.runUntilHeld(1)
+        #expect(h.device.held[0].layer == monday)
+        #expect(h.server.readerCount == 1 && h.server.userCount(of: monday) == 1)
+        #expect(h.server.userCount(of: .head) == 0 && h.server.remoteClients == 0)
+        h.device.complete()
+        #expect(h.receive(reader, 16) == NBDBytes.simple())
+    }
+
     private func expectNothingIsHeld(_ h: NBDServerHarness) {
         h.run("buffers leak") { h.device.pool.inUse == 0 && h.device.held.isEmpty }
     }

@@ -70,8 +70,10 @@ package final class NBDExport {
 /// What a server has to offer at this moment. Negotiations ask at every option, because snapshots
 /// come and go while a server runs; what a session has entered stays what it is.
 package protocol NBDExportLookup: AnyObject {
-    /// The default export, and the first one listed.
+    /// The default export, and the first one listed, if it is offered.
     var live: NBDExport { get }
+    /// Whether the volume itself may be entered, or its snapshots only.
+    var offersLive: Bool { get }
     /// Those of the live volume, oldest first.
     var snapshots: [VolumeRecord.Snapshot] { get }
     /// Bytes of a snapshot.
@@ -81,14 +83,16 @@ package protocol NBDExportLookup: AnyObject {
 }
 
 extension NBDExportLookup {
-    /// The export of that name. The empty name is the live volume's.
+    /// The export of that name, if it is offered. The empty name is the live volume's.
     func export(named name: RawMemory) -> NBDExport? {
-        if name.count == 0 || name.equals(bytes: live.name) { return live }
+        if isLive(name) { return offersLive ? live : nil }
         guard let text = snapshotName(in: name),
             let snapshot = snapshots.first(where: { text.equals(text: $0.name) })
         else { return nil }
         return NBDExport(snapshot, size: size(of: snapshot), of: live)
     }
+
+    func isLive(_ name: RawMemory) -> Bool { name.count == 0 || name.equals(bytes: live.name) }
 
     /// What follows `VOLUME@`; nil if that is not what the name begins with. The volume's name is
     /// known, so that this is not ambiguous even if a name has an `@` of its own.
@@ -106,6 +110,7 @@ package final class NBDFixedExports: NBDExportLookup {
     package let live: NBDExport
     package var snapshots: [VolumeRecord.Snapshot]
     package var admitsReader = true
+    package var offersLive = true
     /// Those that are not the live volume's size.
     package var sizes: [LayerID: UInt64] = [:]
 

@@ -118,7 +118,7 @@ package struct NBDNegotiation {
             refuse(option, .errorInvalid, "LIST takes no data")
             return
         }
-        listName(option, exports.live.name)
+        if exports.offersLive { listName(option, exports.live.name) }
         for snapshot in exports.snapshots {
             listName(option, NBDExport.name(of: snapshot, of: exports.live))
         }
@@ -283,6 +283,14 @@ package struct NBDNegotiation {
     }
 
     private mutating func refuseUnknown(_ option: UInt32, _ name: RawMemory) {
+        if exports.isLive(name) {
+            let volume = String(decoding: exports.live.name, as: UTF8.self)
+            refuse(
+                option, .errorPolicy,
+                "volume '\(volume)' is not attached: only its snapshots can be read, as "
+                    + "'\(volume)@SNAPSHOT'; LIST names them")
+            return
+        }
         guard let snapshot = exports.snapshotName(in: name) else {
             refuse(option, .errorUnknown, "no such export: '\(Self.printable(name))'")
             return

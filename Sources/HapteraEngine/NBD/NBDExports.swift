@@ -4,14 +4,16 @@ import HapteraCore
 final class NBDExports: NBDExportLookup {
     let live: NBDExport
     private let device: any BlockDevice
+    let offersLive: Bool
     private let readersMax: Int
     /// Connections that have entered the export of a snapshot.
     var readers = 0
 
-    init(device: any BlockDevice, readersMax: Int) {
+    init(device: any BlockDevice, readersMax: Int, offersLive: Bool) {
         live = NBDExport(
             name: device.name, size: device.size, isReadOnly: device.isReadOnly,
             zeroesFastWithoutHole: device.zeroesFastWithoutHole)
+        self.offersLive = offersLive
         self.device = device
         self.readersMax = readersMax
     }

@@ -57,11 +57,16 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         clients.count { $0?.uses(layer) ?? false }
     }
 
-    package init(reactor: Reactor, device: any BlockDevice, limits: Limits = Limits()) {
+    /// Without `offersLive` only snapshots are served: nobody can become a client of the volume.
+    package init(
+        reactor: Reactor, device: any BlockDevice, limits: Limits = Limits(),
+        offersLive: Bool = true
+    ) {
         self.reactor = reactor
         self.device = device
         self.limits = limits
-        exports = NBDExports(device: device, readersMax: limits.readersMax)
+        exports = NBDExports(
+            device: device, readersMax: limits.readersMax, offersLive: offersLive)
         requests = NBDRequests(device: device, clientsMax: limits.connectionsMax)
         clients = Array(repeating: nil, count: limits.connectionsMax)
         device.frontend = self
