@@ -264,7 +264,7 @@ import Testing
         #expect(try await world.controller.attach("new", node: "d").state == .attaching)
         // Nobody keeps the other engine: it is told to leave at once.
         #expect(try await world.engines == ["a": .detach])
-        #expect(await world.controller.fillings.isEmpty)
+        #expect(await world.controller.maintenances.isEmpty)
         try await world.rounds()
         #expect(try await world.engines == ["d": .attach])
         #expect(try await world.view.state == .attached)
@@ -404,7 +404,7 @@ import Testing
         try await deletion
         try await world.rounds()
         #expect(try await world.test.store.volumes().map(\.volume.name) == ["vol"])
-        #expect(await world.controller.fillings.isEmpty)
+        #expect(await world.controller.maintenances.isEmpty)
     }
 
     /// The source is nobody's concern once its layers are shared.

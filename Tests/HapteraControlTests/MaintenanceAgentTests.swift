@@ -17,9 +17,11 @@ import Testing
         let address = try await replica(bench)
         bench.want(.maintain, addresses: [address], attachment: 1)
         let engine = try await bench.untilEngine(.serving)
-        #expect(engine.uri.isEmpty && engine.unixUri.isEmpty && engine.clientGeneration == 1)
-        #expect(try bench.engineArgument("--nbd") == nil)
-        #expect(try bench.engineArgument("--nbd-unix") == nil)
+        #expect(engine.clientGeneration == 1)
+        // Only readers of snapshots, which are told where.
+        #expect(try bench.engineArguments.contains("--maintenance"))
+        let place = try #require(try bench.engineArgument("--nbd"))
+        #expect(engine.uri == "nbd://\(place)/vol")
         var task = Haptera_V1_AgentTask()
         task.takeSnapshot.volumeID = engine.volumeID
         task.takeSnapshot.clientGeneration = 1
@@ -59,6 +61,7 @@ import Testing
     @Test func oneRightAfterTheOther() async throws {
         let bench = try NodeAgentBench()
         let address = try await replica(bench)
+        var uris: [String] = []
         for attachment in 1...5 as ClosedRange<UInt64> {
             let phase: Haptera_V1_DesiredEngine.Phase =
                 attachment.isMultiple(of: 2) ? .attach : .maintain
@@ -67,10 +70,13 @@ import Testing
                 $0.engines.first?.state == .serving
                     && $0.engines[0].clientGeneration == attachment
             }.engines[0]
-            #expect(engine.uri.isEmpty == (phase == .maintain))
+            #expect(try bench.engineArguments.contains("--maintenance") == (phase == .maintain))
+            uris.append(engine.uri)
             #expect(engine.restarts == 0 && engine.lastEnding.isEmpty)
             bench.want(.detach, addresses: [address], attachment: attachment)
             _ = try await bench.untilEngine(.detached)
         }
+        // Readers that a maintenance has had find their snapshots where they were.
+        #expect(uris[0] == uris[1] && uris[2] == uris[3])
     }
 }

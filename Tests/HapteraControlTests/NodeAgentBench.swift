@@ -113,6 +113,13 @@ final class NodeAgentBench {
     ) async throws -> Haptera_V1_EngineReport {
         try await until("engine \(state)") { $0.engines.first?.state == state }.engines[0]
     }
+    var engineArguments: [String] {
+        get throws {
+            try #require(
+                ProcessFile.load(directory.path + "/run/e-0000000000000001.pid")
+            ).arguments
+        }
+    }
     /// What the engine that runs was started with.
     func engineArgument(_ name: String) throws -> String? {
         let file = try #require(

@@ -318,11 +318,10 @@ import Testing
 
     private func volume(
         _ name: String, on nodes: Set<String>, _ scrub: SchedulePlan.Volume.Scrub = .none,
-        seen: Int64? = now, obstacle: String? = nil
+        obstacle: String? = nil
     ) -> SchedulePlan.Volume {
         SchedulePlan.Volume(
-            id: name, name: name, nodes: nodes, scrubObstacle: obstacle, scrub: scrub,
-            scrubSeen: seen)
+            id: name, name: name, nodes: nodes, obstacle: obstacle, scrub: scrub)
     }
 
     private func steps(
@@ -352,11 +351,9 @@ import Testing
     @Test func itWaitsForScrubsThatGoOn() throws {
         let waiting = run("b")
         func next(
-            _ other: SchedulePlan.Volume, _ state: ScheduleRunRow.State = .running,
-            since: Int64 = 0
+            _ other: SchedulePlan.Volume, _ state: ScheduleRunRow.State = .running
         ) throws -> [SchedulePlan.Step] {
-            try steps(
-                [run("a", state, since: since), waiting], [other, volume("b", on: ["1"])])
+            try steps([run("a", state), waiting], [other, volume("b", on: ["1"])])
         }
         #expect(try next(volume("a", on: ["1"], .running)).isEmpty)
         // Somebody began it by hand.
@@ -367,35 +364,14 @@ import Testing
         #expect(
             try next(volume("a", on: ["1"], .finished))
                 == [.finish(run("a", .running)), .scrub(waiting)])
-        // What was just asked for: the report may be of the one before.
-        let just = Self.now - SchedulePlan.scrubMarginMilliseconds + 1
-        #expect(try next(volume("a", on: ["1"], .finished), since: just).isEmpty)
     }
 
-    /// A node whose engine is slow to say goes on reporting the scrub before.
-    @Test func theScrubBeforeIsNotTakenForThisOne() throws {
-        var attempts = ScheduleAttempts()
-        attempts.endedScrubs = ["a": "1"]
-        func next(_ id: String, since: Int64) throws -> [SchedulePlan.Step] {
-            var old = volume("a", on: ["1"], .finished)
-            old.scrubID = id
-            return try steps(
-                [run("a", .running, since: Self.now - since), run("b")],
-                [old, volume("b", on: ["1"])], attempts: attempts)
-        }
-        #expect(try next("1", since: 59_000).isEmpty)
-        let asked = run("a", .running, since: Self.now - 61_000)
-        #expect(try next("1", since: 61_000) == [.scrubAgain(asked), .scrub(run("b"))])
-        let other = run("a", .running, since: Self.now - 4000)
-        #expect(try next("2", since: 4000) == [.finish(other), .scrub(run("b"))])
-    }
-
-    /// Its engine was detached, or moved, and knows nothing of it.
+    /// The store that noted it was lost.
     @Test func aScrubThatIsForgottenIsAskedForAgain() throws {
         let asked = run("a", .running)
         #expect(try steps([asked], [volume("a", on: ["1"])]) == [.scrubAgain(asked)])
         #expect(
-            try steps([asked], [volume("a", on: ["1"], seen: nil, obstacle: "it is not attached")])
+            try steps([asked], [volume("a", on: ["1"], obstacle: "it is not attached")])
                 == [.scrubAgain(asked)])
         // A node that is not heard of has not said that it ended.
         #expect(

@@ -360,14 +360,28 @@ import Testing
         try await world.untilDetached()
     }
 
-    @Test func aScrubWaitsUntilTheVolumeIsAttached() async throws {
+    /// It gets an engine for it, and stays detached.
+    @Test func aDetachedVolumeIsScrubbed() async throws {
         let world = try await World(attached: false)
+        world.scrub.withLock {
+            $0 = Haptera_V1_ScrubReport()
+            $0?.state = "running"
+        }
+        world.live()
         try await create(world, .scrub)
         try await pass(world)
         try await settle(world)
-        #expect(
-            try await run(world).reason == "it is not attached, and only its engine can be asked")
-        #expect(world.askedToScrub.withLock { $0.isEmpty })
+        #expect(try await run(world).state == .running)
+        for task in try await world.controller.tendScrubs() { await task.value }
+        #expect(try await world.phase(on: "a") == .maintain)
+        #expect(try await world.controller.volume(named: "vol").reason == "it is being scrubbed")
+        world.scrub.withLock { $0?.state = "finished" }
+        world.controller.changes.notify()
+        try await world.until { $0.scrub?.isFinished == true }
+        try await settle(world)
+        #expect(try await run(world).state == .done)
+        try await world.controller.tendMaintenances()
+        try await world.untilDetached()
     }
 
     /// One of what it was left with, and no more while nothing changes; again after it was.
@@ -442,35 +456,27 @@ import Testing
 
     @Test func aScrubIsFollowedToItsEnd() async throws {
         let world = try await World()
+        world.live()
         try await create(world, .scrub)
-        world.scrub.withLock {
-            $0 = Haptera_V1_ScrubReport()
-            $0?.id = "1"
-            $0?.state = "finished"
-        }
-        try await pass(world)
-        try await settle(world)
-        // Still of the one before.
-        try await pass(world, 4000)
-        try await settle(world)
-        #expect(world.askedToScrub.withLock { $0.count } == 1)
-        #expect(try await run(world).state == .running)
         for state in ["running", "waiting"] {
             world.scrub.withLock {
                 $0 = Haptera_V1_ScrubReport()
-                $0?.id = "2"
                 $0?.state = state
             }
-            try await pass(world, 4000)
+            try await pass(world, state == "running" ? 60_000 : 4000)
             try await settle(world)
             #expect(try await run(world).state == .running)
         }
+        let id = try await world.test.store.volume(named: "vol").scrub?.value?.id
         world.scrub.withLock { $0?.state = "finished" }
+        world.controller.changes.notify()
+        try await world.until { $0.scrub?.isFinished == true }
         try await pass(world, 4000)
         try await settle(world)
         let done = try await run(world)
         #expect(done.state == .done && done.doneUnixMilliseconds == world.test.clock.now)
-        #expect(world.askedToScrub.withLock { $0.count } == 1)
+        #expect(try await world.test.store.volume(named: "vol").scrub?.value?.id == id)
+        #expect(try await world.events.count { $0.kind == "ScrubRequested" } == 1)
     }
 
     @Test func nothingIsLeftOfWhatIsDeleted() async throws {

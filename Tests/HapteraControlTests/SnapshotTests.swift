@@ -40,13 +40,12 @@ import Testing
         let exclusiveBytes = Mutex<[String: [UInt32: UInt64]]>([:])
         let askedToRevert = Mutex<[Haptera_V1_RevertToSnapshot]>([])
         let askedToGrow = Mutex<[Haptera_V1_GrowVolume]>([])
-        let askedToScrub = Mutex<[Haptera_V1_ScrubVolume]>([])
         let needsDecision = Mutex(false)
         /// Engines answer later.
         let gate = Gate()
         /// Attachments whose engine has taken over, by its stand-in.
         private let served = Mutex<Set<UInt64>>([])
-        /// What the engine says of a scrub.
+        /// What the engine says of the scrub that it is told to do.
         let scrub = Mutex<Haptera_V1_ScrubReport?>(nil)
 
         /// Three replicas on nodes a, b, c; the engine on a, unless it is not attached.
@@ -119,7 +118,7 @@ import Testing
                     let hasLeft = nodes != nil && wanted.phase == .detach
                     engine.state = hasLeft ? .detached : state
                     engine.needsDecision = needsDecision.withLock { $0 } && !hasLeft
-                    if let scrub = scrub.withLock({ $0 }) { engine.scrub = scrub }
+                    if let scrub = scrub(wanted) { engine.scrub = scrub }
                     engine.uri = "nbd://h:2/vol"
                     engine.unixUri = "nbd+unix:///vol?socket=/d/e.nbd"
                     engine.replicas = wanted.replicas.map { endpoint in
@@ -132,6 +131,16 @@ import Testing
                 }
                 try await controller.report(report)
             }
+        }
+
+        private func scrub(_ wanted: Haptera_V1_DesiredEngine) -> Haptera_V1_ScrubReport? {
+            guard var report = scrub.withLock({ $0 }),
+                var progress = ScrubProgress(text: wanted.scrub)
+            else { return nil }
+            progress.region = report.regionsDone
+            (progress.bad, progress.repaired) = (report.blocksBad, report.blocksRepaired)
+            report.progress = progress.text
+            return report
         }
 
         private func perform(_ task: Haptera_V1_AgentTask, on node: String) async throws {
@@ -167,7 +176,6 @@ import Testing
                 askedToRevert.withLock { $0.append(request) }
                 if engine == .obeys || engine == .obeysInSilence { try await goBack(request) }
                 if engine == .refuses { answer.error = "1 client is connected" }
-            case .scrubVolume(let request): askedToScrub.withLock { $0.append(request) }
             case .growVolume(let request):
                 askedToGrow.withLock { $0.append(request) }
                 if engine == .obeys || engine == .obeysInSilence {

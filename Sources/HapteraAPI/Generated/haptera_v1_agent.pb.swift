@@ -240,6 +240,10 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
 
   package var detectZeroes: Bool = false
 
+  /// The scrub that is to be done, as far as it is known to be (ScrubReport.progress): the engine
+  /// begins it, or goes on with it. Empty: none.
+  package var scrub: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum Phase: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -248,8 +252,8 @@ package nonisolated struct Haptera_V1_DesiredEngine: Sendable {
     case attach // = 1
     case detach // = 2
 
-    /// As PHASE_ATTACH, but no client can connect. A phase of its own: an agent that does not know
-    /// it starts nothing, where an engine that lets clients in could be met by one.
+    /// As PHASE_ATTACH, but only readers of snapshots can connect. A phase of its own: an agent that
+    /// does not know it starts nothing, where an engine that lets clients in could be met by one.
     case maintain // = 3
     case UNRECOGNIZED(Int)
 
@@ -644,6 +648,9 @@ package nonisolated struct Haptera_V1_ScrubReport: Sendable {
 
   package var bytesPerSecond: UInt64 = 0
 
+  /// For the engine that goes on with it.
+  package var progress: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -758,14 +765,6 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     set {task = .growVolume(newValue)}
   }
 
-  package var scrubVolume: Haptera_V1_ScrubVolume {
-    get {
-      if case .scrubVolume(let v)? = task {return v}
-      return Haptera_V1_ScrubVolume()
-    }
-    set {task = .scrubVolume(newValue)}
-  }
-
   package var revertToSnapshot: Haptera_V1_RevertToSnapshot {
     get {
       if case .revertToSnapshot(let v)? = task {return v}
@@ -791,7 +790,6 @@ package nonisolated struct Haptera_V1_AgentTask: Sendable {
     case takeSnapshot(Haptera_V1_TakeSnapshot)
     case deleteSnapshot(Haptera_V1_DeleteSnapshot)
     case growVolume(Haptera_V1_GrowVolume)
-    case scrubVolume(Haptera_V1_ScrubVolume)
     case revertToSnapshot(Haptera_V1_RevertToSnapshot)
     case releaseChanges(Haptera_V1_ReleaseChanges)
 
@@ -937,22 +935,6 @@ package nonisolated struct Haptera_V1_GrowVolume: Sendable {
   package init() {}
 }
 
-/// Has the engine of that attachment begin a scrub; answered when it has. One that is under way goes
-/// on.
-package nonisolated struct Haptera_V1_ScrubVolume: Sendable {
-  // SwiftProtobuf.Message conformance is added in an extension below. See the
-  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
-  // methods supported on all messages.
-
-  package var volumeID: String = String()
-
-  package var clientGeneration: UInt64 = 0
-
-  package var unknownFields = SwiftProtobuf.UnknownStorage()
-
-  package init() {}
-}
-
 /// For tests on scratch volumes.
 package nonisolated struct Haptera_V1_InjectFault: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
@@ -1090,7 +1072,7 @@ package nonisolated struct Haptera_V1_RunningEngine: Sendable {
 
   package var pid: Int32 = 0
 
-  /// It lets no client in (PHASE_MAINTAIN).
+  /// It lets no client of the volume in (PHASE_MAINTAIN).
   package var maintenance: Bool = false
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
@@ -1392,7 +1374,7 @@ nonisolated extension Haptera_V1_CloneSource: SwiftProtobuf.Message, SwiftProtob
 
 nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DesiredEngine"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}client_generation\0\u{1}phase\0\u{1}replicas\0\u{4}\u{f}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}renew_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}accept_loss_instance\0\u{3}detect_zeroes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{1}volume\0\u{3}client_generation\0\u{1}phase\0\u{1}replicas\0\u{4}\u{f}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}renew_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}accept_loss_instance\0\u{3}detect_zeroes\0\u{1}scrub\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1412,6 +1394,7 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
       case 24: try { try decoder.decodeSingularUInt64Field(value: &self.removalDeadlineMilliseconds) }()
       case 25: try { try decoder.decodeSingularUInt64Field(value: &self.acceptLossInstance) }()
       case 26: try { try decoder.decodeSingularBoolField(value: &self.detectZeroes) }()
+      case 27: try { try decoder.decodeSingularStringField(value: &self.scrub) }()
       default: break
       }
     }
@@ -1454,6 +1437,9 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
     if self.detectZeroes != false {
       try visitor.visitSingularBoolField(value: self.detectZeroes, fieldNumber: 26)
     }
+    if !self.scrub.isEmpty {
+      try visitor.visitSingularStringField(value: self.scrub, fieldNumber: 27)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1470,6 +1456,7 @@ nonisolated extension Haptera_V1_DesiredEngine: SwiftProtobuf.Message, SwiftProt
     if lhs.removalDeadlineMilliseconds != rhs.removalDeadlineMilliseconds {return false}
     if lhs.acceptLossInstance != rhs.acceptLossInstance {return false}
     if lhs.detectZeroes != rhs.detectZeroes {return false}
+    if lhs.scrub != rhs.scrub {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1869,7 +1856,7 @@ nonisolated extension Haptera_V1_EngineReport.State: SwiftProtobuf._ProtoNamePro
 
 nonisolated extension Haptera_V1_ScrubReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ScrubReport"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}state\0\u{3}regions_done\0\u{3}regions_total\0\u{3}blocks_checked\0\u{3}blocks_bad\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}regions_skipped\0\u{3}bytes_per_second\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}state\0\u{3}regions_done\0\u{3}regions_total\0\u{3}blocks_checked\0\u{3}blocks_bad\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}regions_skipped\0\u{3}bytes_per_second\0\u{1}progress\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1887,6 +1874,7 @@ nonisolated extension Haptera_V1_ScrubReport: SwiftProtobuf.Message, SwiftProtob
       case 8: try { try decoder.decodeSingularUInt64Field(value: &self.blocksLost) }()
       case 9: try { try decoder.decodeSingularUInt64Field(value: &self.regionsSkipped) }()
       case 10: try { try decoder.decodeSingularUInt64Field(value: &self.bytesPerSecond) }()
+      case 11: try { try decoder.decodeSingularStringField(value: &self.progress) }()
       default: break
       }
     }
@@ -1923,6 +1911,9 @@ nonisolated extension Haptera_V1_ScrubReport: SwiftProtobuf.Message, SwiftProtob
     if self.bytesPerSecond != 0 {
       try visitor.visitSingularUInt64Field(value: self.bytesPerSecond, fieldNumber: 10)
     }
+    if !self.progress.isEmpty {
+      try visitor.visitSingularStringField(value: self.progress, fieldNumber: 11)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1937,6 +1928,7 @@ nonisolated extension Haptera_V1_ScrubReport: SwiftProtobuf.Message, SwiftProtob
     if lhs.blocksLost != rhs.blocksLost {return false}
     if lhs.regionsSkipped != rhs.regionsSkipped {return false}
     if lhs.bytesPerSecond != rhs.bytesPerSecond {return false}
+    if lhs.progress != rhs.progress {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2063,7 +2055,7 @@ nonisolated extension Haptera_V1_ReportStatusResponse: SwiftProtobuf.Message, Sw
 
 nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".AgentTask"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{3}scrub_volume\0\u{3}revert_to_snapshot\0\u{4}\u{2}release_changes\0\u{c}\u{a}\u{1}")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}inspect\0\u{3}end_engine\0\u{1}fault\0\u{3}take_snapshot\0\u{3}delete_snapshot\0\u{3}grow_volume\0\u{4}\u{2}revert_to_snapshot\0\u{4}\u{2}release_changes\0\u{c}\u{8}\u{1}\u{c}\u{a}\u{1}")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2150,19 +2142,6 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
           self.task = .growVolume(v)
         }
       }()
-      case 8: try {
-        var v: Haptera_V1_ScrubVolume?
-        var hadOneofValue = false
-        if let current = self.task {
-          hadOneofValue = true
-          if case .scrubVolume(let m) = current {v = m}
-        }
-        try decoder.decodeSingularMessageField(value: &v)
-        if let v = v {
-          if hadOneofValue {try decoder.handleConflictingOneOf()}
-          self.task = .scrubVolume(v)
-        }
-      }()
       case 9: try {
         var v: Haptera_V1_RevertToSnapshot?
         var hadOneofValue = false
@@ -2226,10 +2205,6 @@ nonisolated extension Haptera_V1_AgentTask: SwiftProtobuf.Message, SwiftProtobuf
     case .growVolume?: try {
       guard case .growVolume(let v)? = self.task else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 7)
-    }()
-    case .scrubVolume?: try {
-      guard case .scrubVolume(let v)? = self.task else { preconditionFailure() }
-      try visitor.visitSingularMessageField(value: v, fieldNumber: 8)
     }()
     case .revertToSnapshot?: try {
       guard case .revertToSnapshot(let v)? = self.task else { preconditionFailure() }
@@ -2552,41 +2527,6 @@ nonisolated extension Haptera_V1_GrowVolume: SwiftProtobuf.Message, SwiftProtobu
     if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.sizeBytes != rhs.sizeBytes {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
-    if lhs.unknownFields != rhs.unknownFields {return false}
-    return true
-  }
-}
-
-nonisolated extension Haptera_V1_ScrubVolume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
-  package static let protoMessageName: String = _protobuf_package + ".ScrubVolume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0")
-
-  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
-    while let fieldNumber = try decoder.nextFieldNumber() {
-      // The use of inline closures is to circumvent an issue where the compiler
-      // allocates stack space for every case branch when no optimizations are
-      // enabled. https://github.com/apple/swift-protobuf/issues/1034
-      switch fieldNumber {
-      case 1: try { try decoder.decodeSingularStringField(value: &self.volumeID) }()
-      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.clientGeneration) }()
-      default: break
-      }
-    }
-  }
-
-  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    if !self.volumeID.isEmpty {
-      try visitor.visitSingularStringField(value: self.volumeID, fieldNumber: 1)
-    }
-    if self.clientGeneration != 0 {
-      try visitor.visitSingularUInt64Field(value: self.clientGeneration, fieldNumber: 2)
-    }
-    try unknownFields.traverse(visitor: &visitor)
-  }
-
-  package static func ==(lhs: Haptera_V1_ScrubVolume, rhs: Haptera_V1_ScrubVolume) -> Bool {
-    if lhs.volumeID != rhs.volumeID {return false}
-    if lhs.clientGeneration != rhs.clientGeneration {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

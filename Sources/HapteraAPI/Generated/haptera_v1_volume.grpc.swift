@@ -321,6 +321,19 @@ package enum Haptera_V1_VolumeService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "ReadSnapshot" metadata.
+        package enum ReadSnapshot: Sendable {
+            /// Request type for "ReadSnapshot".
+            package typealias Input = Haptera_V1_ReadSnapshotRequest
+            /// Response type for "ReadSnapshot".
+            package typealias Output = Haptera_V1_Snapshot
+            /// Descriptor for "ReadSnapshot".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "haptera.v1.VolumeService"),
+                method: "ReadSnapshot",
+                type: .unary
+            )
+        }
         /// Namespace for "LabelVolume" metadata.
         package enum LabelVolume: Sendable {
             /// Request type for "LabelVolume".
@@ -372,6 +385,7 @@ package enum Haptera_V1_VolumeService: Sendable {
             RevertVolume.descriptor,
             ResizeVolume.descriptor,
             ScrubVolume.descriptor,
+            ReadSnapshot.descriptor,
             LabelVolume.descriptor,
             LabelSnapshot.descriptor
         ]
@@ -805,9 +819,11 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+        /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+        /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+        /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+        /// > FAILED_PRECONDITION if no engine can serve the volume.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `Haptera_V1_ScrubVolumeRequest` messages.
@@ -820,6 +836,28 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.StreamingServerRequest<Haptera_V1_ScrubVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "ReadSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+        /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+        /// > repeated well before the lease has run out: then where it is read may be another place, since
+        /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+        /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `Haptera_V1_ReadSnapshotRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `Haptera_V1_Snapshot` messages.
+        func readSnapshot(
+            request: GRPCCore.StreamingServerRequest<Haptera_V1_ReadSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot>
 
         /// Handle the "LabelVolume" method.
         ///
@@ -1272,9 +1310,11 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+        /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+        /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+        /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+        /// > FAILED_PRECONDITION if no engine can serve the volume.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
@@ -1287,6 +1327,28 @@ extension Haptera_V1_VolumeService {
             request: GRPCCore.ServerRequest<Haptera_V1_ScrubVolumeRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume>
+
+        /// Handle the "ReadSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+        /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+        /// > repeated well before the lease has run out: then where it is read may be another place, since
+        /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+        /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReadSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `Haptera_V1_Snapshot` message.
+        func readSnapshot(
+            request: GRPCCore.ServerRequest<Haptera_V1_ReadSnapshotRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot>
 
         /// Handle the "LabelVolume" method.
         ///
@@ -1738,9 +1800,11 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+        /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+        /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+        /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+        /// > FAILED_PRECONDITION if no engine can serve the volume.
         ///
         /// - Parameters:
         ///   - request: A `Haptera_V1_ScrubVolumeRequest` message.
@@ -1753,6 +1817,28 @@ extension Haptera_V1_VolumeService {
             request: Haptera_V1_ScrubVolumeRequest,
             context: GRPCCore.ServerContext
         ) async throws -> Haptera_V1_Volume
+
+        /// Handle the "ReadSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+        /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+        /// > repeated well before the lease has run out: then where it is read may be another place, since
+        /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+        /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A `Haptera_V1_ReadSnapshotRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `Haptera_V1_Snapshot` to respond with.
+        func readSnapshot(
+            request: Haptera_V1_ReadSnapshotRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> Haptera_V1_Snapshot
 
         /// Handle the "LabelVolume" method.
         ///
@@ -2051,6 +2137,17 @@ extension Haptera_V1_VolumeService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: Haptera_V1_VolumeService.Method.ReadSnapshot.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_ReadSnapshotRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Snapshot>(),
+            handler: { request, context in
+                try await self.readSnapshot(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: Haptera_V1_VolumeService.Method.LabelVolume.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_LabelVolumeRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_Volume>(),
@@ -2325,6 +2422,17 @@ extension Haptera_V1_VolumeService.ServiceProtocol {
         context: GRPCCore.ServerContext
     ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Volume> {
         let response = try await self.scrubVolume(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func readSnapshot(
+        request: GRPCCore.StreamingServerRequest<Haptera_V1_ReadSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<Haptera_V1_Snapshot> {
+        let response = try await self.readSnapshot(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -2653,6 +2761,19 @@ extension Haptera_V1_VolumeService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Volume> {
         return GRPCCore.ServerResponse<Haptera_V1_Volume>(
             message: try await self.scrubVolume(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func readSnapshot(
+        request: GRPCCore.ServerRequest<Haptera_V1_ReadSnapshotRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<Haptera_V1_Snapshot> {
+        return GRPCCore.ServerResponse<Haptera_V1_Snapshot>(
+            message: try await self.readSnapshot(
                 request: request.message,
                 context: context
             ),
@@ -3211,9 +3332,11 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+        /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+        /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+        /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+        /// > FAILED_PRECONDITION if no engine can serve the volume.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
@@ -3230,6 +3353,33 @@ extension Haptera_V1_VolumeService {
             deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Volume>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Volume>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ReadSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+        /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+        /// > repeated well before the lease has run out: then where it is read may be another place, since
+        /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+        /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReadSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReadSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func readSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReadSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReadSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "LabelVolume" method.
@@ -4051,9 +4201,11 @@ extension Haptera_V1_VolumeService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-        /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-        /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+        /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+        /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+        /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+        /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+        /// > FAILED_PRECONDITION if no engine can serve the volume.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
@@ -4076,6 +4228,44 @@ extension Haptera_V1_VolumeService {
             try await self.client.unary(
                 request: request,
                 descriptor: Haptera_V1_VolumeService.Method.ScrubVolume.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "ReadSnapshot" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+        /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+        /// > repeated well before the lease has run out: then where it is read may be another place, since
+        /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+        /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `Haptera_V1_ReadSnapshotRequest` message.
+        ///   - serializer: A serializer for `Haptera_V1_ReadSnapshotRequest` messages.
+        ///   - deserializer: A deserializer for `Haptera_V1_Snapshot` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func readSnapshot<Result>(
+            request: GRPCCore.ClientRequest<Haptera_V1_ReadSnapshotRequest>,
+            serializer: some GRPCCore.MessageSerializer<Haptera_V1_ReadSnapshotRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<Haptera_V1_Snapshot>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: Haptera_V1_VolumeService.Method.ReadSnapshot.descriptor,
                 serializer: serializer,
                 deserializer: deserializer,
                 options: options,
@@ -4802,9 +4992,11 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-    /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-    /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+    /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+    /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+    /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+    /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+    /// > FAILED_PRECONDITION if no engine can serve the volume.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `Haptera_V1_ScrubVolumeRequest` message.
@@ -4824,6 +5016,39 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ScrubVolumeRequest>(),
             deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Volume>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReadSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+    /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+    /// > repeated well before the lease has run out: then where it is read may be another place, since
+    /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+    /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `Haptera_V1_ReadSnapshotRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func readSnapshot<Result>(
+        request: GRPCCore.ClientRequest<Haptera_V1_ReadSnapshotRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.readSnapshot(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<Haptera_V1_ReadSnapshotRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Haptera_V1_Snapshot>(),
             options: options,
             onResponse: handleResponse
         )
@@ -5625,9 +5850,11 @@ extension Haptera_V1_VolumeService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Has the engine of an attached volume read and check everything on all replicas, in snapshots too,
-    /// > and repair what is bad from a good copy. Answers when it has begun; `Engine.scrub` tells how far
-    /// > it is. One that is under way goes on. FAILED_PRECONDITION if no engine serves the volume.
+    /// > Has everything on all replicas read and checked, in snapshots too, and what is bad repaired from
+    /// > a good copy. Of an attached volume, answers when it has begun; of a detached one, when it is
+    /// > noted: it gets an engine without clients when its turn has come. `Volume.scrub` tells how far it
+    /// > is. One that is under way goes on, whoever attaches or detaches the volume meanwhile.
+    /// > FAILED_PRECONDITION if no engine can serve the volume.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -5650,6 +5877,43 @@ extension Haptera_V1_VolumeService.ClientProtocol {
             metadata: metadata
         )
         return try await self.scrubVolume(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReadSnapshot" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Lets a snapshot be read for as long as the lease lasts; answers with where, when it can be. A
+    /// > detached volume has an engine for so long that serves its snapshots and nothing else. To be
+    /// > repeated well before the lease has run out: then where it is read may be another place, since
+    /// > the volume may be attached or detached meanwhile. While it lasts the snapshot is not deleted,
+    /// > nor the volume if it is detached. FAILED_PRECONDITION if no engine can serve the volume.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func readSnapshot<Result>(
+        _ message: Haptera_V1_ReadSnapshotRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Haptera_V1_Snapshot>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<Haptera_V1_ReadSnapshotRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.readSnapshot(
             request: request,
             options: options,
             onResponse: handleResponse

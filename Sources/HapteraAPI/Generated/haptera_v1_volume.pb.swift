@@ -431,6 +431,16 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
     set {_uniqueStorage()._originSnapshot = newValue}
   }
 
+  /// The last scrub, whether the volume is attached or not.
+  package var scrub: Haptera_V1_Scrub {
+    get {_storage._scrub ?? Haptera_V1_Scrub()}
+    set {_uniqueStorage()._scrub = newValue}
+  }
+  /// Returns true if `scrub` has been explicitly set.
+  package var hasScrub: Bool {_storage._scrub != nil}
+  /// Clears the value of `scrub`. Subsequent reads from it will return its default value.
+  package mutating func clearScrub() {_uniqueStorage()._scrub = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -563,6 +573,9 @@ package nonisolated struct Haptera_V1_Scrub: Sendable {
 
   package var bytesPerSecond: UInt64 = 0
 
+  /// What it waits for, if that is known; for people.
+  package var reason: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum State: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -570,7 +583,8 @@ package nonisolated struct Haptera_V1_Scrub: Sendable {
     case unspecified // = 0
     case running // = 1
 
-    /// Until every replica is in sync, and nothing else is done to the volume.
+    /// Until every replica is in sync, and nothing else is done to the volume; a detached one also
+    /// until its turn has come.
     case waiting // = 2
     case finished // = 3
     case UNRECOGNIZED(Int)
@@ -1219,7 +1233,7 @@ package nonisolated struct Haptera_V1_Snapshot: Sendable {
   /// When it was asked for.
   package var createdUnixMilliseconds: Int64 = 0
 
-  /// Where it can be read; empty unless the volume is attached.
+  /// Where it can be read; empty unless the volume is attached, or somebody reads a snapshot of it.
   package var uri: String = String()
 
   package var unixUri: String = String()
@@ -1376,6 +1390,32 @@ package nonisolated struct Haptera_V1_CreateSnapshotRequest: Sendable {
 
   /// Of one that exists: set beside those it has.
   package var labels: Dictionary<String,String> = [:]
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_ReadSnapshotRequest: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var volume: String = String()
+
+  package var name: String = String()
+
+  /// A random number that the reader keeps, not 0.
+  package var reader: UInt64 = 0
+
+  /// 1000 to 60000; 0: 10000.
+  package var leaseMilliseconds: UInt64 = 0
+
+  /// How long to wait for an engine; 0: a minute.
+  package var timeoutMilliseconds: UInt64 = 0
+
+  /// It has done: nothing is begun, and nothing is waited for.
+  package var ends: Bool = false
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1546,7 +1586,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{1}rebuilds\0\u{1}filling\0\u{2}\u{3}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{2}\u{8}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{1}rebuilds\0\u{1}filling\0\u{2}\u{3}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{1}scrub\0\u{2}\u{7}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1574,6 +1614,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _labels: Dictionary<String,String> = [:]
     var _originVolume: String = String()
     var _originSnapshot: String = String()
+    var _scrub: Haptera_V1_Scrub? = nil
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1609,6 +1650,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _labels = source._labels
       _originVolume = source._originVolume
       _originSnapshot = source._originSnapshot
+      _scrub = source._scrub
     }
   }
 
@@ -1651,6 +1693,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 30: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufString>.self, value: &_storage._labels) }()
         case 31: try { try decoder.decodeSingularStringField(value: &_storage._originVolume) }()
         case 32: try { try decoder.decodeSingularStringField(value: &_storage._originSnapshot) }()
+        case 33: try { try decoder.decodeSingularMessageField(value: &_storage._scrub) }()
         case 40: try { try decoder.decodeSingularBoolField(value: &_storage._scratch) }()
         default: break
         }
@@ -1736,6 +1779,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       if !_storage._originSnapshot.isEmpty {
         try visitor.visitSingularStringField(value: _storage._originSnapshot, fieldNumber: 32)
       }
+      try { if let v = _storage._scrub {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 33)
+      } }()
       if _storage._scratch != false {
         try visitor.visitSingularBoolField(value: _storage._scratch, fieldNumber: 40)
       }
@@ -1773,6 +1819,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._labels != rhs_storage._labels {return false}
         if _storage._originVolume != rhs_storage._originVolume {return false}
         if _storage._originSnapshot != rhs_storage._originSnapshot {return false}
+        if _storage._scrub != rhs_storage._scrub {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -1969,7 +2016,7 @@ nonisolated extension Haptera_V1_Engine: SwiftProtobuf.Message, SwiftProtobuf._M
 
 nonisolated extension Haptera_V1_Scrub: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Scrub"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}state\0\u{3}regions_done\0\u{3}regions_total\0\u{3}blocks_checked\0\u{3}blocks_bad\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}regions_skipped\0\u{3}bytes_per_second\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}state\0\u{3}regions_done\0\u{3}regions_total\0\u{3}blocks_checked\0\u{3}blocks_bad\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}regions_skipped\0\u{3}bytes_per_second\0\u{1}reason\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1986,6 +2033,7 @@ nonisolated extension Haptera_V1_Scrub: SwiftProtobuf.Message, SwiftProtobuf._Me
       case 7: try { try decoder.decodeSingularUInt64Field(value: &self.blocksLost) }()
       case 8: try { try decoder.decodeSingularUInt64Field(value: &self.regionsSkipped) }()
       case 9: try { try decoder.decodeSingularUInt64Field(value: &self.bytesPerSecond) }()
+      case 10: try { try decoder.decodeSingularStringField(value: &self.reason) }()
       default: break
       }
     }
@@ -2019,6 +2067,9 @@ nonisolated extension Haptera_V1_Scrub: SwiftProtobuf.Message, SwiftProtobuf._Me
     if self.bytesPerSecond != 0 {
       try visitor.visitSingularUInt64Field(value: self.bytesPerSecond, fieldNumber: 9)
     }
+    if !self.reason.isEmpty {
+      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 10)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2032,6 +2083,7 @@ nonisolated extension Haptera_V1_Scrub: SwiftProtobuf.Message, SwiftProtobuf._Me
     if lhs.blocksLost != rhs.blocksLost {return false}
     if lhs.regionsSkipped != rhs.regionsSkipped {return false}
     if lhs.bytesPerSecond != rhs.bytesPerSecond {return false}
+    if lhs.reason != rhs.reason {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -3520,6 +3572,61 @@ nonisolated extension Haptera_V1_CreateSnapshotRequest: SwiftProtobuf.Message, S
     if lhs.name != rhs.name {return false}
     if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
     if lhs.labels != rhs.labels {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_ReadSnapshotRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".ReadSnapshotRequest"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}volume\0\u{1}name\0\u{1}reader\0\u{3}lease_milliseconds\0\u{3}timeout_milliseconds\0\u{1}ends\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.volume) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 3: try { try decoder.decodeSingularFixed64Field(value: &self.reader) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.leaseMilliseconds) }()
+      case 5: try { try decoder.decodeSingularUInt64Field(value: &self.timeoutMilliseconds) }()
+      case 6: try { try decoder.decodeSingularBoolField(value: &self.ends) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.volume.isEmpty {
+      try visitor.visitSingularStringField(value: self.volume, fieldNumber: 1)
+    }
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 2)
+    }
+    if self.reader != 0 {
+      try visitor.visitSingularFixed64Field(value: self.reader, fieldNumber: 3)
+    }
+    if self.leaseMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.leaseMilliseconds, fieldNumber: 4)
+    }
+    if self.timeoutMilliseconds != 0 {
+      try visitor.visitSingularUInt64Field(value: self.timeoutMilliseconds, fieldNumber: 5)
+    }
+    if self.ends != false {
+      try visitor.visitSingularBoolField(value: self.ends, fieldNumber: 6)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_ReadSnapshotRequest, rhs: Haptera_V1_ReadSnapshotRequest) -> Bool {
+    if lhs.volume != rhs.volume {return false}
+    if lhs.name != rhs.name {return false}
+    if lhs.reader != rhs.reader {return false}
+    if lhs.leaseMilliseconds != rhs.leaseMilliseconds {return false}
+    if lhs.timeoutMilliseconds != rhs.timeoutMilliseconds {return false}
+    if lhs.ends != rhs.ends {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -26,8 +26,8 @@ package actor Controller {
     /// When those that came to nothing are looked at again.
     var groupsRetryAt: Int64 = 0
     var maintenances = Maintenances()
-    /// What keeps the engines of volumes that are being filled, by id.
-    var fillings: [String: EngineUse] = [:]
+    var readers = SnapshotReaders()
+    var detachedScrubs = DetachedScrubs()
     private var observed: [String: (report: Haptera_V1_NodeReport, seen: Int64)] = [:]
     private let startedMilliseconds: Int64
 
@@ -79,11 +79,15 @@ package actor Controller {
                     id: $0.replicaID, address: $0.address, directory: $0.directory,
                     isRemoved: $0.state == .removed)
             }
-        facts.engines = report.engines.map {
+        facts.engines = report.engines.map { engine in
             .init(
-                volumeID: $0.volumeID, clientGeneration: Int64(clamping: $0.clientGeneration),
-                hasServed: $0.state == .serving, isDetached: $0.state == .detached,
-                hadRemoteClient: $0.hadRemoteClient)
+                volumeID: engine.volumeID,
+                clientGeneration: Int64(clamping: engine.clientGeneration),
+                hasServed: engine.state == .serving, isDetached: engine.state == .detached,
+                hadRemoteClient: engine.hadRemoteClient,
+                scrub: ScrubProgress(text: engine.scrub.progress).map {
+                    ScrubFact(progress: $0, isFinished: engine.scrub.state == "finished")
+                })
         }
         return facts
     }
@@ -94,7 +98,6 @@ package actor Controller {
     ) async throws {
         guard let old else { return }
         let caller = Caller(actor: "node/\(new.name)")
-        try await noteScrubs(from: old, to: new, by: caller)
         for replica in new.replicas {
             guard let before = old.replicas.first(where: { $0.replicaID == replica.replicaID }),
                 before.state != replica.state || before.restarts < replica.restarts
@@ -190,6 +193,7 @@ package actor Controller {
         wanted.removalDeadlineMilliseconds = UInt64(volume.removalDeadlineMilliseconds)
         wanted.acceptLossInstance = UInt64(volume.acceptLossInstance) ?? 0
         wanted.detectZeroes = volume.detectsZeroes
+        if let scrub = stored.scrub, !scrub.isFinished { wanted.scrub = scrub.progress }
         wanted.replicas = stored.replicas.filter(stored.isForEngine).map {
             var endpoint = Haptera_V1_ReplicaEndpoint()
             endpoint.replicaID = $0.id
@@ -247,7 +251,12 @@ package actor Controller {
     }
 
     func view(_ stored: StoredVolume) -> Haptera_V1_Volume {
-        VolumeView(stored, nodes: observedNodes, problem: problems[stored.volume.name]).message
+        var message = VolumeView(
+            stored, nodes: observedNodes, problem: problems[stored.volume.name],
+            activity: activity(stored.volume)
+        ).message
+        if message.hasScrub { message.scrub.reason = scrubReason(stored) }
+        return message
     }
 
     package func create(_ wanted: VolumeSpecification) async throws -> Haptera_V1_Volume {
@@ -284,12 +293,12 @@ package actor Controller {
         _ = try await createSnapshot(request)
     }
     package func attach(_ name: String, node: String?) async throws -> Haptera_V1_Volume {
-        try await knowingNodes {
-            let stored = try await store.attachVolume(name, node: node, ready: Set(readyNodes))
-            // The next engine goes on with it.
-            await leaveFilling(stored.volume.id)
-            return changed(stored)
+        let volume = try await knowingNodes {
+            try changed(await store.attachVolume(name, node: node, ready: Set(readyNodes)))
         }
+        // What gives way does so now; if this fails, in the next round.
+        if volume.state == .attaching { try? await tendMaintenance(of: name) }
+        return volume
     }
     /// A controller that has just started takes nodes for missing that have yet to report to it:
     /// then what they are needed for is not refused; whoever asks shall ask again.

@@ -58,6 +58,10 @@ package struct ControllerProcess: Sendable {
                             try await controller.tendMaintenances()
                         }),
                     .init(
+                        service: PeriodicLoop(name: "scrubs", logger: logger) {
+                            try await controller.tendScrubs()
+                        }),
+                    .init(
                         service: PeriodicLoop(name: "schedules", logger: logger) {
                             try await controller.runSchedules()
                         }),

@@ -9,51 +9,44 @@ extension Controller {
 
     /// One round over all such volumes. What a controller before this one has begun goes on.
     func tendFillings() async throws {
-        let volumes = try await store.volumes().filter(\.isBeingFilled)
-        let ids = Set(volumes.map(\.volume.id))
-        for id in fillings.keys where !ids.contains(id) { await leaveFilling(id) }
-        for stored in volumes where stored.volume.phase == .ready { try await tend(stored) }
-    }
-
-    /// Its engine is needed for this no longer.
-    func leaveFilling(_ id: String) async {
-        if let use = fillings.removeValue(forKey: id) { await leave(use) }
+        for stored in try await store.volumes() where stored.isBeingFilled {
+            if stored.volume.phase == .ready { try await tend(stored) }
+        }
     }
 
     private func tend(_ stored: StoredVolume) async throws {
         let (volume, id) = (stored.volume, stored.volume.id)
         maintenances.look(at: volume)
-        if let held = fillings[id]?.ticket, !maintenances.isUsed(id, by: held) {
-            fillings[id] = nil
-        }
         // What nodes hold that have yet to report to us is not known: what goes on goes on.
         let isUnknown = try await !knowsNodes
         let isWanted =
             volume.clientNode == nil && !maintenances.isClosed(id)
             && (needsEngine(stored) || isUnknown)
-        guard fillings[id] == nil else {
-            if !isWanted { await leaveFilling(id) }
+        guard !maintenances.isHeld(id, by: .filling) else {
+            if !isWanted { await release(volume, .filling) }
             return
         }
-        guard isWanted, !volume.isDetaching else { return }
-        guard let ticket = try await ticket(stored, mayBegin: !isUnknown) else { return }
-        fillings[id] = EngineUse(stored: stored, node: nil, deadline: .now, ticket: ticket)
+        guard isWanted, !volume.isDetaching,
+            let ticket = try await ticket(stored, mayBegin: !isUnknown)
+        else { return }
+        maintenances.hold(id, ticket, .filling)
+        await leave(EngineUse(stored: stored, node: nil, deadline: .now, ticket: ticket))
     }
 
     /// The share of an engine that is there, or of another one. Nil: not now.
     private func ticket(_ stored: StoredVolume, mayBegin: Bool) async throws -> UInt64? {
         let (volume, id) = (stored.volume, stored.volume.id)
-        if maintenances.isUsed(id) { return maintenances.join(id) }
+        if maintenances.isUsed(id) { return maintenances.join(id, for: nil) }
         if volume.isMaintained {
             guard volume.maintenance == Self.fillingWords else { return nil }
-            let ticket = maintenances.begin(id)
+            let ticket = maintenances.begin(id, for: nil)
             maintenances.begun(id, ticket, generation: volume.clientGeneration)
             return ticket
         }
         guard mayBegin, let node = try? maintenanceNode(stored) else { return nil }
         return try await Caller.$current.withValue(.controller) {
             do {
-                return try await begin(stored, on: node, for: Self.fillingWords)
+                return try await begin(stored, on: node, for: Self.fillingWords, nil)
             } catch let error as ControlError where error.code != .invalid {
                 // Its node is about to go, or the volume: looked at again.
                 return nil

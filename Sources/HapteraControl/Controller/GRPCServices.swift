@@ -182,6 +182,13 @@ extension VolumeService {
         return response
     }
 
+    func readSnapshot(
+        request: Haptera_V1_ReadSnapshotRequest, context: ServerContext
+    ) async throws -> Haptera_V1_Snapshot {
+        _ = try checked(request.volume)
+        return try await controller.readSnapshot(request)
+    }
+
     func labelSnapshot(
         request: Haptera_V1_LabelSnapshotRequest, context: ServerContext
     ) async throws -> Haptera_V1_Snapshot {

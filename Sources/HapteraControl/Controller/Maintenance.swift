@@ -2,83 +2,6 @@ import HapteraAPI
 import HapteraCore
 import HapteraHost
 
-/// Who uses the engines of volumes that are not attached, by volume id. In memory: what a
-/// controller that starts anew finds in the store is used by nobody, and is ended.
-struct Maintenances {
-    private struct Use {
-        var ticket: UInt64
-        var count: Int
-        /// Of the attachment; nil: the store does not have it yet.
-        var generation: Int64?
-    }
-    private var uses: [String: Use] = [:]
-    private var nextTicket: UInt64 = 1
-    /// Volumes that somebody waits for to be without an engine: no other is begun.
-    private var closed: [String: Int] = [:]
-    private var waitingSince: [String: Int64] = [:]
-
-    func userCount(_ id: String) -> Int { uses[id]?.count ?? 0 }
-    func isUsed(_ id: String) -> Bool { userCount(id) > 0 }
-    func isUsed(_ id: String, by ticket: UInt64) -> Bool { uses[id]?.ticket == ticket }
-    func isClosed(_ id: String) -> Bool { closed[id] != nil }
-
-    /// Noted before the store knows of it, so that what is in the store and not noted is nobody's.
-    mutating func begin(_ id: String) -> UInt64 {
-        precondition(uses[id] == nil)
-        defer { nextTicket += 1 }
-        uses[id] = Use(ticket: nextTicket, count: 1)
-        return nextTicket
-    }
-
-    mutating func begun(_ id: String, _ ticket: UInt64, generation: Int64) {
-        if uses[id]?.ticket == ticket { uses[id]?.generation = generation }
-    }
-
-    mutating func join(_ id: String) -> UInt64? {
-        uses[id]?.count += 1
-        return uses[id]?.ticket
-    }
-
-    /// The attachment that nobody uses any more, if that was the last one to leave.
-    mutating func leave(_ id: String, _ ticket: UInt64) -> Int64? {
-        guard var use = uses[id], use.ticket == ticket else { return nil }
-        use.count -= 1
-        uses[id] = use.count > 0 ? use : nil
-        return use.count > 0 ? nil : use.generation
-    }
-
-    /// Forgets one that has ended, whoever uses it: a salvage may end it, or a reconstruction.
-    mutating func look(at volume: VolumeRow) {
-        guard let begun = uses[volume.id]?.generation, !volume.isMaintained,
-            volume.clientGeneration >= begun
-        else { return }
-        drop(volume.id)
-    }
-
-    /// How long somebody waits for its end to attach the volume, milliseconds.
-    mutating func waiting(_ volume: VolumeRow, now: Int64) -> Int64 {
-        guard volume.nextNode != nil else {
-            waitingSince[volume.id] = nil
-            return 0
-        }
-        let since = waitingSince[volume.id] ?? now
-        waitingSince[volume.id] = since
-        return now - since
-    }
-    mutating func keepOnly(_ maintained: Set<String>) {
-        waitingSince = waitingSince.filter { maintained.contains($0.key) }
-    }
-
-    /// It has ended, whoever uses it.
-    mutating func drop(_ id: String) { uses[id] = nil }
-
-    mutating func close(_ id: String) { closed[id, default: 0] += 1 }
-    mutating func open(_ id: String) {
-        let count = closed[id] ?? 0
-        closed[id] = count > 1 ? count - 1 : nil
-    }
-}
-
 /// An engine that may be asked, until `leave`.
 struct EngineUse: Sendable {
     let stored: StoredVolume
@@ -86,7 +9,9 @@ struct EngineUse: Sendable {
     let node: String?
     let deadline: ContinuousClock.Instant
     /// The share of a maintenance; nil: the volume is attached.
-    var ticket: UInt64?
+    fileprivate(set) var ticket: UInt64?
+    /// What a command does; nil: it gives way.
+    fileprivate var words: String?
 
     /// What is left of the time, milliseconds.
     var timeout: UInt64 {
@@ -100,15 +25,17 @@ extension Controller {
     /// Does it with the volume's engine. A volume that is not attached gets one for so long, which
     /// no client can connect to; those who do something at the same time share it.
     ///
-    /// `words`: what is done. `isNeeded`: throws where it would lead nowhere, before an engine is
-    /// begun and again when it is ready; false: nobody needs to be asked.
+    /// `words`: what is done. `yields`: an attachment does not wait for it; what is done then is
+    /// done with the attached engine. `isNeeded`: throws where it would lead nowhere, before an
+    /// engine is begun and again when it is ready; false: nobody needs to be asked.
     func withEngine<Result>(
-        of name: String, for words: String, timeout: UInt64,
+        of name: String, for words: String, timeout: UInt64, yields: Bool = false,
         isNeeded: (StoredVolume) throws -> Bool,
         _ act: (EngineUse) async throws -> Result
     ) async throws -> Result {
         let deadline = ContinuousClock.now + .milliseconds(Self.timeout(timeout))
-        let use = try await enter(name, for: words, by: deadline, isNeeded: isNeeded)
+        let use = try await enter(
+            name, for: words, by: deadline, yields: yields, isNeeded: isNeeded)
         do {
             let result = try await act(use)
             await leave(use)
@@ -122,8 +49,9 @@ extension Controller {
     /// Waits until an engine can be asked.
     func enter(
         _ name: String, for words: String, by deadline: ContinuousClock.Instant,
-        isNeeded: (StoredVolume) throws -> Bool
+        yields: Bool = false, isNeeded: (StoredVolume) throws -> Bool
     ) async throws -> EngineUse {
+        let command = yields ? nil : words
         var ticket: UInt64?
         var last: StoredVolume?
         var reason = "volume '\(name)' did not get an engine in time; try again"
@@ -141,13 +69,14 @@ extension Controller {
                 switch step {
                 case .ask(let node):
                     return EngineUse(
-                        stored: stored, node: node, deadline: deadline, ticket: ticket)
+                        stored: stored, node: node, deadline: deadline, ticket: ticket,
+                        words: command)
                 case .wait(let why): reason = why
                 case .join:
-                    ticket = maintenances.join(stored.volume.id)
+                    ticket = maintenances.join(stored.volume.id, for: command)
                     changes.notify()
                 case .begin(let node):
-                    ticket = try await begin(stored, on: node, for: words)
+                    ticket = try await begin(stored, on: node, for: words, command)
                 }
                 return nil
             }
@@ -156,7 +85,9 @@ extension Controller {
         } catch {
             if let last, let ticket {
                 await leave(
-                    EngineUse(stored: last, node: nil, deadline: deadline, ticket: ticket))
+                    EngineUse(
+                        stored: last, node: nil, deadline: deadline, ticket: ticket,
+                        words: command))
             }
             throw error
         }
@@ -265,7 +196,7 @@ extension Controller {
 
     /// Nil: somebody else was first.
     func begin(
-        _ stored: StoredVolume, on node: String, for words: String
+        _ stored: StoredVolume, on node: String, for words: String, _ command: String?
     ) async throws -> UInt64? {
         let id = stored.volume.id
         // It would be begun in vain.
@@ -274,7 +205,7 @@ extension Controller {
             changes.notify()
             return nil
         }
-        let ticket = maintenances.begin(id)
+        let ticket = maintenances.begin(id, for: command)
         defer { changes.notify() }
         // Not given up half-way, whoever asked: what is in the store is noted here, or is nobody's.
         let (name, generation) = (stored.volume.name, stored.volume.clientGeneration)
@@ -297,9 +228,17 @@ extension Controller {
     /// The last one to leave ends the maintenance; its engine's end is not waited for.
     func leave(_ use: EngineUse) async {
         let volume = use.stored.volume
-        guard let ticket = use.ticket, let generation = maintenances.leave(volume.id, ticket) else {
-            return
-        }
+        guard let ticket = use.ticket,
+            let generation = maintenances.leave(volume.id, ticket, for: use.words)
+        else { return }
+        await end(volume, generation)
+    }
+    /// What held it is over; it ends if that was the last.
+    func release(_ volume: VolumeRow, _ hold: Maintenances.Hold) async {
+        guard let generation = maintenances.release(volume.id, hold) else { return }
+        await end(volume, generation)
+    }
+    private func end(_ volume: VolumeRow, _ generation: Int64) async {
         // Also of a request that was given up. What fails is tried again.
         await Task {
             try? await store.endMaintenance(volume.name, generation: generation)
@@ -308,7 +247,7 @@ extension Controller {
     }
 
     /// Looks now and after each change, until `look` has found something. Nil: not in time.
-    private func first<Found>(
+    func first<Found>(
         by deadline: ContinuousClock.Instant, _ look: () async throws -> Found?
     ) async throws -> Found? {
         let alarm = Task {
@@ -333,31 +272,56 @@ extension Controller {
     /// One round: ends what nobody uses, which a controller before this one may have begun, breaks
     /// off what takes too long, and gives up what is on nodes that are not heard of.
     package func tendMaintenances() async throws {
+        readers.expire(now: store.clock())
         try await tendFillings()
-        let maintained = try await store.volumes().filter(\.volume.isMaintained)
+        let volumes = try await store.volumes()
+        for stored in volumes { maintenances.look(at: stored.volume) }
+        let maintained = volumes.filter(\.volume.isMaintained)
         maintenances.keepOnly(Set(maintained.map(\.volume.id)))
-        for volume in maintained.map(\.volume) {
-            let isReady = observedNodes[volume.attachedNode ?? ""]?.isReady ?? false
-            let waited = maintenances.waiting(volume, now: store.clock())
-            try await Caller.$current.withValue(.controller) {
-                if !isReady {
-                    guard try await knowsNodes else { return }
-                    maintenances.drop(volume.id)
-                    try await store.abandonMaintenance(
-                        volume.name, generation: volume.clientGeneration)
-                } else if !volume.isDetaching,
-                    !maintenances.isUsed(volume.id)
-                        || waited >= Self.attachmentPatienceMilliseconds
-                {
-                    maintenances.drop(volume.id)
-                    try await store.endMaintenance(
-                        volume.name, generation: volume.clientGeneration)
-                } else {
-                    return
-                }
-                changes.notify()
+        for stored in maintained { try await tend(stored) }
+    }
+
+    func tendMaintenance(of name: String) async throws {
+        let stored = try await store.volume(named: name)
+        if stored.volume.isMaintained { try await tend(stored) }
+    }
+
+    private func tend(_ stored: StoredVolume) async throws {
+        let volume = stored.volume
+        if stored.scrub?.isFinished != false { await release(volume, .scrub) }
+        if readers.count(volume.id) == 0 { await release(volume, .readers) }
+        if !stored.isBeingFilled { await release(volume, .filling) }
+        let isReady = observedNodes[volume.attachedNode ?? ""]?.isReady ?? false
+        let waited = maintenances.waiting(volume, now: store.clock())
+        let isInTheWay =
+            volume.nextNode != nil
+            && (maintenances.yields(volume.id) || waited >= Self.attachmentPatienceMilliseconds)
+        try await Caller.$current.withValue(.controller) {
+            if !isReady {
+                guard try await knowsNodes else { return }
+                maintenances.drop(volume.id)
+                try await store.abandonMaintenance(
+                    volume.name, generation: volume.clientGeneration)
+            } else if !volume.isDetaching, !maintenances.isUsed(volume.id) || isInTheWay {
+                maintenances.drop(volume.id)
+                try await store.endMaintenance(volume.name, generation: volume.clientGeneration)
+            } else {
+                return
             }
+            changes.notify()
         }
+    }
+
+    /// What the engine of a volume that is not attached is there for; nil: what it was begun for.
+    func activity(_ volume: VolumeRow) -> String? {
+        var words = maintenances.words(volume.id)
+        let count = readers.count(volume.id)
+        if count > 0, maintenances.isHeld(volume.id, by: .readers) {
+            words.append(
+                count == 1 ? "a snapshot is being read" : "snapshots are being read, by \(count)")
+        }
+        if maintenances.isHeld(volume.id, by: .scrub) { words.append("it is being scrubbed") }
+        return words.isEmpty ? nil : words.joined(separator: ", ")
     }
 
     // MARK: Deletion
@@ -366,11 +330,17 @@ extension Controller {
 
     /// What is just done to the volume comes to its end first, and nothing else is begun.
     package func delete(_ name: String) async throws {
-        let id = try await store.volumes(named: name).first?.volume.id
+        let stored = try await store.volumes(named: name).first
+        let id = stored?.volume.id
+        if let volume = stored?.volume, volume.clientNode == nil, readers.count(volume.id) > 0 {
+            throw Self.refused(
+                "a snapshot of volume '\(name)' is being read: wait until that is done, or end it")
+        }
         if let id { maintenances.close(id) }
         defer { if let id { maintenances.open(id) } }
-        if let id {
-            await leaveFilling(id)
+        if let id, let volume = stored?.volume {
+            await release(volume, .scrub)
+            await release(volume, .filling)
             _ = try await first(by: ContinuousClock.now + Self.deletionPatience) {
                 let volume = try await store.volumes(named: name).first?.volume
                 let isFree = volume?.maintenance == nil || volume?.nextNode != nil

@@ -10,9 +10,10 @@ package struct SchedulePlan: Sendable {
             package var schedule: String?
             package var layer: LayerID = .head
         }
-        /// The last scrub, as its engine says.
+        /// The last scrub.
         package enum Scrub: Equatable, Sendable {
             case none
+            /// Or about to.
             case running
             /// For its replicas: it does nothing.
             case waiting
@@ -23,19 +24,14 @@ package struct SchedulePlan: Sendable {
         package var labels: [String: String] = [:]
         /// Of its replicas and its engine.
         package var nodes: Set<String> = []
-        /// Why no engine can be asked for a snapshot; nil: it can be.
+        /// Why no engine can be asked; nil: one can be.
         package var obstacle: String?
-        /// The same for a scrub.
-        package var scrubObstacle: String?
         /// Snapshots of this layer and later ones hold what the volume does, which is not attached;
         /// nil: it may have changed since any.
         package var unchangedSince: LayerID?
         /// Oldest first.
         package var snapshots: [Snapshot] = []
         package var scrub = Scrub.none
-        package var scrubID = ""
-        /// When that was heard; nil: nobody can say, for there is no engine.
-        package var scrubSeen: Int64?
     }
 
     package enum Step: Equatable, Sendable {
@@ -48,15 +44,10 @@ package struct SchedulePlan: Sendable {
         case takeSnapshot(ScheduleRunRow, String)
         case deleteSnapshot(ScheduleRunRow, String)
         case scrub(ScheduleRunRow)
-        /// The engine knows nothing of the scrub it was asked for.
+        /// Nothing is noted of the scrub that was asked for.
         case scrubAgain(ScheduleRunRow)
         case finish(ScheduleRunRow)
     }
-
-    /// After a scrub was asked for, what is heard may still be of the one before.
-    static let scrubMarginMilliseconds: Int64 = 3000
-    /// So long nobody asks again, though only the one before is heard of.
-    static let scrubUnheardMaxMilliseconds: Int64 = 60_000
 
     private let volumes: [String: Volume]
     private let schedules: [StoredSchedule]
@@ -163,7 +154,7 @@ package struct SchedulePlan: Sendable {
             let isActive = !schedule.row.isPaused && schedule.row.due(now: now) == nil
             for run in schedule.runs {
                 guard let volume = volumes[run.volumeID] else { continue }
-                if attempts.busy.contains(volume.id) || isUnheard(run, volume) {
+                if attempts.busy.contains(volume.id) {
                     busyNodes.formUnion(volume.nodes)
                 } else if run.state == .running {
                     if let step = follow(run, volume) { steps.append(step) }
@@ -175,7 +166,7 @@ package struct SchedulePlan: Sendable {
         waiting.sort { ($0.doneMilliseconds, $0.volume) < ($1.doneMilliseconds, $1.volume) }
         for run in waiting {
             guard let volume = volumes[run.volumeID] else { continue }
-            if let obstacle = volume.scrubObstacle {
+            if let obstacle = volume.obstacle {
                 if let step = hold(run, obstacle) { steps.append(step) }
             } else if attempts.mayTry(run, "", now: now), busyNodes.isDisjoint(with: volume.nodes) {
                 steps.append(.scrub(run))
@@ -185,23 +176,9 @@ package struct SchedulePlan: Sendable {
         return steps
     }
 
-    /// It was asked for a scrub so lately that what is heard may be of another.
-    private func isUnheard(_ run: ScheduleRunRow, _ volume: Volume) -> Bool {
-        guard run.state == .running, let seen = volume.scrubSeen else { return false }
-        if seen < run.stateMilliseconds + Self.scrubMarginMilliseconds { return true }
-        return isOld(volume)
-            && now < run.stateMilliseconds + Self.scrubUnheardMaxMilliseconds
-    }
-
-    /// Its scrub had ended when another was asked for.
-    private func isOld(_ volume: Volume) -> Bool {
-        volume.scrub == .finished && attempts.endedScrubs[volume.id] == volume.scrubID
-    }
-
     private func follow(_ run: ScheduleRunRow, _ volume: Volume) -> Step? {
-        guard volume.scrubSeen != nil else { return .scrubAgain(run) }
         switch volume.scrub {
-        case .finished: return isOld(volume) ? .scrubAgain(run) : .finish(run)
+        case .finished: return .finish(run)
         case .running, .waiting: return nil
         case .none: return .scrubAgain(run)
         }
@@ -237,8 +214,6 @@ package struct ScheduleAttempts: Sendable {
 
     /// Volumes something is being done to.
     package var busy: Set<String> = []
-    /// By volume: the scrub that had ended when another was asked for.
-    package var endedScrubs: [String: String] = [:]
     private var failures: [Key: Failure] = [:]
 
     package init() {}
@@ -268,7 +243,5 @@ package struct ScheduleAttempts: Sendable {
     mutating func keepOnly(_ schedules: [StoredSchedule]) {
         let names = Set(schedules.map(\.row.name))
         failures = failures.filter { names.contains($0.key.schedule) }
-        let volumes = Set(schedules.flatMap { $0.runs.map(\.volumeID) })
-        endedScrubs = endedScrubs.filter { volumes.contains($0.key) }
     }
 }

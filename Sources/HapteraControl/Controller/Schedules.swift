@@ -86,7 +86,7 @@ extension Controller {
             var volume = SchedulePlan.Volume(
                 id: stored.volume.id, name: stored.volume.name, labels: stored.labels)
             volume.nodes = Set(stored.replicas.map(\.node))
-            (volume.obstacle, volume.scrubObstacle) = obstacles(stored)
+            volume.obstacle = obstacle(stored)
             if stored.volume.clientNode == nil, stored.volume.unchangedSince > 0 {
                 volume.unchangedSince = LayerID(
                     rawValue: UInt32(clamping: stored.volume.unchangedSince))
@@ -95,44 +95,29 @@ extension Controller {
                 .init(
                     name: $0.name, schedule: taken[stored.volume.id]?[$0.name], layer: $0.layer)
             }
-            guard let node = stored.volume.attachedNode, !stored.volume.isMaintained else {
-                return volume
-            }
-            volume.nodes.insert(node)
-            let seen = observedNodes[node]
-            volume.scrubSeen = seen?.lastSeenMilliseconds
-            let scrub = seen?.engine(stored.volume)?.scrub
-            volume.scrubID = scrub?.id ?? ""
-            volume.scrub =
-                switch scrub?.state {
-                case "running": .running
-                case "waiting": .waiting
-                case "finished": .finished
-                default: .none
-                }
+            if let node = stored.volume.attachedNode { volume.nodes.insert(node) }
+            volume.scrub = scrubState(stored)
             return volume
         }
     }
 
-    /// To a snapshot and to a scrub. A volume that is not attached gets an engine for the former.
-    private func obstacles(_ stored: StoredVolume) -> (snapshot: String?, scrub: String?) {
+    /// As it is noted: what nobody has done yet, and can be, is as good as running.
+    private func scrubState(_ stored: StoredVolume) -> SchedulePlan.Volume.Scrub {
+        guard let row = stored.scrub else { return .none }
+        if row.isFinished { return .finished }
+        let engine = observedNodes[stored.volume.attachedNode ?? ""]?.engine(stored.volume)
+        if engine?.scrub.state == "running" { return .running }
+        // Whoever has its turn next counts, or all would be begun at once.
+        let isDue = stored.volume.clientNode == nil && engine?.scrub.state != "waiting"
+        return isDue && !isScrubHindered(stored) ? .running : .waiting
+    }
+
+    /// To a snapshot and to a scrub. A volume that is not attached gets an engine for either.
+    private func obstacle(_ stored: StoredVolume) -> String? {
         do {
-            guard try servingNode(stored) == nil else { return (nil, nil) }
+            return try servingNode(stored) == nil ? scrubObstacle(stored) : nil
         } catch {
-            return ("\(error)", "\(error)")
-        }
-        let scrub = "it is not attached, and only its engine can be asked"
-        // Nobody has asked for the takeover of a volume whose clients may live on somewhere. There
-        // were none since it is known what it has not changed since.
-        let hadNoClients = stored.wasLeftInOrder || stored.volume.unchangedSince > 0
-        guard stored.volume.isMaintained || hadNoClients else {
-            return ("it is not attached, and its last engine did not leave in order", scrub)
-        }
-        do {
-            if !stored.volume.isMaintained { _ = try maintenanceNode(stored) }
-            return (nil, scrub)
-        } catch {
-            return ("\(error)", scrub)
+            return "\(error)"
         }
     }
 
@@ -205,11 +190,6 @@ extension Controller {
     private func scrub(_ run: ScheduleRunRow) async throws {
         var request = Haptera_V1_ScrubVolumeRequest()
         request.name = run.volume
-        let stored = try await store.volume(named: run.volume)
-        let before = stored.volume.attachedNode.flatMap {
-            observedNodes[$0]?.engine(stored.volume)?.scrub
-        }
-        attempts.endedScrubs[run.volumeID] = before?.state == "finished" ? before?.id : nil
         _ = try await scrubVolume(request)
     }
 }

@@ -17,9 +17,9 @@ extension Controller {
         let stored = try await store.volume(named: name)
         let volume = view(stored)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
-        let lineage = lineage(stored)
+        let (lineage, places) = (lineage(stored), snapshotPlaces(stored))
         return (stored.record?.snapshots ?? []).map {
-            Self.message($0, of: volume, stored.record, labels[$0.name], lineage)
+            Self.message($0, of: volume, stored.record, labels[$0.name], lineage, places)
         }
         .filter { selector.matches($0.labels) }
     }
@@ -119,6 +119,7 @@ extension Controller {
             timeout: request.timeoutMilliseconds,
             isNeeded: { stored in
                 _ = try Self.named(request.name, in: stored)
+                try requireUnread(request.name, of: stored.volume)
                 return true
             }
         ) { try await delete(request, $0) }
@@ -161,8 +162,8 @@ extension Controller {
         let labels = try await store.snapshotLabels(of: stored.volume.id)
         return stored.record?.snapshot(named: snapshot).map {
             Self.message(
-                $0, of: view(stored), stored.record, labels[snapshot],
-                lineage(stored))
+                $0, of: view(stored), stored.record, labels[snapshot], lineage(stored),
+                snapshotPlaces(stored))
         }
     }
 
@@ -304,7 +305,8 @@ extension Controller {
 
     private static func message(
         _ snapshot: VolumeRecord.Snapshot, of volume: Haptera_V1_Volume, _ record: VolumeRecord?,
-        _ labels: [String: String]?, _ lineage: SnapshotLineage
+        _ labels: [String: String]?, _ lineage: SnapshotLineage,
+        _ places: (uri: String, unixURI: String)
     ) -> Haptera_V1_Snapshot {
         var message = Haptera_V1_Snapshot()
         message.labels = labels ?? [:]
@@ -324,10 +326,8 @@ extension Controller {
         if let exclusive = lineage.exclusive[snapshot.layer] {
             message.exclusiveBytes = exclusive
         }
-        if volume.state == .attached {
-            message.uri = SnapshotExport.uri(volume.engine.uri, snapshot.name)
-            message.unixUri = SnapshotExport.uri(volume.engine.unixUri, snapshot.name)
-        }
+        message.uri = SnapshotExport.uri(places.uri, snapshot.name)
+        message.unixUri = SnapshotExport.uri(places.unixURI, snapshot.name)
         return message
     }
 }

@@ -34,8 +34,14 @@ package struct VolumeView: Sendable {
 
     /// Why a stale replica is not replaced.
     let problem: String?
+    /// What its engine does while it is not attached; nil: what that was begun for.
+    let activity: String?
 
-    package init(_ stored: StoredVolume, nodes: [String: ObservedNode], problem: String? = nil) {
+    package init(
+        _ stored: StoredVolume, nodes: [String: ObservedNode], problem: String? = nil,
+        activity: String? = nil
+    ) {
+        self.activity = activity
         self.stored = stored
         self.nodes = nodes
         self.problem = problem
@@ -64,6 +70,7 @@ package struct VolumeView: Sendable {
         if let engine, engine.needsDecision { message.decisionInstance = engine.instance }
         message.rebuilds = engine?.rebuilds.map(rebuild) ?? []
         if let filling { message.filling = filling }
+        if let scrub { message.scrub = scrub }
         (message.robustness, message.reason) = robustness(message.replicas)
         if let words = maintenance {
             message.reason = [words, message.reason].filter { !$0.isEmpty }.joined(separator: "; ")
@@ -108,7 +115,7 @@ package struct VolumeView: Sendable {
     /// it goes on, or holds up an attachment.
     private var maintenance: String? {
         let volume = stored.volume
-        guard let words = volume.maintenance else { return nil }
+        guard let words = volume.maintenance.map({ activity ?? $0 }) else { return nil }
         if volume.nextNode != nil { return "it is attached when that is done: \(words)" }
         return volume.isDetaching || words == Controller.fillingWords ? nil : words
     }
@@ -166,6 +173,27 @@ package struct VolumeView: Sendable {
         message.bytesCopied = report.bytesCopied
         message.bytesPerSecond = report.bytesPerSecond
         message.elapsedMilliseconds = report.elapsedMilliseconds
+        return message
+    }
+
+    /// The last one: as an engine tells that is about it, or as it is noted.
+    private var scrub: Haptera_V1_Scrub? {
+        let told = engine.flatMap { $0.hasScrub ? $0.scrub : nil }
+        guard let row = stored.scrub, let noted = row.value else { return told.map(Self.scrub) }
+        if let told, ScrubProgress(text: told.progress)?.id == noted.id, !row.isFinished {
+            return Self.scrub(told)
+        }
+        var message = Haptera_V1_Scrub()
+        message.state = row.isFinished ? .finished : .waiting
+        message.regionsDone = noted.region
+        message.regionsTotal =
+            row.isFinished
+            ? noted.region : Geometry.regionCount(size: UInt64(stored.volume.sizeBytes))
+        message.blocksChecked = noted.checked
+        message.blocksBad = noted.bad
+        message.blocksRepaired = noted.repaired
+        message.blocksLost = noted.lost
+        message.regionsSkipped = noted.skipped
         return message
     }
 

@@ -13,6 +13,8 @@ package actor EngineUnit {
     private var told: [Haptera_V1_ReplicaEndpoint]?
     /// The last that an engine told of.
     private var scrubWords: ScrubWords?
+    /// The scrub that was begun last, and in which process: it may be over before it is told of.
+    private var begunScrub: (process: ProcessIdentity, id: UInt64)?
     private var failure = ""
     private var isBusy = false
     /// The controller has said so since the agent started: not only its memory on disk.
@@ -71,7 +73,7 @@ package actor EngineUnit {
     }
 
     static let maintenanceFlag = "--maintenance"
-    /// No client is let in.
+    /// No client is let in, only readers of snapshots.
     private var isMaintenance: Bool { wanted.phase == .maintain }
 
     private var isOfThisAttachment: Bool {
@@ -88,7 +90,7 @@ package actor EngineUnit {
                 supervision.files.removeSockets()
                 supervision.beginAnew()
             }
-            settings.port = isMaintenance ? 0 : try port
+            settings.port = try port
             settings.isMaintenance = isMaintenance
             askedToLeave = nil
             settings.clientGeneration = wanted.clientGeneration
@@ -112,10 +114,12 @@ package actor EngineUnit {
         try await tellScrub()
     }
 
-    /// For clients. The address stays as long as the attachment, which a reboot does not end.
+    /// For clients. The address stays as long as the attachment, which a reboot does not end. That
+    /// of a maintenance is the attachment's that follows: its readers find their snapshots again.
     private var port: Int {
         get throws {
-            let isContinued = settings.port != 0 && !settings.isDetached
+            let isContinued =
+                settings.port != 0 && (!settings.isDetached || settings.isMaintenance == true)
             if isContinued, context.host.isPortFree(settings.port, at: context.address) {
                 return settings.port
             }
@@ -159,15 +163,10 @@ package actor EngineUnit {
             "--volume", wanted.volume, "--volume-id", wanted.volumeID, "--store", recordService,
             "--control", supervision.files.control,
             "--client-generation", "\(wanted.clientGeneration)",
+            "--nbd", Names.endpoint(host: context.address, port: settings.port),
+            "--nbd-unix", supervision.files.nbdSocket,
         ]
-        if isMaintenance {
-            arguments.append(Self.maintenanceFlag)
-        } else {
-            arguments += [
-                "--nbd", Names.endpoint(host: context.address, port: settings.port),
-                "--nbd-unix", supervision.files.nbdSocket,
-            ]
-        }
+        if isMaintenance { arguments.append(Self.maintenanceFlag) }
         let replicas = wanted.replicas.filter { !$0.address.isEmpty }
         for replica in replicas {
             arguments += ["--replica", "\(replica.replicaID)=\(replica.address)"]
@@ -191,15 +190,32 @@ package actor EngineUnit {
         told = replicas
     }
 
-    /// Remembers how far a scrub is, and has the next engine go on with one that did not end.
+    /// Remembers how far a scrub is, and has the engine begin one that is wanted, or go on with one
+    /// that did not end.
     private func tellScrub() async throws {
         let status = supervision.status
-        if let told = ScrubWords(status) { return scrubWords = told }
-        guard status["state"] == "serving", let words = scrubWords, !words.isFinished else {
-            return
-        }
+        let told = ScrubWords(status)
+        if let told { scrubWords = told }
+        guard status["state"] == "serving", let process = supervision.process,
+            let progress = scrubToDo(told),
+            begunScrub?.process != process || begunScrub?.id != progress.id
+        else { return }
         _ = try await context.host.request(
-            supervision.files.control, "scrub from=\(words.progress.text)", timeoutSeconds: 5)
+            supervision.files.control, "scrub from=\(progress.text)", timeoutSeconds: 5)
+        begunScrub = (process, progress.id)
+    }
+    /// `told`: the one that the engine is about, or was last.
+    private func scrubToDo(_ told: ScrubWords?) -> ScrubProgress? {
+        // One at a time.
+        if let told, !told.isFinished { return nil }
+        guard let wanted = ScrubProgress(text: wanted.scrub) else {
+            guard told == nil, let words = scrubWords, !words.isFinished else { return nil }
+            return words.progress
+        }
+        guard let words = scrubWords, words.progress.id == wanted.id else { return wanted }
+        if words.isFinished { return nil }
+        // The last word of an engine here may be newer than what the controller has noted.
+        return words.progress.region >= wanted.region ? words.progress : wanted
     }
     /// What the engine may be told. A replica it has and is not told of would leave the volume, so
     /// one whose address was forgotten (with the metadata store) keeps the one told before; nil if
@@ -299,18 +315,6 @@ package actor EngineUnit {
         _ = try await context.host.request(
             supervision.files.control, "resize size=\(request.sizeBytes)",
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
-    }
-
-    /// Answers when a scrub is under way.
-    func scrub(_ request: Haptera_V1_ScrubVolume) async throws {
-        try requireServing(request.clientGeneration)
-        let status = try await context.host.request(
-            supervision.files.control, "status", timeoutSeconds: 5)
-        guard ["running", "waiting"].contains(status["scrub.state"]) == false else { return }
-        var progress = ScrubProgress()
-        progress.id = UInt64.random(in: 1 ... .max)
-        _ = try await context.host.request(
-            supervision.files.control, "scrub from=\(progress.text)", timeoutSeconds: 5)
     }
 
     /// Whoever asks has named the attachment it saw: the engine of another may serve clients who

@@ -24,7 +24,6 @@ extension NodeAgent {
             case .takeSnapshot(let request): try await takeSnapshot(request)
             case .deleteSnapshot(let request): try await deleteSnapshot(request)
             case .growVolume(let request): try await growVolume(request)
-            case .scrubVolume(let request): try await scrubVolume(request)
             case .revertToSnapshot(let request): try await revert(request)
             case .releaseChanges(let request): try await releaseChanges(request)
             case nil: throw HostError("this agent does not know the task; it is too old")
@@ -71,10 +70,6 @@ extension NodeAgent {
         try await askEngine(of: request.volumeID, doubt: SnapshotResult.resizeDoubtText) {
             try await $0.grow(request)
         }
-    }
-
-    private func scrubVolume(_ request: Haptera_V1_ScrubVolume) async throws {
-        try await existingUnit(request.volumeID).scrub(request)
     }
 
     /// Beside the rounds of the engine's unit: a snapshot may take long, and the unit goes on

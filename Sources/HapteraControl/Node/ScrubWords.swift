@@ -34,6 +34,7 @@ struct ScrubWords: Equatable {
         report.blocksLost = progress.lost
         report.regionsSkipped = progress.skipped
         report.bytesPerSecond = bytesPerSecond
+        report.progress = progress.text
         return report
     }
 }

@@ -71,6 +71,7 @@ package final class MetadataStore: Sendable {
         registerMaintenance(&migrator)
         registerNodeLimits(&migrator)
         registerFilling(&migrator)
+        registerScrubs(&migrator)
         return migrator
     }
 

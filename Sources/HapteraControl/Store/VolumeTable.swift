@@ -10,6 +10,7 @@ package struct StoredVolume: Equatable, Sendable {
     package var replicas: [ReplicaRow]
     package var record: VolumeRecord?
     package var labels: [String: String] = [:]
+    package var scrub: ScrubRow?
 }
 
 /// Arguments of a create, checked.
@@ -127,7 +128,8 @@ extension MetadataStore {
             .fetchAll(db)
         let record = try storedRecord(db, row.id).flatMap { VolumeRecord(decoding: $0.bytes) }
         return StoredVolume(
-            volume: row, replicas: replicas, record: record, labels: try labels(db, of: row.id))
+            volume: row, replicas: replicas, record: record, labels: try labels(db, of: row.id),
+            scrub: try ScrubRow.fetchOne(db, key: row.id))
     }
 
     static func noVolume(_ name: String) -> ControlError {
