@@ -118,7 +118,7 @@ final class NBDChanges {
         guard let info = told.first(where: { $0.type == .info })?.data, info.count == 12 else {
             throw HostError("the NBD server does not say how large '\(place.export)' is")
         }
-        size = Self.number(info[2..<10])
+        size = NBDSocket.number(info[2..<10])
     }
 
     private static func ask(
@@ -130,9 +130,9 @@ final class NBDChanges {
         var replies: [(type: NBDOptionReply, data: [UInt8])] = []
         while true {
             let header = try socket.receive(20)
-            let length = number(header[16..<20])
-            guard number(header[0..<8]) == NBDMagic.optionReply, length <= 65536,
-                let type = NBDOptionReply(rawValue: UInt32(number(header[12..<16])))
+            let length = NBDSocket.number(header[16..<20])
+            guard NBDSocket.number(header[0..<8]) == NBDMagic.optionReply, length <= 65536,
+                let type = NBDOptionReply(rawValue: UInt32(NBDSocket.number(header[12..<16])))
             else { throw HostError("the NBD server's answer makes no sense") }
             let data = try socket.receive(Int(length))
             if type == .ack { return replies }
@@ -171,12 +171,12 @@ final class NBDChanges {
                 + NBDSocket.bytes(NBDCommand.blockStatus.rawValue) + NBDSocket.bytes(cookie)
                 + NBDSocket.bytes(offset) + NBDSocket.bytes(UInt32(length)))
         let header = try socket.receive(20)
-        let payload = Self.number(header[16..<20])
-        guard Self.number(header[0..<4]) == UInt64(NBDMagic.structuredReply), payload <= 65536,
-            Self.number(header[8..<16]) == cookie
+        let payload = NBDSocket.number(header[16..<20])
+        guard NBDSocket.number(header[0..<4]) == UInt64(NBDMagic.structuredReply), payload <= 65536,
+            NBDSocket.number(header[8..<16]) == cookie
         else { throw HostError("the NBD server's reply is out of step") }
         let body = try socket.receive(Int(payload))
-        guard Self.number(header[6..<8]) == UInt64(NBDChunk.blockStatus), body.count >= 12,
+        guard NBDSocket.number(header[6..<8]) == UInt64(NBDChunk.blockStatus), body.count >= 12,
             body.count % 8 == 4
         else {
             throw HostError(
@@ -184,11 +184,7 @@ final class NBDChanges {
                     + "snapshot was deleted meanwhile, there is nothing to compare with")
         }
         return stride(from: 4, to: body.count, by: 8).map {
-            (Self.number(body[$0..<$0 + 4]), UInt32(Self.number(body[$0 + 4..<$0 + 8])))
+            (NBDSocket.number(body[$0..<$0 + 4]), UInt32(NBDSocket.number(body[$0 + 4..<$0 + 8])))
         }
-    }
-
-    private static func number(_ bytes: ArraySlice<UInt8>) -> UInt64 {
-        bytes.reduce(0) { $0 << 8 | UInt64($1) }
     }
 }

@@ -192,6 +192,11 @@ package enum Presentation {
             "state:       \(word(volume.state))", "robustness:  \(word(volume.robustness))",
         ]
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
+        if volume.hasScrub, volume.scrub.state != .finished {
+            lines.append(
+                "scrub:       \(word(volume.scrub.state)), \(volume.scrub.regionsDone) of "
+                    + "\(volume.scrub.regionsTotal) MiB")
+        }
         if let origin = origin(volume) { lines.append("origin:      \(origin)") }
         if volume.hasFilling { lines.append("filling:     \(line(volume.filling))") }
         lines.append("epoch:       \(volume.epoch)")

@@ -7,8 +7,9 @@ extension VolumeCommand {
         package static let configuration = CommandConfiguration(
             abstract: "Read and check everything on all replicas; repair what is bad.",
             discussion: """
-                With its snapshots, beside clients, to whom it gives way. One that is under way \
-                goes on. With --wait the command ends when it has, and fails if there are blocks \
+                With its snapshots, beside clients, to whom it gives way. The volume need not be \
+                attached. One that is under way goes on, also when the volume is attached or \
+                detached. With --wait the command ends when it has, and fails if there are blocks \
                 of which no replica has a good copy.
                 """)
 
@@ -36,21 +37,19 @@ extension VolumeCommand {
                             + "scrub-status \(name)'"
                     }
                 }
-                // The report that follows the answer is of this scrub.
-                try await Task.sleep(for: .seconds(2))
                 let last = try await session.follow(name, "scrubbing") { volume in
-                    guard let volume, volume.hasEngine else {
+                    guard let volume else {
                         throw CommandFailure(
-                            .failed, "volume '\(name)' was detached before its scrub had ended")
+                            .failed, "volume '\(name)' was deleted before its scrub had ended")
                     }
-                    return volume.engine.hasScrub && volume.engine.scrub.state == .finished
+                    return volume.scrub.state == .finished
                 }
                 guard let last else { return }
                 volume = last
                 session.say(Presentation.scrub(volume), quiet: name) { _ in
                     Presentation.scrubDetails(volume)
                 }
-                let scrub = volume.engine.scrub
+                let scrub = volume.scrub
                 guard scrub.blocksLost == 0, scrub.regionsSkipped == 0 else {
                     throw CommandFailure(
                         .failed,
@@ -80,7 +79,7 @@ extension VolumeCommand {
                 let volume = try await session.volumes.getVolume(
                     request, options: session.callOptions)
                 let state =
-                    volume.engine.hasScrub ? Presentation.word(volume.engine.scrub.state) : ""
+                    volume.hasScrub ? Presentation.word(volume.scrub.state) : ""
                 session.say(Presentation.scrub(volume), quiet: state) { _ in
                     Presentation.scrubDetails(volume)
                 }
@@ -101,10 +100,10 @@ extension Presentation {
     }
 
     package static func scrub(_ volume: Haptera_V1_Volume) -> OutputValue {
-        guard volume.engine.hasScrub else {
+        guard volume.hasScrub else {
             return .object([("volume", .text(volume.name)), ("state", .null)])
         }
-        let scrub = volume.engine.scrub
+        let scrub = volume.scrub
         return .object([
             ("volume", .text(volume.name)), ("state", .text(word(scrub.state))),
             ("regionsDone", .number(scrub.regionsDone)),
@@ -115,20 +114,22 @@ extension Presentation {
             ("blocksLost", .number(scrub.blocksLost)),
             ("regionsSkipped", .number(scrub.regionsSkipped)),
             ("bytesPerSecond", .number(scrub.bytesPerSecond)),
+            ("reason", .optional(scrub.reason)),
         ])
     }
 
     package static func scrubDetails(_ volume: Haptera_V1_Volume) -> String {
-        guard volume.engine.hasScrub else {
-            return "volume \(volume.name) was not scrubbed since it was attached"
+        guard volume.hasScrub else {
+            return "volume \(volume.name) was not scrubbed yet"
         }
-        let scrub = volume.engine.scrub
+        let scrub = volume.scrub
         var lines = ["scrub:       \(word(scrub.state))"]
         if scrub.state != .finished {
             lines.append(
                 "done:        \(scrub.regionsDone) of \(scrub.regionsTotal) MiB, "
                     + "\(VolumeSize.text(scrub.bytesPerSecond))/s")
         }
+        if !scrub.reason.isEmpty { lines.append("waits:       \(scrub.reason)") }
         lines.append("checked:     \(scrub.blocksChecked) blocks on all replicas")
         lines.append(
             "bad:         \(scrub.blocksBad), repaired \(scrub.blocksRepaired), lost "

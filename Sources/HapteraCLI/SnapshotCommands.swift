@@ -10,7 +10,7 @@ package struct SnapshotCommand: AsyncParsableCommand {
         commandName: "snapshot", abstract: "Take, look at, read and delete snapshots of volumes.",
         subcommands: [
             Create.self, List.self, Show.self, SetLabels.self, Compare.self, Export.self,
-            Access.self, Revert.self, Delete.self,
+            Access.self, Serve.self, Revert.self, Delete.self,
         ])
     package init() {}
 }

@@ -37,16 +37,27 @@ extension SnapshotCommand {
 
         package func run() async throws {
             try await Session.run(options) { session in
-                let place = try await session.place(volume.text, from: from.text, to: to?.text)
-                let (from, lists) = (from.text, !summary)
-                let changed = try await Session.blocking {
-                    try NBDChanges.since(from, in: place, lists: lists)
+                let (volume, from, lists) = (volume.text, from.text, !summary)
+                let changed: ChangedRanges
+                if let to {
+                    try await session.checkOrder(volume, from, to.text)
+                    changed = try await session.reading(volume, to.text) { source in
+                        try await Session.relayed(source) { relay in
+                            let place = NBDPlace(address: .unix(relay.path), export: relay.export)
+                            return try NBDChanges.since(from, in: place, lists: lists)
+                        }
+                    }
+                } else {
+                    let place = try await session.livePlace(volume, from: from)
+                    changed = try await Session.blocking {
+                        try NBDChanges.since(from, in: place, lists: lists)
+                    }
                 }
                 session.say(
-                    Presentation.value(changed, of: volume.text, from: from, to: to?.text),
+                    Presentation.value(changed, of: volume, from: from, to: to?.text),
                     quiet: "\(changed.bytes)"
                 ) { _ in
-                    Presentation.text(changed, of: volume.text, from: from, to: to?.text)
+                    Presentation.text(changed, of: volume, from: from, to: to?.text)
                 }
             }
         }
@@ -61,8 +72,9 @@ extension SnapshotCommand {
         package static let configuration = CommandConfiguration(
             abstract: "Copy a snapshot to a file, or to standard output.",
             discussion: """
-                Holes stay holes in a file. Needs qemu-img (Debian: qemu-utils) for files and \
-                nbdcopy (Debian: libnbd-bin) for standard output.
+                Holes stay holes in a file. The volume need not be attached; it may be attached \
+                and detached meanwhile. Needs qemu-img (Debian: qemu-utils) for files and nbdcopy \
+                (Debian: libnbd-bin) for standard output.
                 """)
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
@@ -95,9 +107,10 @@ extension SnapshotCommand {
         package func run() async throws {
             let copy = try SnapshotCopy(file: file, format: format.rawValue, force: force)
             try await Session.run(options) { session in
-                let snapshot = try await session.readable(volume.text, name.text)
-                let uri = Presentation.bestURI(snapshot)
-                try await Session.blocking { try copy.run(from: uri) }
+                let snapshot = try await session.reading(volume.text, name.text) { source in
+                    try await Session.relayed(source) { try copy.run(from: $0.uri) }
+                    return source.snapshot
+                }
                 guard file != "-" else { return }
                 session.say(
                     Presentation.exported(snapshot, file: file, format: format.rawValue),
@@ -154,35 +167,49 @@ extension Session {
         request.name = name
         let snapshot = try await volumes.getSnapshot(request, options: callOptions)
         guard !snapshot.uri.isEmpty || !snapshot.unixUri.isEmpty else {
-            throw Self.detached(volume)
+            throw Self.detached(
+                volume,
+                "'storagectl snapshot serve \(volume) \(name)' lets it be read for as long as that "
+                    + "runs, 'snapshot export' copies it")
         }
         return snapshot
     }
-    private static func detached(_ volume: String) -> CommandFailure {
+    /// `words`: other ways than to attach it.
+    private static func detached(_ volume: String, _ words: String) -> CommandFailure {
         CommandFailure(
             .conflict,
-            "volume '\(volume)' is not attached, and read through its engine: attach it first: "
-                + "storagectl volume attach \(volume)")
+            "volume '\(volume)' is not attached: \(words); or attach it: storagectl volume attach "
+                + volume)
     }
 
-    /// Where to ask what changed from one snapshot to another, or to now.
-    func place(_ volume: String, from: String, to: String?) async throws -> NBDPlace {
-        let earlier = try await readable(volume, from)
-        var (uri, unixURI) = ("", "")
-        if let to {
-            let later = try await readable(volume, to)
-            try Self.checkOrder(earlier, later)
-            (uri, unixURI) = (later.uri, later.unixUri)
-        } else {
-            var request = Haptera_V1_GetVolumeRequest()
-            request.name = volume
-            let engine = try await volumes.getVolume(request, options: callOptions).engine
-            (uri, unixURI) = (engine.uri, engine.unixUri)
-        }
-        guard let place = NBDPlace.reachable(uri: uri, unixURI: unixURI) else {
-            throw Self.detached(volume)
+    /// Where to ask what has changed since a snapshot until now. Nobody enters a volume that is not
+    /// attached, not even to ask.
+    func livePlace(_ volume: String, from: String) async throws -> NBDPlace {
+        var earlier = Haptera_V1_GetSnapshotRequest()
+        earlier.volume = volume
+        earlier.name = from
+        _ = try await volumes.getSnapshot(earlier, options: callOptions)
+        var request = Haptera_V1_GetVolumeRequest()
+        request.name = volume
+        let engine = try await volumes.getVolume(request, options: callOptions).engine
+        guard let place = NBDPlace.reachable(uri: engine.uri, unixURI: engine.unixUri) else {
+            throw Self.detached(
+                volume,
+                "name a later snapshot to compare with ('storagectl snapshot create \(volume)' "
+                    + "takes one of what it holds now)")
         }
         return place
+    }
+
+    func checkOrder(_ volume: String, _ from: String, _ to: String) async throws {
+        var found: [Haptera_V1_Snapshot] = []
+        for name in [from, to] {
+            var request = Haptera_V1_GetSnapshotRequest()
+            request.volume = volume
+            request.name = name
+            found.append(try await volumes.getSnapshot(request, options: callOptions))
+        }
+        try Self.checkOrder(found[0], found[1])
     }
 
     static func checkOrder(
@@ -193,6 +220,16 @@ extension Session {
             .usage,
             "snapshot '\(earlier.name)' was taken after '\(later.name)': name the earlier one "
                 + "first")
+    }
+
+    /// `body` blocks, and reads from the relay.
+    static func relayed<Result: Sendable>(
+        _ source: SnapshotSource, _ body: @escaping @Sendable (NBDRelay) throws -> Result
+    ) async throws -> Result {
+        let relay = try NBDRelay(source)
+        relay.start()
+        defer { relay.stop() }
+        return try await blocking { try body(relay) }
     }
 }
 

@@ -49,9 +49,9 @@ extension Presentation {
 
     /// What to do, and the command that does it.
     private static func commands(
-        _ snapshot: Haptera_V1_Snapshot
+        _ uri: String
     ) -> [(key: String, words: String, line: String)] {
-        let uri = "'\(bestURI(snapshot))'"
+        let uri = "'\(uri)'"
         return [
             ("copy", "copy it to a file", "qemu-img convert -f raw -O raw \(uri) copy.raw"),
             ("fuse", "see it as a file, without root", "nbdfuse DIR \(uri)"),
@@ -66,19 +66,30 @@ extension Presentation {
         ]
     }
 
-    package static func access(_ snapshot: Haptera_V1_Snapshot) -> OutputValue {
-        .object([
+    /// `local`: where a command serves it.
+    package static func access(
+        _ snapshot: Haptera_V1_Snapshot, local: String? = nil
+    ) -> OutputValue {
+        let places: [(String, OutputValue)] = [
             ("name", .text(snapshot.name)), ("volume", .text(snapshot.volume)),
             ("uri", .optional(snapshot.uri)), ("unixURI", .optional(snapshot.unixUri)),
-            ("commands", .object(commands(snapshot).map { ($0.key, .text($0.line)) })),
-        ])
+        ]
+        let lines = commands(local ?? bestURI(snapshot)).map { ($0.key, OutputValue.text($0.line)) }
+        return .object(
+            places + (local.map { [("localURI", .text($0))] } ?? [])
+                + [("commands", .object(lines))])
     }
 
-    package static func accessText(_ snapshot: Haptera_V1_Snapshot) -> String {
+    package static func accessText(
+        _ snapshot: Haptera_V1_Snapshot, local: String? = nil
+    ) -> String {
         var lines: [String] = []
+        if let local { lines.append("local uri: \(local)") }
         if !snapshot.uri.isEmpty { lines.append("uri:       \(snapshot.uri)") }
-        if !snapshot.unixUri.isEmpty { lines.append("unix uri:  \(snapshot.unixUri)") }
-        for command in commands(snapshot) {
+        if local == nil, !snapshot.unixUri.isEmpty {
+            lines.append("unix uri:  \(snapshot.unixUri)")
+        }
+        for command in commands(local ?? bestURI(snapshot)) {
             lines.append("\(command.words):\n    \(command.line)")
         }
         return lines.joined(separator: "\n")

@@ -160,4 +160,36 @@ import Testing
         let left = try FileManager.default.contentsOfDirectory(atPath: directory).sorted()
         #expect(left == ["image", "image2", "qemu-img"])
     }
+
+    private func at(_ place: String, layer: UInt32) -> Haptera_V1_Snapshot {
+        var snapshot = Haptera_V1_Snapshot()
+        (snapshot.volume, snapshot.name, snapshot.layer) = ("vol", "s", layer)
+        snapshot.uri = "nbd://\(place)/vol@s"
+        return snapshot
+    }
+
+    /// Another place is the same snapshot; another layer is not, whatever its name.
+    @Test func aSourceMovesAndStaysWhatItIs() throws {
+        let source = SnapshotSource(at("a:1", layer: 3), patience: .seconds(60))
+        #expect(source.export == "vol@s")
+        source.answered(source.begin(), at("b:2", layer: 3))
+        #expect(source.snapshot.uri == "nbd://b:2/vol@s" && source.failure == nil)
+        source.failed(HostError("passing"))
+        try source.wait(after: HostError("lost"), since: .now)
+        source.answered(source.begin(), at("c:3", layer: 4))
+        #expect(source.snapshot.uri == "nbd://b:2/vol@s")
+        #expect(source.failure?.message.contains("another one has its name now") == true)
+        let error = #expect(throws: CommandFailure.self) {
+            try source.wait(after: HostError("lost"), since: .now)
+        }
+        #expect(error?.message == source.failure?.message)
+    }
+
+    @Test func anInterruptionEndsWithItsPatience() {
+        let source = SnapshotSource(at("a:1", layer: 3), patience: .zero)
+        let error = #expect(throws: CommandFailure.self) {
+            try source.wait(after: HostError("nobody answers"), since: .now)
+        }
+        #expect(error?.message.contains("within 0 s: nobody answers; allow more") == true)
+    }
 }

@@ -3,7 +3,7 @@ import HapteraHost
 
 /// A blocking connection of one NBD client: one request at a time, simple replies, or the options
 /// and replies of `NBDChanges`. For checking and asking, not for speed.
-final class NBDSocket {
+final class NBDSocket: @unchecked Sendable {
     enum Command: UInt16 {
         case read = 0
         case write = 1
@@ -11,6 +11,7 @@ final class NBDSocket {
     }
 
     private let descriptor: Int32
+    /// Of `request`, which is one thread's: the rest is the kernel's to share.
     private var cookie: UInt64 = 0
 
     /// An answer that takes longer counts as a lost connection: the request may still happen.
@@ -30,7 +31,12 @@ final class NBDSocket {
         }
         limitWaiting()
     }
+    /// Takes over a connection.
+    init(accepted descriptor: Int32) { self.descriptor = descriptor }
     deinit { close(descriptor) }
+
+    /// Whoever waits for it on another thread is told that it is over.
+    func hangUp() { shutdown(descriptor, Int32(SHUT_RDWR)) }
 
     private func limitWaiting() {
         var limit = timeval(tv_sec: Self.answerSecondsMax, tv_usec: 0)
@@ -40,6 +46,37 @@ final class NBDSocket {
     }
 
     private static func connect(path: String) throws -> Int32 {
+        // SAFETY: the address is valid during the call, and as long as said.
+        unsafe try open(path) { unsafe Glibc.connect($0, $1, $2) }
+    }
+
+    /// A socket that takes connections, for `accept`.
+    static func listen(path: String) throws -> Int32 {
+        // SAFETY: the address is valid during the call, and as long as said.
+        let descriptor = unsafe try open(path) { unsafe Glibc.bind($0, $1, $2) }
+        guard Glibc.listen(descriptor, 16) == 0 else {
+            let failure = HostFiles.failure("listen on", path)
+            close(descriptor)
+            throw failure
+        }
+        return descriptor
+    }
+    /// Waits for a connection; below 0: there will be none.
+    static func accept(_ listener: Int32) -> Int32 {
+        while true {
+            // Nobody asks for the peer's address.
+            let descriptor = Glibc.accept(listener, nil, nil)
+            if descriptor >= 0 { _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC) }
+            guard descriptor < 0, errno == EINTR || errno == ECONNABORTED else {
+                return descriptor
+            }
+        }
+    }
+
+    /// Gives a new socket the address, in the way that `use` does.
+    private static func open(
+        _ path: String, _ use: (Int32, UnsafePointer<sockaddr>, socklen_t) -> Int32
+    ) throws -> Int32 {
         let descriptor = socket(
             AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
         guard descriptor >= 0 else { throw HostFiles.failure("make a socket for", path) }
@@ -54,12 +91,12 @@ final class NBDSocket {
         // passed with its own size.
         unsafe withUnsafeMutableBytes(of: &address.sun_path) { unsafe $0.copyBytes(from: bytes) }
         let size = socklen_t(MemoryLayout<sockaddr_un>.size)
-        let isConnected = unsafe withUnsafePointer(to: &address) { pointer in
+        let isDone = unsafe withUnsafePointer(to: &address) { pointer in
             unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                unsafe Glibc.connect(descriptor, $0, size) == 0
+                unsafe use(descriptor, $0, size) == 0
             }
         }
-        guard isConnected else {
+        guard isDone else {
             let failure = HostFiles.failure("reach", path)
             close(descriptor)
             throw failure
@@ -130,6 +167,10 @@ final class NBDSocket {
         (0..<Value.bitWidth / 8).reversed().map { UInt8(truncatingIfNeeded: value >> ($0 * 8)) }
     }
 
+    static func number(_ bytes: ArraySlice<UInt8>) -> UInt64 {
+        bytes.reduce(0) { $0 << 8 | UInt64($1) }
+    }
+
     func send(_ bytes: [UInt8]) throws {
         var done = 0
         while done < bytes.count {
@@ -140,6 +181,13 @@ final class NBDSocket {
             guard count > 0 else { throw HostError("the connection was lost") }
             done += count
         }
+    }
+
+    /// Whether there is something to receive, or the connection is over.
+    func isReadable(withinMilliseconds time: Int32) -> Bool {
+        var entry = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
+        // SAFETY: one entry, on the stack, valid during the call.
+        return unsafe poll(&entry, 1, time) != 0
     }
 
     func receive(_ length: Int) throws -> [UInt8] {
