@@ -67,7 +67,8 @@ def detached(plane):
 
 
 class Watch(threading.Thread):
-    """Looks at the engines that run: none listens for clients. The volume is never shown attached."""
+    """Looks at the engines that run: none lets a client of the volume in, only readers of snapshots.
+    The volume is never shown attached."""
 
     def __init__(self, plane):
         super().__init__(daemon=True)
@@ -82,12 +83,15 @@ class Watch(threading.Thread):
                 if line == [""] or pid in self.seen:
                     continue
                 self.seen.add(pid)
-                if "--maintenance" not in line or "--nbd" in line or "--nbd-unix" in line:
+                if "--maintenance" not in line:
                     self.wrong.append(line)
-                listening = subprocess.run(
-                    ["ss", "-Hlnp"], capture_output=True, text=True, check=True).stdout
-                self.wrong += [one for one in listening.splitlines()
-                               if f"pid={pid}," in one and (".nbd" in one or "tcp" in one)]
+                socket = line[line.index("--nbd-unix") + 1]
+                for name in ("vol", ""):
+                    asked = subprocess.run(
+                        ["nbdinfo", "--size", f"nbd+unix:///{name}?socket={socket}"],
+                        capture_output=True, text=True, check=False)
+                    if asked.returncode == 0:
+                        self.wrong.append(asked)
             if self.seen:
                 volume = self.plane.volume()
                 if volume["state"] != "detached" or volume["engine"] is not None:

@@ -50,6 +50,12 @@ class Plane:
             [CONTROL_BINARIES / "storagectl", *words, "-o", "json"], env=self.environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    def start_bytes(self, *words):
+        """Without waiting; its output is no text."""
+        return subprocess.Popen(
+            [CONTROL_BINARIES / "storagectl", *words], env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
     def run(self, *words, fails=False):
         done = subprocess.run(
             [CONTROL_BINARIES / "storagectl", *words, "-o", "json"], env=self.environment,
