@@ -30,7 +30,8 @@ extension Controller {
             let ticket = try await ticket(stored, mayBegin: !isUnknown)
         else { return }
         maintenances.hold(id, ticket, .filling)
-        await leave(EngineUse(stored: stored, node: nil, deadline: .now, ticket: ticket))
+        await leave(
+            EngineUse(stored: stored, node: nil, deadline: .now, ticket: ticket, words: nil))
     }
 
     /// The share of an engine that is there, or of another one. Nil: not now.

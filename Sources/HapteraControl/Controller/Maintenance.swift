@@ -9,9 +9,9 @@ struct EngineUse: Sendable {
     let node: String?
     let deadline: ContinuousClock.Instant
     /// The share of a maintenance; nil: the volume is attached.
-    fileprivate(set) var ticket: UInt64?
+    let ticket: UInt64?
     /// What a command does; nil: it gives way.
-    fileprivate var words: String?
+    let words: String?
 
     /// What is left of the time, milliseconds.
     var timeout: UInt64 {
