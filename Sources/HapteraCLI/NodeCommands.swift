@@ -110,7 +110,7 @@ extension NodeCommand {
         @Option(
             parsing: .unconditional,
             help: ArgumentHelp(
-                "How much is to stay available; default 256MiB.", valueName: "size"),
+                "How much is to stay available; default 256MiB, or a sixteenth.", valueName: "size"),
             transform: ReserveArgument.init(typed:))
         package var reserve: ReserveArgument?
 

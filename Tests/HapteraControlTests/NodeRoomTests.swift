@@ -86,6 +86,19 @@ import Testing
         #expect(turn(0) == nil)
     }
 
+    /// A disk of 200 MiB can hold replicas, too.
+    @Test func whatNobodyChoseIsLittleOfASmallDisk() {
+        var room = NodeRoom(
+            limits: NodeLimits(node: "n"),
+            space: NodeSpace(capacityBytes: 200 << 20, availableBytes: 190 << 20))
+        let need = ReplicaNeed(volume: "v", sizeBytes: 1 << 30)
+        #expect(room.take(need) == nil)
+        room.limits.reserveBytes = 180 << 20
+        #expect(room.take(need)?.contains("180MiB reserved") == true)
+        let large = NodeSpace(capacityBytes: 100 * GiB, availableBytes: 0)
+        #expect(NodeLimits(node: "n").reserve(of: large) == 256 << 20)
+    }
+
     // MARK: Through the controller
 
     /// Nodes a to e of 100 GiB each, `available` of it; no volumes.

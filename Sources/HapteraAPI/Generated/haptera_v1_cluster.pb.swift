@@ -225,7 +225,7 @@ package nonisolated struct Haptera_V1_UpdateNodeRequest: Sendable {
   /// Clears the value of `overcommitPercent`. Subsequent reads from it will return its default value.
   package mutating func clearOvercommitPercent() {self._overcommitPercent = nil}
 
-  /// Default 268435456.
+  /// Default 268435456, and of a small disk no more than a sixteenth.
   package var reserveBytes: UInt64 {
     get {_reserveBytes ?? 0}
     set {_reserveBytes = newValue}

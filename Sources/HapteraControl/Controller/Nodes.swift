@@ -63,7 +63,8 @@ extension Controller {
             if let room = rooms[row.name] {
                 node.promisedBytes = room.promisedBytes
                 node.overcommitPercent = UInt32(clamping: room.limits.overcommitPercent)
-                node.reserveBytes = UInt64(clamping: room.limits.reserveBytes)
+                node.reserveBytes =
+                    room.space.map(room.limits.reserve) ?? UInt64(room.limits.reserveBytes)
                 if room.limits.isLow { node.conditions.append(.lowSpace) }
             }
             return node

@@ -139,7 +139,7 @@ extension MetadataStore {
             try limits.upsert(db)
             let figures =
                 "\(VolumeSize.text(space.availableBytes)) are available, "
-                + "\(VolumeSize.text(UInt64(limits.reserveBytes))) reserved"
+                + "\(VolumeSize.text(limits.reserve(of: space))) reserved"
             try self.addEvent(
                 db, isLow ? "NodeSpaceLow" : "NodeSpaceRecovered", "node/\(node)",
                 isLow ? figures + ": no replica is put there, and none grows" : figures,

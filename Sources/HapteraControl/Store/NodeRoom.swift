@@ -36,10 +36,17 @@ package struct NodeLimits: Codable, Equatable, Sendable, FetchableRecord, Persis
 
     package init(node: String) { self.node = node }
 
+    /// What nobody chose is no more than a sixteenth of a small disk.
+    package func reserve(of space: NodeSpace) -> UInt64 {
+        let reserve = UInt64(reserveBytes)
+        return reserveBytes == Self.reserveDefault
+            ? min(reserve, space.capacityBytes / 16) : reserve
+    }
+
     /// What `isLow` becomes; nil: it stays. Space has recovered when an eighth of the reserve more
     /// than that is available: what goes to and fro around it is told once.
     package func turn(_ space: NodeSpace) -> Bool? {
-        let reserve = UInt64(reserveBytes)
+        let reserve = reserve(of: space)
         if !isLow { return space.availableBytes < reserve ? true : nil }
         return space.availableBytes >= reserve + reserve / 8 ? false : nil
     }
@@ -109,7 +116,7 @@ package struct NodeRoom: Equatable, Sendable {
                 + "node, remove replicas there, or see 'storagectl node update \(node) "
                 + "--overcommit'"
         }
-        let reserve = UInt64(limits.reserveBytes)
+        let reserve = limits.reserve(of: space)
         let needed = saturating(saturating(data, incomingBytes), reserve)
         if space.availableBytes < needed {
             var parts = ["\(text(reserve)) reserved"]
