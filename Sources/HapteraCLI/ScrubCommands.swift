@@ -25,38 +25,43 @@ extension VolumeCommand {
         package func run() async throws {
             try await Session.run(options) { session in
                 let name = name.text
-                var request = Haptera_V1_ScrubVolumeRequest()
-                request.name = name
-                let wanted = request
-                var volume = try await session.change {
-                    try await session.volumes.scrubVolume(wanted, options: session.callOptions)
-                }
+                let volume = try await session.scrub(name)
                 guard wait else {
                     return session.say(Presentation.scrub(volume), quiet: name) { _ in
                         "scrub of volume \(name) is under way; see 'storagectl volume "
                             + "scrub-status \(name)'"
                     }
                 }
-                let last = try await session.follow(name, "scrubbing") { volume in
-                    guard let volume else {
-                        throw CommandFailure(
-                            .failed, "volume '\(name)' was deleted before its scrub had ended")
-                    }
-                    return volume.scrub.state == .finished
-                }
-                guard let last else { return }
-                volume = last
-                session.say(Presentation.scrub(volume), quiet: name) { _ in
-                    Presentation.scrubDetails(volume)
-                }
-                let scrub = volume.scrub
+                guard let scrub = try await session.followScrub(name) else { return }
                 guard scrub.blocksLost == 0, scrub.regionsSkipped == 0 else {
-                    throw CommandFailure(
-                        .failed,
-                        "\(scrub.blocksLost) blocks of volume '\(name)' have no good copy, and "
-                            + "\(scrub.regionsSkipped) regions could not be checked: the engine's "
-                            + "log says where")
+                    throw CommandFailure(.failed, Presentation.scrubFailure(name, scrub))
                 }
+            }
+        }
+    }
+
+    package struct Verify: AsyncParsableCommand {
+        package static let configuration = CommandConfiguration(
+            abstract: "Whether everything on all replicas is intact and equal.",
+            discussion: """
+                A scrub that is waited for (--timeout says how long at most), or the one that is \
+                under way: with its snapshots, beside clients. What is bad is repaired all the \
+                same, and the command fails, so that somebody looks.
+                """)
+
+        @Argument(help: "The volume's name.", transform: Label.init(typed:))
+        package var name: Label
+
+        @OptionGroup package var options: GlobalOptions
+        package init() {}
+
+        package func run() async throws {
+            try await Session.run(options) { session in
+                let name = name.text
+                _ = try await session.scrub(name)
+                guard let scrub = try await session.followScrub(name) else { return }
+                guard scrub.blocksBad == 0, scrub.blocksLost == 0, scrub.regionsSkipped == 0
+                else { throw CommandFailure(.failed, Presentation.scrubFailure(name, scrub)) }
             }
         }
     }
@@ -88,8 +93,43 @@ extension VolumeCommand {
     }
 }
 
+extension Session {
+    fileprivate func scrub(_ name: String) async throws -> Haptera_V1_Volume {
+        var request = Haptera_V1_ScrubVolumeRequest()
+        request.name = name
+        let wanted = request
+        return try await change {
+            try await volumes.scrubVolume(wanted, options: callOptions)
+        }
+    }
+
+    /// What it has found, when it has ended, which is shown. Nil: not in time, which was said.
+    fileprivate func followScrub(_ name: String) async throws -> Haptera_V1_Scrub? {
+        let last = try await follow(name, "scrubbing") { volume in
+            guard let volume else {
+                throw CommandFailure(
+                    .failed, "volume '\(name)' was deleted before its scrub had ended")
+            }
+            return volume.scrub.state == .finished
+        }
+        guard let last else { return nil }
+        say(Presentation.scrub(last), quiet: name) { _ in Presentation.scrubDetails(last) }
+        return last.scrub
+    }
+}
+
 /// Scrubs as the CLI shows them.
 extension Presentation {
+    static func scrubFailure(_ volume: String, _ scrub: Haptera_V1_Scrub) -> String {
+        var found: [String] = []
+        if scrub.blocksRepaired > 0 { found.append("\(scrub.blocksRepaired) blocks were repaired") }
+        if scrub.blocksLost > 0 { found.append("\(scrub.blocksLost) blocks have no good copy") }
+        if scrub.regionsSkipped > 0 {
+            found.append("\(scrub.regionsSkipped) regions could not be checked")
+        }
+        return "volume '\(volume)': \(found.joined(separator: ", ")); the engine's log says where"
+    }
+
     static func word(_ state: Haptera_V1_Scrub.State) -> String {
         switch state {
         case .running: "running"

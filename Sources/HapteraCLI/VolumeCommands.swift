@@ -10,7 +10,7 @@ package struct VolumeCommand: AsyncParsableCommand {
         commandName: "volume", abstract: "Create, attach, look at and delete volumes.",
         subcommands: [
             Create.self, List.self, Show.self, Why.self, Update.self, Attach.self, Detach.self,
-            Resize.self, SetLabels.self, Scrub.self, ScrubStatus.self, AcceptLoss.self,
+            Resize.self, SetLabels.self, Scrub.self, ScrubStatus.self, Verify.self, AcceptLoss.self,
             Salvage.self, Delete.self,
         ])
     package init() {}

@@ -183,15 +183,17 @@ def test_detached_volume_is_scrubbed(context):
         flip(layer_files(plane, "node-1")[0], 40 * MIB + 77)
         flip(layer_files(plane, "node-3")[1], 6 * MIB + 9)
         begun = time.monotonic()
-        found = plane.run("volume", "scrub", "vol", "--wait")
+        said = plane.run("volume", "verify", "vol", fails=True)
+        assert "2 blocks were repaired" in said, said
         took = time.monotonic() - begun
+        found = plane.run("volume", "scrub-status", "vol")
         assert found["state"] == "finished" and found["blocksBad"] == 2, found
         assert found["blocksRepaired"] == 2 and found["blocksLost"] == 0, found
         assert found["regionsDone"] == found["regionsTotal"] == SIZE // MIB, found
         until_idle(plane)
         assert plane.volume()["state"] == "detached"
         assert plane.run("volume", "scrub-status", "vol") == found
-        again = plane.run("volume", "scrub", "vol", "--wait")
+        again = plane.run("volume", "verify", "vol")
         assert again["blocksBad"] == 0, again
         seen = kinds(plane)
         assert seen.count("ScrubRequested") == seen.count("ScrubFinished") == 2, seen
