@@ -36,6 +36,18 @@ import Testing
         #expect(beneath == (isKept ? stale : ReplicaBench.zero(2)))
     }
 
+    /// A sector that takes nothing is no reason not to open.
+    @Test func aBadSectorCostsNoReplica() throws {
+        let bench = try ReplicaBench()
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(1), at: 4096)
+        try bench.run()
+        try bench.disk.memory(lowest).copy(from: ReplicaBench.pattern(2), at: 3 * 4096)
+        bench.disk.refusesData = true
+        let next = try reopened(bench.disk, boot: 2)
+        #expect(try next.read(1, 3) == ReplicaBench.pattern(1) + ReplicaBench.zero(2))
+    }
+
     /// Of a layer that a clone has as well, nothing is written.
     @Test func aSharedLayerIsLeftAsItIs() throws {
         let bench = try ReplicaBench()

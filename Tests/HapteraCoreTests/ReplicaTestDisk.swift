@@ -73,6 +73,8 @@ final class ReplicaTestDisk: ReplicaStorage {
     /// Changes (writes, creations, syncs) so far, and after how many the power fails.
     private(set) var changeCount = 0
     var changesMax = Int.max
+    /// No write to a layer's data is taken.
+    var refusesData = false
     struct PowerCut: Error {}
 
     private func file(_ name: ReplicaFile) throws(StorageError) -> File {
@@ -95,6 +97,7 @@ final class ReplicaTestDisk: ReplicaStorage {
     }
     func write(_ name: ReplicaFile, offset: UInt64, from memory: RawMemory) throws(StorageError) {
         let file = try file(name)
+        if refusesData, case .data = name { throw StorageError(.io(errno: 5), "bad sector") }
         try change()
         if file.links > 1 {
             let now = file.now.memory.slice(Int(offset), memory.count)

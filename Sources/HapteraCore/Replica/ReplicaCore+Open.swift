@@ -337,7 +337,9 @@ extension OpenedReplica {
                     let count = try? storage.read(.data(lowest), offset: offset, into: block)
                     if count == block.count, block.isZero { return }
                     block.fill()
-                    try storage.write(.data(lowest), offset: offset, from: block)
+                    // A sector that takes nothing costs no replica: it is as if never written.
+                    guard (try? storage.write(.data(lowest), offset: offset, from: block)) != nil
+                    else { return }
                     isDirty = true
                 }
             }
