@@ -73,6 +73,33 @@ extension EngineHarness {
         #expect(!isLost && h.stored.inSync.count == 3 && h.deletions[5] == .ok)
     }
 
+    /// Seed 2006411: layer 2, at which a joiner's copy was, is deleted. Its heir is layer 4, made
+    /// over it by a revert; layer 3, of another line, was not copied.
+    @Test func aCopyLeavesNoLayerOutThatLiesBeforeTheHeir() {
+        let h = layered(members: 2)
+        let four = LayerID(rawValue: 4)
+        h.stored.layers.append(four)
+        h.stored.snapshots.append(.init(layer: three, name: "c", created: 3))
+        h.stored.reverts = [.init(head: three, target: one), .init(head: four, target: two)]
+        for fake in h.fakes.prefix(2) { fake.put(3, block(4), in: four) }
+        let joiner = h.fakes[2]
+        joiner.promise = .zero
+        joiner.mute = [FrameKind.write.rawValue]
+        h.start()
+        h.pass(milliseconds: 500)
+        // It has layer 1, and is at layer 2.
+        h.answerMuted(joiner)
+        #expect(joiner.layers[two]?[1]?.data == block(2) && joiner.layers[three]?[2] == nil)
+        h.delete(5, "b")
+        joiner.mute = []
+        h.answerMuted(joiner)
+        h.pass(milliseconds: 4000)
+        #expect(h.deletions[5] == .ok && h.stored.layers == [one, three, four])
+        #expect(h.stored.inSync.count == 3)
+        #expect(joiner.layers[three]?[2]?.data == block(3))
+        #expect(joiner.layers[four]?[3]?.data == block(4))
+    }
+
     @Test func whatIsNotThereOrNotServedIsSaid() {
         let h = layered()
         h.delete(4, "a")

@@ -68,15 +68,16 @@ extension EngineCore {
         deletedLayer = .head
         answerDeletion(request.token, .ok)
     }
-    /// Jobs at such a layer or its heir begin the heir again: what they have compared was one of
-    /// two halves. Those above have made both equal. Of one without an heir nothing is left to do:
-    /// they go on above it.
+    /// Jobs at the heir of such a layer begin it again: what they have compared was one of two
+    /// halves. Those at such a layer go on with the next one above it, which need not be its heir
+    /// if there were reverts (seed 2006411: layers between the two were not copied); that one's
+    /// turn comes. Those above the heir have made both equal.
     private func forgetLayers(_ gone: [LayerID]) {
         let heirs = gone.compactMap(remaining)
         for job in 0..<jobsMax where jobs[job].stage != .free {
             let layer = jobs[job].layer
             guard gone.contains(layer) || heirs.contains(layer) else { continue }
-            jobs[job].layer = remaining(layer) ?? nearest(above: layer)
+            if gone.contains(layer) { jobs[job].layer = nearest(above: layer) }
             jobs[job].unfit = []
             jobs[job].acceptsDamage = false
             if jobs[job].stage != .waiting { restart(job) }
