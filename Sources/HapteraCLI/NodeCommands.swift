@@ -110,7 +110,8 @@ extension NodeCommand {
         @Option(
             parsing: .unconditional,
             help: ArgumentHelp(
-                "How much is to stay available; default 256MiB, or a sixteenth.", valueName: "size"),
+                "How much is to stay available; default 256MiB, at most a sixteenth.",
+                valueName: "size"),
             transform: ReserveArgument.init(typed:))
         package var reserve: ReserveArgument?
 

@@ -58,7 +58,8 @@ package enum ReplicaCommand {
         if case .manifest(let found)? = try? ReplicaCore.loadManifest(peek),
             found.identity.isEarlier(of: identity)
         {
-            return
+            // Whoever made it may have been killed before that.
+            return try peek.sync(.manifest)
         }
         try ReplicaCore.create(
             storage: DirectoryStorage(directory: directory, mode: .serve), identity: identity)
@@ -74,7 +75,7 @@ package enum ReplicaCommand {
         if case .manifest(let found)? = try? ReplicaCore.loadManifest(peek),
             found.identity.member == member, found.identity.volume == record.volume
         {
-            return
+            return try peek.sync(.manifest)
         }
         try ReplicaCore.createClone(
             storage: DirectoryStorage(directory: directory, mode: .serve), member: member,

@@ -6,6 +6,27 @@ import Testing
 @Suite struct ReplicaHardeningTests {
     private let layer = LayerID(rawValue: 1)
 
+    /// Seed 2006002: whoever makes a replica is killed before the manifest is synced, and it is
+    /// made again, which finds it there. A power cut must not take it away any more.
+    @Test func whatIsFoundToBeMadeIsDurable() throws {
+        func make(on disk: ReplicaTestDisk) throws(StorageError) {
+            try ReplicaCore.create(
+                storage: disk, identity: ReplicaBench.identity(),
+                logCapacity: ActivityLog.capacityMin)
+        }
+        let whole = ReplicaTestDisk()
+        try make(on: whole)
+        let disk = ReplicaTestDisk()
+        disk.changesMax = whole.changeCount - 1
+        #expect(throws: StorageError.self) { try make(on: disk) }
+        disk.changesMax = .max
+        try make(on: disk)
+        var random = TestRandom(seed: 3)
+        disk.cutPower(&random, keepPercent: 0)
+        let bench = try ReplicaBench(disk: disk, create: false)
+        #expect(try bench.attach() != nil)
+    }
+
     /// Cut right after the page of a region was written that was activated and never written to:
     /// its other slot, made shortly before, may be gone.
     @Test func aRegionDrainsOnlyWhenItsSlotsAreDurable() throws {

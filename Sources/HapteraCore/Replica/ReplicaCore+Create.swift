@@ -115,6 +115,8 @@ extension ReplicaCore {
                     "the directory holds replica \(found.identity.replica.text) of volume "
                         + "\(found.identity.volume.text); use another directory")
             }
+            // The making may have been cut short before that (seed 2006002).
+            try makeDurable(found, storage)
             return true
         case .damaged:
             throw StorageError(.damaged, "manifest: neither slot is valid; the directory is kept")
@@ -167,6 +169,21 @@ extension ReplicaCore {
             guard error.code == .notFound else { throw error }
             return nil
         }
+    }
+
+    /// A killed process may have left it in the cache, or a failed write more than it says. A power
+    /// cut must not bring back one that names layers whose files are deleted (seed 608283).
+    static func makeDurable(
+        _ manifest: Manifest, _ storage: ReplicaStorage
+    ) throws(StorageError) {
+        // As they are, not as they would be encoded today: a torn write of them changes nothing.
+        let slot = MemoryBlock(count: manifest.encoded().count)
+        let count = try storage.read(.manifest, offset: manifest.slotOffset, into: slot.memory)
+        guard count == slot.memory.count else {
+            throw StorageError(.damaged, "manifest: has an end at \(count)")
+        }
+        try storage.write(.manifest, offset: manifest.slotOffset, from: slot.memory)
+        try storage.sync(.manifest)
     }
 
     /// For opening and for the offline tools.

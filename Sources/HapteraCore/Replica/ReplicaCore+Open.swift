@@ -88,7 +88,7 @@ package struct OpenedReplica {
         if manifest.boot != options.bootID { dropUnsynced() }
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
-        try syncManifest()
+        try ReplicaCore.makeDurable(manifest, storage)
         try clearBeneathAbsent(options.mutations)
         try findUnneeded()
         // Files that a crash has kept of layers that had left the manifest.
@@ -96,19 +96,6 @@ package struct OpenedReplica {
         where layer < manifest.head && chain.index(of: layer) == nil {
             try storage.remove(layer)
         }
-    }
-
-    /// A killed process may have left it in the cache, or a failed write more than it says. A power
-    /// cut must not bring back one that names layers whose files are deleted (seed 608283).
-    private func syncManifest() throws(StorageError) {
-        // As they are, not as they would be encoded today: a torn write of them changes nothing.
-        let slot = MemoryBlock(count: manifest.encoded().count)
-        let count = try storage.read(.manifest, offset: manifest.slotOffset, into: slot.memory)
-        guard count == slot.memory.count else {
-            throw StorageError(.damaged, "manifest: has an end at \(count)")
-        }
-        try storage.write(.manifest, offset: manifest.slotOffset, from: slot.memory)
-        try storage.sync(.manifest)
     }
 
     /// Returns the size it has.
