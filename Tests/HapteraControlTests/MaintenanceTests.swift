@@ -30,7 +30,11 @@ extension SnapshotTests.World {
     ) async -> Task<Result, any Error> {
         let before = controller.changes.watcherCount
         let task = Task { try await request(self) }
-        while controller.changes.watcherCount <= before { await Task.yield() }
+        // Others may have ended their watch meanwhile: then it is given the time to begin its own.
+        let end = ContinuousClock.now + .seconds(2)
+        while controller.changes.watcherCount <= before, ContinuousClock.now < end {
+            await Task.yield()
+        }
         return task
     }
     func untilDetached() async throws { try await until { $0.volume.attachedNode == nil } }
