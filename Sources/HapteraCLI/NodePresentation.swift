@@ -67,12 +67,8 @@ extension Presentation {
 
     package static func details(_ node: Haptera_V1_Node) -> String {
         let promised = VolumeSize.text(node.promisedBytes)
-        let limit =
-            node.overcommitPercent == 0
-            ? ""
-            : " of at most "
-                + VolumeSize.text(
-                    UInt64(Double(node.capacityBytes) / 100 * Double(node.overcommitPercent)))
+        let most = VolumeSize.percent(node.overcommitPercent, of: node.capacityBytes)
+        let limit = node.overcommitPercent == 0 ? "" : " of at most \(VolumeSize.text(most))"
         let conditions = node.conditions.map(word).joined(separator: ", ")
         return """
             name:        \(node.name)

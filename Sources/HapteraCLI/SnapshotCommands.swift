@@ -161,11 +161,7 @@ extension SnapshotCommand {
 
         package func run() async throws {
             try await Session.run(options) { session in
-                var request = Haptera_V1_GetSnapshotRequest()
-                request.volume = volume.text
-                request.name = name.text
-                let snapshot = try await session.volumes.getSnapshot(
-                    request, options: session.callOptions)
+                let snapshot = try await session.snapshot(volume.text, name.text)
                 session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
                     Presentation.details(snapshot, now: .now)
                 }

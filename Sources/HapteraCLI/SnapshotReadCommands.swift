@@ -160,12 +160,16 @@ extension Session {
         }
     }
 
-    /// The snapshot, with the address to read it from.
-    func readable(_ volume: String, _ name: String) async throws -> Haptera_V1_Snapshot {
+    func snapshot(_ volume: String, _ name: String) async throws -> Haptera_V1_Snapshot {
         var request = Haptera_V1_GetSnapshotRequest()
         request.volume = volume
         request.name = name
-        let snapshot = try await volumes.getSnapshot(request, options: callOptions)
+        return try await volumes.getSnapshot(request, options: callOptions)
+    }
+
+    /// The snapshot, with the address to read it from.
+    func readable(_ volume: String, _ name: String) async throws -> Haptera_V1_Snapshot {
+        let snapshot = try await snapshot(volume, name)
         guard !snapshot.uri.isEmpty || !snapshot.unixUri.isEmpty else {
             throw Self.detached(
                 volume,
@@ -185,10 +189,7 @@ extension Session {
     /// Where to ask what has changed since a snapshot until now. Nobody enters a volume that is not
     /// attached, not even to ask.
     func livePlace(_ volume: String, from: String) async throws -> NBDPlace {
-        var earlier = Haptera_V1_GetSnapshotRequest()
-        earlier.volume = volume
-        earlier.name = from
-        _ = try await volumes.getSnapshot(earlier, options: callOptions)
+        _ = try await snapshot(volume, from)
         var request = Haptera_V1_GetVolumeRequest()
         request.name = volume
         let engine = try await volumes.getVolume(request, options: callOptions).engine
@@ -202,14 +203,7 @@ extension Session {
     }
 
     func checkOrder(_ volume: String, _ from: String, _ to: String) async throws {
-        var found: [Haptera_V1_Snapshot] = []
-        for name in [from, to] {
-            var request = Haptera_V1_GetSnapshotRequest()
-            request.volume = volume
-            request.name = name
-            found.append(try await volumes.getSnapshot(request, options: callOptions))
-        }
-        try Self.checkOrder(found[0], found[1])
+        try Self.checkOrder(try await snapshot(volume, from), try await snapshot(volume, to))
     }
 
     static func checkOrder(

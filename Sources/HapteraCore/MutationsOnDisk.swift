@@ -13,7 +13,8 @@ extension MutationSet {
     /// F: answer a flush without saying in the log what it has made durable. (Caught by simulated
     /// worlds with snapshots.)
     package static let freshNotCovered = MutationSet(rawValue: 1 << 62)
-    /// On disk: leave what a crash has written without its record where it is.
+    /// On disk: leave what a crash has written without its record where it is. (Judged by
+    /// `ReplicaStaleTests`.)
     package static let staleIsKept = MutationSet(rawValue: 1 << 75)
     /// Merges: give what is read of a deleted layer up without having it durable in its heir.
     package static let mergeNotDurable = MutationSet(rawValue: 1 << 60)

@@ -55,6 +55,12 @@ package enum VolumeSize {
         (minimum...maximum).contains(bytes) && bytes % granularity == 0
     }
 
+    /// So many percent of it; what is too large to be told is the largest number.
+    package static func percent(_ percent: UInt32, of bytes: UInt64) -> UInt64 {
+        let (high, low) = bytes.multipliedFullWidth(by: UInt64(percent))
+        return high >= 100 ? .max : UInt64(100).dividingFullWidth((high, low)).quotient
+    }
+
     package static let rule = "a multiple of 4096 bytes, from 1MiB to 1PiB"
 
     /// "10GiB", "512MiB", "1TiB", "1.5GiB", "4GB", "1073741824". A bare "G" means GiB, as in most

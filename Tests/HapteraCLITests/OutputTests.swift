@@ -2,6 +2,7 @@ import ArgumentParser
 import Foundation
 import GRPCCore
 import HapteraAPI
+import HapteraHost
 import Testing
 
 @testable import HapteraCLI
@@ -73,6 +74,8 @@ import Testing
         let limited = Presentation.value(node).json(pretty: false)
         #expect(limited.contains(#""conditions":["lowSpace"]"#))
         #expect(limited.contains(#""overcommitPercent":200"#))
+        #expect(VolumeSize.percent(150, of: 1001) == 1501)
+        #expect(VolumeSize.percent(100_000, of: .max) == .max)
         #expect(
             Presentation.table([node], wide: false).text == """
                 NAME    READY  CONDITIONS  ADDRESS    REPLICAS  ENGINES  CAPACITY  AVAILABLE  \

@@ -122,14 +122,7 @@ import Testing
                 var report = Haptera_V1_NodeReport()
                 report.name = name
                 report.nodeID = id
-                report.replicas = desired.replicas.map { wanted in
-                    var replica = Haptera_V1_ReplicaReport()
-                    replica.replicaID = wanted.replicaID
-                    replica.state = wanted.phase == .remove ? .removed : .running
-                    replica.address = "127.0.0.1:2000\(index)"
-                    replica.directory = "/\(name)/\(wanted.replicaID)"
-                    return replica
-                }
+                report.replicas = desired.replicas.map { .init(obeying: $0, on: name, index) }
                 for wanted in desired.engines { report.engines.append(try await engine(wanted)) }
                 try await controller.report(report)
             }

@@ -28,13 +28,9 @@ extension SnapshotTests.World {
     func whenWaiting<Result: Sendable>(
         _ request: @escaping @Sendable (SnapshotTests.World) async throws -> Result
     ) async -> Task<Result, any Error> {
-        let before = controller.changes.watcherCount
+        let before = controller.changes.watchCount
         let task = Task { try await request(self) }
-        // Others may have ended their watch meanwhile: then it is given the time to begin its own.
-        let end = ContinuousClock.now + .seconds(2)
-        while controller.changes.watcherCount <= before, ContinuousClock.now < end {
-            await Task.yield()
-        }
+        while controller.changes.watchCount == before { await Task.yield() }
         return task
     }
     func untilDetached() async throws { try await until { $0.volume.attachedNode == nil } }

@@ -125,12 +125,8 @@ import Testing
                 report.capacityBytes = 100 * GiB
                 report.availableBytes = available
                 let desired = try await controller.desired(for: name, nodeID: id)
-                report.replicas = desired.replicas.map { wanted in
-                    var replica = Haptera_V1_ReplicaReport()
-                    replica.replicaID = wanted.replicaID
-                    replica.state = wanted.phase == .remove ? .removed : .running
-                    replica.allocatedBytes = 20 << 20
-                    return replica
+                report.replicas = desired.replicas.map {
+                    .init(obeying: $0, on: name, index, allocated: 20 << 20)
                 }
                 try await controller.report(report)
             }

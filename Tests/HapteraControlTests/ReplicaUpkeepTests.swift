@@ -60,14 +60,8 @@ import Testing
                 report.capacityBytes = 200 << 30
                 report.availableBytes = available
                 let desired = try await controller.desired(for: name, nodeID: id)
-                report.replicas = desired.replicas.map { wanted in
-                    var replica = Haptera_V1_ReplicaReport()
-                    replica.replicaID = wanted.replicaID
-                    replica.state = wanted.phase == .remove ? .removed : .running
-                    replica.address = "127.0.0.1:2000\(index)"
-                    replica.directory = "/\(name)/\(wanted.replicaID)"
-                    replica.allocatedBytes = 1 << 30
-                    return replica
+                report.replicas = desired.replicas.map {
+                    .init(obeying: $0, on: name, index, allocated: 1 << 30)
                 }
                 report.engines = try await desired.engines.asyncMap(engine)
                 try await controller.report(report)

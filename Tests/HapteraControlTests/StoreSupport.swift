@@ -1,5 +1,6 @@
 import Foundation
 import GRDB
+import HapteraAPI
 import HapteraCore
 import Synchronization
 
@@ -152,5 +153,20 @@ extension VolumeRecord {
         record.nonce = nonce
         change(&record)
         return record
+    }
+}
+
+extension Haptera_V1_ReplicaReport {
+    /// Of a node, the one at `index`, that does what it is told.
+    init(
+        obeying wanted: Haptera_V1_DesiredReplica, on node: String, _ index: Int,
+        allocated: UInt64 = 0
+    ) {
+        self.init()
+        replicaID = wanted.replicaID
+        state = wanted.phase == .remove ? .removed : .running
+        address = "127.0.0.1:2000\(index)"
+        directory = "/\(node)/\(wanted.replicaID)"
+        allocatedBytes = allocated
     }
 }

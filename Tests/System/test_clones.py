@@ -11,7 +11,7 @@ import time
 import nbd
 
 from harness.cluster import BINARIES, MIB, control, wait_for
-from harness.plane import Plane, alive
+from harness.plane import Plane
 from harness.workload import BLOCK
 
 SIZE = 64 * MIB
@@ -137,9 +137,7 @@ def test_a_clone_is_quick_small_and_independent(context):
         assert volumes.read("grandchild")[:SIZE] == changed
         directories = volumes.directories("grandchild")
         plane.run("volume", "detach", "grandchild")
-        for pid in plane.pids():
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        plane.kill_all()
         verify(directories)
         return f"made in {taken:.2f} s, {own // 1024} KiB of its own"
 

@@ -7,7 +7,7 @@ import signal
 import time
 
 from harness.cluster import MIB, wait_for
-from harness.plane import Plane, alive
+from harness.plane import Plane
 from test_clones import SIZE, Volumes, verify
 
 
@@ -106,9 +106,7 @@ def test_a_clone_elsewhere(context):
         for name in ("copy", "mixed"):
             plane.run("volume", "detach", name)
         directories = bench.volumes.directories("copy") + bench.volumes.directories("mixed")
-        for pid in plane.pids():
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        plane.kill_all()
         verify(directories)
         return f"filled in {taken:.1f} s"
 

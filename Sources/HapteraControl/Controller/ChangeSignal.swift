@@ -34,7 +34,8 @@ package final class ChangeSignal: Sendable {
         return stream
     }
 
-    package var watcherCount: Int { state.withLock { $0.watchers.count } }
+    /// Watches begun so far.
+    package var watchCount: Int { state.withLock { $0.nextID } }
 
     package func notify() {
         for watcher in state.withLock({ Array($0.watchers.values) }) { watcher.yield() }

@@ -7,16 +7,8 @@ import HapteraCore
 extension Controller {
     static let fillingWords = "its replicas are being filled"
 
-    /// One round over all such volumes. What a controller before this one has begun goes on.
-    func tendFillings() async throws {
-        for stored in try await store.volumes() where stored.isBeingFilled {
-            if stored.volume.phase == .ready { try await tend(stored) }
-        }
-    }
-
-    private func tend(_ stored: StoredVolume) async throws {
+    func tendFilling(_ stored: StoredVolume) async throws {
         let (volume, id) = (stored.volume, stored.volume.id)
-        maintenances.look(at: volume)
         // What nodes hold that have yet to report to us is not known: what goes on goes on.
         let isUnknown = try await !knowsNodes
         let isWanted =

@@ -273,12 +273,14 @@ extension Controller {
     /// off what takes too long, and gives up what is on nodes that are not heard of.
     package func tendMaintenances() async throws {
         readers.expire(now: store.clock())
-        try await tendFillings()
         let volumes = try await store.volumes()
-        for stored in volumes { maintenances.look(at: stored.volume) }
-        let maintained = volumes.filter(\.volume.isMaintained)
-        maintenances.keepOnly(Set(maintained.map(\.volume.id)))
-        for stored in maintained { try await tend(stored) }
+        maintenances.keepOnly(Set(volumes.filter(\.volume.isMaintained).map(\.volume.id)))
+        for stored in volumes {
+            maintenances.look(at: stored.volume)
+            // First: what a controller before this one has begun goes on.
+            if stored.isBeingFilled, stored.volume.phase == .ready { try await tendFilling(stored) }
+            if stored.volume.isMaintained { try await tend(stored) }
+        }
     }
 
     func tendMaintenance(of name: String) async throws {
@@ -330,21 +332,20 @@ extension Controller {
 
     /// What is just done to the volume comes to its end first, and nothing else is begun.
     package func delete(_ name: String) async throws {
-        let stored = try await store.volumes(named: name).first
-        let id = stored?.volume.id
-        if let volume = stored?.volume, volume.clientNode == nil, readers.count(volume.id) > 0 {
+        let volume = try await store.volumes(named: name).first?.volume
+        if let volume, volume.clientNode == nil, readers.count(volume.id) > 0 {
             throw Self.refused(
                 "a snapshot of volume '\(name)' is being read: wait until that is done, or end it")
         }
-        if let id { maintenances.close(id) }
-        defer { if let id { maintenances.open(id) } }
-        if let id, let volume = stored?.volume {
+        if let volume { maintenances.close(volume.id) }
+        defer { if let volume { maintenances.open(volume.id) } }
+        if let volume {
             await release(volume, .scrub)
             await release(volume, .filling)
             _ = try await first(by: ContinuousClock.now + Self.deletionPatience) {
-                let volume = try await store.volumes(named: name).first?.volume
-                let isFree = volume?.maintenance == nil || volume?.nextNode != nil
-                return isFree && !maintenances.isUsed(id) ? true : nil
+                let now = try await store.volumes(named: name).first?.volume
+                let isFree = now?.maintenance == nil || now?.nextNode != nil
+                return isFree && !maintenances.isUsed(volume.id) ? true : nil
             }
         }
         _ = try await store.deleteVolume(name)

@@ -99,9 +99,8 @@ package struct NodeRoom: Equatable, Sendable {
     /// Nil: no limit.
     package var promisableBytes: UInt64? {
         guard let space, limits.overcommitPercent > 0 else { return nil }
-        let (high, low) = space.capacityBytes.multipliedFullWidth(
-            by: UInt64(limits.overcommitPercent))
-        return high >= 100 ? .max : UInt64(100).dividingFullWidth((high, low)).quotient
+        return VolumeSize.percent(
+            UInt32(clamping: limits.overcommitPercent), of: space.capacityBytes)
     }
 
     /// Why there is no room for so much more; nil: there is. `what`: for errors.

@@ -102,13 +102,11 @@ extension EngineCore {
 
     /// Writes one block that is equal already, for the region's birth.
     private func stamp(_ job: Int) {
-        let source = digest(job, ReplicaSlot(jobs[job].source))
+        let source = ReplicaSlot(jobs[job].source)
         let place = (0..<blockCount(jobs[job].region)).first {
-            RegionDigest.decode(index: $0, from: source)?.isDoubtful == false
+            content(job, source, $0)?.isDoubtful == false
         }
-        guard let block = RegionDigest.decode(index: place ?? 0, from: source) else {
-            return restart(job)
-        }
+        guard let block = content(job, source, place ?? 0) else { return restart(job) }
         var run = Job.Run()
         run.first = place ?? 0
         run.count = 1
@@ -127,9 +125,8 @@ extension EngineCore {
         var run = Job.Run()
         run.action = .impossible
         guard let joiner,
-            let its = RegionDigest.decode(index: block, from: digest(job, joiner)),
-            let bad = RegionDigest.decode(
-                index: block, from: digest(job, ReplicaSlot(jobs[job].source)))
+            let its = content(job, joiner, block),
+            let bad = content(job, ReplicaSlot(jobs[job].source), block)
         else { return run }
         if its.entry == bad.entry, !its.isDoubtful { return Job.Run() }
         guard jobs[job].acceptsDamage else { return run }
@@ -189,9 +186,7 @@ extension EngineCore {
     private func willWrite(_ job: Int) {
         jobs[job].writesOut += 1
         jobs[job].isStampDue = false
-        if flushDueAt == nil {
-            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
-        }
+        wantFlush()
     }
 
     /// The blocks are in the job's buffer, each in its place, verified.

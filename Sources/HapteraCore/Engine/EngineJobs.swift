@@ -276,21 +276,20 @@ extension EngineCore {
             (job * Geometry.replicaSlotsMax + slot) * RegionDigest.size, RegionDigest.size)
     }
 
+    /// What the replica holds of the block. Nil: it sent nonsense.
+    func content(_ job: Int, _ slot: ReplicaSlot, _ block: Int) -> RegionDigest.Block? {
+        RegionDigest.decode(index: block, from: digest(job, slot))
+    }
+
     /// Below the lowest layer everything reads zero: copies differ in which of the two they say
     /// (seed 401521). Nobody is told to hold nothing there: what is written over bytes of before,
     /// and torn, would show them, but zero is known to have been zero.
     func settleLowest(_ job: Int, _ slot: ReplicaSlot) {
         guard jobs[job].layer == record?.layers.first else { return }
-        let content = digest(job, slot)
         for block in 0..<blockCount(jobs[job].region) {
-            guard let its = RegionDigest.decode(index: block, from: content),
-                its.entry.state == .absent
-            else { continue }
-            RegionDigest.encode(
-                .init(
-                    entry: BlockEntry(state: .zero), isDoubtful: its.isDoubtful,
-                    hashLow: its.hashLow, hashHigh: its.hashHigh),
-                index: block, to: content)
+            guard var its = content(job, slot, block), its.entry.state == .absent else { continue }
+            its.entry.state = .zero
+            RegionDigest.encode(its, index: block, to: digest(job, slot))
         }
     }
 
@@ -319,7 +318,7 @@ extension EngineCore {
         return run
     }
 
-    func nextRun(_ job: Int) { begin(job, nextDifference(job)) }
+    private func nextRun(_ job: Int) { begin(job, nextDifference(job)) }
     private func narrowRun(_ job: Int) {
         var run = jobs[job].run
         run.count = 1
@@ -366,14 +365,14 @@ extension EngineCore {
             run.targets = participants.subtracting(SlotSet(ReplicaSlot(run.source)))
             return run
         }
-        guard let good = RegionDigest.decode(index: block, from: digest(job, source)) else {
+        guard let good = content(job, source, block) else {
             run.action = .impossible
             return run
         }
         var rest = participants
         while let slot = rest.popFirst() {
             guard slot != source else { continue }
-            let other = RegionDigest.decode(index: block, from: digest(job, slot))
+            let other = content(job, slot, block)
             if other != good || other?.isDoubtful == true { run.targets.insert(SlotSet(slot)) }
         }
         guard !run.targets.isEmpty else { return Job.Run() }
@@ -388,7 +387,7 @@ extension EngineCore {
     /// (so it is the steady member's copy that rotted); and, if there is no steady member, any.
     private func sourceOfBlock(_ job: Int, _ block: Int) -> ReplicaSlot? {
         let chosen = ReplicaSlot(jobs[job].source)
-        guard let preferred = RegionDigest.decode(index: block, from: digest(job, chosen)) else {
+        guard let preferred = content(job, chosen, block) else {
             return nil
         }
         if jobs[job].kind == .scrub { return sourceForScrub(job, block) }
@@ -398,7 +397,7 @@ extension EngineCore {
         var rebooted: ReplicaSlot?
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            guard let other = RegionDigest.decode(index: block, from: digest(job, slot)),
+            guard let other = content(job, slot, block),
                 !other.isDoubtful
             else { continue }
             if !replicas[slot].isRebooted { return slot }
@@ -436,27 +435,25 @@ extension EngineCore {
             let hasAll = (0..<run.count).allSatisfy { block in
                 let kept = BlockEntry(
                     state: .data, checksum: checksums.load(UInt32.self, block * 4))
-                let its = RegionDigest.decode(index: run.first + block, from: digest(job, slot))
+                let its = content(job, slot, run.first + block)
                 return its.map { !$0.isDoubtful && $0.entry == kept } ?? false
             }
             if hasAll { jobs[job].run.targets.remove(SlotSet(slot)) }
         }
     }
 
-    private func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {
+    func sendRun(_ job: Int, _ header: inout FrameHeader, buffer: BufferID) {
         header.sequence = nextSequence()
         let targets = jobs[job].run.targets
         jobs[job].stage = .writing
         jobs[job].awaiting = targets
-        jobs[job].blocksCopied += UInt64(jobs[job].run.count)
         guard !targets.isEmpty else { return nextRun(job) }
+        jobs[job].blocksCopied += UInt64(jobs[job].run.count)
         var rest = targets
         while let slot = rest.popFirst() {
             send(slot, header, tableOf: jobs[job].slot, buffer: buffer)
         }
-        if flushDueAt == nil {
-            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
-        }
+        wantFlush()
     }
 
     func nextSequence() -> SequenceNumber {

@@ -197,9 +197,7 @@ extension EngineCore {
             regions.insert(region)
             // Should nothing else be written, they would be in the logs for ever, and what is
             // merged into them or out of them, too (seed 1403677).
-            if flushDueAt == nil {
-                flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
-            }
+            wantFlush()
         }
         passed.removeAll { $0.flush <= point.sequence }
         if mutations.contains(.passedWritesNotLeftOut) { return }

@@ -122,7 +122,7 @@ extension EngineCore {
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
             for block in run.blocks {
-                let its = RegionDigest.decode(index: block, from: digest(job, slot))
+                let its = content(job, slot, block)
                 guard its?.isDoubtful == true else { return false }
             }
         }
@@ -134,28 +134,17 @@ extension EngineCore {
     /// failed for a moment had cost a block that was flushed).
     func agreeOnEntry(_ job: Int) {
         let run = jobs[job].run
-        guard
-            let entry = RegionDigest.decode(
-                index: run.first, from: digest(job, ReplicaSlot(run.source)))?.entry
-        else { return restart(job) }
-        var others = SlotSet()
+        guard let entry = content(job, ReplicaSlot(run.source), run.first)?.entry else {
+            return restart(job)
+        }
+        jobs[job].run.targets = []
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            let its = RegionDigest.decode(index: run.first, from: digest(job, slot))
-            if its?.entry != entry { others.insert(SlotSet(slot)) }
+            let its = content(job, slot, run.first)
+            if its?.entry != entry { jobs[job].run.targets.insert(SlotSet(slot)) }
         }
-        guard !others.isEmpty else { return nextRun(job) }
-        let index = Int(jobs[job].slot)
-        slots[index].generation &+= 1
-        slots[index].sentAt = now
         var header = jobHeader(job, .adopt, run.blocks)
         header.auxiliary = AdoptRequest.naming(entry.checksum)
-        header.sequence = nextSequence()
-        jobs[job].stage = .writing
-        jobs[job].awaiting = others
-        while let slot = others.popFirst() { send(slot, header) }
-        if flushDueAt == nil {
-            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
-        }
+        sendRun(job, &header, buffer: .none)
     }
 }

@@ -358,7 +358,7 @@ extension EngineCore {
     private func doubtful(_ job: Int, _ slot: ReplicaSlot) -> (first: Int, count: Int) {
         var (first, count) = (0, 0)
         for block in 0..<blockCount(jobs[job].region) {
-            let its = RegionDigest.decode(index: block, from: digest(job, slot))
+            let its = content(job, slot, block)
             guard its?.isDoubtful ?? true else { continue }
             if count == 0 { first = block }
             count += 1
@@ -375,9 +375,7 @@ extension EngineCore {
         var isBad = false
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            guard let its = judged(job, slot, block),
-                !its.isDoubtful
-            else {
+            guard let its = content(job, slot, block), !its.isDoubtful else {
                 isBad = true
                 continue
             }
@@ -393,24 +391,19 @@ extension EngineCore {
         }
         return (isBad, isTied ? nil : best?.slot)
     }
-    private func votes(_ job: Int, _ block: Int, for content: RegionDigest.Block) -> Int {
+    private func votes(_ job: Int, _ block: Int, for wanted: RegionDigest.Block) -> Int {
         var votes = 0
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            guard let its = judged(job, slot, block) else {
-                continue
-            }
-            if its == content || its.isDoubtful && its.entry == content.entry { votes += 1 }
+            guard let its = content(job, slot, block) else { continue }
+            if its == wanted || its.isDoubtful && its.entry == wanted.entry { votes += 1 }
         }
         return votes
-    }
-    private func judged(_ job: Int, _ slot: ReplicaSlot, _ block: Int) -> RegionDigest.Block? {
-        RegionDigest.decode(index: block, from: digest(job, slot))
     }
     func sourceForScrub(_ job: Int, _ block: Int) -> ReplicaSlot? {
         if mutations.contains(.scrubTrustsFirst) {
             let first = ReplicaSlot(jobs[job].source)
-            let its = RegionDigest.decode(index: block, from: digest(job, first))
+            let its = content(job, first, block)
             return its?.isDoubtful == false ? first : nil
         }
         return verdict(job, block).source

@@ -374,6 +374,12 @@ extension EngineCore {
 
     // MARK: - Flush and detach
 
+    /// Something was written that none sent before covers.
+    func wantFlush() {
+        guard flushDueAt == nil else { return }
+        flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
+    }
+
     func advanceFlush() {
         // After the release no reply is acted upon: a flush would be on its way for ever.
         guard phase == .serving, !isFlushInFlight, !hasReleased else { return }

@@ -163,9 +163,7 @@ extension EngineCore {
         while let slot = rest.popFirst() {
             send(slot, header, tableOf: Int32(index), buffer: buffer)
         }
-        if flushDueAt == nil {
-            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
-        }
+        wantFlush()
     }
 
     /// W4: answers the client when everyone whose reply counts has replied and the lease holds;
@@ -173,9 +171,9 @@ extension EngineCore {
     func settleWrite(_ index: Int) {
         if !slots[index].full.isEmpty && !settleFull(index) { return }
         if slots[index].isExpired {
-            guard !required.isEmpty, required.isSubset(of: slots[index].replied) else { return }
+            guard isEverywhere(slots[index].replied) else { return }
         } else if slots[index].isOrphan, !slots[index].isAcknowledged,
-            !required.isEmpty, required.isSubset(of: slots[index].replied)
+            isEverywhere(slots[index].replied)
         {
             // Nobody waits for more members (`minInSync`).
             completeClient(index, .ioError)
@@ -203,9 +201,7 @@ extension EngineCore {
             return
         }
         highestAcknowledged = max(highestAcknowledged, sequence)
-        if flushDueAt == nil {
-            flushDueAt = now.adding(milliseconds: configuration.flushIntervalMilliseconds)
-        }
+        wantFlush()
     }
 
     func mayAcknowledge(_ replied: SlotSet) -> Bool {

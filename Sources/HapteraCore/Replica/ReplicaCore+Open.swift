@@ -13,11 +13,10 @@
 /// 6. log, table and manifest are synced: activations and pages that a killed process left unsynced
 ///    are relied upon from here, and the log's tail may pass the records of such pages. The
 ///    manifest's bytes are written once more: after a failed sync another one would say nothing
-/// 7. bytes under absent blocks of the lowest layer, in regions in the log, are zeroed and synced:
-///    a crash kept a write's data and not its record -> bytes of before, which nobody is shown
-/// 8. of regions in the log, blocks that need no space and have some are noted: a crash came before
-///    they were punched
-/// 9. files of layers that have left the manifest are deleted
+/// 7. of regions in the log, blocks that need no space and have some are noted: a crash came before
+///    they were punched. Bytes under absent blocks of the lowest layer are zeroed and synced: it
+///    kept a write's data and not its record          -> bytes of before, which nobody is shown
+/// 8. files of layers that have left the manifest are deleted
 /// Nothing else is written, so a crash while opening changes nothing that is read.
 package struct OpenedReplica {
     package let manifest: Manifest
@@ -89,8 +88,7 @@ package struct OpenedReplica {
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
         try ReplicaCore.makeDurable(manifest, storage)
-        try clearBeneathAbsent(options.mutations)
-        try findUnneeded()
+        try lookBeneath(options.mutations)
         // Files that a crash has kept of layers that had left the manifest.
         for layer in try storage.layersPresent()
         where layer < manifest.head && chain.index(of: layer) == nil {
@@ -282,17 +280,21 @@ private final class OpenedBases {
 }
 
 extension OpenedReplica {
-    /// Space that blocks without data hold, in regions the log still tells of.
-    private func findUnneeded() throws(StorageError) {
+    /// What is beneath blocks without data, in regions the log still tells of: space that they hold
+    /// is noted, and where the lowest layer holds nothing, zeros are beneath from here on. A write
+    /// that is torn there shows what it wrote, or zero. (Of upper layers and of zeroed blocks, the
+    /// log says what was there before: `dropUnsynced`. Layers that clones share are not written.)
+    private func lookBeneath(_ mutations: MutationSet) throws(StorageError) {
+        let lowest = manifest.layers[0]
+        let isCleared = !storage.isShared(lowest) && !mutations.contains(.staleIsKept)
+        var isDirty = false
         for list in [TableCache.List.clean, .active] {
             var frame = cache.first(list)
             while frame >= 0 {
                 let next = cache.next(frame)
-                try forEachAllocated(frame) { (block) throws(StorageError) in
-                    let state = cache.entry(frame, block).state
-                    if state == .absent || state == .zero {
-                        cache.frames[Int(frame)].unneeded[block] = true
-                    }
+                try findUnneeded(frame)
+                if isCleared, cache.frames[Int(frame)].layer == lowest, clearAbsent(frame) {
+                    isDirty = true
                 }
                 if list == .clean, !cache.frames[Int(frame)].unneeded.isEmpty {
                     cache.move(frame, to: .punch)
@@ -300,44 +302,9 @@ extension OpenedReplica {
                 frame = next
             }
         }
-    }
-
-    /// Where the lowest layer holds nothing, zeros are beneath: a write that is torn there shows
-    /// what it wrote, or zero. (Of upper layers and of zeroed blocks, the log says what was there
-    /// before: `dropUnsynced`. Layers that clones share are not written to.)
-    private func clearBeneathAbsent(_ mutations: MutationSet) throws(StorageError) {
-        let lowest = manifest.layers[0]
-        guard !storage.isShared(lowest), !mutations.contains(.staleIsKept) else { return }
-        let block = pair.memory.slice(0, Geometry.blockSize)
-        var isDirty = false
-        for list in [TableCache.List.clean, .active] {
-            var frame = cache.first(list)
-            while frame >= 0 {
-                let own = frame
-                frame = cache.next(own)
-                guard cache.frames[Int(own)].layer == lowest else { continue }
-                let start = cache.frames[Int(own)].region * UInt64(Geometry.regionSize)
-                try forEachAllocated(own) { (index) throws(StorageError) in
-                    guard cache.entry(own, index).state == .absent else { return }
-                    let offset = start + UInt64(index * Geometry.blockSize)
-                    // A file system that knows no holes calls everything allocated.
-                    let count = try? storage.read(.data(lowest), offset: offset, into: block)
-                    if count == block.count, block.isZero { return }
-                    block.fill()
-                    // A sector that takes nothing costs no replica: it is as if never written.
-                    guard (try? storage.write(.data(lowest), offset: offset, from: block)) != nil
-                    else { return }
-                    isDirty = true
-                }
-            }
-        }
         if isDirty { try storage.sync(.data(lowest)) }
     }
-
-    /// Calls `body` with each block of the region that has space in its layer's file.
-    private func forEachAllocated(
-        _ frame: Int32, _ body: (_ block: Int) throws(StorageError) -> Void
-    ) throws(StorageError) {
+    private func findUnneeded(_ frame: Int32) throws(StorageError) {
         let start = cache.frames[Int(frame)].region * UInt64(Geometry.regionSize)
         let end = min(start + UInt64(Geometry.regionSize), manifest.size)
         let blockSize = UInt64(Geometry.blockSize)
@@ -349,9 +316,34 @@ extension OpenedReplica {
         {
             let first = Int((max(range.lowerBound, start) - start) / blockSize)
             let last = Int((min(range.upperBound, end) - start + blockSize - 1) / blockSize)
-            for block in first..<last { try body(block) }
+            for block in first..<last {
+                let state = cache.entry(frame, block).state
+                if state == .absent || state == .zero {
+                    cache.frames[Int(frame)].unneeded[block] = true
+                }
+            }
             offset = max(range.upperBound, offset + 1)
         }
+    }
+    /// True: something was written.
+    private func clearAbsent(_ frame: Int32) -> Bool {
+        let file = ReplicaFile.data(cache.frames[Int(frame)].layer)
+        let start = cache.frames[Int(frame)].region * UInt64(Geometry.regionSize)
+        let bytes = pair.memory.slice(0, Geometry.blockSize)
+        var isDirty = false
+        for block in 0..<Geometry.blocksPerRegion
+        where cache.frames[Int(frame)].unneeded[block]
+            && cache.entry(frame, block).state == .absent
+        {
+            let offset = start + UInt64(block * Geometry.blockSize)
+            // A file system that knows no holes calls everything allocated.
+            let count = try? storage.read(file, offset: offset, into: bytes)
+            if count == bytes.count, bytes.isZero { continue }
+            bytes.fill()
+            // A sector that takes nothing costs no replica: it is as if never written.
+            if (try? storage.write(file, offset: offset, from: bytes)) != nil { isDirty = true }
+        }
+        return isDirty
     }
 }
 

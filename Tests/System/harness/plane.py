@@ -92,6 +92,11 @@ class Plane:
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not alive(pid), f"process {pid} to end")
 
+    def kill_all(self):
+        for pid in self.pids():
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
     def image(self, size):
         path = self.directory / "image"
         path.write_bytes(self.random.randbytes(size))
