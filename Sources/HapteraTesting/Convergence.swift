@@ -81,7 +81,8 @@ extension World {
             return false
         }
         return engine.isServing && engine.isSettled && store.record.engine == engine.instance
-            && hosts.allSatisfy { store.record.contains($0) } && unanswered.isEmpty
+            && hosts.allSatisfy { store.record.contains($0) && !$0.isRolledBack }
+            && unanswered.isEmpty
             && engine.core.unresolvedCount == 0
             && areLayersMerged
     }

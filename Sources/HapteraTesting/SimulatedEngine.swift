@@ -11,7 +11,9 @@ final class SimulatedEngine {
     private(set) var isAlive = true
     /// The process is stopped (SIGSTOP) until then, nanoseconds.
     var pausedUntil: UInt64 = 0
-    var isServing = false
+    var isServing = false { didSet { if isServing && !oldValue { servings += 1 } } }
+    /// How often it has begun to serve.
+    private(set) var servings = 0
     var hasServed = false
     /// The nonce of the change it asked for last.
     var proposedNonce: UInt64 = 0
@@ -30,6 +32,8 @@ final class SimulatedEngine {
         var operation: ClientOperation
         var session: UInt32
         var completions = 0
+        /// It reads since that time of serving.
+        var readsSince = 0
     }
     var attempts: [Attempt] = []
     /// The clients' connection; requests of an earlier one have nobody to answer to.

@@ -252,9 +252,10 @@ package final class EngineCore {
     package func isUnresolved(_ region: UInt64) -> Bool {
         unresolved.contains(region) && !damagedRegions.contains(region)
     }
-    /// Whether a request with the tag was sent for a client.
-    package func isClientTag(_ tag: UInt64) -> Bool {
-        slotIndex(ofTag: tag).map { slots[$0].use == .client } ?? false
+    /// The client's operation that a request with the tag was sent for; nil: for none.
+    package func clientUserData(ofTag tag: UInt64) -> UInt64? {
+        guard let index = slotIndex(ofTag: tag), slots[index].use == .client else { return nil }
+        return slots[index].operation.userData
     }
     /// Whether it was sent to make members equal after a takeover.
     package func isResolution(_ tag: UInt64) -> Bool {
