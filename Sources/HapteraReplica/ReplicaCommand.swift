@@ -18,6 +18,10 @@ package enum ReplicaCommand {
 
     /// Exit status: 0 done, 1 failed, 2 usage.
     package static func run(_ words: [String]) -> Int32 {
+        if words.contains("--help") || words.contains("-h") {
+            write(usage)
+            return 0
+        }
         do {
             let arguments = try ReplicaArguments(words)
             raiseFileLimit()
