@@ -55,13 +55,15 @@ extension Presentation {
         return [
             ("copy", "copy it to a file", "qemu-img convert -f raw -O raw \(uri) copy.raw"),
             ("fuse", "see it as a file, without root", "nbdfuse DIR \(uri)"),
+            // Mounted without a replay of its journal, a file system shows less than was synced.
             (
-                "attach", "attach it as a block device",
-                "qemu-nbd --read-only --format=raw --connect=/dev/nbd0 \(uri)"
+                "attach",
+                "attach it as a block device; what is written, such as the replay of a journal, "
+                    + "goes to a temporary file here",
+                "qemu-nbd --snapshot --format=raw --connect=/dev/nbd0 \(uri)"
             ),
-            // A journal that was not replayed when it was taken cannot be now.
-            ("mountExt4", "then, ext4", "mount -o ro,noload /dev/nbd0 DIR"),
-            ("mountXFS", "then, XFS", "mount -o ro,norecovery,nouuid /dev/nbd0 DIR"),
+            ("mountExt4", "then, ext4", "mount -o ro /dev/nbd0 DIR"),
+            ("mountXFS", "then, XFS", "mount -o ro,nouuid /dev/nbd0 DIR"),
             ("detach", "and in the end", "umount DIR && qemu-nbd --disconnect /dev/nbd0"),
         ]
     }

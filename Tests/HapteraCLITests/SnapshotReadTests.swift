@@ -106,7 +106,7 @@ import Testing
         #expect(text.hasPrefix("uri:       nbd://127.0.0.1:20000/vol@s\nunix uri:  nbd+unix:///"))
         #expect(
             text.contains(
-                "\n    qemu-nbd --read-only --format=raw --connect=/dev/nbd0 "
+                "\n    qemu-nbd --snapshot --format=raw --connect=/dev/nbd0 "
                     + "'nbd://127.0.0.1:20000/vol@s'\n"))
         let json = Presentation.access(snapshot("s")).json(pretty: false)
         #expect(json.contains(#""commands":{"copy":"qemu-img convert -f raw -O raw 'nbd:"#))

@@ -271,7 +271,7 @@ def test_snapshot_commands(context):
         assert not list(plane.directory.glob("*.partial*"))
         info = plane.run("snapshot", "mount-info", "vol", "a")
         assert info["uri"].endswith("/vol@a") and info["uri"].startswith("nbd://"), info
-        assert "--read-only" in info["commands"]["attach"], info
+        assert "qemu-nbd --snapshot" in info["commands"]["attach"], info
         plane.run("volume", "detach", "vol")
         assert "not attached" in plane.run("snapshot", "diff", "vol", "a", fails=True)
         return f"{diff['changedBytes']} bytes"
