@@ -1,7 +1,8 @@
 """A client that keeps its own history and believes nothing.
 
 Every block carries its number and a version. Per block the history knows which values may be read:
-the last one acknowledged, and any whose outcome is unknown because the connection was lost.
+the last one acknowledged, and any whose outcome is unknown because the connection was lost. When the
+power of all members is lost at once, that is the last one flushed and any since, mixed by sectors.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 import nbd
 
 BLOCK = 4096
+SECTOR = 512
 _MAGIC = 0x4841505445524121
 
 
@@ -30,8 +32,12 @@ class History:
         self.blocks = blocks
         self.acknowledged = [0] * blocks
         self.doubtful = [[] for _ in range(blocks)]  # in flight, or of unknown outcome
+        self.flushed = [0] * blocks
+        self.since = {}  # block -> versions issued since the flushed one, oldest first
+        self.mixed = {}  # version -> what a block held that a cut of the power had torn
         self.zero_versions = set()
         self.next_version = 1
+        self._answers = {}  # version -> how many writes were acknowledged before it
 
     def issue(self, first, count, is_zero):
         version = self.next_version
@@ -40,14 +46,67 @@ class History:
             self.zero_versions.add(version)
         for block in range(first, first + count):
             self.doubtful[block].append(version)
+            self.since.setdefault(block, []).append(version)
         return version
 
     def acknowledge(self, first, count, version):
+        self._answers[version] = len(self._answers)
         for block in range(first, first + count):
             self.acknowledged[block] = version
             self.doubtful[block] = []
 
+    def begin_flush(self):
+        """What `end_flush` wants to know: a flush covers what was acknowledged before it began."""
+        return len(self._answers)
+
+    def end_flush(self, mark):
+        for block, versions in list(self.since.items()):
+            covered = [i for i, v in enumerate(versions) if self._answers.get(v, mark) < mark]
+            if covered:
+                self._settle_flushed(block, versions[covered[-1]], versions[covered[-1] + 1:])
+
+    def end_fua(self, first, count, version):
+        """The write is acknowledged, and durable by itself."""
+        for block in range(first, first + count):
+            versions = self.since[block]
+            self._settle_flushed(block, version, versions[versions.index(version) + 1:])
+
+    def _settle_flushed(self, block, version, later):
+        self.flushed[block] = version
+        if later:
+            self.since[block] = later
+        else:
+            del self.since[block]
+
+    def cut_power(self):
+        """What was not flushed may be gone. How many blocks that concerns."""
+        for block, versions in self.since.items():
+            self.acknowledged[block] = self.flushed[block]
+            self.doubtful[block] = list(versions)
+        return len(self.since)
+
+    def check_after_cut(self, first, data):
+        """As `check`, where blocks may be torn; what is there now is durable. How many were torn."""
+        torn = 0
+        for index in range(len(data) // BLOCK):
+            block = first + index
+            found = bytes(data[index * BLOCK:(index + 1) * BLOCK])
+            candidates = [self.expected(block, v)
+                          for v in [self.acknowledged[block]] + self.doubtful[block]]
+            if block in self.since and found not in candidates and all(
+                    any(found[at:at + SECTOR] == c[at:at + SECTOR] for c in candidates)
+                    for at in range(0, BLOCK, SECTOR)):
+                torn += 1
+                version = self.issue(block, 1, False)
+                self.mixed[version] = found
+            self.check(block, found)
+            if block in self.since:
+                self._settle_flushed(block, self.acknowledged[block], [])
+        return torn
+
     def expected(self, block, version):
+        if version in self.mixed:
+            return self.mixed[version]
         return content(block, 0 if version in self.zero_versions else version)
 
     def check(self, first, data, settles=True):
@@ -76,8 +135,22 @@ def describe(found):
     return f"block {block} version {version}{torn}"
 
 
+def connect(place):
+    """A new connection to the volume at a Unix socket's path, or at an NBD address."""
+    handle = nbd.NBD()
+    if str(place).startswith("nbd://"):
+        handle.connect_uri(str(place))
+    else:
+        handle.set_export_name("volume")
+        handle.connect_unix(str(place))
+    return handle
+
+
 class Workload:
-    """Random writes, reads, trims, zeroes and flushes over one connection, in its own thread."""
+    """Random writes, reads, trims, zeroes and flushes over one connection, in its own thread.
+
+    `socket`: where the volume is, as `connect` takes it.
+    """
 
     def __init__(self, history, socket, seed, depth=16, writes_only=False):
         self.history, self.socket, self.depth = history, str(socket), depth
@@ -124,9 +197,7 @@ class Workload:
 
     def _run(self):
         try:
-            handle = nbd.NBD()
-            handle.set_export_name("volume")
-            handle.connect_unix(self.socket)
+            handle = connect(self.socket)
             self._last = time.monotonic()
             while self.error is None and not (self._stop.is_set() and self._in_flight == 0):
                 while self._in_flight < self.depth and not self._stop.is_set():
@@ -151,7 +222,7 @@ class Workload:
             data = b"".join(content(b, version) for b in span)
             flags = nbd.CMD_FLAG_FUA if self.random.random() < 0.02 else 0
             self._begin(span)
-            handle.aio_pwrite(data, offset, self._write_done(span, version, data), flags)
+            handle.aio_pwrite(data, offset, self._write_done(span, version, data, flags), flags)
         elif dice < 0.70:
             version = self.history.issue(first, count, True)
             self._begin(span)
@@ -165,7 +236,7 @@ class Workload:
             handle.aio_pread(buffer, offset, self._read_done(span, buffer))
         else:
             self._begin(())
-            handle.aio_flush(self._flush_done)
+            handle.aio_flush(self._flush_done(self.history.begin_flush()))
         return True
 
     def _begin(self, span):
@@ -186,11 +257,13 @@ class Workload:
         self.completed += 1
         return True
 
-    def _write_done(self, span, version, data=None):
+    def _write_done(self, span, version, data=None, flags=0):
         def done(error):
             _ = data  # libnbd reads it until now
             if self._end(span, error.value if hasattr(error, "value") else error):
                 self.history.acknowledge(span.start, len(span), version)
+                if flags & nbd.CMD_FLAG_FUA:
+                    self.history.end_fua(span.start, len(span), version)
             return 1
         return done
 
@@ -205,22 +278,34 @@ class Workload:
             return 1
         return done
 
-    def _flush_done(self, error):
-        if self._end((), error.value if hasattr(error, "value") else error):
-            self.flushes += 1
-        return 1
+    def _flush_done(self, mark):
+        def done(error):
+            if self._end((), error.value if hasattr(error, "value") else error):
+                self.flushes += 1
+                self.history.end_flush(mark)
+            return 1
+        return done
 
 
 def check_all(history, socket):
     """Reads every block back; what is acknowledged must be there."""
-    handle = nbd.NBD()
-    handle.set_export_name("volume")
-    handle.connect_unix(str(socket))
+    _read_all(history, socket, history.check)
+
+
+def check_all_after_cut(history, socket):
+    """The same when all members have lost power; how many blocks were torn."""
+    return sum(_read_all(history, socket, history.check_after_cut))
+
+
+def _read_all(history, socket, check):
+    handle = connect(socket)
     step = 256
+    checked = []
     for first in range(0, history.blocks, step):
         count = min(step, history.blocks - first)
-        history.check(first, handle.pread(count * BLOCK, first * BLOCK))
+        checked.append(check(first, handle.pread(count * BLOCK, first * BLOCK)))
     handle.shutdown()
+    return checked
 
 
 class SyncProbe:
