@@ -18,10 +18,12 @@ extension World {
             if let reader = engine.core.clientUserData(ofTag: header.tag) {
                 check(11, isMember, "a read goes to \(host.name), no member in \(header.epoch)")
                 let region = Geometry.region(ofByte: header.offset)
-                let isUnresolved = engine.core.isUnresolved(region)
-                // One that had begun before goes on with another member (seed 2205250): a region
-                // becomes unresolved for what fails in it, which lies elsewhere, and is only made
-                // equal when nothing is on the way in it.
+                // A region also becomes unresolved for what fails in it, and is made equal when
+                // nothing is on the way in it. A read that began before in another place of it goes
+                // on, with another member if need be (seeds 2205250, 2411671).
+                let isUnresolved =
+                    engine.unresolvedBefore.contains(region)
+                    && engine.core.unresolvedRegions.contains(region)
                 if !isUnresolved { engine.attempts[Int(reader)].readsSince = engine.servings }
                 check(
                     11,

@@ -15,6 +15,8 @@ final class SimulatedEngine {
     /// How often it has begun to serve.
     private(set) var servings = 0
     var hasServed = false
+    /// Of its core, when the step under way began.
+    var unresolvedBefore: Set<UInt64> = []
     /// The nonce of the change it asked for last.
     var proposedNonce: UInt64 = 0
     /// That change, until its outcome is known.
@@ -144,6 +146,7 @@ extension World {
     /// Feeds the core one event and performs what it asks for.
     func step(_ engine: SimulatedEngine, _ event: EngineEvent) {
         guard engine.isAlive else { return }
+        engine.unresolvedBefore = engine.core.unresolvedRegions
         engine.core.step(event, now: timeline.instant(engine.clock))
         while let action = engine.core.actions.popFirst() { perform(action, engine) }
         observeJoin(engine)

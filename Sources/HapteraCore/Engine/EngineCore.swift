@@ -247,10 +247,10 @@ package final class EngineCore {
     }
 
     // For checkers.
-    /// The members may differ in the region: nothing may be read from it. (A damaged block alone is
+    /// The members may differ in these regions: no read may begin there. (A damaged block alone is
     /// no such difference.)
-    package func isUnresolved(_ region: UInt64) -> Bool {
-        unresolved.contains(region) && !damagedRegions.contains(region)
+    package var unresolvedRegions: Set<UInt64> {
+        damagedRegions.isEmpty ? unresolved : unresolved.subtracting(damagedRegions)
     }
     /// The client's operation that a request with the tag was sent for; nil: for none.
     package func clientUserData(ofTag tag: UInt64) -> UInt64? {
