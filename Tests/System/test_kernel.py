@@ -9,22 +9,50 @@ from harness.guest import HOST, Guest
 SIZE, GROWN = 384 * MIB, 640 * MIB
 
 
+TOOL = f"/usr/bin/python3 {ROOT}/scripts/nbd-device"
+
+
 class FileSystem:
-    def __init__(self, make, grow, snapshot_options, check, attach):
-        self.make, self.grow, self.check, self.attach = make, grow, check, attach
+    def __init__(self, make, grow, snapshot_options, check, outlives):
+        self.make, self.grow, self.check, self.outlives = make, grow, check, outlives
         self.snapshot_options = snapshot_options
 
 
-# By netlink the kernel keeps the connection itself; by ioctl a process of nbd-client does.
-EXT4 = FileSystem(
-    "mkfs.ext4 -q", "resize2fs /dev/nbd0", "ro", "e2fsck -fn", "nbd-client")
-XFS = FileSystem(
-    "mkfs.xfs -q", "xfs_growfs /mnt/data", "ro,nouuid", "xfs_repair -n",
-    "nbd-client -nonetlink")
+# One is attached by our tool, which outlives engines; the other by nbd-client, with ioctls.
+EXT4 = FileSystem("mkfs.ext4 -q", "resize2fs /dev/nbd0", "ro", "e2fsck -fn", True)
+XFS = FileSystem("mkfs.xfs -q", "xfs_growfs /mnt/data", "ro,nouuid", "xfs_repair -n", False)
 
 
 def attach(guest, cluster, kind):
-    guest.run(f"{kind.attach} -N volume {HOST} {cluster.engine.port} /dev/nbd0")
+    if not kind.outlives:
+        guest.run(f"nbd-client -nonetlink -N volume {HOST} {cluster.engine.port} /dev/nbd0")
+        return
+    guest.run(
+        f"setsid {TOOL} attach /dev/nbd0 nbd://{HOST}:{cluster.engine.port}/volume "
+        ">>/run/attach.log 2>&1 & while [[ ! -e /sys/block/nbd0/pid ]]; do sleep 0.1; "
+        "kill -0 $! || { cat /run/attach.log; exit 1; }; done")
+
+
+def detach(guest, kind):
+    guest.run(f"{TOOL} detach /dev/nbd0" if kind.outlives else "nbd-client -d /dev/nbd0")
+
+
+def lose_the_engine(guest, cluster):
+    """Killed in the middle of a file, and started again after a while."""
+    guest.run("setsid bash -c 'dd if=/dev/urandom of=/mnt/data/over bs=64k count=400 oflag=sync "
+              "2>/dev/null && touch /run/written' >/run/dd.log 2>&1 &")
+    wait_for(lambda: int(guest.run("stat -c %s /mnt/data/over || echo 0").split()[-1]) > MIB,
+             "the file to grow")
+    cluster.engine.process.kill()
+    time.sleep(2)
+    cluster.start_engine(before=cluster.engine)
+    wait_for(lambda: "new connections" in guest.run("cat /run/attach.log; pgrep -f nbd-device"),
+             "the kernel to have new connections")
+    wait_for(lambda: guest.run("ls /run/written", check=False).startswith("/run/written\n"),
+             "the file to be written")
+    errors = guest.run("dmesg | grep -i 'i/o error' || true")
+    assert not errors, errors
+    return guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/data/over")
 
 
 def write(guest, name, mebibytes):
@@ -57,6 +85,9 @@ def life_under(kind, context):
             away.start()
             cluster.engine.wait_state(away, "inSync")
 
+            if kind.outlives:
+                files["over"] = lose_the_engine(guest, cluster)
+
             guest.run("sync -f /mnt/data")
             control(cluster.engine.control, "snapshot", name="before",
                     created=int(time.time() * 1000))
@@ -72,10 +103,11 @@ def life_under(kind, context):
                 f"mkdir /mnt/before && mount -o {kind.snapshot_options} /dev/nbd1 /mnt/before")
             check(guest, before, "/mnt/before")
             guest.run("umount /mnt/before && qemu-nbd --disconnect /dev/nbd1")
+            wait_for(lambda: cluster.engine.status()["connections"] == "1", "its reader to leave")
             control(cluster.engine.control, "delete-snapshot", name="before")
 
             control(cluster.engine.control, "resize", size=GROWN)
-            guest.run(f"/usr/bin/python3 {ROOT}/scripts/nbd-grow /dev/nbd0 {GROWN} && {kind.grow}")
+            guest.run(f"{TOOL} grow /dev/nbd0 {GROWN} && {kind.grow}")
             assert int(guest.run("blockdev --getsize64 /dev/nbd0")) == GROWN
             assert int(guest.run("df --output=size -B1 /mnt/data").split()[-1]) > SIZE
             files["large"] = write(guest, "large", 128)
@@ -92,7 +124,8 @@ def life_under(kind, context):
             attach(guest, cluster, kind)
             guest.run("mkdir /mnt/data && mount /dev/nbd0 /mnt/data")
             check(guest, files)
-            guest.run(f"umount /mnt/data && {kind.check} /dev/nbd0 && nbd-client -d /dev/nbd0")
+            guest.run(f"umount /mnt/data && {kind.check} /dev/nbd0")
+            detach(guest, kind)
         cluster.size = GROWN
         cluster.check_copies()
 
