@@ -9,6 +9,7 @@ import subprocess
 import time
 
 from harness.cluster import BINARIES, MIB, control, wait_for
+from harness.context import once
 from harness.plane import Plane
 from harness.workload import BLOCK
 from test_clones import Volumes
@@ -77,6 +78,7 @@ def change(live, chance, writes=40, trims=6):
     live.flush()
 
 
+@once
 def test_what_a_snapshot_gives_back_is_known_before(context):
     """The middle one, the lowest, the one below the head, what a revert has kept: with replicas
     killed in between, who count again."""
@@ -144,6 +146,7 @@ def clone(cluster, replica, name, folder="clone", **changes):
     return directory
 
 
+@once
 def test_what_a_clone_shares_is_not_given_back(context):
     """Nothing of what it shares is promised while it does, and nothing comes back. What is hidden
     there is named, and comes back when the clone has gone."""

@@ -6,7 +6,7 @@ class SkipTest(Exception):
 
 
 def once(function):
-    """Marks a test of the control plane that takes long: one back end tells as much as two."""
+    """Marks a test that takes long and of which one back end tells as much as two."""
     function.is_once = True
     return function
 
