@@ -22,6 +22,10 @@ SIZE = 32 * MIB
 BLOCKS = SIZE // BLOCK
 DISK = 512 * MIB
 VOLUME = bytes(range(16))
+# Seldom, so that there is something to lose.
+FLUSHES = 0.001
+# Of what was not flushed, how much has arrived when the power is cut.
+KEPT = (0.0, 0.1, 0.5, 0.9)
 MAKE = {"ext4": "mkfs.ext4 -q", "xfs": "mkfs.xfs -q -f"}
 
 
@@ -131,8 +135,9 @@ class Machine:
     def cut_power(self):
         self.guest.cut_power()
         self.guest = None
+        kept = self.chance.choice(KEPT)
         for disk in self.disks:
-            disk.lose(self.chance)
+            disk.lose(self.chance, kept)
 
     def check_copies(self):
         """Detached in order, the three copies are whole and the same, and so are file systems."""
@@ -215,7 +220,8 @@ def cut_power_under_load(context, file_system, rounds):
         machine.start()
         snapshots = Snapshots(machine)
         for turn in range(rounds):
-            client = Workload(history, machine.uri, machine.chance.getrandbits(32)).start()
+            client = Workload(
+                history, machine.uri, machine.chance.getrandbits(32), flushes=FLUSHES).start()
             client.wait_completed(machine.chance.randrange(100, 700), 300)
             snapshots.take()
             client.wait_completed(machine.chance.randrange(100, 700), 300)
@@ -287,7 +293,7 @@ class GuestReplica(Replica):
 
     def cut_power(self):
         self.guest.cut_power()
-        self.disk.lose(self.chance)
+        self.disk.lose(self.chance, self.chance.choice(KEPT))
 
     def come_back(self):
         self.boot()
@@ -311,7 +317,8 @@ def test_power_cut_of_one_machine(context):
             for turn in range(rounds):
                 if load is None:
                     load = Workload(
-                        history, cluster.engine.unix, chance.getrandbits(32)).start()
+                        history, cluster.engine.unix, chance.getrandbits(32),
+                        flushes=FLUSHES).start()
                 load.wait_completed(chance.randrange(500, 3000))
                 away.cut_power()
                 if turn % 2:

@@ -41,10 +41,10 @@ class LossyDisk:
         self._now.close()
         self._flushed.close()
 
-    def lose(self, chance):
-        """The power is cut. `chance`: a `random.Random`."""
-        # From nearly nothing to nearly everything arrives, in pieces of one sector or a page.
-        kept, grain = chance.choice((0.02, 0.3, 0.5, 0.7, 0.98)), chance.choice((1, 8))
+    def lose(self, chance, kept):
+        """The power is cut. `chance`: a `random.Random`; `kept`: how much of what was not flushed
+        has arrived, 0 to 1."""
+        grain = chance.choice((1, 8))  # in pieces of one sector, or a page
         with self._lock:
             dice, last = 0.0, None
             for sector in sorted(self._pending):

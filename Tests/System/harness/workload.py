@@ -1,8 +1,9 @@
 """A client that keeps its own history and believes nothing.
 
 Every block carries its number and a version. Per block the history knows which values may be read:
-the last one acknowledged, and any whose outcome is unknown because the connection was lost. When the
-power of all members is lost at once, that is the last one flushed and any since, mixed by sectors.
+the last one acknowledged, and any whose outcome is unknown because the connection was lost. When
+the power of all members is lost at once, that is the last one flushed and any since, mixed by
+sectors.
 """
 
 import os
@@ -86,7 +87,7 @@ class History:
         return len(self.since)
 
     def check_after_cut(self, first, data):
-        """As `check`, where blocks may be torn; what is there now is durable. How many were torn."""
+        """As `check`, where blocks may be torn; what is there now is durable. How many were."""
         torn = 0
         for index in range(len(data) // BLOCK):
             block = first + index
@@ -152,8 +153,10 @@ class Workload:
     `socket`: where the volume is, as `connect` takes it.
     """
 
-    def __init__(self, history, socket, seed, depth=16, writes_only=False):
+    def __init__(self, history, socket, seed, depth=16, writes_only=False, flushes=0.01):
+        """`flushes`: of all requests; twice as often, of the writes, one is flushed by itself."""
         self.history, self.socket, self.depth = history, str(socket), depth
+        self.flush_chance = flushes
         self.random = random.Random(seed)
         self.writes_only = writes_only
         self.completed = self.flushes = 0
@@ -220,7 +223,7 @@ class Workload:
         if dice < 0.62:
             version = self.history.issue(first, count, False)
             data = b"".join(content(b, version) for b in span)
-            flags = nbd.CMD_FLAG_FUA if self.random.random() < 0.02 else 0
+            flags = nbd.CMD_FLAG_FUA if self.random.random() < 2 * self.flush_chance else 0
             self._begin(span)
             handle.aio_pwrite(data, offset, self._write_done(span, version, data, flags), flags)
         elif dice < 0.70:
@@ -230,7 +233,7 @@ class Workload:
                 handle.aio_trim(length, offset, self._write_done(span, version))
             else:
                 handle.aio_zero(length, offset, self._write_done(span, version))
-        elif dice < 0.99:
+        elif dice < 1 - self.flush_chance:
             buffer = nbd.Buffer(length)
             self._begin(span)
             handle.aio_pread(buffer, offset, self._read_done(span, buffer))
