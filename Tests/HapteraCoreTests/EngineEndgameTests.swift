@@ -112,6 +112,28 @@ import Testing
         #expect(h.core.stablePoint > before)
     }
 
+    /// A client's flush takes the place of the engine's own. When it had timed out, or its client
+    /// was gone, nobody flushed any more until something was written: acknowledged writes stayed
+    /// unflushed, logs full, deleted layers where they were (seed 2536763).
+    @Test(arguments: [false, true])
+    func aFlushGivenUpIsMadeUpFor(isCancelled: Bool) {
+        let h = EngineHarness(replicas: 2) {
+            $0.minInSync = 2
+            if !isCancelled { $0.ioTimeoutMilliseconds = 500 }
+        }
+        h.start()
+        h.write(0, block(1))
+        h.kill(h.fakes[1])
+        let before = h.core.stablePoint
+        let flush = h.submit(.flush, session: 1)
+        #expect(h.core.flushDueAt == nil)
+        if isCancelled { h.run(.cancel(session: 1)) }
+        h.pass(milliseconds: 600)
+        #expect(h.results[flush] == (isCancelled ? .cancelled : .ioError))
+        h.pass(milliseconds: 12_000)
+        #expect(h.core.stablePoint > before)
+    }
+
     @Test func aWriteOfTheDeadDoesNotWaitForSpace() {
         let h = EngineHarness()
         h.start()

@@ -274,6 +274,7 @@ extension EngineCore {
             slots[index].isOrphan = true
             if dropOrphan(index) { continue }
             if slots[index].isFlush, !slots[index].isAcknowledged {
+                wantFlush()
                 completeClient(index, .cancelled)
                 release(index)
             } else if slots[index].isChanging {
@@ -319,6 +320,8 @@ extension EngineCore {
         completeClient(index, slots[index].fullSince == .zero ? .ioError : .noSpace)
         slots[index].isAcknowledged = true
         slots[index].isExpired = true
+        // Others go without, but it had taken the place of the one that was due (seed 2536763).
+        if slots[index].isFlush, slots[index].phase == .inFlight { wantFlush() }
         if isOver { return release(index) }
         // Every member may have it, and no more come that it waited for (`minInSync`).
         if slots[index].isChanging { settleWrite(index) }
