@@ -91,6 +91,8 @@ final class TestDirectory {
         #expect(report.mismatches == 1 && report.doubtful == 1)
         #expect(report.details.first?.offset == UInt64(Geometry.regionSize) + 4096)
         #expect(ReplicaCommand.run(["verify", "--dir", directory.path, "--json"]) == 1)
+        #expect(ReplicaCommand.run(["verify", "--help"]) == 0)
+        #expect(ReplicaCommand.run(["help"]) == 2)
     }
 
     @Test func exportIsTheRawImageAndSparse() throws {

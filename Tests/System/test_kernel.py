@@ -4,11 +4,10 @@ import time
 
 from harness.cluster import MIB, ROOT, control, wait_for
 from harness.context import once
-from harness.guest import HOST, Guest
+from harness.guest import HOST, Guest, prepare
+from test_snapshots import take
 
 SIZE, GROWN = 384 * MIB, 640 * MIB
-
-
 TOOL = f"/usr/bin/python3 {ROOT}/scripts/nbd-device"
 
 
@@ -20,17 +19,21 @@ class FileSystem:
 
 # One is attached by our tool, which outlives engines; the other by nbd-client, with ioctls.
 EXT4 = FileSystem("mkfs.ext4 -q", "resize2fs /dev/nbd0", "ro", "e2fsck -fn", True)
-XFS = FileSystem("mkfs.xfs -q", "xfs_growfs /mnt/data", "ro,nouuid", "xfs_repair -n", False)
+XFS = FileSystem("mkfs.xfs -q", "xfs_growfs /run/data", "ro,nouuid", "xfs_repair -n", False)
 
 
 def attach(guest, cluster, kind):
     if not kind.outlives:
         guest.run(f"nbd-client -nonetlink -N volume {HOST} {cluster.engine.port} /dev/nbd0")
         return
-    guest.run(
-        f"setsid {TOOL} attach /dev/nbd0 nbd://{HOST}:{cluster.engine.port}/volume "
-        ">>/run/attach.log 2>&1 & while [[ ! -e /sys/block/nbd0/pid ]]; do sleep 0.1; "
-        "kill -0 $! || { cat /run/attach.log; exit 1; }; done")
+    guest.run(f"setsid {TOOL} attach /dev/nbd0 nbd://{HOST}:{cluster.engine.port}/volume "
+              ">/run/attach.log 2>&1 &")
+    wait_for(lambda: "is /dev/nbd0" in attach_log(guest), "the device to be attached")
+
+
+def attach_log(guest):
+    """What the tool has said so far; it must be running."""
+    return guest.run("cat /run/attach.log && pgrep -f 'nbd-device attach' >/dev/null")
 
 
 def detach(guest, kind):
@@ -38,31 +41,33 @@ def detach(guest, kind):
 
 
 def lose_the_engine(guest, cluster):
-    """Killed in the middle of a file, and started again after a while."""
-    guest.run("setsid bash -c 'dd if=/dev/urandom of=/mnt/data/over bs=64k count=400 oflag=sync "
+    """Killed in the middle of a file, and started again when the kernel holds requests. The file's
+    digest, and how long after it was served again the device had a connection."""
+    guest.run("setsid bash -c 'dd if=/dev/urandom of=/run/data/over bs=64k count=400 oflag=sync "
               "2>/dev/null && touch /run/written' >/run/dd.log 2>&1 &")
-    wait_for(lambda: int(guest.run("stat -c %s /mnt/data/over || echo 0").split()[-1]) > MIB,
+    wait_for(lambda: int(guest.run("stat -c %s /run/data/over || echo 0").split()[-1]) > MIB,
              "the file to grow")
     cluster.engine.process.kill()
-    time.sleep(2)
+    wait_for(lambda: "Dead connection" in guest.run("dmesg"), "a request to find no connection")
     cluster.start_engine(before=cluster.engine)
-    wait_for(lambda: "new connections" in guest.run("cat /run/attach.log; pgrep -f nbd-device"),
-             "the kernel to have new connections")
+    served = time.monotonic()
+    wait_for(lambda: "new connections" in attach_log(guest), "the kernel to have new connections")
+    taken = time.monotonic() - served
     wait_for(lambda: guest.run("ls /run/written", check=False).startswith("/run/written\n"),
              "the file to be written")
     errors = guest.run("dmesg | grep -i 'i/o error' || true")
     assert not errors, errors
-    return guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/data/over")
+    return guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /run/data/over"), taken
 
 
 def write(guest, name, mebibytes):
     """A file of random bytes, synced; its digest."""
     return guest.run(
-        f"dd if=/dev/urandom of=/mnt/data/{name} bs=64k count={mebibytes * 16} conv=fsync "
-        f"2>/dev/null && sha256sum < /mnt/data/{name}")
+        f"dd if=/dev/urandom of=/run/data/{name} bs=64k count={mebibytes * 16} conv=fsync "
+        f"2>/dev/null && sha256sum < /run/data/{name}")
 
 
-def check(guest, files, place="/mnt/data"):
+def check(guest, files, place="/run/data"):
     for name, digest in files.items():
         assert guest.run(f"sha256sum < {place}/{name}") == digest, f"{place}/{name} has changed"
 
@@ -72,11 +77,13 @@ def allocated(cluster):
 
 
 def life_under(kind, context):
+    prepare()
+    measured = None
     with context.cluster(size=SIZE) as cluster:
         cluster.up()
         with Guest(cluster.path) as guest:
             attach(guest, cluster, kind)
-            guest.run(f"{kind.make} /dev/nbd0 && mkdir /mnt/data && mount /dev/nbd0 /mnt/data")
+            guest.run(f"{kind.make} /dev/nbd0 && mkdir /run/data && mount /dev/nbd0 /run/data")
             files = {"first": write(guest, "first", 24)}
 
             away = cluster.replicas[1]
@@ -86,55 +93,56 @@ def life_under(kind, context):
             cluster.engine.wait_state(away, "inSync")
 
             if kind.outlives:
-                files["over"] = lose_the_engine(guest, cluster)
+                files["over"], taken = lose_the_engine(guest, cluster)
+                measured = f"connected {taken:.1f} s after the engine was served again, or sooner"
 
-            guest.run("sync -f /mnt/data")
-            control(cluster.engine.control, "snapshot", name="before",
-                    created=int(time.time() * 1000))
+            guest.run("sync -f /run/data")
+            take(cluster, "before")
             before = dict(files)
             del files["first"]
-            guest.run("rm /mnt/data/first && sync -f /mnt/data")
+            guest.run("rm /run/data/first && sync -f /run/data")
             files["second"] = write(guest, "second", 16)
             # As `storagectl snapshot mount-info` says it: the journal is replayed, into a file of
             # the guest's. Without a replay XFS did not show what had been synced.
             uri = f"nbd://{HOST}:{cluster.engine.port}/volume@before"
             guest.run(f"qemu-nbd --snapshot --format=raw --connect=/dev/nbd1 '{uri}'")
             guest.run(
-                f"mkdir /mnt/before && mount -o {kind.snapshot_options} /dev/nbd1 /mnt/before")
-            check(guest, before, "/mnt/before")
-            guest.run("umount /mnt/before && qemu-nbd --disconnect /dev/nbd1")
+                f"mkdir /run/before && mount -o {kind.snapshot_options} /dev/nbd1 /run/before")
+            check(guest, before, "/run/before")
+            guest.run("umount /run/before && qemu-nbd --disconnect /dev/nbd1")
             wait_for(lambda: cluster.engine.status()["connections"] == "1", "its reader to leave")
             control(cluster.engine.control, "delete-snapshot", name="before")
 
             control(cluster.engine.control, "resize", size=GROWN)
             guest.run(f"{TOOL} grow /dev/nbd0 {GROWN} && {kind.grow}")
             assert int(guest.run("blockdev --getsize64 /dev/nbd0")) == GROWN
-            assert int(guest.run("df --output=size -B1 /mnt/data").split()[-1]) > SIZE
+            assert int(guest.run("df --output=size -B1 /run/data").split()[-1]) > SIZE
             files["large"] = write(guest, "large", 128)
 
             held = allocated(cluster)
             del files["large"]
-            guest.run("rm /mnt/data/large && sync -f /mnt/data && fstrim /mnt/data", 300)
+            guest.run("rm /run/data/large && sync -f /run/data && fstrim /run/data", 300)
             wait_for(lambda: max(allocated(cluster)) < min(held) - 96 * MIB,
                      f"trimmed space to come back: {held}, {allocated(cluster)}")
 
             # The machine with the mounted volume dies: what was synced is there.
-            guest.run("echo gone > /mnt/data/unsynced")
+            guest.run("echo gone > /run/data/unsynced")
         with Guest(cluster.path) as guest:
             attach(guest, cluster, kind)
-            guest.run("mkdir /mnt/data && mount /dev/nbd0 /mnt/data")
+            guest.run("mkdir /run/data && mount /dev/nbd0 /run/data")
             check(guest, files)
-            guest.run(f"umount /mnt/data && {kind.check} /dev/nbd0")
+            guest.run(f"umount /run/data && {kind.check} /dev/nbd0")
             detach(guest, kind)
         cluster.size = GROWN
         cluster.check_copies()
+    return measured
 
 
 @once
 def test_kernel_ext4(context):
-    life_under(EXT4, context)
+    return life_under(EXT4, context)
 
 
 @once
 def test_kernel_xfs(context):
-    life_under(XFS, context)
+    return life_under(XFS, context)

@@ -7,12 +7,10 @@ import shutil
 import tempfile
 import time
 
-import nbd
-
-from harness.cluster import BINARIES, MIB, Replica, free_port, wait_for
+from harness.cluster import BINARIES, MIB, SCRATCH, Replica, free_port, wait_for
 from harness.context import once
 from harness.frames import Record
-from harness.guest import HOST, Guest
+from harness.guest import HOST, Guest, prepare
 from harness.lossy_disk import LossyDisk
 from harness.store import RecordStore
 from harness.workload import (
@@ -36,7 +34,7 @@ class Machine:
     def __init__(self, backend, seed, file_system):
         self.backend, self.file_system = backend, file_system
         self.chance = random.Random(seed)
-        self.path = pathlib.Path(tempfile.mkdtemp(prefix="haptera-power-", dir="/var/tmp"))
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="haptera-power-", dir=SCRATCH))
         self.disks = [LossyDisk(DISK, self.path) for _ in range(3)]
         self.store = RecordStore()
         self.store.put(Record(VOLUME, "volume", SIZE, [(n, n + 16) for n in (1, 2, 3)]))
@@ -44,6 +42,7 @@ class Machine:
         self.port = free_port()
         self.uri = f"nbd://127.0.0.1:{self.port}/volume"
         self.boots = self.generation = self.decisions = 0
+        self.is_remembered = False
         self.guest = None
 
     def __enter__(self):
@@ -52,7 +51,7 @@ class Machine:
     def __exit__(self, kind, *_):
         if self.guest:
             if kind is not None:
-                print(self.guest.console.read_text(errors="replace")[-3000:])
+                print(self.guest.console_text())
             self.guest.cut_power()
         self.store.stop()
         for disk in self.disks:
@@ -64,7 +63,7 @@ class Machine:
     def boot(self):
         self.guest = Guest(self.path, [disk.uri for disk in self.disks], {self.port: 10809})
         for number, device in enumerate("abc", 1):
-            place = f"/mnt/{number}"
+            place = f"/run/{number}"
             if self.boots == 0:
                 self.guest.run(f"{MAKE[self.file_system]} /dev/vd{device}")
             self.guest.run(f"mkdir {place} && mount /dev/vd{device} {place}")
@@ -86,11 +85,12 @@ class Machine:
         `client_lives`: it remembers what was acknowledged, so the loss of that must be accepted.
         """
         self.boot()
+        self.is_remembered = client_lives
         self.generation += not client_lives
         names = ""
         for number in (1, 2, 3):
             self._spawn(
-                f"replica{number}", f"haptera-replica serve --dir /mnt/{number}/replica "
+                f"replica{number}", f"haptera-replica serve --dir /run/{number}/replica "
                 f"--listen 127.0.0.1:{7000 + number} --control /run/replica{number}.sock")
             names += f" --replica {number:016x}=127.0.0.1:{7000 + number}"
         self._spawn(
@@ -98,39 +98,27 @@ class Machine:
             f"--store {HOST}:{self.store.port} --nbd 0.0.0.0:10809 --control /run/engine.sock "
             f"--client-generation {self.generation}{names}")
         start = time.monotonic()
-        if client_lives:
-            wait_for(self._is_decided, "the volume to be served, or a decision to be asked", 120)
-        wait_for(self._is_serving, "the volume to be served", 120)
+        wait_for(self._is_served, "the volume to be served", 120)
         return time.monotonic() - start
 
     def _spawn(self, name, command):
         self.guest.run(
             f"HAPTERA_IO={self.backend} setsid {BINARIES}/{command} >/run/{name}.log 2>&1 &")
 
-    def _is_serving(self):
+    def _is_served(self):
+        ended = self.guest.run(
+            "for n in replica1 replica2 replica3 engine; do pgrep -f /run/$n.sock >/dev/null "
+            "|| { echo $n has ended; tail -n 20 /run/$n.log; }; done")
+        assert not ended, ended
         try:
-            connect(self.uri).shutdown()
-            return True
-        except nbd.Error:
-            logs = self.guest.run(
-                "for n in replica1 replica2 replica3 engine; do pgrep -f /run/$n.sock >/dev/null "
-                "|| { echo $n has ended; tail -n 20 /run/$n.log; }; done")
-            assert not logs, logs
-            time.sleep(0.2)
-            return False
-
-    def _is_decided(self):
-        try:
-            status = self.control("engine", "status").split()
+            status = self.guest.control("engine", "status")
         except AssertionError:
-            return False  # it has just been started
-        if "needsDecision=true" in status:
-            self.control("engine", "accept-loss")
+            return False  # it does not listen yet
+        if status["needsDecision"] == "true":
+            assert self.is_remembered, "a decision is asked though nobody remembers"
+            self.guest.control("engine", "accept-loss")
             self.decisions += 1
-        return "needsDecision=true" in status or "state=serving" in status
-
-    def control(self, process, command):
-        return control_inside(self.guest, process, command)
+        return status["state"] == "serving"
 
     def cut_power(self):
         self.guest.cut_power()
@@ -141,40 +129,21 @@ class Machine:
 
     def check_copies(self):
         """Detached in order, the three copies are whole and the same, and so are file systems."""
-        self.control("engine", "detach")
+        self.guest.control("engine", "detach")
+        self.guest.run("pidwait haptera-engine || true")
         for number in (1, 2, 3):
-            self.control(f"replica{number}", "shutdown")
-        self.guest.run("while pgrep haptera; do sleep 0.1; done")
+            self.guest.control(f"replica{number}", "shutdown", check=False)
+        self.guest.run("pidwait haptera || true")
         digests = set()
         for number, device in enumerate("abc", 1):
             tool = f"{BINARIES}/haptera-replica"
-            self.guest.run(f"{tool} verify --dir /mnt/{number}/replica")
+            self.guest.run(f"{tool} verify --dir /run/{number}/replica")
             digests.add(self.guest.run(
-                f"set -o pipefail; {tool} export --dir /mnt/{number}/replica --output - "
+                f"set -o pipefail; {tool} export --dir /run/{number}/replica --output - "
                 "| sha256sum"))
             check = {"ext4": "e2fsck -fn", "xfs": "xfs_repair -n"}[self.file_system]
-            self.guest.run(f"umount /mnt/{number} && {check} /dev/vd{device}")
+            self.guest.run(f"umount /run/{number} && {check} /dev/vd{device}")
         assert len(digests) == 1, f"the copies differ: {digests}"
-
-
-_CONTROL = """
-import socket, sys
-link = socket.socket(socket.AF_UNIX)
-link.connect(f"/run/{sys.argv[1]}.sock")
-link.sendall(sys.stdin.buffer.read())
-reply = b""
-while not reply.endswith(b"\\n\\n") and (part := link.recv(65536)):
-    reply += part
-sys.stdout.write(reply.decode())
-"""
-
-
-def control_inside(guest, process, command):
-    """One command over the control socket of the process in the guest."""
-    reply = guest.run(f"echo '{command}' | timeout 60 python3 -c '{_CONTROL}' {process}")
-    # One that ends may hang up before its reply arrives.
-    assert reply.startswith("ok") or not reply, f"{process}: {command}: {reply}"
-    return reply
 
 
 class Snapshots:
@@ -188,15 +157,15 @@ class Snapshots:
     def take(self):
         self.taken += 1
         name = f"s{self.taken}"
-        self.machine.control(
-            "engine", f"snapshot name={name} created={int(time.time() * 1000)}")
+        self.machine.guest.control(
+            "engine", "snapshot", name=name, created=int(time.time() * 1000))
         self.digests[name] = self._digest(name)
 
     def delete_one(self):
         """Its space comes back in the background: that goes on when the power is cut."""
         if len(self.digests) > 2:
             name = self.machine.chance.choice(list(self.digests))
-            self.machine.control("engine", f"delete-snapshot name={name}")
+            self.machine.guest.control("engine", "delete-snapshot", name=name)
             del self.digests[name]
             self.deleted += 1
 
@@ -213,6 +182,7 @@ class Snapshots:
 
 
 def cut_power_under_load(context, file_system, rounds):
+    prepare()
     history = History(BLOCKS)
     requests = lost = torn = 0
     slowest = 0.0
@@ -226,7 +196,7 @@ def cut_power_under_load(context, file_system, rounds):
             snapshots.take()
             client.wait_completed(machine.chance.randrange(100, 700), 300)
             snapshots.delete_one()
-            time.sleep(machine.chance.random())
+            client.wait_completed(machine.chance.randrange(200), 300)
             machine.cut_power()
             assert client.join(), "the client has not noticed"
             requests += client.completed
@@ -257,7 +227,7 @@ class GuestReplica(Replica):
     """A replica on a machine of its own, whose power can be cut."""
 
     def __init__(self, cluster, number, chance):
-        super().__init__(cluster, number, "/mnt/disk/replica")
+        super().__init__(cluster, number, "/run/disk/replica")
         self.chance = chance
         self.disk = LossyDisk(DISK, cluster.path)
         self.guest = None
@@ -269,7 +239,7 @@ class GuestReplica(Replica):
         self.guest = Guest(self.cluster.path, [self.disk.uri], {self.port: self.port})
 
     def mount(self):
-        self.guest.run("mkdir -p /mnt/disk && mount /dev/vda /mnt/disk")
+        self.guest.run("mkdir -p /run/disk && mount /dev/vda /run/disk")
 
     def tool(self, verb, *arguments):
         words = " ".join(str(a) for a in arguments)
@@ -283,8 +253,8 @@ class GuestReplica(Replica):
             "--control /run/replica.sock >/run/replica.log 2>&1 &")
 
     def shutdown(self):
-        control_inside(self.guest, "replica", "shutdown")
-        self.guest.run("while pgrep haptera; do sleep 0.1; done")
+        self.guest.control("replica", "shutdown", check=False)
+        self.guest.run("pidwait haptera || true")
 
     def export_digest(self):
         return self.guest.run(
@@ -306,6 +276,7 @@ def test_power_cut_of_one_machine(context):
     """Acknowledged writes, flushed or not, are on the others: every one of them stays. In every
     other round the engine dies at the same moment, and the next one must see for itself that the
     member it finds has lost some."""
+    prepare()
     chance = random.Random(context.seed)
     with context.cluster(size=SIZE) as cluster:
         away = cluster.replicas[1] = GuestReplica(cluster, 2, chance)
@@ -339,7 +310,8 @@ def test_power_cut_of_one_machine(context):
             cluster.check_copies()
             assert away.disk.lost > 0, "the disk has lost nothing"
         except BaseException:
-            print(away.guest.run("cat /run/replica.log", check=False))
+            if away.guest.is_running:
+                print(away.guest.run("cat /run/replica.log", check=False))
             raise
         finally:
             away.guest.cut_power()

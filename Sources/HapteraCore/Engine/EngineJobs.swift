@@ -387,9 +387,7 @@ extension EngineCore {
     /// (so it is the steady member's copy that rotted); and, if there is no steady member, any.
     private func sourceOfBlock(_ job: Int, _ block: Int) -> ReplicaSlot? {
         let chosen = ReplicaSlot(jobs[job].source)
-        guard let preferred = content(job, chosen, block) else {
-            return nil
-        }
+        guard let preferred = content(job, chosen, block) else { return nil }
         if jobs[job].kind == .scrub { return sourceForScrub(job, block) }
         if !preferred.isDoubtful { return chosen }
         guard jobs[job].kind != .copy else { return nil }
@@ -397,9 +395,7 @@ extension EngineCore {
         var rebooted: ReplicaSlot?
         var rest = jobs[job].participants
         while let slot = rest.popFirst() {
-            guard let other = content(job, slot, block),
-                !other.isDoubtful
-            else { continue }
+            guard let other = content(job, slot, block), !other.isDoubtful else { continue }
             if !replicas[slot].isRebooted { return slot }
             if !steadyExists || other.entry == preferred.entry { rebooted = rebooted ?? slot }
         }

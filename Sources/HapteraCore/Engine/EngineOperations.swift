@@ -274,7 +274,7 @@ extension EngineCore {
             slots[index].isOrphan = true
             if dropOrphan(index) { continue }
             if slots[index].isFlush, !slots[index].isAcknowledged {
-                wantFlush()
+                wantFlush()  // as in `expire`
                 completeClient(index, .cancelled)
                 release(index)
             } else if slots[index].isChanging {

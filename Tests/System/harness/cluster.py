@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 BINARIES = pathlib.Path(os.environ.get("HAPTERA_BIN", ROOT / ".build-release/release"))
 # Of the control plane, whose speed does not matter.
 CONTROL_BINARIES = pathlib.Path(os.environ.get("HAPTERA_CONTROL_BIN", ROOT / ".build/debug"))
+SCRATCH = os.environ.get("HAPTERA_TEST_DIR", "/var/tmp")
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 
 
@@ -308,8 +309,7 @@ class Cluster:
     name = "volume"
 
     def __init__(self, size=256 * MIB, replicas=3, environment=None, network=None):
-        self.path = pathlib.Path(tempfile.mkdtemp(
-            prefix="haptera-", dir=os.environ.get("HAPTERA_TEST_DIR", "/var/tmp")))
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="haptera-", dir=SCRATCH))
         self.size = size
         self.environment = environment or {}
         self.network = network  # nil: everything on loopback

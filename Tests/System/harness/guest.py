@@ -1,19 +1,20 @@
 """A machine with a kernel and a power switch of its own: Debian's kernel in QEMU, by emulation.
 
-Its root is this machine's, read-only, with empty /tmp, /run, /mnt and /var/tmp; its disks are what
-the test gives it. It is slow: good for what happens, not for how fast.
+Its root is this machine's, read-only, with an empty /run; its disks are what the test gives it. It
+is slow: good for what happens, not for how fast.
 """
 
 import json
 import os
 import pathlib
 import platform
+import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 
+from .cluster import ROOT, Process
 from .context import SkipTest
 
 HOST = "10.0.2.2"  # this machine's loopback, as the guest sees it
@@ -27,7 +28,7 @@ $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 while read -r module; do $b insmod /modules/$module; done < /modules/order
 $b mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose root /root
-for d in tmp run mnt var/tmp; do $b mount -t tmpfs tmpfs /root/$d; done
+$b mount -t tmpfs tmpfs /root/run
 $b mkdir /root/run/lock
 $b mount -t devtmpfs dev /root/dev
 $b mount --move /proc /root/proc
@@ -37,7 +38,7 @@ $b ip link set eth0 up
 $b ip addr add 10.0.2.15/24 dev eth0
 $b ip route add default via 10.0.2.2
 $b cp /agent /root/run/agent
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/run TMPDIR=/run
 $b chroot /root /usr/bin/python3 /run/agent $($b cat /root/proc/cmdline)
 $b poweroff -f
 """
@@ -53,6 +54,13 @@ with socket.create_connection(("10.0.2.2", port)) as link, link.makefile("rw") a
             stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
         lines.write(json.dumps([done.returncode, done.stdout]) + "\\n")
         lines.flush()
+"""
+
+
+_CONTROL = """
+import json, sys
+from harness.cluster import control
+print(json.dumps(control(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))))
 """
 
 
@@ -159,19 +167,32 @@ class Guest:
             command += [
                 "-drive", f"file={disk},if=none,id=d{number},format=raw,cache=none,aio=threads",
                 "-device", f"virtio-blk-pci,drive=d{number}"]
-        self._qemu = subprocess.Popen(
-            [str(a) for a in command], stdin=subprocess.DEVNULL,
-            stdout=open(path / "qemu.log", "ab"), stderr=subprocess.STDOUT)
+        self._qemu = Process("guest", command, path / "qemu.log")
         self._link = None
         try:
             with listener:
-                listener.settimeout(180)
-                self._link = listener.accept()[0]
-        except OSError as error:
+                self._link = self._accept(listener)
+        except BaseException:
             self.cut_power()
-            raise AssertionError(
-                f"the guest does not start: {error}\n{self.console.read_text()[-2000:]}") from error
+            raise
         self._lines = self._link.makefile("rw")
+
+    def _accept(self, listener):
+        """The guest's connection, when it has started."""
+        listener.settimeout(1)
+        for _ in range(180):
+            try:
+                return listener.accept()[0]
+            except TimeoutError:
+                assert self._qemu.is_running, f"no guest: {self._qemu.log.read_text()[-2000:]}"
+        raise AssertionError(f"the guest does not start: {self.console_text()}")
+
+    @property
+    def is_running(self):
+        return self._link is not None
+
+    def console_text(self):
+        return self.console.read_text(errors="replace")[-2000:]
 
     def __enter__(self):
         return self
@@ -186,17 +207,23 @@ class Guest:
         self._lines.flush()
         line = self._lines.readline()
         if not line:
-            raise AssertionError(
-                f"the guest died of: {command}\n{self.console.read_text()[-2000:]}")
+            raise AssertionError(f"the guest died of: {command}\n{self.console_text()}")
         status, output = json.loads(line)
         if check and status:
             raise AssertionError(f"in the guest: {command}: exit {status}: {output}")
         return output
 
+    def control(self, process, verb, check=True, **arguments):
+        """`cluster.control` in the guest, of the process whose socket is /run/PROCESS.sock. Without
+        `check`: it may hang up before its reply arrives."""
+        text = self.run(
+            f"PYTHONPATH={ROOT}/Tests/System timeout 60 python3 -Bc {shlex.quote(_CONTROL)} "
+            f"/run/{process}.sock {verb} {shlex.quote(json.dumps(arguments))}", check=check)
+        return json.loads(text) if check else None
+
     def cut_power(self):
         """At once: what its disks hold is all that is left."""
-        self._qemu.send_signal(signal.SIGKILL)
-        self._qemu.wait()
+        self._qemu.kill()
         if self._link:
             self._link.close()
             self._link = None

@@ -5,11 +5,12 @@ in any order, and larger ones are torn.
 """
 
 import os
-import random
 import socket
 import struct
 import tempfile
 import threading
+
+from .store import exactly
 
 SECTOR = 512
 _READ, _WRITE, _DISCONNECT, _FLUSH = 0, 1, 2, 3
@@ -28,7 +29,7 @@ class LossyDisk:
             file.truncate(size)
         self._pending = {}  # sector -> what was written to it since the last flush, oldest first
         self._lock = threading.Lock()
-        self.writes = self.flushes = self.lost = 0
+        self.lost = 0  # sectors that a cut has taken a write from
         self._listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -78,7 +79,6 @@ class LossyDisk:
         if run:
             self._keep(run)
         self._pending.clear()
-        self.flushes += 1
 
     def _keep(self, run):
         self._write(self._flushed, run[0], self._read(self._now, run[0], len(run)))
@@ -138,20 +138,8 @@ class LossyDisk:
                     for at in range(0, length, SECTOR):
                         self._pending.setdefault((offset + at) // SECTOR, []).append(
                             data[at:at + SECTOR])
-                    self.writes += 1
                 elif kind == _FLUSH:
                     self._flush()
                 else:
                     error = _EINVAL
             connection.sendall(struct.pack(">II8s", 0x67446698, error, handle) + answer)
-
-
-def exactly(connection, count):
-    parts = []
-    while count > 0:
-        part = connection.recv(min(count, 1 << 20))
-        if not part:
-            raise ConnectionError
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)

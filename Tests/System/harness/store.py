@@ -68,8 +68,8 @@ class RecordStore:
         self._connections.add(connection)
         try:
             while True:
-                header = Header.decode(_exactly(connection, HEADER_SIZE))
-                table = _exactly(connection, header.table_length)
+                header = Header.decode(exactly(connection, HEADER_SIZE))
+                table = exactly(connection, header.table_length)
                 connection.sendall(self._answer(header, table))
         except (ConnectionError, OSError):
             pass
@@ -100,7 +100,7 @@ class RecordStore:
             return reply(header, OK)
 
 
-def _exactly(connection, count):
+def exactly(connection, count):
     parts = []
     while count > 0:
         part = connection.recv(count)
