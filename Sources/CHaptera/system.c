@@ -33,6 +33,28 @@ void haptera_close_in_background(int fd) {
     }
 }
 
+struct background {
+    void (*run)(void *);
+    void *context;
+};
+
+static void *run_background(void *argument) {
+    struct background work = *(struct background *)argument;
+    free(argument);
+    work.run(work.context);
+    return NULL;
+}
+
+int haptera_in_background(void (*run)(void *), void *context) {
+    struct background *work = malloc(sizeof *work);
+    if (!work) return -ENOMEM;
+    *work = (struct background){run, context};
+    pthread_t thread;
+    int result = pthread_create(&thread, NULL, run_background, work);
+    if (result == 0) pthread_detach(thread); else free(work);
+    return -result;
+}
+
 int haptera_eventfd(void) { return checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
 
 void haptera_eventfd_signal(int fd) { eventfd_write(fd, 1); }
@@ -67,6 +89,33 @@ void haptera_ignore_signals(void) {
   signal(SIGXFSZ, SIG_IGN);
 }
 
+static struct {
+    char path[512];
+    uint8_t bytes[64];
+    size_t count;
+} bus_note;
+
+// A signal's handler: nothing but system calls.
+static void note_bus_error(int number) {
+    int fd = open(bus_note.path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
+    // Nothing can be done about an error here: the process ends in any case.
+    if (fd >= 0 && write(fd, bus_note.bytes, bus_note.count) >= 0) close(fd);
+    // SA_RESETHAND has put the default back.
+    raise(number);
+}
+
+int haptera_note_bus_errors(const char *path, const uint8_t *bytes, size_t count) {
+    if (strlen(path) >= sizeof bus_note.path || count > sizeof bus_note.bytes) return 0;
+    strcpy(bus_note.path, path);
+    memcpy(bus_note.bytes, bytes, count);
+    bus_note.count = count;
+    struct sigaction action = {0};
+    action.sa_handler = note_bus_error;
+    action.sa_flags = (int)SA_RESETHAND;
+    sigaction(SIGBUS, &action, NULL);
+    return 1;
+}
+
 void haptera_drain(int fd) {
     uint64_t count;
     if (read(fd, &count, sizeof count) < 0) return; // nothing to drain
@@ -92,8 +141,27 @@ static int open_socket(const struct sockaddr *address, socklen_t size, int liste
     return result;
 }
 
+int haptera_host_is_numeric(const char *host) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST}, *list;
+    if (getaddrinfo(host, NULL, &hints, &list)) return 0;
+    freeaddrinfo(list);
+    return 1;
+}
+
+int haptera_resolve(const char *host, char *text, size_t size) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list;
+    int result = getaddrinfo(host, NULL, &hints, &list);
+    if (result) return result;
+    result = getnameinfo(
+        list->ai_addr, list->ai_addrlen, text, (socklen_t)size, NULL, 0, NI_NUMERICHOST);
+    freeaddrinfo(list);
+    return result;
+}
+
 int haptera_socket_tcp(const char *host, const char *port, int listening, int *resolution) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV}, *list;
+    // Connections are made by event loops, which a silent name server must not stop.
+    if (!listening) hints.ai_flags |= AI_NUMERICHOST;
     *resolution = getaddrinfo(host, port, &hints, &list);
     if (*resolution) return -EHOSTUNREACH;
     int result = open_socket(list->ai_addr, list->ai_addrlen, listening);

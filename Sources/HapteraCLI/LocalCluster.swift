@@ -135,17 +135,13 @@ package struct LocalCluster: Sendable {
             stopDaemon(name)
         }
         var killed: [String] = []
-        // Engines before replicas: they flush to them, and note their leaving in the store.
-        for (prefix, verb) in [("e-", "detach"), ("r-", "shutdown")] {
-            let files = layout.nodes.flatMap { processFiles(node: $0, prefix: prefix) }
-            say("stopping \(files.count) \(prefix == "e-" ? "engines" : "replicas")")
-            killed += await withTaskGroup(of: String?.self) { group in
-                for file in files {
-                    group.addTask { await Self.stopUnit(file, verb: verb) }
-                }
-                return await group.reduce(into: []) { names, name in
-                    if let name { names.append(name) }
-                }
+        for kind in NodeUnits.allCases {
+            let units = layout.nodes.flatMap { kind.running("\(directory)/\($0)") }
+            say("stopping \(units.count) \(kind.rawValue)")
+            for unit in await kind.end(units) {
+                unit.identity.signal(SIGKILL)
+                _ = await unit.identity.isGone(within: .seconds(10))
+                killed.append(unit.control)
             }
         }
         say("stopping the controller")
@@ -158,33 +154,6 @@ package struct LocalCluster: Sendable {
             Self.stop(file.identity, patience: .seconds(10))
         }
         try? FileManager.default.removeItem(atPath: path(name))
-    }
-
-    private func processFiles(node: String, prefix: String) -> [ProcessFile] {
-        let run = "\(directory)/\(node)/run"
-        let names = (try? FileManager.default.contentsOfDirectory(atPath: run)) ?? []
-        return names.filter { $0.hasPrefix(prefix) && $0.hasSuffix(".pid") }.sorted()
-            .compactMap { ProcessFile.load("\(run)/\($0)") }
-            .filter(\.identity.isRunning)
-    }
-
-    /// Asks on the control socket, then by signal. The path of what had to be killed, or nil.
-    private static func stopUnit(_ file: ProcessFile, verb: String) async -> String? {
-        _ = try? await ControlSocket.request(file.control, verb, timeoutSeconds: 20)
-        if await isGone(file.identity, within: .seconds(10)) { return nil }
-        file.identity.signal(SIGKILL)
-        _ = await isGone(file.identity, within: .seconds(10))
-        return file.control
-    }
-
-    private static func isGone(_ process: ProcessIdentity, within patience: Duration) async -> Bool
-    {
-        let deadline = ContinuousClock.now + patience
-        while process.isRunning {
-            if ContinuousClock.now > deadline { return false }
-            try? await Task.sleep(for: .milliseconds(20))
-        }
-        return true
     }
 
     private static func stop(_ process: ProcessIdentity, patience: Duration) {

@@ -20,16 +20,18 @@ final class NBDRelay: Sendable {
     private let connections = Mutex<[ObjectIdentifier: NBDRelayConnection]>([:])
     private let isStopping = Mutex(false)
 
-    init(_ source: SnapshotSource) throws {
+    /// `temporary`: where its directory goes; ends with a slash.
+    init(_ source: SnapshotSource, temporary: String = NSTemporaryDirectory()) throws {
         self.source = source
         export = source.export
         directory =
-            NSTemporaryDirectory() + "haptera-\(getpid())-"
-            + hexadecimal(UInt64.random(in: .min ... .max))
+            temporary + "haptera-\(getpid())-" + hexadecimal(UInt64.random(in: .min ... .max))
         path = directory + "/nbd.sock"
-        try FileManager.default.createDirectory(
-            atPath: directory, withIntermediateDirectories: false,
-            attributes: [.posixPermissions: 0o700])
+        // SAFETY: a Swift string passed as a C string is valid during the call.
+        guard unsafe mkdir(directory, 0o700) == 0 else {
+            let failure = HostFiles.failure("make a directory in", temporary)
+            throw CommandFailure(.failed, "\(failure); set TMPDIR to another one")
+        }
         do {
             listener = try NBDSocket.listen(path: path)
         } catch {

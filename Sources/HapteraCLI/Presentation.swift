@@ -195,7 +195,8 @@ package enum Presentation {
         if volume.hasScrub, volume.scrub.state != .finished {
             lines.append(
                 "scrub:       \(word(volume.scrub.state)), \(volume.scrub.regionsDone) of "
-                    + "\(volume.scrub.regionsTotal) MiB")
+                    + "\(volume.scrub.regionsTotal) MiB"
+                    + (volume.scrub.reason.isEmpty ? "" : ": \(volume.scrub.reason)"))
         }
         if let origin = origin(volume) { lines.append("origin:      \(origin)") }
         if volume.hasFilling { lines.append("filling:     \(line(volume.filling))") }

@@ -83,34 +83,52 @@ extension SnapshotCommand {
             guard second == nil else {
                 throw ValidationError("with --group there is one name, the snapshots'")
             }
+            if let first, volumes.contains(where: { $0.text == first }) {
+                throw ValidationError(
+                    "'\(first)' is a volume of the group, and stands where the snapshots' name "
+                        + "does: name the volumes with --group only")
+            }
             name = try first.map(SnapshotArgument.init(typed:))
         }
 
         package func run() async throws {
+            let isMadeUp = name == nil
             // Chosen once: a request that is sent again must not take another one.
             let name =
                 name ?? SnapshotArgument(generatedAt: .now, random: .random(in: 0 ... .max))
             try await Session.run(options) { session in
-                guard group == nil else { return try await runGroup(session, name.text) }
+                guard group == nil else {
+                    if !isMadeUp { try await session.requireNoVolume(name.text) }
+                    return try await runGroup(session, name.text, isMadeUp: isMadeUp)
+                }
+                let before =
+                    isMadeUp ? nil : try await session.snapshotIfThere(volumes[0].text, name.text)
                 let snapshot = try await session.createSnapshot(
                     name.text, of: volumes[0].text, labels: labels.map)
                 session.say(Presentation.value(snapshot), quiet: snapshot.name) { _ in
-                    Presentation.taken(snapshot)
+                    Presentation.taken(snapshot, before: before)
                 }
             }
         }
-        private func runGroup(_ session: Session, _ name: String) async throws {
+        private func runGroup(
+            _ session: Session, _ name: String, isMadeUp: Bool
+        ) async throws {
+            // All of them are there, or none.
+            let before =
+                isMadeUp ? nil : try await session.snapshotIfThere(volumes[0].text, name)
             let snapshots = try await session.createGroupSnapshot(
                 name, of: volumes.map(\.text), labels: labels.map)
             session.say(.list(snapshots.map { Presentation.value($0) }), quiet: name) { _ in
-                snapshots.map(Presentation.taken).joined(separator: "\n")
+                let wasThere = before?.layer == snapshots.first?.layer
+                return snapshots.map { Presentation.taken($0, before: wasThere ? $0 : nil) }
+                    .joined(separator: "\n")
             }
         }
     }
 
     package struct List: AsyncParsableCommand {
         package static let configuration = CommandConfiguration(
-            abstract: "List the snapshots of a volume, the newest last.")
+            abstract: "List the snapshots of a volume, the newest last; after a revert, a tree.")
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
         package var volume: Label
@@ -228,6 +246,32 @@ extension Session {
         } catch let error as RPCError where error.code == .deadlineExceeded {
             throw Self.snapshotDoubt(error, name, volume)
         }
+    }
+
+    /// So that one that was there already is not said to be taken now. It is part of the change: a
+    /// controller that restarts meanwhile is waited for.
+    func snapshotIfThere(_ volume: String, _ name: String) async throws -> Haptera_V1_Snapshot? {
+        do {
+            return try await change { try await snapshot(volume, name) }
+        } catch let error as RPCError where error.code == .notFound {
+            return nil
+        }
+    }
+
+    /// What stands beside --group is the snapshots' name: whoever means a volume is told.
+    func requireNoVolume(_ name: String) async throws {
+        guard Names.isValidLabel(name) else { return }
+        var request = Haptera_V1_GetVolumeRequest()
+        request.name = name
+        do {
+            _ = try await change { try await volumes.getVolume(request, options: callOptions) }
+        } catch let error as RPCError where error.code == .notFound {
+            return
+        }
+        throw CommandFailure(
+            .usage,
+            "'\(name)' is a volume, and stands where the snapshots' name does: name the volumes "
+                + "with --group only, or choose another name")
     }
 
     func createGroupSnapshot(

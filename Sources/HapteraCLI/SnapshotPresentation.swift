@@ -47,12 +47,17 @@ extension Presentation {
             if !isChain { row.append(snapshot.parent.isEmpty ? "-" : snapshot.parent) }
             return wide ? row + [snapshot.uri, Labels.text(snapshot.labels)] : row
         }
-        if !isChain, let parent = snapshots.first(where: \.isVolumeParent)?.name {
-            let dashes = [String](repeating: "-", count: header.count - 1)
-            rows.append(["(volume)"] + dashes + [parent] + (wide ? ["", ""] : []))
-        }
-        let tree = isChain ? header : header + ["PARENT"]
-        return TextTable(wide ? tree + ["URI", "LABELS"] : tree, rows)
+        let columns = isChain ? header : header + ["PARENT"]
+        let names = wide ? columns + ["URI", "LABELS"] : columns
+        guard !isChain else { return TextTable(names, rows) }
+        let parent = snapshots.first(where: \.isVolumeParent)?.name ?? "-"
+        let dashes = [String](repeating: "-", count: header.count - 1)
+        rows.append(["(volume)"] + dashes + [parent] + (wide ? ["", ""] : []))
+        // Of a part of them, the last column alone says what came after what.
+        guard let tree = SnapshotTree(snapshots) else { return TextTable(names, rows) }
+        return TextTable(
+            names, tree.lines.map { [$0.branches + rows[$0.index][0]] + rows[$0.index].dropFirst() }
+        )
     }
 
     package static func details(_ snapshot: Haptera_V1_Snapshot, now: Date) -> String {
@@ -81,10 +86,14 @@ extension Presentation {
         return lines.joined(separator: "\n")
     }
 
-    /// What `snapshot create` says.
-    package static func taken(_ snapshot: Haptera_V1_Snapshot) -> String {
-        "snapshot \(snapshot.name) of volume \(snapshot.volume) is taken: \(created(snapshot)), "
-            + "layer \(snapshot.layer)"
+    /// What `snapshot create` says. `before`: what had the name before it was asked for.
+    package static func taken(
+        _ snapshot: Haptera_V1_Snapshot, before: Haptera_V1_Snapshot? = nil
+    ) -> String {
+        let wasThere = before?.layer == snapshot.layer
+        return "snapshot \(snapshot.name) of volume \(snapshot.volume) "
+            + (wasThere ? "was there already, taken " : "is taken: ")
+            + "\(created(snapshot)), layer \(snapshot.layer)"
     }
 
     /// What `snapshot delete` says.

@@ -73,8 +73,9 @@ extension SnapshotCommand {
             abstract: "Copy a snapshot to a file, or to standard output.",
             discussion: """
                 Holes stay holes in a file. The volume need not be attached; it may be attached \
-                and detached meanwhile. Needs qemu-img (Debian: qemu-utils) for files and nbdcopy \
-                (Debian: libnbd-bin) for standard output.
+                and detached meanwhile. Needs qemu-img (Debian: qemu-utils) for files and qcow2, \
+                nbdcopy (Debian: libnbd-bin) for raw images to standard output. A qcow2 image goes \
+                there by way of a temporary file in TMPDIR (/var/tmp without it).
                 """)
 
         @Argument(help: "The volume's name.", transform: Label.init(typed:))
@@ -96,9 +97,6 @@ extension SnapshotCommand {
         package init() {}
 
         package func validate() throws {
-            if file == "-", format != .raw {
-                throw ValidationError("standard output takes raw images only: name a file")
-            }
             if file.isEmpty || file.hasSuffix("/") {
                 throw ValidationError("'\(file)' is no file's name")
             }
@@ -233,12 +231,15 @@ package struct SnapshotCopy: Equatable, Sendable {
     package var file: String
     package var format: String
     package var force: Bool
+    /// Where what cannot be made in order goes before standard output.
+    package var temporary: String
 
     package init(
         file: String, format: String, force: Bool,
         environment: [String: String] = ProcessInfo.processInfo.environment
     ) throws {
-        let (tool, package) = file == "-" ? ("nbdcopy", "libnbd-bin") : ("qemu-img", "qemu-utils")
+        let isStreamed = file == "-" && format == "raw"
+        let (tool, package) = isStreamed ? ("nbdcopy", "libnbd-bin") : ("qemu-img", "qemu-utils")
         guard let executable = ForegroundProcess.find(tool, environment: environment) else {
             throw CommandFailure(
                 .failed, "\(tool) is not installed: on Debian, 'apt install \(package)'")
@@ -247,11 +248,26 @@ package struct SnapshotCopy: Equatable, Sendable {
         self.file = file
         self.format = format
         self.force = force
+        temporary = environment["TMPDIR"].flatMap { $0.isEmpty ? nil : $0 } ?? "/var/tmp"
         if file != "-" { try checkTarget() }
     }
 
     /// Before anything is copied. What comes there meanwhile is found in the end.
     private func checkTarget() throws {
+        let directory = (HostFiles.absolute(file) as NSString).deletingLastPathComponent
+        let kind =
+            try? FileManager.default.attributesOfItem(
+                atPath: (directory as NSString).resolvingSymlinksInPath)[.type]
+            as? FileAttributeType
+        guard let kind else {
+            throw CommandFailure(.usage, "there is no directory '\(directory)' for '\(file)'")
+        }
+        guard kind == .typeDirectory else {
+            throw CommandFailure(.usage, "'\(directory)' is no directory")
+        }
+        guard FileManager.default.isWritableFile(atPath: directory) else {
+            throw CommandFailure(.usage, "no file can be made in '\(directory)'")
+        }
         guard let there = try? FileManager.default.attributesOfItem(atPath: file) else { return }
         guard there[.type] as? FileAttributeType == .typeRegular else {
             throw CommandFailure(.usage, "'\(file)' is there, and is no ordinary file")
@@ -263,12 +279,13 @@ package struct SnapshotCopy: Equatable, Sendable {
     }
 
     /// A whole copy under that name, or nothing.
-    func run(from uri: String) throws {
+    func run(from uri: String, standardOutput: Int32 = STDOUT_FILENO) throws {
         guard file != "-" else {
-            guard isatty(1) == 0 else {
+            guard isatty(standardOutput) == 0 else {
                 throw CommandFailure(.usage, "standard output is a terminal: name a file")
             }
-            return try run([uri, "-"])
+            guard format != "raw" else { return try run([uri, "-"]) }
+            return try stream(from: uri, to: standardOutput)
         }
         let path = HostFiles.absolute(file)
         let partial = path + ".partial-\(getpid())"
@@ -281,6 +298,41 @@ package struct SnapshotCopy: Equatable, Sendable {
         }
         Self.remove(partial)
     }
+    /// By way of a file without a name, which is gone with the last who has it open, however this
+    /// ends. The program that writes it gets it by number.
+    private func stream(from uri: String, to output: Int32) throws {
+        let place = HostFiles.absolute(temporary)
+        var name = Array((place + "/haptera-export-XXXXXX").utf8CString)
+        // SAFETY: the array ends with a zero byte, and outlives both calls.
+        let file = unsafe mkstemp(&name)
+        guard file >= 0 else { throw HostFiles.failure("make a temporary file in", place) }
+        _ = unsafe unlink(name)
+        defer { close(file) }
+        try run(["convert", "-f", "raw", "-O", format, uri, "/proc/self/fd/\(file)"])
+        guard lseek(file, 0, SEEK_SET) == 0 else { throw HostFiles.failure("read back", place) }
+        try Self.pour(file, into: output)
+    }
+
+    private static func pour(_ file: Int32, into output: Int32) throws {
+        var buffer = [UInt8](repeating: 0, count: 1 << 20)
+        while true {
+            // SAFETY: both calls stay within the array, which outlives them.
+            let count = unsafe read(file, &buffer, buffer.count)
+            if count < 0, errno == EINTR { continue }
+            guard count >= 0 else { throw HostFiles.failure("read", "the temporary file") }
+            if count == 0 { return }
+            var done = 0
+            while done < count {
+                let written = unsafe buffer.withUnsafeBytes {
+                    unsafe write(output, $0.baseAddress?.advanced(by: done), count - done)
+                }
+                if written < 0, errno == EINTR { continue }
+                guard written > 0 else { throw HostFiles.failure("write", "standard output") }
+                done += written
+            }
+        }
+    }
+
     private static func remove(_ path: String) {
         // SAFETY: a Swift string passed as a C string is valid during the call.
         _ = unsafe unlink(path)

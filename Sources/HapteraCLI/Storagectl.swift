@@ -73,7 +73,19 @@ package struct Storagectl: AsyncParsableCommand {
                 break
             }
         }
-        guard index > 0, index < arguments.count else { return arguments }
-        return Array(arguments[index...] + arguments[..<index])
+        guard index > 0, index < arguments.count else { return sizeLast(arguments) }
+        return sizeLast(Array(arguments[index...] + arguments[..<index]))
+    }
+
+    /// A new size below zero would pass for an option nobody knows: it is to be told what is wrong.
+    private static func sizeLast(_ arguments: [String]) -> [String] {
+        guard arguments.starts(with: ["volume", "resize"]), !arguments.contains("--"),
+            let index = arguments.firstIndex(where: {
+                $0.hasPrefix("-") && $0.dropFirst().first?.isNumber == true
+            }), !arguments[index - 1].hasPrefix("-")
+        else { return arguments }
+        var others = arguments
+        let size = others.remove(at: index)
+        return others + ["--", size]
     }
 }

@@ -31,8 +31,8 @@ package struct SizeArgument: Equatable, Sendable {
     package var bytes: UInt64
     package init(typed: String) throws {
         guard let bytes = VolumeSize.parse(typed), VolumeSize.isValid(bytes) else {
-            throw ValidationError(
-                "'\(typed)' is no volume size: write it as in 10GiB; it is \(VolumeSize.rule)")
+            let why = VolumeSize.objection(to: typed) ?? "it is \(VolumeSize.rule)"
+            throw ValidationError("'\(typed)' is no volume size: \(why)")
         }
         self.bytes = bytes
     }

@@ -141,6 +141,9 @@ package enum StoreOutcome: Sendable {
     /// compareAndSwap: the expected epoch is not there; this is.
     case conflict(VolumeRecord)
     case notFound
+    /// compareAndSwap: the record must not become this one, and why. This request has changed
+    /// nothing; an earlier one with the same proposal may have, or may yet.
+    case refused(String)
     /// No answer (lost connection, time-out, store down): for compareAndSwap, in doubt.
     case unavailable
 }
@@ -189,6 +192,8 @@ package enum SnapshotResult: UInt8, BitwiseCopyable, Sendable {
     case exists
     /// The record has no room for another.
     case tooMany
+    /// A member has no room for another layer before it has merged those of deleted snapshots.
+    case tooManyLayers
     /// Its hold had ended before the head could be frozen.
     case notHeld
     /// There is another hold.
@@ -295,11 +300,14 @@ package enum EngineNote: BitwiseCopyable, Sendable {
 /// Why an engine stopped.
 package enum StopReason: String, Sendable {
     case detached = "detached"
+    /// The next engine takes over as after a crash: it compares what may differ.
+    case left = "the engine left without marking the volume clean"
     case fenced = "another engine has taken the volume over"
     case recordOlderThanReplica =
         "a replica has promised a later epoch than the metadata store knows: was the store restored?"
     case volumeNotFound = "the metadata store knows no such volume"
     case sizeMismatch = "a replica's size is not the volume's"
+    case refused = "the metadata store refuses a change of the record"
 
     /// Those that no restart of the engine cures.
     private static let lasting: [StopReason] = [
@@ -314,14 +322,26 @@ package enum StopReason: String, Sendable {
     /// The lasting reason in an engine's last words; nil if there is none, or if the record that
     /// stands now is not the one that was judged: whoever repaired it waits for another engine.
     package static func standing(in text: String, against record: VolumeRecord?) -> StopReason? {
-        guard let reason = lasting.first(where: { text.contains($0.rawValue) }) else { return nil }
+        guard let reason = lasting.first(where: { text.holds($0.rawValue) }) else { return nil }
         if reason == .volumeNotFound { return record == nil ? reason : nil }
-        guard let record, text.contains("(record ") else { return reason }
-        return text.contains("(record \(name(record)))") ? reason : nil
+        guard let record, text.holds("(record ") else { return reason }
+        return text.holds("(record \(name(record)))") ? reason : nil
     }
 
     /// There is one record per epoch, unless a store was restored: the nonce tells those apart.
     private static func name(_ record: VolumeRecord) -> String {
         "\(record.epoch.rawValue)/\(String(record.nonce, radix: 16))"
+    }
+}
+
+extension String {
+    /// As `contains`, without the regular expressions that this brings into a process.
+    fileprivate func holds(_ part: String) -> Bool {
+        var rest = utf8[...]
+        while rest.count >= part.utf8.count {
+            if rest.starts(with: part.utf8) { return true }
+            rest = rest.dropFirst()
+        }
+        return false
     }
 }

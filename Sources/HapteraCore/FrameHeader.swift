@@ -107,7 +107,9 @@ package enum FrameFlags {
     package static let logPressure: UInt16 = 1 << 3
     /// `stable` only: the copies are known equal, so a reboot from now on counts anew.
     package static let settled: UInt16 = 1 << 4
-    static let defined: UInt16 = 0b11111
+    /// The replica has as many layers as it may: it would refuse another one.
+    package static let layersFull: UInt16 = 1 << 5
+    static let defined: UInt16 = 0b111111
 }
 
 /// The fixed header in front of every frame. All integers are little-endian.
@@ -123,7 +125,8 @@ package enum FrameFlags {
 ///         24     8  sequence         the engine's sequence number of the request; echoed
 ///         32     8  offset           byte offset in the volume
 ///         40     4  length           bytes of the volume the request is about
-///         44     4  tableLength      bytes of the payload's first part
+///         44     4  tableLength      bytes of the payload's first part: at most 64 KiB, or 127 KiB
+///                                    and 64 bytes where a record may be in it
 ///         48     4  dataLength       bytes of the payload's second part: whole blocks
 ///         52     4  status           reply: `FrameStatus`; request: the `LayerID` it is about
 ///                                    (zero: the head)
@@ -135,6 +138,8 @@ package struct FrameHeader: Equatable, BitwiseCopyable, Sendable {
     package static let magic: UInt32 = 0x3154_5048
     /// Bounds the memory one connection can claim.
     package static let tableLengthMax = 64 << 10
+    /// Of frames that may carry a volume's record, which have no data: beside it at most 64 bytes.
+    package static let recordTableLengthMax = VolumeRecord.encodedSizeMax + 64
     package static let dataLengthMax = Geometry.regionSize
 
     package var kind: FrameKind
@@ -156,6 +161,13 @@ package struct FrameHeader: Equatable, BitwiseCopyable, Sendable {
 
     package var isReply: Bool { flags & FrameFlags.reply != 0 }
     package var payloadLength: Int { Int(tableLength) + Int(dataLength) }
+    private var tableLimit: Int {
+        switch kind {
+        case .hello, .install, .getRecord, .compareAndSwap:
+            return dataLength == 0 ? Self.recordTableLengthMax : Self.tableLengthMax
+        default: return Self.tableLengthMax
+        }
+    }
 
     /// A reply to this request: same kind, tag, sequence, offset and length.
     package func reply(_ status: FrameStatus, epoch: Epoch) -> FrameHeader {
@@ -204,7 +216,7 @@ package struct FrameHeader: Equatable, BitwiseCopyable, Sendable {
         guard flags & ~FrameFlags.defined == 0 else { throw .reservedBitsSet }
         tableLength = memory.load(UInt32.self, 44)
         dataLength = memory.load(UInt32.self, 48)
-        guard tableLength <= Self.tableLengthMax, dataLength <= Self.dataLengthMax else {
+        guard tableLength <= tableLimit, dataLength <= Self.dataLengthMax else {
             throw .payloadTooLarge
         }
         guard Int(dataLength) % Geometry.blockSize == 0 else { throw .payloadNotWholeBlocks }

@@ -6,8 +6,6 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package init() { rawValue = 0 }
     /// Clients: serve a new session beside what an old one left (a rule of the shell).
     package static let oldSessionNotFenced = MutationSet(rawValue: 1 << 48)
-    /// On disk: move the log's tail past pages that an earlier process may have left unsynced.
-    package static let tailMovedAfterOpen = MutationSet(rawValue: 1 << 49)
     /// I: take another record of the same epoch on a replica for the engine's own.
     package static let sameEpochIsSameRecord = MutationSet(rawValue: 1 << 50)
     /// F: let a stable point cover what a flush passed by at a replica with a full log.
@@ -91,7 +89,12 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let erroredWriteNotResolved = MutationSet(rawValue: 1 << 47)
     /// J: leave what a member wrote since the joiner left out of the delta.
     package static let deltaIgnoresSourceBirth = MutationSet(rawValue: 1 << 32)
-    // The next three are judged by EngineDeltaTests: seeds seldom come to where they matter.
+    /// J: copy what a joiner lacks of the head only, not of the layers below it.
+    package static let lowerLayersNotCopied = MutationSet(rawValue: 1 << 77)
+    // The next four are judged by EngineDeltaTests: seeds seldom come to where they matter, and to
+    // the first never, for an Install raises the births of what is in the joiner's log.
+    /// J: leave what the joiner's activity log names out of the delta.
+    package static let deltaIgnoresJoinerLog = MutationSet(rawValue: 1 << 78)
     /// J: leave what the joiner wrote since it left out of the delta.
     package static let deltaIgnoresJoinerBirth = MutationSet(rawValue: 1 << 33)
     /// J: take an older copy of a replica for one that was merely away.
@@ -119,8 +122,9 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let snapshotBeforeFlush = MutationSet(rawValue: 1 << 31)
 
     // Not listed: rules that unit tests judge, since seeds seldom come to where they matter:
-    // tailMovedAfterOpen (ReplicaHardeningTests), passedWritesNotLeftOut, erroredWriteNotResolved
-    // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests (EngineDeltaTests),
+    // passedWritesNotLeftOut, erroredWriteNotResolved
+    // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests, deltaIgnoresJoinerLog
+    // (EngineDeltaTests),
     // noLeaseMargin and noLeaseCheck (EngineLeaseTests), snapshotWritesUnlayered and
     // snapshotBeforeFlush (EngineSnapshotTests), sameEpochIsSameRecord (EngineCoreTests),
     // restartedReplicaForgetsLease (ReplicaLeaseTests).
@@ -128,6 +132,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
         ("mergeNotDurable", .mergeNotDurable), ("mergeLosesBirth", .mergeLosesBirth),
         ("unmergedIsAnswered", .unmergedIsAnswered), ("spaceNotRecounted", .spaceNotRecounted),
+        ("viewOutlivesChange", .viewOutlivesChange),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),
@@ -152,6 +157,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("equalEpochInstallAfterRestart", .equalEpochInstallAfterRestart),
         ("clientGenerationIgnored", .clientGenerationIgnored), ("claimUnheard", .claimUnheard),
         ("deltaIgnoresSourceBirth", .deltaIgnoresSourceBirth),
+        ("lowerLayersNotCopied", .lowerLayersNotCopied),
         ("revertIgnored", .revertIgnored), ("revertForgotten", .revertForgotten),
         ("foldIgnored", .foldIgnored), ("sharedIsMerged", .sharedIsMerged),
         ("sharedBeforeDrained", .sharedBeforeDrained),

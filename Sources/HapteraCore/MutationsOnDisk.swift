@@ -8,7 +8,7 @@ extension MutationSet {
     /// On disk: give a trimmed block's space back before its entry is durable.
     package static let punchBeforeDrain = MutationSet(rawValue: 1 << 58)
     /// I: name a layer in the manifest before its files' names and its table are synced. (Judged
-    /// by `ReplicaChainTests`.)
+    /// by `ReplicaChainTests`, too.)
     package static let layerNamesNotSynced = MutationSet(rawValue: 1 << 59)
     /// F: answer a flush without saying in the log what it has made durable. (Caught by simulated
     /// worlds with snapshots.)
@@ -16,12 +16,18 @@ extension MutationSet {
     /// On disk: leave what a crash has written without its record where it is. (Judged by
     /// `ReplicaStaleTests`.)
     package static let staleIsKept = MutationSet(rawValue: 1 << 75)
+    /// On disk: take a damaged record of the log for one that was never durable. (Judged by
+    /// `ReplicaLogDamageTests`.)
+    package static let damagedRecordIsGap = MutationSet(rawValue: 1 << 79)
     /// Merges: give what is read of a deleted layer up without having it durable in its heir.
     package static let mergeNotDurable = MutationSet(rawValue: 1 << 60)
     /// Merges: leave the heir's birth as it is.
     package static let mergeLosesBirth = MutationSet(rawValue: 1 << 61)
     /// Merges: answer for a layer while a deleted one below it still holds some of it.
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
+
+    /// Reads: go on showing what a frozen layer held before an entry of it changed.
+    package static let viewOutlivesChange = MutationSet(rawValue: 1 << 76)
 
     /// Sizes: leave what was counted as it is when blocks change.
     package static let spaceNotRecounted = MutationSet(rawValue: 1 << 68)
@@ -56,5 +62,8 @@ extension MutationSet {
         ("flushWithoutSync", .flushWithoutSync), ("noRestamp", .noRestamp),
         ("tailMovedBeforeTableSync", .tailMovedBeforeTableSync),
         ("manifestNotSynced", .manifestNotSynced), ("punchBeforeDrain", .punchBeforeDrain),
+        ("layerNamesNotSynced", .layerNamesNotSynced), ("freshNotCovered", .freshNotCovered),
+        ("mergeNotDurable", .mergeNotDurable), ("mergeLosesBirth", .mergeLosesBirth),
+        ("unmergedIsAnswered", .unmergedIsAnswered),
     ]
 }

@@ -10,6 +10,14 @@ package enum ReplicaFile: Hashable, BitwiseCopyable, Sendable {
     case table(LayerID)
     /// The names of the layers' files. Only to be synced.
     case layers
+
+    /// Whose file it is, of the two that a layer has.
+    package var layer: LayerID? {
+        switch self {
+        case .data(let layer), .table(let layer): layer
+        case .manifest, .log, .layers: nil
+        }
+    }
 }
 
 /// Connections are numbered by the shell, 0..<connectionsMax, and a number is reused only after

@@ -35,6 +35,16 @@ package struct VolumeRecord: Equatable, Sendable {
             self.reason = reason
             self.isKept = isKept
         }
+        /// As far as the record tells, the next change may take it back without a resync: it is not
+        /// set aside in a salvage, and no disk has failed it.
+        package var isReinstatable: Bool {
+            guard !isKept, partedEpoch == leftEpoch else { return false }
+            switch reason {
+            case .unknown, .disconnected, .silent, .unreachable, .slow: return true
+            case .full, .ioError, .protocolError, .rolledBack, .salvaged, .administrator:
+                return false
+            }
+        }
     }
     /// The replica that is out holds less than it once had: it is compared in full.
     mutating func markRolledBack(_ member: Member) {
@@ -173,13 +183,15 @@ package struct VolumeRecord: Equatable, Sendable {
     package static let leaseMillisecondsDefault: UInt32 = 500
     package static let leaseMillisecondsMax: UInt32 = 600_000
     package static let magic: UInt32 = 0x5645_5248
-    package static let encodedSizeMax = 32 << 10
+    /// What may be there at once fits, whatever it is called: `snapshotsMax` names of
+    /// `nameLengthMax`, all layers, reverts, growths, departures, and 700 salvages. A frame with it
+    /// fits 128 KiB: what a connection stages, and a pool's buffer.
+    package static let encodedSizeMax = 127 << 10
     package static let nameLengthMax = 63
     private static let listMax = 64
     private static let layersMax = 4096
     /// What snapshots leave to changes that must never fail: replicas that leave, an endpoint.
     private static let otherGrowth = 4096
-    /// With names of average length they fit; `mayHold` says whether one more does.
     package static let snapshotsMax = 1024
     package static let revertsMax = 512
 

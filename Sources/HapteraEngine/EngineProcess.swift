@@ -5,6 +5,8 @@ import HapteraIO
 /// The process around one engine: its NBD server, control socket and signals.
 final class EngineProcess: ControlHandler, CompletionHandler {
     private let options: EngineOptions
+    /// Looked up before the loop runs, which must not wait for a name server.
+    private let nbdAddress: SocketAddress?
     private let reactor: Reactor
     private let shell: EngineShell
     private let snapshots: SnapshotControl
@@ -25,6 +27,9 @@ final class EngineProcess: ControlHandler, CompletionHandler {
 
     /// Serves until detached, fenced or told to stop; the process's exit status.
     static func run(_ options: EngineOptions) throws(IOError) -> Int32 {
+        // The log may be on a disk of a replica: one that hangs must not keep the engine from
+        // going on without that replica.
+        Log.writeInBackground()
         let process = try EngineProcess(options)
         try process.start()
         process.reactor.run()
@@ -33,6 +38,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
 
     private init(_ options: EngineOptions) throws(IOError) {
         self.options = options
+        nbdAddress = options.nbd?.resolved()
         reactor = try Reactor(backend: Backend.fromEnvironment())
         shell = EngineShell(reactor: reactor, options: options)
         snapshots = SnapshotControl(shell: shell)
@@ -67,9 +73,10 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         let limit = listenUntil ?? now.adding(milliseconds: Listener.takenMilliseconds)
         listenUntil = limit
         do throws(IOError) {
-            if let address = options.nbd, uri.isEmpty {
+            if let address = nbdAddress, uri.isEmpty {
                 let bound = try server.listen(on: address)
-                uri = "nbd://\(bound.text)/\(options.volumeName)"
+                let named = options.nbd?.host.map { bound.at($0) } ?? bound
+                uri = "nbd://\(named.text)/\(options.volumeName)"
             }
             if let path = options.nbdUnixPath {
                 _ = try server.listen(on: .unix(path: path))
@@ -111,17 +118,25 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             return
         }
         Log.warn("detach did not finish in time; leaving as it is", ("volume", shell.name))
-        end("the engine left without marking the volume clean")
+        end(StopReason.left.rawValue)
     }
 
+    /// Status 0 is for whoever was told to leave and did, clean or not: nobody starts it again.
     private func stopped(_ reason: StopReason) {
-        if reason == .detached {
+        switch reason {
+        case .detached:
             Log.info("volume detached", ("volume", shell.name))
-        } else {
+            end(nil)
+        case .left:
+            Log.warn(
+                "\(reason.rawValue): the next one waits for leases to run out, and compares what "
+                    + "may differ", ("volume", shell.name))
+            end(reason.rawValue)
+        default:
             Log.error("engine stops", ("volume", shell.name), ("reason", shell.core.stopText))
             exitStatus = 1
+            end(shell.core.stopText)
         }
-        end(nil)
     }
 
     /// Answers whoever waits for the detach, then stops.

@@ -67,6 +67,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
             } else {
                 isStoreAvailable = true
             }
+            if case .refused(let reason) = outcome { logRefusal(reason) }
             run(.store(outcome))
         }
         tickHandler = reactor.register(self)

@@ -130,6 +130,12 @@ extension EngineShell {
             what, ("volume", name), ("layer", String(layer.rawValue)),
             ("epoch", String(epoch.rawValue)))
     }
+    /// Before the core decides what to do without the change.
+    func logRefusal(_ reason: String) {
+        Log.error(
+            "the metadata store refuses a change of the record", ("volume", name),
+            ("change", "\(core.proposedRecord.change)"), ("reason", reason))
+    }
     /// One log line per event an operator may want to know of.
     func log(_ note: EngineNote) {
         func id(_ slot: ReplicaSlot) -> (String, String) { ("replica", core.replicaID(slot).text) }

@@ -112,6 +112,8 @@ final class ReplicaLink: FrameDelegate, CompletionHandler {
     func frameConnectionClosed(_ connection: FrameConnection, reason: CloseReason) {
         guard connection === self.connection else { return }
         self.connection = nil
+        // The core let go of it when it was stopped; the slot may be another replica's by now.
+        guard !isStopped else { return }
         Log.debug("connection to replica closed", ("replica", id.text), ("reason", "\(reason)"))
         shell.run(.disconnected(slot))
         retryLater()

@@ -8,12 +8,10 @@ import HapteraIO
 extension EngineProcess {
     /// Begins a scrub, or goes on with one; what runs already under the same id is left alone.
     func scrub(_ request: ControlRequest, _ shell: EngineShell) {
-        guard let progress = request.arguments["from"].flatMap(ScrubProgress.init(text:)),
-            request.arguments.count == 1
-        else {
+        guard let progress = ScrubProgress(arguments: request.arguments) else {
             return request.fail(
                 "scrub needs from=ID:REGION:CHECKED:BAD:REPAIRED:LOST:SKIPPED, numbers, the first "
-                    + "not zero")
+                    + "not zero, the others at most \(ScrubProgress.countMax)")
         }
         if shell.core.isScrubbing, let running = shell.core.scrubReport?.progress.id,
             running != progress.id
@@ -22,6 +20,24 @@ extension EngineProcess {
         }
         shell.run(.scrub(progress))
         request.reply()
+    }
+}
+
+extension ScrubProgress {
+    /// More than any scrub finds: 16 PiB of blocks. The core goes on counting from what it is
+    /// given, and makes a speed of it, bytes a thousand times over: from more that would overflow.
+    static let countMax: UInt64 = 1 << 42
+
+    /// Of the control verb; nil if it is anything else than one may be given.
+    init?(arguments: [String: String]) {
+        guard arguments.count == 1, let progress = arguments["from"].flatMap(Self.init(text:))
+        else { return nil }
+        let counts = [
+            progress.region, progress.checked, progress.bad, progress.repaired, progress.lost,
+            progress.skipped,
+        ]
+        guard counts.allSatisfy({ $0 <= Self.countMax }) else { return nil }
+        self = progress
     }
 }
 

@@ -105,6 +105,10 @@ final class SnapshotControl {
             request.fail(
                 "the volume's record has no room for another revert, or for the snapshot that one "
                     + "keeps: delete snapshots, above all those that reverts have kept")
+        case .tooManyLayers:
+            request.fail(
+                "the volume was not reverted: a replica has as many layers as it can, and "
+                    + Self.mergesText)
         case .notServing, .notHeld, .busy:
             request.fail(
                 "the volume was not reverted: it is not served at present, or too many requests "
@@ -116,6 +120,10 @@ final class SnapshotControl {
         }
     }
 
+    private static let mergesText =
+        "those of deleted snapshots have to be merged first (retiredLayers in its status); try "
+        + "again later"
+
     private func answer(_ token: UInt64, _ layer: LayerID, _ result: SnapshotResult) {
         guard let request = waiting.removeValue(forKey: token) else { return }
         if request.verb == "revert" { return answerRevert(request, layer, result) }
@@ -124,7 +132,11 @@ final class SnapshotControl {
         case .ok: request.reply(fields)
         case .exists: request.reply(fields + [("existed", "1")])
         case .tooMany:
-            request.fail("the volume's record has no room for another snapshot")
+            request.fail("the volume's record has no room for another snapshot: delete some")
+        case .tooManyLayers:
+            request.fail(
+                "no snapshot was taken: a replica has as many layers as it can, and "
+                    + Self.mergesText)
         case .notHeld:
             request.fail(
                 "no snapshot was taken: its replicas, or the metadata store, did not come to it in "

@@ -119,6 +119,10 @@ final class StoreClient: FrameDelegate, CompletionHandler {
             }
             finish(header.status == .ok ? .record(record) : .conflict(record))
         case .notFound: finish(.notFound)
+        case .invalid where header.kind == .compareAndSwap:
+            // An older controller does not say why.
+            let reason = String(decoding: table.bytes().prefix(200), as: UTF8.self)
+            finish(.refused(reason.isEmpty ? "no reason given" : reason))
         default: finish(.unavailable)
         }
     }

@@ -82,6 +82,33 @@ package enum VolumeSize {
         return sumOverflow ? nil : sum
     }
 
+    /// What is wrong with a volume's size as somebody has typed it; nil: nothing.
+    package static func objection(to typed: String) -> String? {
+        let text = typed.hasPrefix("-") ? typed.dropFirst() : typed[...]
+        let digits = text.prefix { $0.isASCII && ($0.isNumber || $0 == ".") }
+        let parts = digits.split(separator: ".", omittingEmptySubsequences: false)
+        guard let multiplier = units[text.dropFirst(digits.count).lowercased()],
+            (1...2).contains(parts.count), !parts.contains(where: \.isEmpty),
+            let whole = Double(parts[0])
+        else { return "it is no number with a unit, as in 10GiB" }
+        if typed.hasPrefix("-") { return "it is negative" }
+        if whole * Double(multiplier) > Double(maximum) {
+            return "it is too large: the most is \(self.text(maximum))"
+        }
+        guard let bytes = parse(typed) else {
+            return parts.count == 2 && parts[1].count > 6
+                ? "write it with 6 decimals at most" : "it is no whole number of bytes"
+        }
+        if bytes == 0 { return "it is zero: the least is \(self.text(minimum))" }
+        if bytes < minimum { return "it is too small: the least is \(self.text(minimum))" }
+        if bytes > maximum { return "it is too large: the most is \(self.text(maximum))" }
+        guard bytes % granularity == 0 else {
+            let next = (bytes / granularity + 1) * granularity
+            return "it is no multiple of \(granularity) bytes; the next one is \(next)"
+        }
+        return nil
+    }
+
     private static let units: [String: UInt64] = [
         "": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20, "g": 1 << 30,
         "gib": 1 << 30, "t": 1 << 40, "tib": 1 << 40, "p": 1 << 50, "pib": 1 << 50, "kb": 1000,

@@ -112,24 +112,46 @@ package final class Connector: CompletionHandler {
     private var refusal: IOError?
 
     /// `onDone` is called once, from the loop, with the connected socket (the callee's) or what
-    /// went wrong; not after `cancel`. Kept alive by the reactor until then.
+    /// went wrong; not after `cancel`. Kept alive by the reactor until then. The time includes what
+    /// it takes to look the host's name up.
     package init(
         reactor: Reactor, address: SocketAddress, timeoutMilliseconds: Int,
-        onDone: @escaping (Result<Int32, IOError>) -> Void
+        resolver: NameResolver = .shared, onDone: @escaping (Result<Int32, IOError>) -> Void
     ) {
         self.reactor = reactor
         self.address = address
         self.onDone = onDone
         id = reactor.register(self)
+        timer = reactor.timer(
+            afterMilliseconds: timeoutMilliseconds, handler: id, token: Token.limit)
+        guard let name = address.hostName else {
+            begin(address)
+            return
+        }
+        let known = resolver.lookUp(name) { [mailbox = reactor.mailbox, id] found in
+            mailbox.post { reactor in (reactor.handler(id) as? Connector)?.lookedUp(found) }
+        }
+        if let known { begin(address.at(known)) }
+    }
+
+    private func lookedUp(_ found: Result<String, IOError>) {
+        switch found {
+        case .success(let host): begin(address.at(host))
+        case .failure(let error): refuse(error)
+        }
+    }
+    private func begin(_ address: SocketAddress) {
         do throws(IOError) {
             fd = try address.open(listening: false)
             pollOperation = reactor.poll(fd, events: POLLOUT, handler: id, token: Token.ready)
-            timer = reactor.timer(
-                afterMilliseconds: timeoutMilliseconds, handler: id, token: Token.limit)
         } catch {
-            refusal = error
-            timer = reactor.timer(afterMilliseconds: 0, handler: id, token: Token.refused)
+            refuse(error)
         }
+    }
+    private func refuse(_ error: IOError) {
+        refusal = error
+        reactor.cancel(timer)
+        timer = reactor.timer(afterMilliseconds: 0, handler: id, token: Token.refused)
     }
 
     package func cancel() {

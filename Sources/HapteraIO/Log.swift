@@ -1,5 +1,6 @@
 import Glibc
 import HapteraCore
+import Synchronization
 
 /// One line per event on standard error: `time level message key=value ...`. For events an operator
 /// wants to know; never per I/O. HAPTERA_LOG=debug|info|warn|error sets the least level (info).
@@ -34,12 +35,27 @@ package enum Log {
 
     private static func write(_ level: Level, _ message: String, _ fields: [(String, String)]) {
         guard level >= threshold else { return }
-        let time = timestamp(Clock.wallNanoseconds())
-        let line = format(time: time, level: level, message: message, fields: fields)
-        let bytes = Array(line.utf8)
-        // One write per line, so that lines of several processes do not mix.
+        let line = line(level, message, fields)
+        if isInBackground.load(ordering: .relaxed) { writer.append(line) } else { write(line) }
+    }
+    /// One write per line or more, so that lines of several processes do not mix.
+    private static func write(_ bytes: [UInt8]) {
         // SAFETY: the array's memory is valid during the call.
         unsafe bytes.withUnsafeBytes { _ = unsafe Glibc.write(2, $0.baseAddress, $0.count) }
+    }
+    static func line(_ level: Level, _ message: String, _ fields: [(String, String)]) -> [UInt8] {
+        let time = timestamp(Clock.wallNanoseconds())
+        return Array(format(time: time, level: level, message: message, fields: fields).utf8)
+    }
+
+    private static let isInBackground = Atomic(false)
+    private static let writer = LogWriter { write($0) }
+    private static let exitMilliseconds: UInt64 = 1000
+    /// From now on lines are written by a thread, which may wait for a disk: a loop that others
+    /// wait for goes on. An exit waits for it, but not long.
+    package static func writeInBackground() {
+        guard !isInBackground.exchange(true, ordering: .relaxed) else { return }
+        atexit { Log.writer.flush(milliseconds: Log.exitMilliseconds) }
     }
 
     static func format(

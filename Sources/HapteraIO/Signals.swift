@@ -37,3 +37,13 @@ package final class SignalWatcher: CompletionHandler {
         arm()
     }
 }
+
+/// What a process that SIGBUS ends leaves behind: a store into a mapping that the file system
+/// refuses ends it so.
+package enum BusErrors {
+    /// The bytes, at most 64, are written to the file when it happens. False: the path is too long.
+    package static func leave(_ bytes: [UInt8], at path: String) -> Bool {
+        // SAFETY: string and array outlive the call, which copies them.
+        unsafe haptera_note_bus_errors(path, bytes, bytes.count) != 0
+    }
+}

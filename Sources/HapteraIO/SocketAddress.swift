@@ -32,8 +32,29 @@ package enum SocketAddress: Equatable, Sendable {
     /// Whether the connected socket's peer is known to be on this host.
     package static func isPeerLocal(_ fd: Int32) -> Bool { haptera_peer_is_local(fd) != 0 }
 
-    /// A non-blocking socket that listens on, or has begun to connect to, the address. Resolving a
-    /// host name (not an address) may block.
+    package var host: String? {
+        if case .tcp(let host, _) = self { host } else { nil }
+    }
+    /// The host if it is a name, to be looked up before a connection to it can begin.
+    var hostName: String? {
+        // SAFETY: the string outlives the call.
+        host.flatMap { unsafe haptera_host_is_numeric($0) == 0 ? $0 : nil }
+    }
+    /// The same port of another host.
+    package func at(_ host: String) -> SocketAddress {
+        if case .tcp(_, let port) = self { .tcp(host: host, port: port) } else { self }
+    }
+    /// With the host's address for its name, or as it is if there is none to be found. For use
+    /// before the loop runs: it may block.
+    package func resolved() -> SocketAddress {
+        guard let hostName, case .success(let found) = NameResolver.system(hostName) else {
+            return self
+        }
+        return at(found)
+    }
+
+    /// A non-blocking socket that listens on, or has begun to connect to, the address. To connect
+    /// takes no host name; to listen on one may block while it is resolved.
     func open(listening: Bool) throws(IOError) -> Int32 {
         let verb = listening ? "listen on" : "connect to"
         let mode: Int32 = listening ? 1 : 0

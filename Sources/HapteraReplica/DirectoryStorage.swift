@@ -28,6 +28,12 @@ package final class DirectoryStorage: ReplicaStorage {
     private var logCopy: MemoryBlock?
     /// What is durable is unknown from then on.
     private(set) var hasFailedSync = false
+    /// Directories beside the copy's own where a failed sync is marked.
+    package var markPlaces: [String] = []
+    /// Whose mark it is there; nil: the manifest was not read for it yet.
+    var markOwner: VolumeRecord.Member?
+    /// For tests: what happens between the opening of a file and its lock.
+    var openedHook: ((ReplicaFile) -> Void)?
     /// For tests: the error number a file's next syncs end with.
     var syncFault: ((ReplicaFile) -> Int32?)?
 
@@ -56,9 +62,37 @@ package final class DirectoryStorage: ReplicaStorage {
         if let fd = descriptors[file] { return fd }
         let flags =
             file == .layers ? O_RDONLY | O_DIRECTORY : mode == .serve ? O_RDWR : O_RDONLY
-        let fd = try open(file, flags: flags)
-        try adopt(fd, file)
-        return fd
+        while true {
+            let fd = try open(file, flags: flags)
+            openedHook?(file)
+            try adopt(fd, file)
+            // Whoever had the lock may have removed the copy and made another one meanwhile, and
+            // its manifest must not be served with the other files of that. The manifest is the
+            // first to be opened, and all that follow are looked at with it.
+            let isManifestThere = descriptors[.manifest].map { isStillThere($0, .manifest) }
+            guard mode == .serve, !isStillThere(fd, file) || isManifestThere == false else {
+                return fd
+            }
+            descriptors[file] = nil
+            sharedFiles.remove(file)
+            Glibc.close(fd)
+            guard file == .manifest else {
+                throw StorageError(
+                    .notFound,
+                    "\(directory) was removed or replaced while it was opened; start the replica "
+                        + "again if it is still wanted")
+            }
+        }
+    }
+
+    /// False: another file has the name, or none.
+    private func isStillThere(_ fd: Int32, _ file: ReplicaFile) -> Bool {
+        var (opened, named) = (stat(), stat())
+        // SAFETY: the string and the locals outlive the calls.
+        guard unsafe fstat(fd, &opened) == 0, unsafe stat(path(file), &named) == 0 else {
+            return false
+        }
+        return opened.st_ino == named.st_ino && opened.st_dev == named.st_dev
     }
 
     private func open(_ file: ReplicaFile, flags: Int32) throws(StorageError) -> Int32 {
@@ -215,7 +249,12 @@ package final class DirectoryStorage: ReplicaStorage {
         }
         let fd = try openNew(file)
         guard ftruncate(fd, off_t(size)) == 0 else { throw failure("extend", file) }
-        // Installing and draining must not need space later.
+        try allocate(file, fd, size)
+    }
+    /// Installing and draining must not need space later.
+    private func allocate(
+        _ file: ReplicaFile, _ fd: Int32, _ size: UInt64
+    ) throws(StorageError) {
         guard file == .manifest || file == .log else { return }
         do throws(IOError) {
             try FileDescriptors.allocate(fd, length: size)
@@ -228,9 +267,10 @@ package final class DirectoryStorage: ReplicaStorage {
 
     package func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
         guard try self.size(file) < size else { return }
-        guard ftruncate(try descriptor(file), off_t(size)) == 0 else {
-            throw failure("extend", file)
-        }
+        let fd = try descriptor(file)
+        // Space first: a manifest without it keeps its size, or gets one between the two.
+        try allocate(file, fd, size)
+        guard ftruncate(fd, off_t(size)) == 0 else { throw failure("extend", file) }
     }
 
     /// A file without a byte is what a creation cut short leaves: it is taken for new.
@@ -260,19 +300,11 @@ package final class DirectoryStorage: ReplicaStorage {
     }
 
     package func layersPresent() throws(StorageError) -> [LayerID] {
-        // SAFETY: the stream is this function's own until it is closed; an entry is used before the
-        // next is read.
-        guard let folder = unsafe opendir("\(directory)/layers") else {
+        guard let names = Self.names(in: "\(directory)/layers") else {
             throw failure("list", .layers)
         }
-        defer { unsafe closedir(folder) }
         var found: Set<LayerID> = []
-        while let entry = unsafe readdir(folder) {
-            let name = unsafe withUnsafePointer(to: &entry.pointee.d_name) { start in
-                unsafe start.withMemoryRebound(to: CChar.self, capacity: 256) {
-                    unsafe String(cString: $0)
-                }
-            }
+        for name in names {
             for suffix in [".data", ".table"] where name.hasSuffix(suffix) {
                 guard let number = UInt32(name.dropLast(suffix.count)) else { continue }
                 let layer = LayerID(rawValue: number)
@@ -280,6 +312,24 @@ package final class DirectoryStorage: ReplicaStorage {
             }
         }
         return found.sorted()
+    }
+
+    /// Nil: it cannot be listed, and `errno` says why.
+    static func names(in directory: String) -> [String]? {
+        // SAFETY: the stream is this function's own until it is closed; an entry is used before the
+        // next is read.
+        guard let folder = unsafe opendir(directory) else { return nil }
+        defer { unsafe closedir(folder) }
+        var names: [String] = []
+        while let entry = unsafe readdir(folder) {
+            let name = unsafe withUnsafePointer(to: &entry.pointee.d_name) { start in
+                unsafe start.withMemoryRebound(to: CChar.self, capacity: 256) {
+                    unsafe String(cString: $0)
+                }
+            }
+            names.append(name)
+        }
+        return names
     }
 
     package func syncDirectories() throws(StorageError) {

@@ -33,15 +33,20 @@ package struct InspectReport {
 
     private mutating func take(_ storage: DirectoryStorage, isInUse: Bool) throws(StorageError) {
         let reader = try ReplicaReader(opening: storage)
-        take(reader.manifest)
+        take(reader.manifest, boot(storage))
         fields.append(("inUse", .flag(isInUse)))
         take(reader)
         try takeBirths(reader)
         fields.append(("allocatedBytes", .number(storage.allocatedBytes().values.reduce(0, +))))
     }
 
-    private mutating func take(_ manifest: Manifest) {
-        let boot = (try? HostBoot.read()) ?? .none
+    /// As the next process will go by it, if it finds no mark beside its control socket.
+    private func boot(_ storage: DirectoryStorage) -> BootID {
+        storage.markPlaces = [DirectoryStorage.markMemory]
+        return (try? storage.bootByMarks(HostBoot.read())) ?? .none
+    }
+
+    private mutating func take(_ manifest: Manifest, _ boot: BootID) {
         fields += [
             ("format", .number(UInt64(Manifest.formatVersion))),
             ("volume", .text(manifest.identity.volume.text)),

@@ -44,6 +44,9 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         self.reactor = reactor
         faults = allowsFaults ? ReplicaFaults() : nil
         storage = DirectoryStorage(directory: directory, mode: .serve)
+        // The first is on no disk, so nothing keeps it waiting, but a container may have one of its
+        // own; the second is usually on the copy's own disk, but lasts if that is another.
+        storage.markPlaces = [DirectoryStorage.markMemory, Self.folder(of: path)]
         // Before anything is read: the lock of every file that I/O goes to.
         for file in [ReplicaFile.manifest, .log] { _ = try storage.descriptor(file) }
         hostBoot = try HostBoot.read()
@@ -51,6 +54,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             instance: InstanceID(rawValue: randomUInt64() | 1),
             bootID: try storage.bootAfterFailedSyncs(hostBoot))
         options.hash = BlockHash.hash
+        storage.markBusErrors(hostBoot)
         core = try storage.open(options: options, pool: reactor.pool, boot: hostBoot)
         storage.releaseLogPages()
         sharing = LayerSharing(core: core, storage: storage)
@@ -75,6 +79,11 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
     }
 
     package var address: SocketAddress? { listener?.address }
+
+    private static func folder(of path: String) -> String {
+        guard let slash = path.lastIndex(of: "/") else { return "." }
+        return slash == path.startIndex ? "/" : String(path[..<slash])
+    }
 
     // MARK: events
 
@@ -404,6 +413,9 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         guard !isStopped else { return }
         isStopped = true
         Log.info("stopped", ("activeRegions", String(core.activeRegionCount)))
+        // Not left to the end of the process: a kernel may keep its sockets for seconds, and its
+        // engines would wait as long.
+        for connection in connections { connection?.close() }
         for request in shutdownRequests { request.reply() }
         control?.close()
         guard let last = shutdownRequests.last else { return reactor.stop() }

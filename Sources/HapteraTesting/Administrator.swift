@@ -17,7 +17,7 @@ extension World {
         deliverDisconnects()
     }
 
-    private func survey(_ host: SimulatedReplica) -> ReplicaSurvey? {
+    func survey(_ host: SimulatedReplica) -> ReplicaSurvey? {
         guard
             let image = ReplicaImage(
                 host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
@@ -26,6 +26,7 @@ extension World {
         var survey = ReplicaSurvey(
             member: .init(replica: host.id, incarnation: host.incarnation),
             promise: image.promise, installed: image.installed)
+        survey.stable = host.core?.knownStable ?? .zero
         survey.isRebooted = host.isMarkedRebooted
         survey.activeRegions = UInt64(image.activeRegions.count)
         return survey

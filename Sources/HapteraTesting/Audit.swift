@@ -88,7 +88,9 @@ extension World {
     func audit() {
         // What the store says is not true.
         guard trueHistory == nil else { return }
-        let members = hosts.filter { store.record.contains($0) && !$0.isRolledBack }
+        let members = hosts.filter {
+            store.record.contains($0) && !$0.isRolledBack && $0.rot == .none
+        }
         let current = members.map {
             ReplicaImage(
                 $0.disk, isDurable: false, sizeBytes: workload.sizeBytes,
@@ -234,7 +236,9 @@ extension World {
                 record: trueRecord)
         }
         // One may have left once more, slow without any trouble left.
-        let members = hosts.indices.filter { store.record.contains(hosts[$0]) }
+        let members = hosts.indices.filter {
+            store.record.contains(hosts[$0]) && hosts[$0].rot == .none
+        }
         let model = members[0]
         for member in members {
             let host = hosts[member]

@@ -44,6 +44,7 @@ extension World {
         store.replyLoss = 0
         store.lateArrival = 0
         store.duplicates = 0
+        store.refusals = nil
         store.reconnectAll()
         for engine in engines where engine.pausedUntil > 0 { resume(engine) }
         for host in hosts {
@@ -61,7 +62,10 @@ extension World {
     }
 
     /// The current engine serves, every replica is in sync, nothing is unanswered.
-    var isWhole: Bool {
+    var isWhole: Bool { isWhole(without: nil) && areLayersMerged }
+
+    /// The same of all replicas but one, which has left.
+    private func isWhole(without absent: Int?) -> Bool {
         guard let current = currentEngine else { return false }
         let engine = engines[current]
         if !engine.isRunning {
@@ -81,10 +85,12 @@ extension World {
             return false
         }
         return engine.isServing && engine.isSettled && store.record.engine == engine.instance
-            && hosts.allSatisfy { store.record.contains($0) && !$0.isRolledBack }
+            && hosts.allSatisfy {
+                $0.index == absent
+                    ? !store.record.contains($0) : store.record.contains($0) && !$0.isRolledBack
+            }
             && unanswered.isEmpty
             && engine.core.unresolvedCount == 0
-            && areLayersMerged
     }
 
     var why: String {
@@ -151,13 +157,77 @@ extension World {
         }
     }
 
+    // MARK: All but one
+
+    /// In half of the worlds a host is dead, or cut off, for a while longer. A volume that has a
+    /// good copy elsewhere must not wait for it.
+    private func serveWithoutOne(_ volumes: [World]) {
+        let draw = RandomSource(seed: RandomSource.mix(seed ^ 0x4845_414C))
+        let index = draw.below(hosts.count)
+        guard draw.permille(500), volumes.allSatisfy({ $0.canDoWithout(index) }) else { return }
+        let isCutOff = draw.permille(400)
+        for volume in volumes { volume.leaveOut(index, isCutOff: isCutOff) }
+        for volume in volumes where failure == nil { volume.convergeWithout(index) }
+        for volume in volumes { volume.takeBack(index) }
+    }
+
+    /// Another member, that has everything, is enough to serve, and no change under way may take
+    /// it away.
+    private func canDoWithout(_ index: Int) -> Bool {
+        trueHistory == nil && !isSpared && !isLossPossible && !(faults.rot && index == keeper)
+            && isServable(without: index) && engines.allSatisfy { !$0.isAlive || $0.isSettled }
+    }
+    private func isServable(without index: Int) -> Bool {
+        let others = hosts.filter { $0.index != index && store.record.contains($0) }
+        return others.count >= leases.minInSync && others.contains { !$0.isLossy }
+    }
+
+    private func leaveOut(_ index: Int, isCutOff: Bool) {
+        let host = hosts[index]
+        note("\(host.name) is still \(isCutOff ? "cut off" : "dead")")
+        guard !isCutOff else {
+            let until = timeline.now + 2 * UInt64(Self.convergenceSeconds) * 1_000_000_000
+            for toReplica in [false, true] {
+                network.block(engine: nil, replica: index, toReplica: toReplica, until: until)
+            }
+            return
+        }
+        host.isAbsent = true
+        killReplica(host, restartAfter: nil)
+    }
+
+    private func convergeWithout(_ index: Int) {
+        coverage.evaluated(31)
+        if run(seconds: Self.convergenceSeconds, until: { isWhole(without: index) }) {
+            return coverage.took(.servedWithoutOne)
+        }
+        guard failure == nil, isServable(without: index), !isLossPossible else { return }
+        fail(
+            "invariant 31: not served without \(hosts[index].name)"
+                + " \(Self.convergenceSeconds) s after the last trouble of the others: \(why)")
+    }
+
+    private func takeBack(_ index: Int) {
+        note("\(hosts[index].name) comes back")
+        network.unblockAll()
+        network.deliverHeld(replica: index)
+        hosts[index].isAbsent = false
+        if hosts[index].core == nil {
+            timeline.schedule(after: milliseconds(1), .startReplica(index))
+        }
+    }
+
     /// Troubles end for both; then one is judged and deleted, and the other judged without it.
     func end() {
         giveUpMaking()
         var volumes = [self, second].compactMap { $0 }.filter { !$0.isGone }
         if volumes.count > 1, clones.random.permille(500) { volumes.reverse() }
         for volume in volumes where failure == nil { volume.heal() }
+        if failure == nil { serveWithoutOne(volumes) }
         for volume in volumes where failure == nil { volume.converge() }
+        for engine in volumes.flatMap(\.engines) where engine.core.hedgedReads > 0 {
+            coverage.took(.hedgedRead)
+        }
         for (index, volume) in volumes.enumerated() where failure == nil {
             if index > 0 {
                 volumes[0].deleteVolume()

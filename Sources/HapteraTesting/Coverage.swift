@@ -17,6 +17,11 @@ package struct Coverage: Sendable {
         case refusal
         case doubtfulBytesKept
         case storeUnavailable
+        case changeRefused
+        /// A replica whose files are damaged beside its data is made anew.
+        case damagedReplaced
+        /// A snapshot or revert is refused, since a member has as many layers as it may have.
+        case layersFull
         case reconnection
         case lossAllowed
         case lossAccepted
@@ -40,6 +45,12 @@ package struct Coverage: Sendable {
         /// A replica is filled from others that share layers with another volume.
         case sharedFill
         case mergeDown
+        /// A member leaves because it is slow.
+        case slowRemoval
+        /// A read is asked of a second member as well.
+        case hedgedRead
+        /// Troubles have ended, but one host is still dead or cut off: the others serve without it.
+        case servedWithoutOne
     }
     /// Those of `docs/replication.md`.
     package static let numbers = Array(1...36)

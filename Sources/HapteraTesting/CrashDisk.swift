@@ -34,6 +34,11 @@ final class CrashFile {
     var writes: [Write] = []
     var isNameDurable = false
     var isSizeDurable = false
+    /// Its name was taken away, which no sync of the names has made durable.
+    var isRemoved = false
+    /// A crash has left the name and no byte.
+    var isEmpty = false
+    var length: Int { isEmpty ? 0 : size }
     /// What of `image` may differ from `durable`.
     private var touched: [Range<Int>] = []
 
@@ -134,7 +139,9 @@ final class CrashDisk: ReplicaStorage {
     var onChange: () -> Void = {}
 
     func file(_ name: ReplicaFile) throws(StorageError) -> CrashFile {
-        guard let file = files[name] else { throw StorageError(.notFound, "\(name): not there") }
+        guard let file = files[name], !file.isRemoved else {
+            throw StorageError(.notFound, "\(name): not there")
+        }
         return file
     }
     private func id() -> Int {
@@ -198,7 +205,7 @@ final class CrashDisk: ReplicaStorage {
         -> Int
     {
         let file = try file(name)
-        let length = max(0, min(memory.count, file.size - Int(offset)))
+        let length = max(0, min(memory.count, file.length - Int(offset)))
         memory.copy(from: file.current.memory.slice(Int(offset), length))
         return length
     }
@@ -213,21 +220,44 @@ final class CrashDisk: ReplicaStorage {
         onChange()
         endSync(name, own)
     }
-    func size(_ name: ReplicaFile) throws(StorageError) -> UInt64 { UInt64(try file(name).size) }
+    func size(_ name: ReplicaFile) throws(StorageError) -> UInt64 {
+        UInt64(try file(name).length)
+    }
     func create(_ name: ReplicaFile, size: UInt64) throws(StorageError) {
-        guard files[name] == nil else { throw StorageError(.exists, "\(name): is there") }
+        if let file = files[name], !file.isRemoved, !file.isEmpty {
+            throw StorageError(.exists, "\(name): is there")
+        }
+        // Numbers of layers are not given out again.
+        precondition(files[name]?.isRemoved != true)
+        if files[name] == nil { order.append(name) }
         files[name] = CrashFile(size: Int(size))
-        order.append(name)
         onChange()
     }
+    func remove(_ layer: LayerID) throws(StorageError) {
+        for name in [ReplicaFile.data(layer), .table(layer)] {
+            files[name]?.isRemoved = true
+            onChange()
+        }
+    }
+    func layersPresent() throws(StorageError) -> [LayerID] {
+        present(in: order.filter { files[$0]?.isRemoved == false })
+    }
     func syncDirectories() throws(StorageError) {
-        for file in files.values { file.isNameDurable = true }
+        for (name, file) in files {
+            file.isNameDurable = true
+            if file.isRemoved { forget(name) }
+        }
         onChange()
+    }
+    private func forget(_ name: ReplicaFile) {
+        files[name] = nil
+        order.removeAll { $0 == name }
     }
     func nextAllocated(_ name: ReplicaFile, from offset: UInt64) throws(StorageError)
         -> Range<UInt64>?
     {
-        allocatedPage(try file(name).current.memory, from: offset)
+        let file = try file(name)
+        return file.isEmpty ? nil : allocatedPage(file.current.memory, from: offset)
     }
     func mapLog(size: Int) throws(StorageError) -> RawMemory {
         let memory = try file(.log).current.memory.slice(0, size)
@@ -247,10 +277,20 @@ final class CrashDisk: ReplicaStorage {
         }
         mapped = nil
     }
-    /// The machine ends, and `image` is what is left of the disk.
-    func becomeImage() {
-        for file in files.values { file.adoptImage() }
+    /// The machine ends, and the image is what is left of the disk.
+    func become(_ image: CrashImage) {
         mapped = nil
+        for (name, file) in files {
+            file.adoptImage()
+            guard let size = image.sizes[name] else {
+                forget(name)
+                continue
+            }
+            file.isRemoved = false
+            file.isNameDurable = true
+            file.isSizeDurable = true
+            file.isEmpty = size == 0
+        }
     }
 }
 
@@ -258,7 +298,7 @@ final class CrashDisk: ReplicaStorage {
 final class CrashImage: ReplicaStorage {
     private let disk: CrashDisk
     /// Sizes of the files whose names survived.
-    private var sizes: [ReplicaFile: Int] = [:]
+    private(set) var sizes: [ReplicaFile: Int] = [:]
     /// Files that were not there.
     private var fresh: [ReplicaFile: CrashFile] = [:]
 
@@ -269,8 +309,11 @@ final class CrashImage: ReplicaStorage {
             guard let file = disk.files[name] else { continue }
             file.makeImage(keep, isMapped: name == .log, random)
             let hasAll = keep == .everything
-            guard file.isNameDurable || hasAll || random.permille(500) else { continue }
-            sizes[name] = file.isSizeDurable || hasAll || random.permille(500) ? file.size : 0
+            guard file.isNameDurable || hasAll || random.permille(500),
+                !file.isRemoved || !hasAll && random.permille(500)
+            else { continue }
+            let hasSize = file.isSizeDurable || hasAll || random.permille(500)
+            sizes[name] = hasSize ? file.length : 0
         }
     }
     func discard() {
@@ -312,6 +355,10 @@ final class CrashImage: ReplicaStorage {
         fresh[name] = CrashFile(size: Int(size))
         sizes[name] = Int(size)
     }
+    func remove(_ layer: LayerID) throws(StorageError) {
+        for name in [ReplicaFile.data(layer), .table(layer)] { sizes[name] = nil }
+    }
+    func layersPresent() throws(StorageError) -> [LayerID] { present(in: Array(sizes.keys)) }
     func syncDirectories() throws(StorageError) {}
     func nextAllocated(_ name: ReplicaFile, from offset: UInt64) throws(StorageError)
         -> Range<UInt64>?
@@ -324,6 +371,13 @@ final class CrashImage: ReplicaStorage {
         file.touch(0, file.size)
         return file.image.memory.slice(0, size)
     }
+}
+
+private func present(in names: [ReplicaFile]) -> [LayerID] {
+    var found: Set<LayerID> = []
+    for case .data(let layer) in names { found.insert(layer) }
+    for case .table(let layer) in names { found.insert(layer) }
+    return found.sorted()
 }
 
 /// The first 4 KiB page at or after `offset` that is not all zero: these disks give no space to

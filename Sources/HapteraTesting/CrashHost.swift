@@ -10,6 +10,7 @@ final class CrashHost {
     /// The last bytes of the volume are in a region cut short.
     static let regions = 4
     static let size = UInt64((regions - 1) * Geometry.regionSize + 64 * Geometry.blockSize)
+    static let firstLayer = LayerID(rawValue: 1)
     static let identity = ReplicaIdentity(
         volume: VolumeID(high: 1, low: 2), name: "volume", replica: ReplicaID(rawValue: 3),
         incarnation: Incarnation(rawValue: 4), size: size)
@@ -20,7 +21,7 @@ final class CrashHost {
     var now = Instant(rawValue: 1_000_000_000)
     private(set) var failure: ReplicaFailure?
     private var tag: UInt64 = 0
-    private let table = MemoryBlock(count: FrameHeader.tableLengthMax)
+    private let table = MemoryBlock(count: FrameHeader.recordTableLengthMax)
     /// A disk operation is to be performed, now or later.
     var perform: (ReplicaAction) -> Void = { _ in }
     var replied: (Reply) -> Void = { _ in }
@@ -73,9 +74,9 @@ final class CrashHost {
     /// Nil: no buffer for the data now.
     @discardableResult
     func send(
-        _ kind: FrameKind, epoch: UInt64, offset: UInt64 = 0, length: Int = 0,
-        sequence: UInt64 = 0, auxiliary: UInt64 = 0, flags: UInt16 = 0, table: [UInt8] = [],
-        values: [UInt64] = []
+        _ kind: FrameKind, epoch: UInt64, layer: LayerID = .head, offset: UInt64 = 0,
+        length: Int = 0, sequence: UInt64 = 0, auxiliary: UInt64 = 0, flags: UInt16 = 0,
+        table: [UInt8] = [], values: [UInt64] = []
     ) -> UInt64? {
         var header = FrameHeader(kind: kind)
         var buffer = BufferID.none
@@ -94,6 +95,7 @@ final class CrashHost {
         }
         tag += 1
         header.flags = flags
+        header.layer = layer
         header.epoch = Epoch(epoch)
         header.tag = tag
         header.sequence = SequenceNumber(sequence)
@@ -109,21 +111,23 @@ final class CrashHost {
         return own
     }
 
-    static func record(epoch: UInt64) -> VolumeRecord {
+    static func record(epoch: UInt64, layers: [LayerID]) -> VolumeRecord {
         var record = VolumeRecord(
             volume: identity.volume, name: identity.name, epoch: Epoch(epoch), nonce: epoch,
             size: size, inSync: [identity.member])
         record.engine = InstanceID(rawValue: epoch)
+        record.layers = layers
         return record
     }
     /// A new engine, on a connection of its own. Returns the tags of hello and Install.
-    func attach(epoch: UInt64) -> (hello: UInt64?, install: UInt64?) {
+    func attach(epoch: UInt64, layers: [LayerID]) -> (hello: UInt64?, install: UInt64?) {
         let engine = InstanceID(rawValue: epoch)
         if connection >= 0 { step(.disconnected(connection: connection)) }
         connection = (connection + 1) % ReplicaLimits.connectionsMax
         step(.connected(connection: connection))
         let hello = HelloRequest(volume: Self.identity.volume, engine: engine)
-        let install = InstallRequest(engine: engine, record: Self.record(epoch: epoch))
+        let install = InstallRequest(
+            engine: engine, record: Self.record(epoch: epoch, layers: layers))
         return (
             send(.hello, epoch: epoch, table: hello.encoded()),
             send(.install, epoch: epoch, table: install.encoded())

@@ -37,7 +37,7 @@ struct CrashJudge {
         }
         do throws(StorageError) {
             let epoch = oracle.asked + 1
-            let tags = host.attach(epoch: epoch)
+            let tags = host.attach(epoch: epoch, layers: oracle.layers)
             try run()
             guard let hello = tags.hello.flatMap({ replies[$0] }),
                 let said = HelloReply(decoding: hello.table)
@@ -47,29 +47,39 @@ struct CrashJudge {
                 let installed = InstallReply(decoding: install.table)
             else { return "does not install: \(host.failure.map { "\($0)" } ?? "no answer")" }
 
-            var found: [CrashFound] = []
-            var births: [UInt64] = []
-            for region in 0..<CrashHost.regions {
+            // By place; those of deleted layers are not asked for.
+            var found = [CrashFound?](repeating: nil, count: oracle.blocks.count)
+            var births = [UInt64](repeating: 0, count: oracle.sections.count * CrashHost.regions)
+            for place in oracle.regionPlaces {
+                let region = oracle.region(at: place)
                 let tag = host.send(
-                    .digest, epoch: epoch, offset: UInt64(region * Geometry.regionSize))
+                    .digest, epoch: epoch, layer: region.layer,
+                    offset: region.region * UInt64(Geometry.regionSize))
                 try run()
+                // It may wait for a merge.
+                for _ in 0..<50 where tag.flatMap({ replies[$0] }) == nil && host.failure == nil {
+                    host.now = host.now.adding(milliseconds: 100)
+                    host.step(.tick)
+                    try run()
+                }
                 guard let reply = tag.flatMap({ replies[$0] }), reply.header.status == .ok else {
-                    return "no digest of region \(region): "
+                    return "no digest of \(region): "
                         + (host.failure.map { "\($0)" } ?? "refused")
                 }
                 let (birth, blocks) = Self.decode(reply.table)
-                births.append(birth)
-                found += blocks
+                births[place] = birth
+                for (block, own) in blocks.enumerated() {
+                    found[place * Geometry.blocksPerRegion + block] = own
+                }
             }
-            found = Array(found.prefix(oracle.blocks.count))
             if let wrong = examine(found, births, installed) { return wrong }
             for _ in 0..<3 {
-                let block = random.below(oracle.blocks.count)
+                let block = random.below(Int(CrashHost.size) / Geometry.blockSize)
                 let offset = UInt64(block * Geometry.blockSize)
                 let tag = host.send(.read, epoch: epoch, offset: offset, length: 4096)
                 try run()
                 guard let reply = tag.flatMap({ replies[$0] }),
-                    isAsDigested(reply, found[block])
+                    let own = oracle.seen(block, in: found), isAsDigested(reply, own)
                 else { return "block \(block): read and digest differ" }
             }
             host.step(.disconnected(connection: host.connection))
@@ -90,7 +100,9 @@ struct CrashJudge {
         case .create(let layer, let size, let token):
             try image.createLayer(layer, size: size)
             return (token, 0)
-        case .remove(_, let token): return (token, 0)
+        case .remove(let layer, let token):
+            try image.remove(layer)
+            return (token, 0)
         case .sync(let file, let token):
             if file == .layers { return (token, 0) }
             try image.sync(file)
@@ -131,13 +143,14 @@ struct CrashJudge {
         guard promise >= oracle.promised, promise <= oracle.asked else {
             return "promises e\(promise); promised was e\(oracle.promised), asked e\(oracle.asked)"
         }
-        let record = promise == 0 ? nil : CrashHost.record(epoch: promise)
+        let layers = promise == 0 ? [] : oracle.recorded[Int(promise) - 1]
+        let record = promise == 0 ? nil : CrashHost.record(epoch: promise, layers: layers)
         return hello.installed == record ? nil : "its record is not that of e\(promise)"
     }
 
-    private func examine(_ found: [CrashFound], _ births: [UInt64], _ installed: InstallReply)
-        -> String?
-    {
+    private func examine(
+        _ found: [CrashFound?], _ births: [UInt64], _ installed: InstallReply
+    ) -> String? {
         let active = Set(installed.activeRegions)
         // A clean copy has lost nothing at all.
         let mayLose = isPower && installed.isRebooted
@@ -146,6 +159,7 @@ struct CrashJudge {
             return "has flushed a point nobody asked for"
         }
         for (block, seen) in found.enumerated() {
+            guard let seen else { continue }
             let least = flushed.flatMap { block < $0.versions.count ? $0.versions[block] : nil }
             guard
                 let version = oracle.match(block, seen, isPower: mayLose, flushed: least ?? 0)
@@ -157,14 +171,15 @@ struct CrashJudge {
                     + " lawful is \(oracle.describe(block, isPower: mayLose)) from \(least ?? 0)"
                     + (isPower && !mayLose ? " (it says nothing is lost)" : "")
             }
-            let region = block / Geometry.blocksPerRegion
-            let isActive = active.contains { $0.region == UInt64(region) }
+            let place = block / Geometry.blocksPerRegion
+            let region = oracle.region(at: place)
+            let isActive = active.contains(region)
             if oracle.mustBeActive(block, version) && !isActive {
-                return "block \(block): the activity log does not name region \(region)"
+                return "block \(block): the activity log does not name \(region)"
             }
             let birth = isActive ? oracle.asked + 1 : version.epoch
-            if births[region] < birth {
-                return "region \(region) has birth \(births[region]), block \(block) is of \(birth)"
+            if births[place] < birth {
+                return "\(region) has birth \(births[place]), block \(block) is of \(birth)"
             }
         }
         return nil

@@ -52,10 +52,24 @@ struct CrashFound {
     var value: UInt64
 }
 
+/// A layer of the chain. Its blocks lie side by side in `CrashOracle.blocks`, `stride` of them.
+struct CrashSection {
+    static let stride = CrashHost.regions * Geometry.blocksPerRegion
+    let layer: LayerID
+    /// Deleted: what it held is the next one's.
+    var isDeleted = false
+}
+
 /// Everything asked of a replica and answered by it: decides whether what a crash has left is
 /// lawful.
 struct CrashOracle {
+    /// Of all layers; a block's place here stands for it. (Behind the volume's end nothing is ever
+    /// written.)
     var blocks: [CrashBlock]
+    /// Ascending; the last is the head.
+    var sections = [CrashSection(layer: CrashHost.firstLayer)]
+    /// The layers of each epoch's record, from 1.
+    var recorded: [[LayerID]] = []
     var lastID: UInt64 = 0
     /// Highest epoch asked for, and promised.
     var asked: UInt64 = 0
@@ -65,8 +79,7 @@ struct CrashOracle {
     var isCreated = false
 
     init() {
-        blocks = Array(
-            repeating: CrashBlock(), count: Int(CrashHost.size) / Geometry.blockSize)
+        blocks = Array(repeating: CrashBlock(), count: CrashSection.stride)
     }
     mutating func newID() -> UInt64 {
         lastID += 1

@@ -33,6 +33,8 @@ package final class CrashReplay {
         case full
         /// Trims, and space given back.
         case punch
+        /// Snapshots taken and deleted.
+        case layers
     }
     let options: CrashReplayOptions
     let random: RandomSource
@@ -174,6 +176,8 @@ package final class CrashReplay {
         guard !isOver, random.permille(profile == .manifest ? 600 : 200) else { return }
         try finishWrites()
         if random.permille(700) { try settle() }
+        // There are images enough: what is not answered yet would be refused.
+        guard !isOver else { return }
         host.beginShutdown()
         for _ in 0..<2000 where !isOver && !host.core.isShutDown {
             if pending.isEmpty { advance(milliseconds: 100) } else { try performOne() }
@@ -202,8 +206,7 @@ package final class CrashReplay {
         let keep =
             random.permille(200)
             ? Array(repeating: CrashKeep.nothing, count: disk.order.count) : randomKeep()
-        _ = CrashImage(disk, keep: keep, random)
-        disk.becomeImage()
+        disk.become(CrashImage(disk, keep: keep, random))
         isUnsurveyed = true
         for index in oracle.flushes.indices { oracle.flushes[index].versions = [] }
     }

@@ -4,11 +4,13 @@ import HapteraCore
 package enum CrashReplayCommand {
     private static let usage = """
         usage: haptera-sim crash-replay [--seed N | --seeds FROM-TO] [--images M] [--mutation NAME]
+                                    [--until-failure]
                haptera-sim crash-replay --list-mutations
-          --seed N         run one seed (default 1); its remainder by 6 says what it does most
+          --seed N         run one seed (default 1); its remainder by 7 says what it does most
           --seeds FROM-TO  run all of them, both ends included
           --images M       crash images of each seed (default \(CrashReplayOptions().images))
           --mutation NAME  switch one rule off; the run should then fail
+          --until-failure  stop at the first failing seed
         mutations: \(MutationSet.crashReplay.map(\.name).joined(separator: " "))
         """
 
@@ -20,8 +22,13 @@ package enum CrashReplayCommand {
         }
         var seeds: ClosedRange<UInt64> = 1...1
         var options = CrashReplayOptions()
+        var stopsAtFailure = false
         var rest = arguments[...]
         while let option = rest.popFirst() {
+            if option == "--until-failure" {
+                stopsAtFailure = true
+                continue
+            }
             let numbers =
                 rest.popFirst().map { [$0] + $0.split(separator: "-").map(String.init) } ?? []
             switch (option, numbers.dropFirst().compactMap { UInt64($0) }) {
@@ -43,8 +50,9 @@ package enum CrashReplayCommand {
             }
         }
         var total = CrashReplayOutcome()
-        var failed = 0
+        var (failed, runs) = (0, 0)
         for seed in seeds {
+            runs += 1
             let outcome = CrashReplay.run(seed: seed, options: options)
             total.images += outcome.images
             total.events += outcome.events
@@ -52,9 +60,10 @@ package enum CrashReplayCommand {
             guard let failure = outcome.failure else { continue }
             failed += 1
             print("seed \(seed): FAILED at \(failure)")
+            if stopsAtFailure { break }
         }
         print(
-            "\(seeds.count) seeds, \(failed) failed, \(total.images) images of \(total.events)"
+            "\(runs) seeds, \(failed) failed, \(total.images) images of \(total.events)"
                 + " events, \(total.crashes) crashes gone on from")
         return failed == 0 ? 0 : 1
     }

@@ -53,7 +53,9 @@ extension CrashReplay {
         case .create(let layer, let size, let own):
             token = own
             try disk.createLayer(layer, size: size)
-        case .remove(_, let own): token = own
+        case .remove(let layer, let own):
+            token = own
+            try disk.remove(layer)
         case .sync(.layers, let own):
             token = own
             try disk.syncDirectories()
@@ -105,24 +107,19 @@ extension CrashReplay {
     func install() throws(StorageError) {
         guard let host else { return }
         oracle.asked += 1
+        oracle.recorded.append(oracle.layers)
         let epoch = oracle.asked
         sequence = 0
-        let tag = host.attach(epoch: epoch).install
-        try run()
+        let tag = host.attach(epoch: epoch, layers: oracle.layers).install
         // What was let in before may wait for room.
-        for _ in 0..<50 where tag.flatMap({ replies[$0] }) == nil && !isOver {
-            advance(milliseconds: 100)
-            try run()
-        }
-        guard !isOver, let reply = tag.flatMap({ replies[$0] }), reply.header.status == .ok,
+        guard let reply = try reply(to: tag), !isOver, reply.header.status == .ok,
             let installed = InstallReply(decoding: reply.table)
         else { return isOver ? () : fail("e\(epoch) is not installed") }
         oracle.promised = epoch
         writes = [:]
         flushTags = [:]
-        for region in 0..<CrashHost.regions where !isOver {
-            try survey(
-                region, isActive: installed.activeRegions.contains { $0.region == UInt64(region) })
+        for place in oracle.regionPlaces where !isOver {
+            try survey(place, isActive: installed.activeRegions.contains(oracle.region(at: place)))
         }
         isUnsurveyed = false
         for block in oracle.blocks.indices
@@ -135,17 +132,28 @@ extension CrashReplay {
         try run()
     }
 
-    private func survey(_ region: Int, isActive: Bool) throws(StorageError) {
-        let isPower = isUnsurveyed
-        let tag = host?.send(
-            .digest, epoch: oracle.asked, offset: UInt64(region * Geometry.regionSize))
+    private func reply(to tag: UInt64?) throws(StorageError) -> CrashHost.Reply? {
         try run()
-        guard let reply = tag.flatMap({ replies[$0] }), reply.header.status == .ok else {
-            return isOver ? () : fail("no digest of region \(region)")
+        for _ in 0..<50 where tag.flatMap({ replies[$0] }) == nil && !isOver {
+            advance(milliseconds: 100)
+            try run()
+        }
+        return tag.flatMap { replies[$0] }
+    }
+
+    private func survey(_ place: Int, isActive: Bool) throws(StorageError) {
+        let isPower = isUnsurveyed
+        let region = oracle.region(at: place)
+        let tag = host?.send(
+            .digest, epoch: oracle.asked, layer: region.layer,
+            offset: region.region * UInt64(Geometry.regionSize))
+        // It may wait for a merge.
+        guard let reply = try reply(to: tag), reply.header.status == .ok else {
+            return isOver ? () : fail("no digest of \(region)")
         }
         let found = CrashJudge.decode(reply.table).blocks
-        let first = region * Geometry.blocksPerRegion
-        for block in first..<min(first + found.count, oracle.blocks.count) {
+        let first = place * Geometry.blocksPerRegion
+        for block in first..<first + found.count {
             guard var version = oracle.match(block, found[block - first], isPower: isPower) else {
                 return fail(
                     "block \(block) after the crash; lawful is "
@@ -173,6 +181,14 @@ extension CrashReplay {
 
     func write(_ blocks: Range<Int>, isTrim: Bool) {
         guard let host, blocks.allSatisfy({ !oracle.blocks[$0].isBusy }) else { return }
+        // Where nothing was, a trim is noted unless the layer is the lowest one: a deleted one
+        // below it goes at a moment of the replica's own.
+        let isLowest = oracle.layers.count == 1
+        if isTrim && isLowest && oracle.sections.count > 1
+            && blocks.contains(where: { oracle.blocks[$0].known.state == .absent })
+        {
+            return
+        }
         let state =
             !isTrim ? BlockState.data : random.permille(800) ? .zero : .zeroAllocated
         let isDurable = random.permille(100)
@@ -184,7 +200,8 @@ extension CrashReplay {
             || blocks.contains { block in
                 let known = oracle.blocks[block].known
                 let now = known.state
-                return known.isDoubtful || now != state && !(now == .absent && state == .zero)
+                return known.isDoubtful
+                    || now != state && !(isLowest && now == .absent && state == .zero)
             }
         var values: [UInt64] = []
         if changes {
@@ -206,12 +223,17 @@ extension CrashReplay {
         if write.versions.isEmpty { for block in blocks { oracle.blocks[block].isBusy = true } }
         nextWrite = write
         sequence += 1
+        let region = oracle.region(at: blocks.lowerBound / Geometry.blocksPerRegion)
+        let start = blocks.lowerBound % Geometry.blocksPerRegion
+        let isFrozen = region.layer != oracle.layers.last
         let tag = host.send(
-            isTrim ? .setState : .write, epoch: oracle.asked,
-            offset: UInt64(blocks.lowerBound * Geometry.blockSize),
+            isTrim ? .setState : .write, epoch: oracle.asked, layer: region.layer,
+            offset: region.region * UInt64(Geometry.regionSize)
+                + UInt64(start * Geometry.blockSize),
             length: blocks.count * Geometry.blockSize, sequence: sequence,
             auxiliary: isTrim ? UInt64(state.rawValue) : 0,
-            flags: isDurable ? FrameFlags.fua : 0, values: isTrim ? [] : values)
+            flags: (isDurable ? FrameFlags.fua : 0) | (isFrozen ? FrameFlags.resync : 0),
+            values: isTrim ? [] : values)
         if let tag {
             if nextWrite != nil { writes[tag] = write }
         } else {
@@ -242,14 +264,16 @@ extension CrashReplay {
         let header = reply.header
         replies[header.tag] = reply
         if header.kind == .flush {
-            guard let index = flushTags.removeValue(forKey: header.tag) ?? nextFlush else { return }
-            nextFlush = nil
+            let sent = flushTags.removeValue(forKey: header.tag)
+            guard let index = sent ?? nextFlush else { return }
+            if sent == nil { nextFlush = nil }
             return flushed(index, header)
         }
-        guard header.kind == .write || header.kind == .setState,
-            let write = writes.removeValue(forKey: header.tag) ?? nextWrite
-        else { return }
-        nextWrite = nil
+        guard header.kind == .write || header.kind == .setState else { return }
+        let sent = writes.removeValue(forKey: header.tag)
+        guard let write = sent ?? nextWrite else { return }
+        // One that was sent before may be answered while the next one is on its way.
+        if sent == nil { nextWrite = nil }
         wrote(write, header.status)
     }
 
@@ -303,10 +327,12 @@ extension CrashReplay {
         where !left.contains(block / Geometry.blocksPerRegion) {
             oracle.blocks[block].stable = max(oracle.blocks[block].stable, covered[block])
         }
-        for region in left.sorted() {
+        for place in left.sorted() {
+            let region = oracle.region(at: place)
             host.send(
-                .stable, epoch: oracle.asked, offset: UInt64(region * Geometry.regionSize),
-                length: Geometry.regionSize, sequence: flush.point.sequence.rawValue,
+                .stable, epoch: oracle.asked, layer: region.layer,
+                offset: region.region * UInt64(Geometry.regionSize), length: Geometry.regionSize,
+                sequence: flush.point.sequence.rawValue,
                 auxiliary: oracle.asked)
         }
         host.send(
@@ -325,9 +351,11 @@ extension CrashReplay {
             switch random.below(1000) {
             case 0..<300: randomWrite()
             case 300..<(profile == .wrap ? 320 : 360): flush(isSettled: random.permille(200))
-            case 360..<(profile == .drain || profile == .punch ? 460 : 410):
+            case 360..<(hasManyTicks ? 460 : 410):
                 advance(milliseconds: random.permille(250) ? 20_000 : 100)
             case 460..<(profile == .manifest ? 490 : 463): try install()
+            case 463..<466 where profile == .layers: try snapshot()
+            case 466..<470 where profile == .layers: try deleteLayer()
             case 490..<495: isFull = profile == .full && !isFull
             case 495..<500 where profile == .manifest: try settle()
             default: try performOne()
@@ -338,9 +366,13 @@ extension CrashReplay {
         isFull = false
         if !isOver { rewrite() }
     }
+    private var hasManyTicks: Bool {
+        profile == .drain || profile == .punch || profile == .layers
+    }
     private func randomWrite() {
         let region = random.below(CrashHost.regions)
-        let first = region * Geometry.blocksPerRegion
+        let head = (oracle.sections.count - 1) * CrashSection.stride
+        let first = head + region * Geometry.blocksPerRegion
         let isTrim = random.permille(profile == .punch ? 500 : 200)
         let isWide = random.permille(profile == .wrap ? 400 : isTrim ? 200 : 20)
         let limit = isWide ? 64 : Self.blocksUsed

@@ -74,7 +74,7 @@ extension World {
         case .fullDisks:
             note("fault: every disk is full")
             for host in hosts {
-                host.disk.trouble.isFull = true
+                host.disk.trouble.fill(depth.fullness)
                 timeline.schedule(
                     after: milliseconds(random.between(20, 4000)),
                     .relief(.disk(replica: host.index)))
@@ -97,6 +97,7 @@ extension World {
             timeline.schedule(after: milliseconds(random.between(50, 8000)), .relief(.store))
         case .blackout: injectBlackout()
         case .rot: injectRot()
+        case .rotTable, .rotLog, .rotManifest: injectFileRot(kind)
         }
     }
 
@@ -107,12 +108,13 @@ extension World {
     private func injectPowerCut(_ host: SimulatedReplica, _ downtime: Int) {
         guard mayLosePower(host) else { return }
         note("fault: power cut of \(host.name)")
-        killReplica(host, restartAfter: downtime)
+        let isEngineCut = faults.cutsPowerOfEngines
+        killReplica(host, restartAfter: isEngineCut ? random.between(1, 100) : downtime)
         cutPower(host)
         noteLoss()
-        if random.permille(200), let current = currentEngine {
+        if isEngineCut || random.permille(200), let current = currentEngine {
             // The engine, and perhaps its clients, lived on the same host.
-            restartEngine(losesClients: random.permille(500), after: current)
+            restartEngine(losesClients: !isEngineCut && random.permille(500), after: current)
         }
     }
 
@@ -245,18 +247,20 @@ extension World {
 
     private func injectDiskTrouble(_ kind: FaultPlan.Kind, _ host: SimulatedReplica) {
         guard !isKeeper(host) else { return }
-        let duration = milliseconds(random.between(20, 4000))
+        var duration = milliseconds(random.between(20, 4000))
         switch kind {
         case .diskOutliers:
             host.disk.trouble.outliers = random.pick([5, 40])
             note("fault: disk of \(host.name) stalls now and then")
         case .slowDisk:
             host.disk.trouble.slowness = random.pick([5, 50, 400])
+            // Long enough, at times, for the engine to have had enough of it.
+            if random.permille(250) { duration = milliseconds(random.between(6000, 15_000)) }
             note("fault: disk of \(host.name) is slow")
         case .fullDisk:
             // Never on every disk: then the volume is full, and that is no fault.
             guard !hosts.contains(where: { $0.disk.trouble.isFull }) else { return }
-            host.disk.trouble.isFull = true
+            host.disk.trouble.fill(depth.fullness)
             note("fault: disk of \(host.name) is full")
         default:
             guard store.record.contains(host), mayLosePower(host) else { return }

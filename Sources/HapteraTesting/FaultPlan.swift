@@ -38,6 +38,10 @@ struct FaultPlan {
         /// A block's write goes nowhere, or to another block; the disk says it is done.
         case lostWrite
         case misdirectedWrite
+        /// The same beside the data: see `FileRot`.
+        case rotTable
+        case rotLog
+        case rotManifest
         /// The metadata store is put back as it was some changes ago.
         case restoreStore
         /// An administrator goes on from members that lost power.
@@ -52,6 +56,9 @@ struct FaultPlan {
     /// Per thousand changes of stage (a join begins, a record change is asked for, a takeover
     /// resolves): something goes wrong right then. Rare windows are hit on purpose.
     let stageFaultPermille: Int
+    /// Where a host loses power the engine always lived on it, and both are back before anybody
+    /// gives the host up: the clients, who live elsewhere, find a member that has lost something.
+    let cutsPowerOfEngines: Bool
 
     /// Of its hosts, which another volume's faults befall.
     private var befalling: [Kind] = []
@@ -83,7 +90,7 @@ struct FaultPlan {
     }
 
     init(random: RandomSource, mutations: MutationSet = MutationSet()) {
-        for kind in Kind.allCases {
+        for kind in Kind.allCases where !Kind.ofFiles.contains(kind) {
             let chance: Int
             switch kind {
             case .blackout: chance = 150
@@ -121,6 +128,13 @@ struct FaultPlan {
         cutsDuringOpen = random.permille(300)
         corruptsFrames = !rots && random.permille(200)
         stageFaultPermille = random.pick([0, 50, 300])
+        cutsPowerOfEngines = mutations.contains(.stableBeforeResolved)
+    }
+
+    /// From a source of their own: the rest of a world does not depend on them.
+    mutating func addFileRot(_ random: RandomSource) {
+        guard rot, random.permille(500) else { return }
+        kinds += Kind.ofFiles.filter { _ in random.permille(600) }
     }
 
     /// Rules that matter only while leases outlast the time in which members are removed.
@@ -135,11 +149,10 @@ struct FaultPlan {
         return needs.first { mutations.contains($0.mutation) }?.kinds ?? []
     }
     private static let needs: [(mutation: MutationSet, kinds: [Kind])] = [
-        (.erroredWriteNotResolved, [.fullDisks]),
         (.flushWhileResolving, [.cutPower, .engineCrash]),
         (.rebootedSource, [.cutPower, .engineCrash]),
         (.clientGenerationIgnored, [.cutPower, .engineCrash]),
-        (.stableBeforeResolved, [.engineCrash]),
+        (.stableBeforeResolved, [.cutPower, .engineCrash]),
         (.acceptRolledBackMember, [.restoreReplica]),
         (.rollBackNotRecorded, [.restoreReplica, .killReplica, .engineCrash]),
         (.joinKept, [.salvage, .cutConnection]),

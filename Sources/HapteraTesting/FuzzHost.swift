@@ -63,7 +63,7 @@ final class FuzzHost {
     private let files = FuzzFiles()
     private let pool = BufferPool(limits: .init(small: 512, medium: 64, large: 8))
     private let core: ReplicaCore
-    private let table = MemoryBlock(count: FrameHeader.tableLengthMax)
+    private let table = MemoryBlock(count: FrameHeader.recordTableLengthMax)
     private var now = Instant(rawValue: 1)
     private var isConnected = Array(repeating: false, count: 3)
     private(set) var answered = 0

@@ -82,6 +82,9 @@ package enum ReplicaFuzzer {
             do throws(FrameError) {
                 let header = try FrameHeader(decoding: memory)
                 precondition(header.payloadLength <= (64 << 10) + Geometry.regionSize)
+                precondition(
+                    header.tableLength <= 64 << 10
+                        || header.tableLength <= 127 << 10 + 64 && header.dataLength == 0)
                 header.encode(to: memory)
                 let again = try FrameHeader(decoding: memory)
                 precondition(again == header)

@@ -69,7 +69,9 @@ extension World {
         coverage.took(.growth)
         check(1, store.record.size >= size, "the record says \(store.record.size) bytes")
         for host in hosts
-        where store.record.contains(host) && !host.isRolledBack && host.core != nil {
+        where store.record.contains(host) && !host.isRolledBack && host.core != nil
+            && host.rot == .none
+        {
             check(
                 1, host.core?.size == store.record.size,
                 "\(host.name) has \(host.core?.size ?? 0) of \(store.record.size) bytes")

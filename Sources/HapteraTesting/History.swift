@@ -37,7 +37,11 @@ struct History {
                 continue
             }
             var checker = RegisterChecker()
-            guard let index = checker.check(perSector[sector].map(\.event)) else { continue }
+            let index = checker.check(perSector[sector].map(\.event))
+            if checker.gaveUp {
+                return (0, "sector \(sector) has too many possible histories to be judged")
+            }
+            guard let index else { continue }
             let step = entries[perSector[sector][index].entry].step
             if step < worst?.step ?? .max {
                 worst = (step, describe(sector, perSector[sector], index))

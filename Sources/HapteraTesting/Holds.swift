@@ -51,8 +51,13 @@ extension World {
         _ engine: SimulatedEngine, _ snapshot: SimulatedSnapshot, _ result: SnapshotResult
     ) -> Bool {
         guard snapshot.holdingEngine == engine.index else { return false }
+        guard let pending = holds.pending, pending.snapshot === snapshot else {
+            // Refused since others wait, it is the second question that was: the first one's
+            // answer is still to come.
+            if result != .notServing { snapshot.holdingEngine = nil }
+            return true
+        }
         snapshot.holdingEngine = nil
-        guard let pending = holds.pending, pending.snapshot === snapshot else { return true }
         guard result == .ok else {
             holds.pending = nil
             return true

@@ -82,7 +82,15 @@ extension World {
             .init(
                 connection: number, tag: header.tag, epoch: header.epoch,
                 sequence: header.sequence, layer: header.layer, blocks: blocks, values: values,
+                zeroing: zeroing(of: header, engine),
                 isCopy: header.flags & FrameFlags.resync != 0))
+    }
+
+    /// The operation that zeroes or trims which the frame was sent for, if its engine has it still.
+    private func zeroing(of header: FrameHeader, _ engine: SimulatedEngine) -> Int? {
+        guard let attempt = engine.core.clientUserData(ofTag: header.tag) else { return nil }
+        let operation = engine.attempts[Int(attempt)].operation
+        return operation.changesData && operation.value == 0 ? operation.id : nil
     }
 
     /// 30: resolution moves a block only to who holds another one.
@@ -157,13 +165,19 @@ extension World {
         }
         host.isMarkedRebooted = reply.isRebooted
         noteLoss()
-        for active in reply.activeRegions { host.restamped[active] = header.epoch }
+        // The same Install again finds regions in the log that merges brought there since, and
+        // nothing of before it in them (seed 2826981).
+        if header.epoch > host.installed {
+            for active in reply.activeRegions { host.restamped[active] = header.epoch }
+        }
         trace("\(host.name) installed e\(header.epoch.rawValue)")
         check(
             3, header.epoch > host.installed || host.installedProcess == host.process,
             "\(host.name) promised e\(header.epoch.rawValue) again after a restart")
         host.installedProcess = host.process
+        if host.rot == .manifestSlot { host.rot = .none }
         host.installed = max(host.installed, header.epoch)
+        host.installedEver = max(host.installedEver, host.installed)
         host.installedAt = timeline.now
         check(
             4, host.disk.dataWritesInFlight == 0,
@@ -185,6 +199,9 @@ extension World {
             host.order[Int(block)] = max(host.order[Int(block)], point)
         }
         for value in request.values { host.applied.insert(value) }
+        if let zeroing = request.zeroing {
+            host.zeroed[zeroing, default: []].formUnion(request.blocks)
+        }
         // (A state that is set already changes nothing.)
         if !request.isCopy, !request.values.isEmpty, let block = request.blocks.first {
             let region = LayerRegion(
@@ -202,7 +219,7 @@ extension World {
             return coverage.took(faults.rot ? .sharedRepair : .sharedRewrite)
         }
         host.dataWriteCount += 1
-        guard host.dataWriteCount % 8 == 1 else { return }
+        guard host.dataWriteCount % 8 == 1, host.rot == .none else { return }
         let image = ReplicaImage(
             host.disk, isDurable: true, sizeBytes: workload.sizeBytes,
             record: trueRecord)
@@ -239,7 +256,7 @@ extension World {
     func observeFailure(_ host: SimulatedReplica, _ failure: ReplicaFailure) {
         switch failure {
         case .syncFailed where faults.diskErrors: break
-        case .manifestWriteFailed where faults.diskErrors: break
+        case .manifestWriteFailed where faults.diskErrors || faults.noSpace: break
         case .layerNotMade where faults.diskErrors: break
         case .tableUnreadable where faults.diskErrors || faults.rot: break
         default: fail("\(host.name) failed without a reason: \(failure)")
@@ -290,11 +307,10 @@ extension World {
     }
 
     func hasApplied(_ operation: ClientOperation, _ record: VolumeRecord) -> Bool {
-        operation.value == 0
-            || hosts.allSatisfy {
-                !record.contains($0) || $0.applied.contains(operation.value)
-                    || holds($0, operation)
-            }
+        hosts.allSatisfy {
+            !record.contains($0) || $0.hasApplied(operation) || $0.rot != .none
+                || holds($0, operation)
+        }
     }
     /// Who became a member while the write lacked members got it with the copy of its region, or
     /// had it from before it left. The write still has its range to itself.

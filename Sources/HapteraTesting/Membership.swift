@@ -27,12 +27,36 @@ extension World {
                 29, host.installed >= record.epoch,
                 "\(host.name) has not installed e\(record.epoch.rawValue)")
         }
+        observeCertainty(record)
+    }
+
+    /// 29: without those who know the record, no earlier one is certain, whoever was looked at. But
+    /// that a salvage was made only those know who have promised it, and the administrator; and a
+    /// copy that was put back as it was tells of its own day (seed 3001754).
+    private func observeCertainty(_ record: VolumeRecord) {
+        // Once: who does not know it now learns nothing else before.
+        guard certaintyEpoch < record.epoch else { return }
+        certaintyEpoch = record.epoch
+        let surveys = hosts.compactMap { host in
+            survey(host).flatMap { $0.promise >= host.installedEver ? $0 : nil }
+        }
+        for latest in surveys where latest.promise < record.epoch {
+            let looked = surveys.filter { $0.promise <= latest.promise }
+            guard let found = Reconstruction(surveys: looked),
+                found.newest.lineage == record.lineage
+            else { continue }
+            check(
+                29, found.verdict != .certain,
+                "e\(found.newest.epoch.rawValue) passes for certain, and there are answers in"
+                    + " e\(record.epoch.rawValue)")
+        }
     }
 
     /// 20: the joiner holds all that was acknowledged, and durably all that was flushed.
     private func observePromotion(_ engine: SimulatedEngine, _ next: VolumeRecord) {
         check(20, engine.core.regionsToCopy == 0, "promotion asked for with regions to copy")
-        for host in hosts where next.contains(host) && !store.record.contains(host) {
+        for host in hosts
+        where next.contains(host) && !store.record.contains(host) && host.rot == .none {
             guard
                 let now = ReplicaImage(
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
@@ -83,6 +107,7 @@ extension World {
     /// A record has landed in the store.
     func observeRecord(_ record: VolumeRecord, before: VolumeRecord) {
         observeTurn(record, before)
+        checkLayers(record, before: before)
         for host in hosts where !record.contains(host) { host.isRolledBack = false }
         for host in hosts where record.contains(host) && !before.contains(host) {
             let isFork = record.lineage.count > before.lineage.count
@@ -143,6 +168,7 @@ extension World {
         case .stalled: coverage.took(.stall)
         case .onlyRebootedMembers: coverage.took(.refusal)
         case .doubtfulBytesKept: coverage.took(.doubtfulBytesKept)
+        case .replicaSlow: coverage.took(.slowRemoval)
         case .storeUnavailable: coverage.took(.storeUnavailable)
         case .lossAccepted:
             coverage.took(.lossAccepted)

@@ -8,11 +8,11 @@ struct ReplicaImage {
     struct Layer {
         let id: LayerID
         /// The number of its files.
-        fileprivate let file: LayerID
+        let file: LayerID
         fileprivate(set) var entries: [BlockEntry]
         fileprivate(set) var activeRegions: [UInt64] = []
         fileprivate var births: [Epoch] = []
-        fileprivate var logIndex: [UInt64] = []
+        fileprivate(set) var logIndex: [UInt64] = []
         /// By block: what it was before records that no flush is known to have covered.
         fileprivate var bases: [Int: BlockEntry] = [:]
         fileprivate let data: RawMemory
@@ -128,7 +128,7 @@ struct ReplicaImage {
         return layer
     }
 
-    private static func header(_ log: RawMemory) -> (tail: UInt64, capacity: UInt64)? {
+    static func header(_ log: RawMemory) -> (tail: UInt64, capacity: UInt64)? {
         var best: (counter: UInt64, tail: UInt64, capacity: UInt64)?
         for slot in [log.slice(0, 512), log.slice(4096, 512)] {
             guard slot.load(UInt32.self, 0) == ActivityLog.magic,

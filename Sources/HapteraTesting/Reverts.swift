@@ -131,10 +131,15 @@ extension World {
         // The next time anybody is asked, this one included.
         if pending.engine == engine.index { reverts.pending?.engine = -2 }
         guard result == .ok || result == .exists else {
+            if result == .tooManyLayers { observeTooManyLayers() }
             check(
-                25, result == .notServing || result == .inDoubt || lineageIsForked,
+                25,
+                [.notServing, .inDoubt, .tooManyLayers].contains(result) || lineageIsForked,
                 "the revert to \(pending.target.name) was refused: \(result)")
-            if !pending.isRecorded, pending.asked == 1, result != .inDoubt { giveUpRevert() }
+            // Who says that there is no room for it has seen the newest record: nobody can have
+            // done it, or will (seed 3120522).
+            let isKnown = pending.asked == 1 && result != .inDoubt || result == .tooManyLayers
+            if !pending.isRecorded, isKnown { giveUpRevert() }
             return
         }
         check(25, pending.isRecorded, "a revert that the record does not know")

@@ -55,7 +55,7 @@ extension World {
                 "a scrub finds \(found.bad) blocks bad, \(found.skipped) regions unreadable")
         }
         guard found.lost == 0, found.skipped == 0, failure == nil else { return }
-        for host in hosts where store.record.contains(host) {
+        for host in hosts where store.record.contains(host) && host.rot == .none {
             guard
                 let image = ReplicaImage(
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes,

@@ -263,6 +263,7 @@ extension World {
             return createReplica(host)
         }
         host.began(store.record.epoch)
+        host.rot = origin.source.hosts[host.index].rot == .lost ? .lost : .none
         if faults.cutsDuringOpen { host.disk.callsUntilCut = random.below(24) }
         for _ in 0..<2 {
             do throws(StorageError) {

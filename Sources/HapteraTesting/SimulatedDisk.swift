@@ -36,15 +36,17 @@ final class SimulatedDisk: ReplicaStorage {
     }
 
     /// A file's name in this directory.
-    private struct Name {
+    struct Name {
         let file: SimulatedFile
         /// It survives a power cut.
         var isDurable = false
+        /// It was deleted, and a power cut has brought it back: nobody goes by it.
+        var isStray = false
     }
 
     private let random: RandomSource
     private let drive: SimulatedDrive
-    private var names: [Name] = []
+    private(set) var names: [Name] = []
     /// Deleted since names were last synced: a power cut may bring them back.
     private var unlinked: [Name] = []
     private var operations: [Operation] = []
@@ -202,6 +204,7 @@ final class SimulatedDisk: ReplicaStorage {
     private func completeNames(_ operation: Operation) -> Int? {
         switch operation.kind {
         case .create(let layer, let size):
+            if trouble.isFull && trouble.fullness != .data { return -28 }
             do throws(StorageError) {
                 try createLayer(layer, size: size)
                 return 0
@@ -231,13 +234,9 @@ final class SimulatedDisk: ReplicaStorage {
     }
 
     private func write(_ file: SimulatedFile, _ operation: Operation, _ bytes: [UInt8]) -> Int {
-        let needsSpace: Bool
-        if case .data = operation.file {
-            needsSpace = !file.allocated[operation.offset / 4096]
-        } else {
-            needsSpace = false
-        }
-        if trouble.isFull && needsSpace {
+        if trouble.isFull,
+            trouble.needsSpace(file, offset: operation.offset, length: operation.length)
+        {
             // What there was space for, or what needed none, may have been written.
             let half = bytes.count / 2 / 512 * 512
             if half > 0 && random.permille(300) {
@@ -346,7 +345,10 @@ final class SimulatedDisk: ReplicaStorage {
         return torn
     }
     private func cutNames() {
-        names += unlinked.filter { _ in random.permille(500) }
+        for var name in unlinked where random.permille(500) {
+            name.isStray = true
+            names.append(name)
+        }
         unlinked = []
         // A name that was not synced is gone, or is there, perhaps without the file's size.
         names.removeAll { !$0.isDurable && random.permille(500) }
@@ -364,12 +366,6 @@ final class SimulatedDisk: ReplicaStorage {
 
     /// The other directory on this disk, if there is one.
     private(set) weak var neighbour: SimulatedDisk?
-    func has(_ file: SimulatedFile) -> Bool { names.contains { $0.file === file } }
-    /// Some layer's files have names in the other directory.
-    var isLinked: Bool {
-        guard let neighbour else { return false }
-        return names.contains { neighbour.has($0.file) }
-    }
     /// Gives the layers' files names in this directory as well.
     func link(_ layers: [LayerID], from other: SimulatedDisk) {
         precondition(other === neighbour)
@@ -463,7 +459,7 @@ final class SimulatedDisk: ReplicaStorage {
         unlink(layer)
     }
     func layersPresent() throws(StorageError) -> [LayerID] {
-        names.compactMap { if case .data(let layer) = $0.file.name { layer } else { nil } }
+        Set(names.compactMap(\.file.name.layer)).sorted()
     }
     func extend(_ file: ReplicaFile, size: UInt64) throws(StorageError) {
         let file = try existing(file)

@@ -9,6 +9,15 @@ struct DiskTrouble: Equatable {
     var writeErrors = 0
     var syncErrors = 0
     var isFull = false
+    var fullness = Fullness.data
+    /// What a full disk has no room for, data aside.
+    enum Fullness {
+        case data
+        /// New pages of tables, and new files.
+        case newPages
+        /// Anything: one that writes nothing in place.
+        case all
+    }
     /// Operations that take up to three seconds.
     var outliers = 0
     /// The next write of a layer's data does not happen, or happens somewhere else.
@@ -19,6 +28,23 @@ struct DiskTrouble: Equatable {
         case misdirect
     }
     var isNone: Bool { self == DiskTrouble() }
+    mutating func fill(_ fullness: Fullness) {
+        isFull = true
+        self.fullness = fullness
+    }
+
+    /// Whether a full disk refuses the write.
+    func needsSpace(_ file: SimulatedFile, offset: Int, length: Int) -> Bool {
+        if fullness == .all { return true }
+        let pages = offset / 4096..<(offset + length + 4095) / 4096
+        switch file.name {
+        case .data: return !file.allocated[pages.lowerBound]
+        case .table:
+            return fullness == .newPages
+                && pages.contains { $0 >= file.allocated.count || !file.allocated[$0] }
+        default: return false
+        }
+    }
 }
 
 /// What directories on one disk have in common.

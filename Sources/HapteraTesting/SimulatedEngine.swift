@@ -69,7 +69,7 @@ final class SimulatedEngine {
         configuration.minInSync = leases.minInSync
         configuration.detectsZeroes = detectsZeroes
         // Few, so that some regions are equal and others not for a while.
-        configuration.jobsMax = 4
+        configuration.jobsMax = mutations.contains(.stableBeforeResolved) ? 1 : 4
         core = EngineCore(configuration: configuration, pool: pool)
         core.mutations = mutations
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
@@ -102,7 +102,7 @@ struct SimulatedLeases {
         let isJudged = !mutations.isDisjoint(with: FaultPlan.leaseRules)
         (milliseconds, removalMilliseconds) =
             isJudged ? (3000, 800) : sparesPausedMembers ? (500, 3000) : drawn
-        let timesOut = random.permille(mutations.contains(.erroredWriteNotResolved) ? 1000 : 200)
+        let timesOut = random.permille(200)
         ioTimeoutMilliseconds = timesOut ? random.pick([100, 700, 4000]) : 0
         minInSync = random.permille(250) ? UInt8(min(2, replicas)) : 1
     }
@@ -208,6 +208,11 @@ extension World {
         case .stopped:
             note("\(engine.name) stopped: \(engine.core.stopReason?.rawValue ?? "")")
             closeAll(engine)
+            // Its node starts another one.
+            if engine.core.stopReason == .refused, engine.index == currentEngine {
+                startEngine(generation: generation)
+                attach(to: engines[engines.count - 1])
+            }
             if engine.core.stopReason == .recordOlderThanReplica {
                 timeline.schedule(after: milliseconds(random.below(500)), .relief(.record))
                 // Meanwhile the node starts it again, and again: it must not get through.

@@ -88,6 +88,18 @@ final class SimulatedNetwork {
         blocks.append(Block(engine: engine, replica: replica, toReplica: toReplica, until: until))
     }
     func unblockAll() { blocks = [] }
+    /// What is on its way to or from the replica arrives now, if nothing blocks it any more.
+    func deliverHeld(replica: Int) {
+        for connection in connections where connection.replica == replica {
+            for (lane, toReplica) in [(connection.toReplica, true), (connection.toEngine, false)] {
+                for _ in lane.queue {
+                    timeline.schedule(
+                        at: max(timeline.now, lane.lastDue),
+                        .deliver(connection: connection.id, toReplica: toReplica))
+                }
+            }
+        }
+    }
     var isUnblocked: Bool { blocks.isEmpty }
     var isBlocked: Bool { blocks.contains { $0.until > timeline.now } }
     func blockedUntil(engine: Int, replica: Int, toReplica: Bool) -> UInt64 {

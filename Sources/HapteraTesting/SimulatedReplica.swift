@@ -17,6 +17,8 @@ final class SimulatedReplica {
     var connections: [SimulatedNetwork.Connection?]
     /// The process is stopped (SIGSTOP) until then, nanoseconds.
     private(set) var pausedUntil: UInt64 = 0
+    /// Nobody starts it.
+    var isAbsent = false
     /// What the process will find when it goes on.
     private var held: [ReplicaEvent] = []
     /// What it held some time ago.
@@ -25,6 +27,8 @@ final class SimulatedReplica {
     private(set) var backupPromise = Epoch.zero
     /// A member put back as it was: until it has left, nothing is true of its copy.
     var isRolledBack = false
+    /// Of what its files say of the data nothing is certain.
+    var rot = FileRot.none
     /// The process that made the last promise seen.
     var installedProcess = -1
     /// The host lost power since its copy was last equal to the others.
@@ -38,8 +42,12 @@ final class SimulatedReplica {
     /// What the world has seen of the replica's promises.
     var promised = Epoch.zero
     var installed = Epoch.zero
+    /// The highest record that any copy of it had installed.
+    var installedEver = Epoch.zero
     /// Values of the sectors it acknowledged, ever.
     var applied: Set<ValueID> = []
+    /// By operation that zeroes or trims: the blocks it acknowledged, ever.
+    var zeroed: [Int: Set<UInt64>] = [:]
     /// Requests that change data, taken in and not answered.
     var requests: [DataRequest] = []
     /// Highest (epoch, sequence) applied per block, for the order of writes.
@@ -63,6 +71,8 @@ final class SimulatedReplica {
         var layer: LayerID
         var blocks: Range<UInt64>
         var values: [ValueID]
+        /// The client's operation, if it zeroes or trims.
+        var zeroing: Int?
         /// Made by the engine to make copies equal, not by a client.
         var isCopy: Bool
     }
@@ -83,6 +93,13 @@ final class SimulatedReplica {
     var member: VolumeRecord.Member { .init(replica: id, incarnation: incarnation) }
     var freeConnection: Int? { connections.firstIndex { $0 == nil } }
 
+    /// Whether it has acknowledged all of a write, or of what zeroes.
+    func hasApplied(_ operation: ClientOperation) -> Bool {
+        guard operation.value == 0 else { return applied.contains(operation.value) }
+        let perBlock = Content.sectorsPerBlock
+        let blocks = zeroed[operation.id] ?? []
+        return operation.sectors.allSatisfy { blocks.contains(UInt64($0 / perBlock)) }
+    }
     /// A request that changes the block is under way.
     func isWriting(_ block: Int) -> Bool {
         requests.contains { $0.blocks.contains(UInt64(block)) }
@@ -125,6 +142,7 @@ final class SimulatedReplica {
     func began(_ epoch: Epoch) {
         promised = epoch
         installed = epoch
+        installedEver = max(installedEver, epoch)
     }
 
     /// The directory is another one now: nothing seen of the one before is true of it.
@@ -133,9 +151,11 @@ final class SimulatedReplica {
             self.incarnation = incarnation
             backup = nil
         }
+        rot = .none
         promised = .zero
         installed = .zero
         applied = []
+        zeroed = [:]
         order = Array(repeating: .zero, count: order.count)
         lastWrite = [:]
         isLossy = true
@@ -176,7 +196,7 @@ extension World {
     /// Starts the replica's process when the one before has no disk operation left (its lock is
     /// on the descriptors the kernel still uses).
     func startReplica(_ host: SimulatedReplica) {
-        guard host.core == nil else { return }
+        guard host.core == nil, !host.isAbsent else { return }
         guard host.disk.operationsInFlight == 0 else {
             timeline.schedule(after: milliseconds(1), .startReplica(host.index))
             return
@@ -187,23 +207,28 @@ extension World {
             loseDirectory(host)
         }
         let pool = BufferPool(limits: .init(small: 192, medium: 24, large: 20))
-        if faults.cutsDuringOpen && isChaos && random.permille(300) {
+        if faults.cutsDuringOpen && isChaos && host.rot == .none && random.permille(300) {
             host.disk.callsUntilCut = random.below(60)
         }
         do throws(StorageError) {
-            let core = try ReplicaCore(
-                opening: host.disk,
-                options: ReplicaOptions(
-                    instance: InstanceID(rawValue: random.next() | 1),
-                    bootID: BootID(high: host.bootID, low: 1),
-                    tableCachePagesMax: workload.activeRegionsMax + 64,
-                    activeRegionsMax: workload.activeRegionsMax, mutations: options.mutations),
-                pool: pool)
+            var options = ReplicaOptions(
+                instance: InstanceID(rawValue: random.next() | 1),
+                bootID: BootID(high: host.bootID, low: 1),
+                tableCachePagesMax: workload.activeRegionsMax + 64,
+                activeRegionsMax: workload.activeRegionsMax, mutations: options.mutations)
+            options.layersForViews = depth.layersForViews
+            if depth.hasFewViews { options.viewsMax = 2 }
+            options.layersMax = depth.layersMax
+            let core = try ReplicaCore(opening: host.disk, options: options, pool: pool)
             host.disk.callsUntilCut = nil
             host.started(core, pool)
         } catch {
             guard host.disk.callsUntilCut != nil else {
-                return fail("\(host.name) does not open: \(error.message)")
+                note("\(host.name) does not open: \(error.message)")
+                guard error.code == .damaged, mayBeReplaced(host) else {
+                    return fail("\(host.name) does not open: \(error.message)")
+                }
+                return replaceDamaged(host)
             }
             host.disk.callsUntilCut = nil
             note("\(host.name) is cut off while opening")
@@ -306,6 +331,9 @@ extension World {
         case .failed(let failure):
             note("\(host.name) failed: \(failure)")
             observeFailure(host, failure)
+            if case .tableUnreadable = failure, mayBeReplaced(host) {
+                return replaceDamaged(host)
+            }
             killReplica(host, restartAfter: random.between(200, 3000))
         }
     }

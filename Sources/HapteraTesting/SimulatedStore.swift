@@ -9,6 +9,8 @@ final class SimulatedStore {
         var swap: (expected: Epoch, record: VolumeRecord)?
         var outcome = StoreOutcome.unavailable
         var isAnswered = false
+        /// Drawn when it arrives: that a repetition is refused says nothing of the first.
+        var isRefused: Bool?
     }
 
     private let timeline: Timeline
@@ -32,6 +34,8 @@ final class SimulatedStore {
     var replyLoss = 0
     var lateArrival = 0
     var duplicates = 0
+    /// Refuses changes now and then, if there is one.
+    var refusals: RandomSource?
 
     init(record: VolumeRecord, timeline: Timeline, random: RandomSource) {
         history = [record]
@@ -97,7 +101,9 @@ final class SimulatedStore {
         guard !isDown, id >= heardFrom else { return nil }
         var violation: String?
         if let swap = requests[id].swap {
-            if swap.expected == record.epoch {
+            if swap.expected == record.epoch, isRefused(id) {
+                requests[id].outcome = .refused("for once")
+            } else if swap.expected == record.epoch {
                 violation = check(swap.record)
                 history.append(swap.record)
                 requests[id].outcome = .record(swap.record)
@@ -113,6 +119,12 @@ final class SimulatedStore {
                 .storeReply(request: id, isTimeout: false))
         }
         return violation
+    }
+
+    private func isRefused(_ id: Int) -> Bool {
+        let isRefused = requests[id].isRefused ?? refusals?.permille(100) ?? false
+        requests[id].isRefused = isRefused
+        return isRefused
     }
 
     private func check(_ new: VolumeRecord) -> String? {

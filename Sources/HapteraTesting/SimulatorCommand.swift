@@ -8,12 +8,12 @@ import HapteraCore
 /// `haptera-sim`: runs seeds and reports which fail.
 package enum SimulatorCommand {
     private static let usage = """
-        usage: haptera-sim [--seed N | --seeds FROM-TO] [--steps M] [--replicas K]
+        usage: haptera-sim [--seed N | --seeds LIST] [--steps M] [--replicas K]
                            [--mutation NAME] [--until-failure] [--trace]
                            [--coverage]
                haptera-sim --list-mutations
           --seed N         run one seed (default 1)
-          --seeds FROM-TO  run all of them, both ends included
+          --seeds LIST     run all of them: FROM-TO, both ends included, or N, with commas between
           --steps M        events of each run's troubled part (default \
         \(SimulationOptions().steps))
           --replicas K     copies, 1 to \(Geometry.replicasMax) (default: drawn, 1 to 3)
@@ -25,7 +25,7 @@ package enum SimulatorCommand {
         """
 
     private struct Arguments {
-        var seeds: ClosedRange<UInt64> = 1...1
+        var seeds: [ClosedRange<UInt64>] = [1...1]
         var options = SimulationOptions()
         var stopsAtFailure = false
         var printsCoverage = false
@@ -47,7 +47,7 @@ package enum SimulatorCommand {
         var acknowledged = 0
         var runs = 0
         var coverage = Coverage()
-        for seed in parsed.seeds {
+        for seed in parsed.seeds.lazy.joined() {
             // SAFETY: see `currentSeed`.
             unsafe currentSeed = seed
             let outcome = simulate(seed: seed, options: parsed.options)
@@ -80,11 +80,10 @@ package enum SimulatorCommand {
             case "--coverage": result.printsCoverage = true
             case "--seed":
                 guard let seed = rest.popFirst().flatMap({ UInt64($0) }) else { return nil }
-                result.seeds = seed...seed
+                result.seeds = [seed...seed]
             case "--seeds":
-                let ends = rest.popFirst()?.split(separator: "-").compactMap { UInt64($0) } ?? []
-                guard ends.count == 2, ends[0] <= ends[1] else { return nil }
-                result.seeds = ends[0]...ends[1]
+                guard let seeds = rest.popFirst().flatMap(ranges) else { return nil }
+                result.seeds = seeds
             case "--steps":
                 guard let steps = rest.popFirst().flatMap({ Int($0) }), steps > 0 else {
                     return nil
@@ -106,6 +105,19 @@ package enum SimulatorCommand {
             }
         }
         return result
+    }
+
+    private static func ranges(_ list: String) -> [ClosedRange<UInt64>]? {
+        var found: [ClosedRange<UInt64>] = []
+        for part in list.split(separator: ",", omittingEmptySubsequences: false) {
+            let words = part.split(separator: "-", omittingEmptySubsequences: false)
+            let ends = words.compactMap { UInt64($0) }
+            guard let first = ends.first, let last = ends.last, ends.count == words.count,
+                ends.count <= 2, first <= last
+            else { return nil }
+            found.append(first...last)
+        }
+        return found
     }
 
     private static func seconds() -> Double {

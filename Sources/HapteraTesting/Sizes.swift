@@ -20,7 +20,7 @@ extension World {
         // A page that is not what it was written as is never counted.
         guard isCounted || !faults.rot else { return }
         check(36, isCounted, "sizes are not counted")
-        for host in hosts {
+        for host in hosts where host.rot == .none {
             checkSharedSizes(host)
             guard let core = host.core, !host.disk.isShared, core.retiredLayerCount == 0,
                 let record = core.installedRecord, !record.hasUnneededLayers,

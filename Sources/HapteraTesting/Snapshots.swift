@@ -99,6 +99,7 @@ extension World {
         }
         let snapshot = snapshots[Int(token)]
         note("\(engine.name): \(snapshot.name), layer \(layer.rawValue): \(result)")
+        if result == .tooManyLayers { observeTooManyLayers() }
         if holdAnswered(engine, snapshot, result) { return }
         guard result == .ok || result == .exists, trueHistory == nil else { return }
         coverage.took(.snapshot)
@@ -112,7 +113,9 @@ extension World {
     /// It is on every member, durably.
     func judge(_ snapshot: SimulatedSnapshot, _ layer: LayerID) {
         for host in hosts
-        where store.record.contains(host) && !host.isRolledBack && host.core != nil {
+        where store.record.contains(host) && !host.isRolledBack && host.core != nil
+            && host.rot == .none
+        {
             guard
                 let image = ReplicaImage(
                     host.disk, isDurable: true, sizeBytes: workload.sizeBytes, from: layer,

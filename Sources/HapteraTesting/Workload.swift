@@ -72,7 +72,7 @@ struct Workload {
     /// A block each of regions that nothing else touches; written once.
     var freshBlocks: [UInt64] = []
     let subBlockPermille: Int
-    let readPermille: Int
+    var readPermille: Int
     let flushPermille: Int
     let trimPermille: Int
     let fuaPermille: Int
@@ -81,10 +81,10 @@ struct Workload {
     let depth: Int
     let workers: Int
     /// Snapshots taken at most, and the longest time between two.
-    let snapshotsMax: Int
-    let snapshotPauseMilliseconds: Int
+    var snapshotsMax: Int
+    var snapshotPauseMilliseconds: Int
     /// That a snapshot is deleted in place of another being taken.
-    let deletionPermille: Int
+    var deletionPermille: Int
     /// Requests at most to an engine that was superseded.
     static let staleRequestsMax = 2
     static let staleReadsMax = 8

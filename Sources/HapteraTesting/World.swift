@@ -64,6 +64,8 @@ package final class World {
     var lastWrites: [UInt64: Epoch] = [:]
     /// The store was put back: what it held before.
     var trueHistory: [VolumeRecord]?
+    /// The latest epoch that `observeCertainty` has looked at.
+    var certaintyEpoch = Epoch.zero
     var isChaos = true
     /// No fault before this, nanoseconds.
     var calmUntil: UInt64 = 0
@@ -79,10 +81,11 @@ package final class World {
     var pendingDisconnects: [(SimulatedEngine, ReplicaSlot)] = []
     var pendingReplicaCloses: [(SimulatedReplica, Int, Int)] = []
     let frameBlock = MemoryBlock(
-        count: FrameHeader.size + FrameHeader.tableLengthMax + FrameHeader.dataLengthMax)
+        count: FrameHeader.size + FrameHeader.recordTableLengthMax + FrameHeader.dataLengthMax)
     let contents: Contents
+    let depth: SimulatedDepth
     private(set) var failure: (step: Int, what: String)?
-    private let seed: UInt64
+    let seed: UInt64
     /// Of this volume, if it is a clone; and the one that was made of it.
     weak var source: World?
     var second: World?
@@ -111,15 +114,22 @@ package final class World {
             ?? options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
         let size = origin?.size ?? Self.drawSize(random)
         volume = VolumeID(high: random.next(), low: random.next())
-        workload = Workload(random: random.fork(), sizeBytes: size, origin: origin)
+        depth = SimulatedDepth(seed: seed, mutations: options.mutations)
+        var workload = Workload(random: random.fork(), sizeBytes: size, origin: origin)
+        workload.deepen(depth)
+        self.workload = workload
         reverts = SimulatedReverts(seed: seed)
         holds = SimulatedHolds(seed: seed)
         clones = SimulatedClones(seed: seed, mutations: options.mutations, isClone: origin != nil)
         growth = SimulatedGrowth(seed: seed, size: size, first: origin?.sizeFirst)
         hotSectors = workload.hotSectors
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
-        faults = FaultPlan(
+        var faults = FaultPlan(
             random: random.fork(), mutations: options.mutations, beside: origin?.source.faults)
+        if options.mutations.isEmpty {
+            faults.addFileRot(RandomSource(seed: RandomSource.mix(seed ^ 0x4649_4C45)))
+        }
+        self.faults = faults
         leases = SimulatedLeases(
             random: random.fork(), replicas: replicas, sparesPausedMembers: faults.rot,
             mutations: options.mutations)
@@ -146,6 +156,9 @@ package final class World {
             store.lateArrival = 100
             store.duplicates = 100
         }
+        // From a source of their own, as reverts. A rule that is off is judged without them.
+        let refusals = RandomSource(seed: RandomSource.mix(seed ^ 0x5245_4655))
+        if options.mutations.isEmpty, refusals.permille(300) { store.refusals = refusals }
     }
 
     private static func drawSize(_ random: RandomSource) -> UInt64 {
@@ -304,6 +317,10 @@ package final class World {
                 return
             }
             guard let answer = store.answer(request, isTimeout: isTimeout) else { return }
+            if case .refused = answer.outcome {
+                coverage.took(.changeRefused)
+                engines[answer.engine].proposal = nil
+            }
             step(engines[answer.engine], .store(answer.outcome))
             deliverDisconnects()
         case .engineTick(let index):

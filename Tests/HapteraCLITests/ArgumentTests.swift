@@ -60,6 +60,49 @@ import Testing
         #expect(message.contains(words), "\(message)")
     }
 
+    /// Each mistake has its own words, wherever a size is typed.
+    @Test(arguments: [
+        ("0", "it is zero: the least is 1MiB"), ("0GiB", "it is zero: the least is 1MiB"),
+        ("-1", "it is negative"), ("-2GiB", "it is negative"),
+        ("4KiB", "it is too small: the least is 1MiB"),
+        ("5000", "it is too small: the least is 1MiB"),
+        ("2PiB", "it is too large: the most is 1PiB"),
+        ("99999999999999999999", "it is too large: the most is 1PiB"),
+        ("17179869184GiB", "it is too large: the most is 1PiB"),
+        ("1000000001", "it is no multiple of 4096 bytes; the next one is 1000001536"),
+        ("1.5", "it is no whole number of bytes"), ("1.0000001GiB", "with 6 decimals at most"),
+        ("big", "it is no number with a unit, as in 10GiB"),
+        ("10X", "it is no number with a unit, as in 10GiB"),
+        ("1e9", "it is no number with a unit, as in 10GiB"),
+        ("1.2.3GiB", "it is no number with a unit, as in 10GiB"),
+    ])
+    func whatIsWrongWithASizeIsSaid(_ size: String, _ words: String) {
+        for line in [
+            ["volume", "create", "v", "--size", size],
+            ["volume", "create", "v", "--from", "w@s", "--size", size],
+            ["volume", "resize", "v", size], ["-o", "json", "volume", "resize", "v", size],
+        ] {
+            let error = #expect(throws: (any Error).self) {
+                _ = try Storagectl.parseAsRoot(Storagectl.globalsLast(line))
+            }
+            let message = error.map { Storagectl.message(for: $0) } ?? ""
+            #expect(message.contains("'\(size)' is no volume size: "), "\(line): \(message)")
+            #expect(message.contains(words), "\(line): \(message)")
+        }
+    }
+
+    /// It would be taken for the snapshots' name.
+    @Test func aVolumeBesideAGroupIsRefused() throws {
+        let error = #expect(throws: (any Error).self) {
+            try parse(SnapshotCommand.Create.self, "snapshot create data --group data,logs")
+        }
+        let message = error.map { Storagectl.message(for: $0) } ?? ""
+        #expect(
+            message.contains(
+                "'data' is a volume of the group, and stands where the snapshots' name does"),
+            "\(message)")
+    }
+
     @Test func snapshotDeleteAsksUnlessTold() throws {
         let command = try parse(SnapshotCommand.Delete.self, "snapshot delete vol Before-1.0")
         #expect(command.volume.text == "vol")
@@ -150,6 +193,7 @@ import Testing
         "snapshot create --group a,b,c", "snapshot create --group a,b Before-1.0 --label k=v",
         "snapshot revert v s --keep before --yes", "snapshot revert v s",
         "snapshot export v s file --format qcow2 --force", "snapshot export v s -",
+        "snapshot export v s - --format qcow2",
         "volume create v --size 1GiB --label a=1 --label example.com/b=",
         "volume create v --from w@s", "volume create v --from w@s --size 1GiB --replicas 2",
         "volume label v a=1 b- example.com/c=x", "volume list --selector a=1,!b",
@@ -177,7 +221,7 @@ import Testing
         "snapshot create", "snapshot create v .s", "snapshot create v a@b", "snapshot list",
         "snapshot create V s", "snapshot show v", "snapshot delete v", "snapshot delete V s",
         "snapshot delete v .s", "snapshot delete v s t", "snapshot diff v", "snapshot diff v a b c",
-        "snapshot export v s", "snapshot export v s - --format qcow2", "snapshot export v s d/",
+        "snapshot export v s", "snapshot export v s d/",
         "snapshot create --group a,b s t", "snapshot create --group a,,b",
         "snapshot create --group A",
         "snapshot create --group a,b,a", "snapshot revert v", "snapshot revert v s --keep .k",

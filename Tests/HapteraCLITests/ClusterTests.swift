@@ -93,11 +93,15 @@ import Testing
         let look = try bench.run("volume list")
         #expect(look.status == 5)
         #expect(look.error.contains("cannot be reached"))
-        let change = try bench.run("volume detach vol --timeout 1")
-        #expect(change.status == 5)
-        #expect(change.error.contains("waiting for the controller at 127.0.0.1:"))
-        #expect(change.error.contains("last error:"))
-        #expect(change.error.contains("did not answer for 1 s"))
+        for command in [
+            "volume detach vol", "snapshot create vol now", "snapshot create now --group vol",
+        ] {
+            let change = try bench.run("\(command) --timeout 1")
+            #expect(change.status == 5)
+            #expect(change.error.contains("waiting for the controller at 127.0.0.1:"))
+            #expect(change.error.contains("last error:"))
+            #expect(change.error.contains("did not answer for 1 s"), "\(change.error)")
+        }
         let waiting = try bench.start("volume create other --size 1MiB --replicas 1 -q")
         #expect(try bench.run("cluster up --dir \(bench.cluster) --nodes 1").status == 0)
         waiting.waitUntilExit()

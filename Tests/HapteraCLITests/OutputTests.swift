@@ -298,6 +298,19 @@ import Testing
         #expect(row.bar(width: 4) == "vol resolve [....] 0% 0B 0B/s")
     }
 
+    /// Wherever it is shown that a scrub waits, what for is shown, too.
+    @Test func whatAScrubWaitsFor() {
+        var volume = Self.volume()
+        volume.scrub.state = .waiting
+        volume.scrub.regionsDone = 5
+        volume.scrub.regionsTotal = 1024
+        volume.scrub.reason = "replica x on node b is absent"
+        #expect(Presentation.scrubDetails(volume).contains("waits:       replica x on node b is"))
+        #expect(
+            Presentation.details(volume, wide: false).contains(
+                "scrub:       waiting, 5 of 1024 MiB: replica x on node b is absent\n"))
+    }
+
     @Test func whatAcceptingALossMeans() {
         var volume = Self.volume()
         volume.replicas[1].inSync = true

@@ -127,8 +127,8 @@ import Testing
                     ],
                     [
                         ["a"] + time + ["1", "1.5GiB", "1MiB", "4KiB", "2.5GiB", "-"],
-                        ["b"] + time + ["2", "1.5GiB", "2MiB", "8KiB", "2.5GiB", "a"],
-                        ["kept"] + time + ["3", "1.5GiB", "3MiB", "12KiB", "2.5GiB", "b"],
+                        ["├─ b"] + time + ["2", "1.5GiB", "2MiB", "8KiB", "2.5GiB", "a"],
+                        ["│  kept"] + time + ["3", "1.5GiB", "3MiB", "12KiB", "2.5GiB", "b"],
                         ["(volume)", "-", "-", "-", "-", "-", "-", "-", "a"],
                     ]))
         #expect(
@@ -136,6 +136,38 @@ import Testing
         #expect(
             Presentation.reverted("vol", to: "a", keeping: "kept")
                 == "volume vol is back at snapshot a; what it held is snapshot kept")
+    }
+
+    private static func names(_ links: [(String, String)], volume: String) -> [String] {
+        let snapshots = links.enumerated().map { index, link in
+            snapshot(
+                link.0, layer: UInt32(index + 1), parent: link.1, isLast: link.0 == volume)
+        }
+        return Presentation.table(snapshots, now: now, wide: false).rows.map { $0[0] }
+    }
+
+    /// What the volume came from stays in one column, however long; what reverts left branches off.
+    @Test func branchesAreIndented() {
+        #expect(
+            Self.names(
+                [("a", ""), ("b", "a"), ("c", "a"), ("k1", "b"), ("d", "c"), ("k2", "d")],
+                volume: "b")
+                == ["a", "├─ c", "│  d", "│  k2", "b", "├─ k1", "(volume)"])
+        // A branch has branches.
+        #expect(
+            Self.names(
+                [("a", ""), ("b", "a"), ("k1", "b"), ("k2", "b"), ("k3", "k1")], volume: "a")
+                == ["a", "├─ b", "│  ├─ k1", "│  │  k3", "│  k2", "(volume)"])
+        // What they all came from has been deleted.
+        #expect(
+            Self.names([("b", ""), ("k", "b"), ("c", "")], volume: "c")
+                == ["├─ b", "│  k", "c"] + ["(volume)"])
+        #expect(Self.names([("k", "")], volume: "") == ["├─ k", "(volume)"])
+        // Not all of them are shown, of which one knows only what the last column says.
+        #expect(Self.names([("a", ""), ("c", "b")], volume: "c") == ["a", "c", "(volume)"])
+        let chain = (0..<1000).map { ("s\($0)", $0 == 0 ? "" : "s\($0 - 1)") }
+        #expect(Self.names(chain, volume: "s999") == chain.map(\.0))
+        #expect(Self.names(chain + [("k", "s5")], volume: "s999")[5...7] == ["s5", "├─ k", "s6"])
     }
 
     @Test func detailsSayWhereToRead() {
@@ -160,6 +192,14 @@ import Testing
         #expect(
             Presentation.taken(Self.snapshot("s"))
                 == "snapshot s of volume vol is taken: 2026-11-28T17:30:05Z, layer 1")
+        // One of that name was deleted meanwhile, and is another.
+        #expect(
+            Presentation.taken(Self.snapshot("s"), before: Self.snapshot("s", layer: 2))
+                .contains("is taken"))
+        #expect(
+            Presentation.taken(Self.snapshot("s"), before: Self.snapshot("s"))
+                == "snapshot s of volume vol was there already, taken 2026-11-28T17:30:05Z, layer 1"
+        )
     }
 
     @Test func whatDeleteSays() {

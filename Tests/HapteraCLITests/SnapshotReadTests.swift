@@ -157,8 +157,63 @@ import Testing
         try copy(file, force: true, path: directory).run(from: "three")
         #expect(content() == "three")
         #expect(throws: CommandFailure.self) { try copy(directory, force: true, path: directory) }
+        // Said before anything is copied, and not in the tool's words.
+        for (wrong, words) in [
+            ("/nowhere/x", "there is no directory '/nowhere'"),
+            (file + "/x", "'\(file)' is no directory"),
+        ] {
+            let failure = #expect(throws: CommandFailure.self) {
+                try copy(wrong, path: directory)
+            }
+            #expect(failure?.message.contains(words) == true, "\(failure?.message ?? "")")
+            #expect(failure?.status == .usage)
+        }
         let left = try FileManager.default.contentsOfDirectory(atPath: directory).sorted()
         #expect(left == ["image", "image2", "qemu-img"])
+    }
+
+    /// A format that cannot be written in order goes to standard output as a whole, by way of a
+    /// file that nobody finds, not even after a kill.
+    @Test func aQcow2GoesToStandardOutput() throws {
+        let directory = "/tmp/haptera-\(UInt32.random(in: .min ... .max))"
+        try HostFiles.makeDirectory(directory)
+        defer { try? FileManager.default.removeItem(atPath: directory) }
+        func install(_ end: String) throws {
+            // It is there for nobody while it is written.
+            let script =
+                "#!/bin/sh\neval \"last=\\${$#}\"; ls '\(directory)' > '\(directory)/list'; "
+                + "printf \"$1 $5 $6\" > \"$last\"; \(end)"
+            let tool = directory + "/qemu-img"
+            try script.write(toFile: tool, atomically: true, encoding: .utf8)
+            try FileManager.default.setAttributes([.posixPermissions: 0o755], ofItemAtPath: tool)
+        }
+        func export(expecting status: Int32) throws -> String {
+            let copy = try SnapshotCopy(
+                file: "-", format: "qcow2", force: false,
+                environment: ["PATH": directory, "TMPDIR": directory])
+            let pipe = Pipe()
+            defer { try? pipe.fileHandleForReading.close() }
+            let output = pipe.fileHandleForWriting.fileDescriptor
+            if status == 0 {
+                try copy.run(from: "uri", standardOutput: output)
+            } else {
+                #expect(throws: CommandFailure.self) {
+                    try copy.run(from: "uri", standardOutput: output)
+                }
+            }
+            try pipe.fileHandleForWriting.close()
+            return String(
+                decoding: try pipe.fileHandleForReading.readToEnd() ?? Data(), as: UTF8.self)
+        }
+        try install("exit 0")
+        #expect(try export(expecting: 0) == "convert qcow2 uri")
+        #expect(
+            try String(contentsOfFile: directory + "/list", encoding: .utf8) == "list\nqemu-img\n")
+        // What is not whole does not come out at all.
+        try install("exit 7")
+        #expect(try export(expecting: 7) == "")
+        let left = try FileManager.default.contentsOfDirectory(atPath: directory).sorted()
+        #expect(left == ["list", "qemu-img"])
     }
 
     private func at(_ place: String, layer: UInt32) -> Haptera_V1_Snapshot {
@@ -183,6 +238,18 @@ import Testing
             try source.wait(after: HostError("lost"), since: .now)
         }
         #expect(error?.message == source.failure?.message)
+    }
+
+    /// It was Foundation's own error once, with its domain and number.
+    @Test func aMissingPlaceForTheSocketIsNamed() {
+        let source = SnapshotSource(at("a:1", layer: 3), patience: .zero)
+        let error = #expect(throws: CommandFailure.self) {
+            try NBDRelay(source, temporary: "/nowhere/")
+        }
+        #expect(
+            error?.message
+                == "cannot make a directory in /nowhere/: No such file or directory; set TMPDIR to "
+                + "another one")
     }
 
     @Test func anInterruptionEndsWithItsPatience() {

@@ -60,7 +60,9 @@ private struct Writer {
         #expect(try await test.store.history(of: writer.record.volume.text, limit: 9).isEmpty)
     }
 
-    @Test func oldChangesAreForgottenDecisionsAreNot() async throws {
+    /// When they are too many, or take too much: with a thousand snapshots a record is 100 KiB.
+    @Test(arguments: [false, true])
+    func oldChangesAreForgottenDecisionsAreNot(isBySize: Bool) async throws {
         let test = try TestStore()
         var record = try #require(try await test.makeVolume().record)
         record.out = [
@@ -70,12 +72,17 @@ private struct Writer {
         ]
         let volume = record.volume.text
         let template = record
+        let size = record.encoded().count
         try await test.store.database.write { db in
             for epoch: UInt64 in 2...512 {
                 var record = template
                 record.epoch = Epoch(epoch)
                 record.change = epoch == 100 ? .salvage : .takeover
-                try test.store.noteHistory(db, record, keeping: 300)
+                if isBySize {
+                    try test.store.noteHistory(db, record, bytes: 300 * size)
+                } else {
+                    try test.store.noteHistory(db, record, keeping: 300)
+                }
             }
         }
         let epochs = try await test.store.history(of: volume, limit: 20_000)

@@ -122,6 +122,22 @@ import Testing
         }
     }
 
+    /// The engine tells whoever reads its log, and gives the change up.
+    @Test func aRefusalSaysWhy() async throws {
+        try await withService { _, record, service in
+            var proposal = record.next(nonce: 4)
+            proposal.joining = VolumeRecord.Member(
+                replica: ReplicaID(rawValue: 77), incarnation: Incarnation(rawValue: 1))
+            let client = try await Client(port: service.port)
+            let replies = try await client.converse(
+                [Self.swap(proposal, expected: 1), Self.get(record.volume)], replies: 2)
+            #expect(replies.map(\.header.status) == [.invalid, .ok])
+            let reason = String(decoding: replies[0].table, as: UTF8.self)
+            #expect(reason == "the record names an unknown replica")
+            #expect(replies[1].table == record.encoded())
+        }
+    }
+
     /// Each of these closes its connection, costs nobody else anything and changes nothing.
     @Test func hostileBytesCloseTheConnection() async throws {
         try await withService { test, record, service in

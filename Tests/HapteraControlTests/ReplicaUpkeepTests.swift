@@ -9,9 +9,9 @@ import Testing
 /// engine on a, and nodes d and e to go to.
 @Suite struct ReplicaUpkeepTests {
     private static let quiet = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }
-    private static let timeout: Int64 = 60_000
+    static let timeout: Int64 = 60_000
 
-    private final class World {
+    final class World {
         let test: TestStore
         let controller: Controller
         /// Nodes that report.
@@ -19,6 +19,11 @@ import Testing
         var available: UInt64 = 100 << 30
         /// Of the engine's view, what is not plain.
         var words: [String: String] = [:]
+        /// The engine that reports, which the record names, too.
+        static let engine = InstanceID(rawValue: 77)
+        var instance = engine
+        /// What the engine fills, as it says.
+        var rebuilding: String?
 
         init() async throws {
             test = try TestStore()
@@ -34,6 +39,7 @@ import Testing
                         directory: "/\(name)", version: "1", pid: 1))
             }
             _ = try await test.store.attachVolume("vol", node: "a", ready: ["a"])
+            try await swap { $0.engine = Self.engine }
             try await round()
         }
 
@@ -78,6 +84,13 @@ import Testing
             report.clientGeneration = wanted.clientGeneration
             report.state = .serving
             report.pid = 7
+            report.instance = instance.rawValue
+            report.epoch = stored.record?.epoch.rawValue ?? 0
+            if let rebuilding {
+                var rebuild = Haptera_V1_RebuildReport()
+                rebuild.replicaID = rebuilding
+                report.rebuilds = [rebuild]
+            }
             for endpoint in wanted.replicas {
                 let row = try stored.replica(endpoint.replicaID)
                 var view = Haptera_V1_EngineReplicaReport()
@@ -117,6 +130,17 @@ import Testing
             alive.remove(node)
             let member = try #require(try await replica(on: node).member)
             try await swap { $0.inSync.removeAll { $0 == member } }
+            try await round()
+        }
+        /// It begins to be filled, and its node dies before that is done: no record tells.
+        func loseWhileJoining(_ node: String) async throws {
+            try await beginJoin(node)
+            alive.remove(node)
+            try await round()
+        }
+        func beginJoin(_ node: String) async throws {
+            let member = try #require(try await replica(on: node).member)
+            try await swap { $0.joining = member }
             try await round()
         }
         func join(_ node: String) async throws {

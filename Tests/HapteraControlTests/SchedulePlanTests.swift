@@ -122,6 +122,38 @@ import Testing
                 == [.takeSnapshot(run("v"), "hourly-20261129-0800")])
     }
 
+    /// It was refused for ever: what is beyond the newest goes when one was taken, which could not
+    /// be. A schedule that has not as many as it keeps deletes nothing, and never its last one.
+    @Test(arguments: [(2, 3, false), (2, 2, true), (2, 1, false), (1, 1, false), (1, 3, false)])
+    func aFullVolumeLosesTheOldestFirst(retain: Int, own: Int, isExact: Bool) throws {
+        let schedule = begun(try hourly(retain: retain))
+        let full = volume("v") {
+            $0.snapshots = (0..<VolumeRecord.snapshotsMax).map { number in
+                .init(name: "\(number)", schedule: number % 100 < 1 ? "hourly" : nil)
+            }
+            var left = own
+            for index in $0.snapshots.indices where $0.snapshots[index].schedule != nil {
+                if left == 0 { $0.snapshots[index].schedule = "daily" } else { left -= 1 }
+            }
+        }
+        let taken = SchedulePlan.Step.takeSnapshot(run("v"), "hourly-20261129-0800")
+        let deletes = own > max(retain - 1, 1)
+        #expect(
+            steps(schedule, [run("v")], [full])
+                == [deletes ? .deleteSnapshot(run("v"), "0") : taken])
+        // A reader holds it up: the next, if there is one, or none.
+        var attempts = ScheduleAttempts()
+        attempts.failed(run("v"), "0", now: Self.eight + 500)
+        if deletes {
+            #expect(
+                steps(schedule, [run("v")], [full], attempts: attempts)
+                    == [isExact ? taken : .deleteSnapshot(run("v"), "100")])
+        }
+        var roomy = full
+        roomy.snapshots.removeLast()
+        #expect(steps(schedule, [run("v")], [roomy]) == [taken])
+    }
+
     /// A crash after it was taken and before that was noted: asked for again, it is the same one.
     @Test func aSnapshotThatIsThereIsAskedForAgain() throws {
         let schedule = begun(try hourly())

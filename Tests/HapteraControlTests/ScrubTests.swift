@@ -69,6 +69,26 @@ import Testing
         #expect(try await world.test.store.volume(named: "vol").scrub?.value?.id != id)
     }
 
+    /// The engine of an attached volume does not say what its scrub waits for.
+    @Test func whatAScrubBesideClientsWaitsFor() async throws {
+        let world = try await World()
+        say(world, "running")
+        world.live()
+        _ = try await scrub(world)
+        func reason() async throws -> String {
+            try await world.report()
+            return try await world.controller.volume(named: "vol").scrub.reason
+        }
+        #expect(try await reason() == "")
+        say(world, "waiting")
+        #expect(
+            try await reason()
+                == "its engine does something else first: a takeover, or a snapshot")
+        let lost = try #require(try await world.record.inSync.last).replica.text
+        #expect(try await world.swap(.removal) { $0.inSync.removeLast() } == .swapped)
+        #expect(try await reason() == "replica \(lost) on node c is absent")
+    }
+
     /// A detached volume gets an engine for it. Who attaches meanwhile waits for nothing, and his
     /// engine goes on with it from where it was, on another node; so does the next one without
     /// clients when the volume is detached again.

@@ -421,6 +421,7 @@ import Testing
         let error = try await world.refusal("s")
         #expect(error.code == .precondition)
         #expect(error.message.contains("has 1024 snapshots"))
+        #expect(error.message.hasSuffix("cannot hold another one: delete some"))
         #expect(world.asked.withLock { $0.isEmpty })
     }
 

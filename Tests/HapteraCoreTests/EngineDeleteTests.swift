@@ -100,6 +100,30 @@ extension EngineHarness {
         #expect(joiner.layers[four]?[3]?.data == block(4))
     }
 
+    /// Seed 2825886: what the deleted layer held, and the joiner had been given of it, was trimmed
+    /// in its heir. That is the lowest layer now, where a joiner that holds nothing is not told of
+    /// zeroes; this one did, and kept the block.
+    @Test func aTrimHidesWhatAJoinerWasGivenOfADeletedLayer() {
+        let h = layered(members: 2)
+        for fake in h.fakes.prefix(2) {
+            fake.put(9, block(1), in: one)
+            fake.layers[two]?[9] = (BlockEntry(state: .zero), [])
+        }
+        let joiner = h.fakes[2]
+        joiner.promise = .zero
+        joiner.mute = [FrameKind.write.rawValue]
+        h.start()
+        h.pass(milliseconds: 500)
+        #expect(joiner.layers[one]?[9]?.data == block(1) && joiner.layers[two]?[9] == nil)
+        h.delete(5, "a")
+        joiner.mute = []
+        h.answerMuted(joiner)
+        h.pass(milliseconds: 4000)
+        #expect(h.deletions[5] == .ok && h.stored.layers == [two, three])
+        #expect(h.stored.inSync.count == 3)
+        #expect(joiner.layers[two]?[9]?.entry.state == .zero)
+    }
+
     @Test func whatIsNotThereOrNotServedIsSaid() {
         let h = layered()
         h.delete(4, "a")

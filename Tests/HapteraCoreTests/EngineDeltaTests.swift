@@ -77,6 +77,18 @@ import Testing
         }
     }
 
+    /// Births tell the same, since its Install raises those of what its log names; the log is what
+    /// the promise is about.
+    @Test func whatTheJoinersLogNamesIsInTheDelta() {
+        for mutation in [[], .deltaIgnoresJoinerLog] as [MutationSet] {
+            let h = departed(mutation)
+            put(3, h.fakes[1], 512)
+            h.fakes[1].active = [2]
+            returns(h)
+            #expect(areEqual(h, 512) == mutation.isEmpty)
+        }
+    }
+
     /// A directory restored from an older copy misses more than its departure explains.
     @Test func rolledBackJoinerIsComparedInFull() {
         for mutation in [[], .rolledBackJoinerByDelta] as [MutationSet] {

@@ -87,6 +87,34 @@ import Testing
         #expect(h.core.stopReason == .detached && h.stored.isClean)
     }
 
+    /// A whole cluster is told to end: the engine once said that the volume was detached, though
+    /// nobody was left to flush, and the record did not say so.
+    @Test(arguments: [false, true]) func leavingWithoutMembersIsNoDetach(isStalled: Bool) {
+        let h = EngineHarness(replicas: 2)
+        h.start()
+        h.write(0, [UInt8](repeating: 1, count: 4096))
+        if !isStalled {
+            for fake in h.fakes { fake.mute = [FrameKind.flush.rawValue] }
+            h.run(.detach)
+        }
+        for fake in h.fakes { h.kill(fake) }
+        if isStalled { h.run(.detach) }
+        h.pass(milliseconds: 500)
+        #expect(h.core.stopReason == .left && !h.stored.isClean)
+        #expect(StopReason.standing(in: h.core.stopText, against: h.stored) == nil)
+    }
+
+    /// Whoever is told to leave before it has taken the volume over leaves the record as it is.
+    @Test(arguments: [false, true]) func leavingBeforeTheClaimChangesNothing(isClean: Bool) {
+        let h = EngineHarness(replicas: 2)
+        h.stored.isClean = isClean
+        for fake in h.fakes { fake.isUp = false }
+        let before = h.stored
+        h.start()
+        h.run(.detach)
+        #expect(h.core.stopReason == (isClean ? .detached : .left) && h.stored == before)
+    }
+
     /// What a client that is gone had asked for waits for no member.
     @Test func theDeadWaitForNoMember() {
         let h = EngineHarness(replicas: 2) { $0.minInSync = 2 }

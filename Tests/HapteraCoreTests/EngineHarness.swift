@@ -10,6 +10,8 @@ final class FakeReplica {
     /// What each layer of its chain holds itself.
     var layers: [LayerID: Blocks] = [LayerID(rawValue: 1): [:]]
     var tree = LayerTree()
+    /// With so many it takes no more, and says so.
+    var layersMax = Int.max
     /// Of the head.
     var blocks: Blocks {
         get { layers[head] ?? [:] }
@@ -106,6 +108,8 @@ final class EngineHarness {
     /// Lost: the store takes the change, but its answer does not arrive.
     var losesStoreReplies = false
     var isStoreDown = false
+    /// What the store refuses, whether it stands already or not.
+    var refuses: (VolumeRecord) -> Bool = { _ in false }
     var results: [UInt64: OperationResult] = [:]
     var reads: [UInt64: [UInt8]] = [:]
     var notes: [EngineNote] = []
@@ -244,6 +248,9 @@ final class EngineHarness {
 
     private func swap(_ expected: Epoch) {
         guard !isStoreDown else { return events.append(.store(.unavailable)) }
+        guard !refuses(core.proposedRecord) else {
+            return events.append(.store(.refused("as the test wants")))
+        }
         let matches = stored.epoch == expected
         if matches { stored = core.proposedRecord }
         if losesStoreReplies {
@@ -327,6 +334,7 @@ final class EngineHarness {
         let first = header.offset / 4096
         let count = UInt64(header.length) / 4096
         let layer = fake.named(header.layer)
+        defer { if fake.layers.count >= fake.layersMax { reply.flags |= FrameFlags.layersFull } }
         switch header.kind {
         case .hello:
             replyTable = HelloReply(
@@ -336,6 +344,11 @@ final class EngineHarness {
             ).encoded()
         case .install:
             guard let request = InstallRequest(decoding: table) else { return }
+            let added = request.record.layers.count { fake.layers[$0] == nil }
+            guard added == 0 || fake.layers.count + added <= fake.layersMax else {
+                reply.status = .noSpace
+                return
+            }
             for layer in request.record.layers where fake.layers[layer] == nil {
                 fake.layers[layer] = [:]
             }

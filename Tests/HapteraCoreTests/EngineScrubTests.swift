@@ -186,6 +186,22 @@ import Testing
         #expect(h.isScrubbed && h.found.id == 6 && h.found.bad == 7)
     }
 
+    /// Another engine's blocks are not this one's speed, and what cannot have been counted is no
+    /// progress: added to, it would end the engine.
+    @Test func speedIsOfWhatIsCheckedHere() {
+        var progress = ScrubProgress()
+        progress.id = 5
+        progress.checked = 1 << 40
+        var scrub = ScrubState()
+        let began = Instant.zero.adding(milliseconds: 500)
+        scrub.begin(progress, at: began)
+        scrub.progress.checked += 10
+        scrub.sample(began.adding(milliseconds: 1000))
+        #expect(scrub.bytesPerSecond == 10 * UInt64(Geometry.blockSize))
+        progress.checked = .max
+        #expect(ScrubProgress(text: progress.text) == nil)
+    }
+
     /// While a member is away, or filled, nothing is begun; then it goes on.
     @Test func waitsUntilTheVolumeIsWhole() {
         let h = filled()

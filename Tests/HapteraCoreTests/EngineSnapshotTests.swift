@@ -197,6 +197,29 @@ extension EngineHarness {
         #expect(VolumeRecord(decoding: record.encoded()) == record)
     }
 
+    /// Members that have as many layers as they can would refuse the record, and the volume stand
+    /// still: they are not asked.
+    @Test func noLayerIsAddedThatAMemberWouldRefuse() {
+        for full in [[0, 1, 2], [1]] {
+            let h = EngineHarness()
+            for fake in full { h.fakes[fake].layersMax = 2 }
+            h.start()
+            h.take(5, "first")
+            #expect(h.result(5) == .ok)
+            h.take(6, "second")
+            h.run(.revert(token: 7, target: "first", kept: "kept", created: 7))
+            #expect(h.result(6) == .tooManyLayers && h.result(7) == .tooManyLayers)
+            let write = h.write(0, block(1))
+            #expect(h.results[write] == .ok && h.stored.layers == [one, two])
+            #expect(h.stored.inSync.count == 3 && h.core.phase == .serving)
+            // A layer is merged, and the next answer says so.
+            for fake in full { h.fakes[fake].layersMax = 3 }
+            h.pass(milliseconds: 3000)
+            h.take(8, "third")
+            #expect(h.result(8) == .ok && h.stored.inSync.count == 3)
+        }
+    }
+
     @Test func aFewWaitForTheOneUnderWay() {
         let h = EngineHarness()
         h.start()

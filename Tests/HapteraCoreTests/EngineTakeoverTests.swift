@@ -211,6 +211,59 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(h.fakes[0].lowestEntry(300) == h.fakes[2].lowestEntry(300))
     }
 
+    /// The members leave before they hear of it, and it goes on alone: none of them knows what was
+    /// acknowledged, and no record that they have is certain.
+    @Test func whoWasTakenBackMayGoOnWithoutTheOthers() throws {
+        let h = removedInVain()
+        for fake in h.fakes.prefix(2) { fake.isUp = false }
+        h.start()
+        h.connect(h.fakes[1])
+        h.fakes[1].isDeaf = true
+        h.connect(h.fakes[0])
+        let claimed = h.stored
+        #expect(h.core.phase == .installing && h.fakes[0].promise == claimed.epoch)
+        h.fakes[0].isDeaf = true
+        h.pass(milliseconds: 9000)
+        #expect(h.stored.inSync == [h.fakes[2].member] && h.core.phase == .serving)
+        let write = h.write(0, block(1))
+        #expect(h.results[write] == .ok)
+
+        func survey(_ fake: FakeReplica) -> ReplicaSurvey {
+            let records = [claimed, h.stored]
+            return ReplicaSurvey(
+                member: fake.member, promise: fake.promise,
+                installed: records.first { $0.epoch == fake.promise })
+        }
+        let others = try #require(Reconstruction(surveys: h.fakes.prefix(2).map(survey)))
+        #expect(others.newest == claimed)
+        #expect(others.verdict == .doubtful && others.missing == [h.fakes[2].member.replica])
+        let found = Reconstruction(surveys: h.fakes.map(survey))
+        #expect(found?.verdict == .certain && found?.newest == h.stored)
+    }
+
+    /// Nobody writes, and a member leaves, or is out when the volume is taken over: soon those that
+    /// stay can tell by themselves that it was not taken back, and no flush is sent for ever.
+    @Test(arguments: [true, false])
+    func whoLeavesAnIdleVolumeIsNotMissedForLong(whileServed: Bool) throws {
+        let h = EngineHarness()
+        h.fakes[2].isUp = whileServed
+        h.start()
+        h.pass(milliseconds: 12_000)
+        h.kill(h.fakes[2])
+        h.pass(milliseconds: 12_000)
+        #expect(h.stored.change == .removal && h.stored.out.count == 1)
+        let surveys = h.fakes.prefix(2).map { fake in
+            var survey = ReplicaSurvey(
+                member: fake.member, promise: fake.promise, installed: h.stored)
+            survey.stable = fake.stable
+            return survey
+        }
+        #expect(Reconstruction(surveys: surveys)?.verdict == .certain)
+        let flushes = h.fakes[0].seen.count { $0 == .flush }
+        h.pass(milliseconds: 60_000)
+        #expect(h.fakes[0].seen.count { $0 == .flush } == flushes)
+    }
+
     /// The witness answers before the one that shows it to be an old copy (simulator seed 20034).
     @Test func aMemberThatWasRolledBackProvesNothing() {
         let h = removedInVain()

@@ -5,6 +5,17 @@ import Testing
 /// What tests of several layers ask of a bench.
 extension ReplicaBench {
     static let block = Geometry.blockSize
+    static func pattern(_ value: UInt64, blocks: Int = 1) -> [UInt8] {
+        var bytes: [UInt8] = []
+        bytes.reserveCapacity(blocks * Geometry.blockSize)
+        for block in 0..<UInt64(blocks) {
+            let seed = (value &+ block &+ 1) &* 0x9E37_79B9_7F4A_7C15
+            for place in 0..<UInt64(Geometry.blockSize) {
+                bytes.append(UInt8(truncatingIfNeeded: seed >> (place % 8 * 8) &+ place / 8) | 1)
+            }
+        }
+        return bytes
+    }
     static func zero(_ blocks: Int) -> [UInt8] { [UInt8](repeating: 0, count: blocks * block) }
 
     /// Blocks of a layer (0: the head's), as it is seen; nil: it is refused.

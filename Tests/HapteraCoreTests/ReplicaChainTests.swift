@@ -194,6 +194,67 @@ import Testing
         #expect(bench.status(tag) == .ok && bench.core.layers.count == 2)
         #expect(try read(bench, 0, 2, layer: 1)?.data == data + zero(1))
     }
+    /// What the manifest says must be read again: it has no room for any number of layers.
+    @Test func anInstallOfOneLayerTooManyIsRefused() throws {
+        let bench = try ReplicaBench(regions: 1)
+        _ = try bench.attach()
+        let most = 2600
+        for layer in 2...most {
+            bench.deleted.insert(UInt32(layer - 1))
+            try bench.installNext(layers: layer)
+        }
+        #expect(bench.core.layers.count == most && bench.core.retiredLayerCount == most - 1)
+        let refused = bench.install(epoch: UInt64(most + 1), layers: most + 1)
+        try bench.run()
+        #expect(bench.status(refused) == .noSpace && bench.core.layers.count == most)
+        try bench.reopen()
+        _ = try bench.attach(epoch: UInt64(most + 2))
+        try bench.tick()
+        let tag = bench.install(epoch: UInt64(most + 3), layers: most + 1)
+        try bench.run()
+        #expect(bench.status(tag) == .ok && bench.failure == nil)
+    }
+    /// The engine is told with each answer, before it asks for one too many.
+    @Test func thatNoLayerMayBeAddedIsSaid() throws {
+        var options = ReplicaBench.options()
+        options.layersMax = 3
+        let bench = try ReplicaBench(options: options)
+        _ = try bench.attach()
+        for layers in 1...3 {
+            if layers > 1 { try bench.installNext(layers: layers) }
+            let ping = bench.send(.ping, epoch: bench.core.promise.rawValue)
+            try bench.run()
+            let flags = bench.reply(ping)?.header.flags ?? 0
+            #expect((flags & FrameFlags.layersFull != 0) == (layers == 3))
+        }
+        let epoch = bench.core.promise.rawValue + 1
+        let refused = bench.install(epoch: epoch, layers: 4)
+        try bench.run()
+        #expect(bench.status(refused) == .noSpace && bench.core.layers.count == 3)
+        bench.deleted.insert(1)
+        _ = try bench.attach(epoch: epoch + 1)
+        try bench.settle()
+        let ping = bench.send(.ping, epoch: bench.core.promise.rawValue)
+        try bench.run()
+        let flags = bench.reply(ping)?.header.flags
+        #expect(flags.map { $0 & FrameFlags.layersFull } == 0)
+    }
+    /// What a replica has of snapshots that were deleted while it was away it can merge only when
+    /// the record has told it so: as a joiner it gets more layers than it may keep. (Seed 394.)
+    @Test(arguments: [false, true])
+    func whoWasAwayMayHaveMoreLayersUntilTheyAreMerged(isJoining: Bool) throws {
+        var options = ReplicaBench.options()
+        options.layersMax = 3
+        let bench = try ReplicaBench(options: options)
+        _ = try bench.attach()
+        for layers in 2...3 { try bench.installNext(layers: layers) }
+        bench.deleted = [1, 2]
+        bench.isJoining = isJoining
+        let tag = bench.install(epoch: bench.core.promise.rawValue + 1, layers: 5)
+        try bench.run()
+        #expect(bench.status(tag) == (isJoining ? .ok : .noSpace))
+        #expect(bench.core.layers.count == (isJoining ? 5 : 3) && bench.failure == nil)
+    }
     @Test func aLayerWhoseNameCannotBeSyncedEndsTheReplica() throws {
         let bench = try ReplicaBench()
         _ = try bench.attach()

@@ -28,6 +28,7 @@ private final class CrashWorld {
     var random: TestRandom
     var blocks: [BlockHistory]
     var epoch: UInt64 = 0
+    var boot: UInt64 = 1
     var sequence: UInt64 = 0
     var lastID: UInt64 = 0
     /// By tag: the blocks and values of a write under way.
@@ -225,8 +226,11 @@ private final class CrashWorld {
             }
         }
         bench.pending = []
-        if power { bench.disk.cutPower(&random, keepPercent: [0, 30, 70, 100][random.below(4)]) }
-        try bench.reopen()
+        if power {
+            bench.disk.cutPower(&random, keepPercent: [0, 30, 70, 100][random.below(4)])
+            boot += 1
+        }
+        try bench.reopen(boot: boot)
         try attach(mayLoseUnflushed: power)
     }
 }

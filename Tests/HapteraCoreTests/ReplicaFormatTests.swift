@@ -300,7 +300,7 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
     private func file(_ manifests: Manifest...) -> MemoryBlock {
         let block = memory(Int(Manifest.fileSize))
         for manifest in manifests {
-            block.memory.copy(from: manifest.encoded(), at: Int(manifest.slotOffset))
+            block.memory.copy(from: manifest.encoded(), at: Int(manifest.slotOffset()))
         }
         return block
     }
@@ -317,6 +317,18 @@ private func hexadecimalText(_ bytes: [UInt8]) -> String {
         }
         #expect(found == sample())
         #expect(sample().encoded().count % 4096 == 0)
+    }
+
+    /// What a slot has room for is read, too.
+    @Test func aManifestOfManyLayersIsRead() {
+        var manifest = sample()
+        manifest.layers = (1...5000).map(LayerID.init)
+        let block = file(manifest)
+        if case .manifest(let found) = Manifest.load(block.memory) {
+            #expect(found == manifest)
+        } else {
+            Issue.record("it cannot be read")
+        }
     }
 
     @Test func theNewerValidSlotCounts() {

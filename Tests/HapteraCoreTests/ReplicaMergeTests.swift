@@ -191,4 +191,124 @@ import Testing
         #expect(model.bench.core.layers.map(\.rawValue) == model.views.keys.sorted())
         #expect(model.bench.pool.inUse == 0 && model.bench.failure == nil)
     }
+
+    // MARK: schedules that delete faster than merges end
+
+    /// A merge under way is not begun anew when its heir is deleted, too.
+    @Test func whatHasBegunGoesOnWithoutItsHeir() throws {
+        let bench = try ReplicaBench(regions: 16)
+        _ = try bench.attach()
+        func put(_ regions: Int) throws {
+            let layer = bench.core.headLayer.rawValue
+            for region in 0..<regions {
+                bench.write(
+                    ReplicaBench.pattern(UInt64(layer) * 100 + UInt64(region)),
+                    at: UInt64(region * Geometry.regionSize + Int(layer) * block),
+                    epoch: bench.core.promise.rawValue)
+                try bench.run()
+            }
+            try bench.flush(UInt64(layer) * 10)
+            try bench.tick(milliseconds: 20_000)
+        }
+        for (layer, regions) in [(1, 16), (2, 16), (3, 2)] {
+            try put(regions)
+            try bench.installNext(layers: layer + 1)
+        }
+        // Clients are busy: a few regions are begun, not all.
+        for _ in 0..<8 { bench.send(.ping, epoch: bench.core.promise.rawValue) }
+        try bench.tick()
+        bench.deleted = [1]
+        try bench.installNext()
+        for _ in 0..<2 {
+            for _ in 0..<8 { bench.send(.ping, epoch: bench.core.promise.rawValue) }
+            try bench.tick()
+        }
+        let before = bench.core.mergedRegions
+        #expect(before > 0 && before < 16, "\(before)")
+        bench.deleted = [1, 2]
+        try bench.installNext()
+        try bench.settle()
+        #expect(bench.core.layers.map(\.rawValue) == [3, 4])
+        #expect(bench.core.mergedRegions == 18, "\(before) before")
+        for layer in 1...2 {
+            let seen = try bench.read(15 * Geometry.blocksPerRegion + layer, 1)
+            #expect(seen == ReplicaBench.pattern(UInt64(layer * 100 + 15)))
+        }
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
+    /// A snapshot is taken and one deleted every 600 ms, all regions are written to meanwhile, and
+    /// clients are busy.
+    @Test func layersDoNotPileUp() throws {
+        let bench = try ReplicaBench(regions: 8)
+        _ = try bench.attach()
+        var most = 0
+        for layer in 1...40 {
+            for region in 0..<8 {
+                bench.write(
+                    ReplicaBench.pattern(UInt64(layer * 8 + region)),
+                    at: UInt64(region * Geometry.regionSize + layer * block),
+                    epoch: bench.core.promise.rawValue)
+                try bench.run()
+            }
+            try bench.flush(UInt64(layer * 10))
+            if layer > 2 { bench.deleted.insert(UInt32(layer - 2)) }
+            try bench.installNext(layers: layer + 1)
+            for _ in 0..<6 {
+                for _ in 0..<8 {
+                    bench.send(.ping, epoch: bench.core.promise.rawValue)
+                    try bench.run()
+                }
+                try bench.tick()
+            }
+            most = max(most, bench.core.retiredLayerCount)
+        }
+        #expect(most <= 6)
+        try bench.settle()
+        for layer in 1...40 {
+            let seen = try bench.read(5 * Geometry.blocksPerRegion + layer, 1)
+            #expect(seen == ReplicaBench.pattern(UInt64(layer * 8 + 5)))
+        }
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
+    // MARK: space
+
+    /// What went over is given back before much more goes.
+    @Test(arguments: [false, true])
+    func littleSpaceIsTakenTwice(isDown: Bool) throws {
+        let regions = 96
+        let bench = try ReplicaBench(regions: regions, options: ReplicaBench.options(active: 256))
+        _ = try bench.attach()
+        for layer in 1...2 {
+            for region in 0..<regions {
+                bench.write(
+                    ReplicaBench.pattern(UInt64(region), blocks: 4),
+                    at: UInt64(region * Geometry.regionSize + layer * 8 * block),
+                    epoch: bench.core.promise.rawValue)
+                try bench.run()
+            }
+            try bench.flush(UInt64(layer * 10))
+            try bench.tick(milliseconds: 20_000)
+            if layer == 1 || isDown { try bench.installNext(layers: layer + 1) }
+        }
+        bench.core.merge.owedBlocksMax = 64
+        var (extra, most) = (0, 0)
+        bench.fault = { action in
+            switch action {
+            case .write(.data, _, let length, _, _, _): extra += length / Geometry.blockSize
+            case .punch(.data, _, _, _): extra -= 4
+            default: break
+            }
+            most = max(most, extra)
+            return nil
+        }
+        bench.deleted = [1]
+        try bench.installNext()
+        for _ in 0..<200 where bench.core.retiredLayerCount > 0 {
+            try bench.tick()
+        }
+        #expect(bench.core.retiredLayerCount == 0 && bench.core.mergedRegions == UInt64(regions))
+        #expect(most <= 64, "blocks")
+    }
 }

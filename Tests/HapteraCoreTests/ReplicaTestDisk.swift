@@ -36,7 +36,7 @@ final class ReplicaTestDisk: ReplicaStorage {
         func extend(to size: UInt64) {
             for block in [\File.now, \.durable] {
                 let longer = MemoryBlock(count: Int(size))
-                longer.memory.slice(0, Int(self.size)).copy(from: self[keyPath: block].memory)
+                longer.memory.copy(from: self[keyPath: block].memory.slice(0, Int(self.size)))
                 self[keyPath: block] = longer
             }
             self.size = size
@@ -75,6 +75,7 @@ final class ReplicaTestDisk: ReplicaStorage {
     var changesMax = Int.max
     /// No write to a layer's data is taken.
     var refusesData = false
+    var refusesRoom = false
     struct PowerCut: Error {}
 
     private func file(_ name: ReplicaFile) throws(StorageError) -> File {
@@ -118,6 +119,7 @@ final class ReplicaTestDisk: ReplicaStorage {
     func extend(_ name: ReplicaFile, size: UInt64) throws(StorageError) {
         let file = try file(name)
         guard file.size < size else { return }
+        if refusesRoom { throw StorageError(.noSpace, "\(name): no room") }
         try change()
         file.extend(to: size)
     }
@@ -149,7 +151,7 @@ final class ReplicaTestDisk: ReplicaStorage {
         files = [:]
     }
     func layersPresent() throws(StorageError) -> [LayerID] {
-        files.keys.compactMap { if case .data(let layer) = $0 { layer } else { nil } }.sorted()
+        Set(files.keys.compactMap(\.layer)).sorted()
     }
     func syncDirectories() throws(StorageError) {
         try change()
@@ -205,6 +207,11 @@ final class ReplicaTestDisk: ReplicaStorage {
                 file.dirty.insert(sector)
             }
         }
+    }
+    func replace(_ name: ReplicaFile, _ bytes: [UInt8]) {
+        let file = File(size: UInt64(bytes.count))
+        for block in [file.now, file.durable] { block.memory.copy(from: bytes) }
+        files[name] = file
     }
     /// Direct access, for damage.
     func memory(_ name: ReplicaFile) throws(StorageError) -> RawMemory {
@@ -414,11 +421,17 @@ final class ReplicaBench {
     /// Whose layers, snapshots and reverts records have; nil: as many layers as the copy has, or
     /// more, but for `deleted`.
     var lineage: VolumeRecord?
+    /// Records have another member, and this one as the joiner.
+    var isJoining = false
     func record(epoch: UInt64, engine: UInt64 = 1, layers: Int = 0) -> VolumeRecord {
         var record = VolumeRecord(
             volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
             size: core.size, inSync: [core.identity.member])
         record.engine = InstanceID(rawValue: engine)
+        if isJoining {
+            record.joining = core.identity.member
+            record.inSync[0].replica = ReplicaID(rawValue: ~core.identity.replica.rawValue)
+        }
         if let lineage {
             record.layers = lineage.layers
             record.snapshots = lineage.snapshots
@@ -460,17 +473,6 @@ final class ReplicaBench {
 
     /// Blocks that differ from each other and from those of any other value; the block at `index`
     /// is that of `value + index` alone.
-    static func pattern(_ value: UInt64, blocks: Int = 1) -> [UInt8] {
-        var bytes: [UInt8] = []
-        bytes.reserveCapacity(blocks * Geometry.blockSize)
-        for block in 0..<UInt64(blocks) {
-            let seed = (value &+ block &+ 1) &* 0x9E37_79B9_7F4A_7C15
-            for place in 0..<UInt64(Geometry.blockSize) {
-                bytes.append(UInt8(truncatingIfNeeded: seed >> (place % 8 * 8) &+ place / 8) | 1)
-            }
-        }
-        return bytes
-    }
     static func checksums(_ data: [UInt8]) -> [UInt8] {
         var writer = ByteWriter()
         for block in 0..<data.count / 4096 {

@@ -167,6 +167,52 @@ private func survey(_ number: UInt64, promise: UInt64, flushed: StablePoint) -> 
         #expect(known?.verdict == .doubtful && known?.missing == [ReplicaID(rawValue: 4)])
     }
 
+    /// Replica 1 took the volume over and promised that; 2 had left in vain. Then 2 may have been
+    /// reinstated, and 1 removed: 2 holds, alone, what was acknowledged since.
+    @Test(arguments: [VolumeRecord.Change.takeover, .removal, .reinstatement])
+    func whoMayHaveBeenReinstatedSinceMakesItDoubtful(change: VolumeRecord.Change) throws {
+        var survey = takenOver(change)
+        let found = try #require(Reconstruction(surveys: [survey]))
+        #expect(found.verdict == .doubtful && found.missing == [ReplicaID(rawValue: 2)])
+        // It may hold writes that no other has; 3 cannot, since it had left before.
+        let out = found.record(nonce: 77).out
+        #expect(out.filter(\.isKept).map(\.member) == [member(2)])
+
+        let second = ReplicaSurvey(member: member(2), promise: Epoch(5), installed: nil)
+        #expect(Reconstruction(surveys: [survey, second])?.verdict == .certain)
+        // Every member had promised its removal.
+        survey.stable = point(6, 1)
+        #expect(Reconstruction(surveys: [survey])?.verdict == .certain)
+    }
+
+    private func takenOver(
+        _ change: VolumeRecord.Change,
+        _ edit: (inout VolumeRecord.Departure) -> Void = { _ in }
+    ) -> ReplicaSurvey {
+        var survey = installed(1, epoch: 9, inSync: [1])
+        survey.installed?.change = change
+        if var departure = survey.installed?.out[0] {
+            edit(&departure)
+            survey.installed?.out[0] = departure
+        }
+        survey.stable = point(5, 1)
+        return survey
+    }
+
+    @Test func whoCannotHaveBeenReinstatedIsNotMissed() throws {
+        // The engine of such a record serves, or none does: another must claim the volume first.
+        let reinstating: [VolumeRecord.Change] = [.takeover, .removal, .reinstatement]
+        for change in VolumeRecord.Change.allCases where !reinstating.contains(change) {
+            #expect(Reconstruction(surveys: [takenOver(change)])?.verdict == .certain)
+        }
+        let never = [
+            takenOver(.takeover) { $0.isKept = true },
+            takenOver(.takeover) { $0.reason = .ioError },
+            takenOver(.takeover) { $0.partedEpoch = Epoch(4) },
+        ]
+        for survey in never { #expect(Reconstruction(surveys: [survey])?.verdict == .certain) }
+    }
+
     @Test func anotherMakingOfTheMemberIsNotTheMember() throws {
         var other = installed(1, epoch: 9, inSync: [1])
         other.member.incarnation = Incarnation(rawValue: 5)

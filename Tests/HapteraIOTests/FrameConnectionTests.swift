@@ -36,7 +36,7 @@ private final class Client: FrameDelegate {
     var received: UInt64 = 0
     var mismatches = 0
     var closed: CloseReason?
-    private let table = MemoryBlock(count: FrameHeader.tableLengthMax)
+    private let table = MemoryBlock(count: FrameHeader.recordTableLengthMax)
     private let buffer: BufferID
     init(_ reactor: Reactor, size: Int, tableSize: Int = 16) throws {
         self.reactor = reactor
@@ -46,7 +46,8 @@ private final class Client: FrameDelegate {
         fill(reactor.pool.memory(buffer), seed: 42)
     }
     func send(_ connection: FrameConnection) {
-        var header = FrameHeader(kind: .write)
+        var header = FrameHeader(
+            kind: tableSize > FrameHeader.tableLengthMax ? .install : .write)
         header.tag = sent
         header.dataLength = UInt32(size)
         header.tableLength = UInt32(tableSize)
@@ -131,6 +132,13 @@ private final class Client: FrameDelegate {
     @Test(arguments: backends) func largestTable(_ backend: Backend) throws {
         try pingPong(
             backend, size: 8192, tableSize: FrameHeader.tableLengthMax, depth: 4, count: 200,
+            tcp: true)
+    }
+
+    /// A frame with the largest record still fits what a connection stages.
+    @Test(arguments: backends) func largestRecord(_ backend: Backend) throws {
+        try pingPong(
+            backend, size: 0, tableSize: FrameHeader.recordTableLengthMax, depth: 4, count: 200,
             tcp: true)
     }
 

@@ -99,3 +99,34 @@ func fill(_ memory: RawMemory, seed: UInt64) {
         at += 8
     }
 }
+
+/// A name server, or a disk, that is silent until it is told to answer, once for each `release`.
+final class SilentServer: Sendable {
+    private let pipe: (read: Int32, write: Int32)
+    init() {
+        var ends: [Int32] = [0, 0]
+        let result = unsafe Glibc.pipe(&ends)
+        precondition(result == 0)
+        pipe = (ends[0], ends[1])
+    }
+    deinit {
+        close(pipe.read)
+        close(pipe.write)
+    }
+    func release() {
+        let written = unsafe write(pipe.write, [1], 1)
+        precondition(written == 1)
+    }
+    func wait() {
+        var byte: UInt8 = 0
+        let got = unsafe read(pipe.read, &byte, 1)
+        precondition(got == 1)
+    }
+    /// Every name is the host's own, when it answers.
+    func resolver(_ answer: Result<String, IOError> = .success("127.0.0.1")) -> NameResolver {
+        NameResolver { [self] _ in
+            wait()
+            return answer
+        }
+    }
+}

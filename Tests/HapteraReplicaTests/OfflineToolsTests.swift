@@ -149,7 +149,7 @@ final class TestDirectory {
         manifest.settledBoot = try HostBoot.read()
         let slot = MemoryBlock(count: manifest.encoded().count)
         slot.memory.copy(from: manifest.encoded())
-        try storage?.write(.manifest, offset: manifest.slotOffset, from: slot.memory)
+        try storage?.write(.manifest, offset: manifest.slotOffset(), from: slot.memory)
 
         if !isServed { storage = nil }
         let json = try InspectReport(directory: directory.path).json

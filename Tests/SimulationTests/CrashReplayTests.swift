@@ -6,7 +6,7 @@ import Testing
 /// Crash images of a busy replica. A failure here is reproduced by
 /// `haptera-sim crash-replay --seed N --images M`.
 @Suite struct CrashReplayTests {
-    @Test(arguments: 0..<12 as Range<UInt64>)
+    @Test(arguments: 0..<14 as Range<UInt64>)
     func everyImageOpensAndHoldsWhatWasPromised(seed: UInt64) {
         var options = CrashReplayOptions()
         options.images = 80

@@ -112,13 +112,13 @@ import Testing
     }
 
     /// A copy that does not look at its files' names when it is opened changes the other volume's.
+    /// (In some worlds it is first noticed that it counts them as its own.)
     @Test func whoForgetsThatLayersAreSharedIsCaught() {
         for seed in 1...60 as ClosedRange<UInt64> {
             var options = SimulationOptions()
             options.mutations = .sharedIsForgotten
-            guard let failure = simulate(seed: seed, options: options).failure else { continue }
-            #expect(failure.what.contains("invariant 35"))
-            return
+            let failure = simulate(seed: seed, options: options).failure
+            if failure?.what.contains("invariant 35") == true { return }
         }
         Issue.record("nobody noticed")
     }

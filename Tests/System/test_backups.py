@@ -268,6 +268,12 @@ def test_snapshot_commands(context):
         assert tool(
             CONTROL_BINARIES / "storagectl", "snapshot", "export", "vol", "a", "-",
             env=plane.environment) == first
+        streamed = plane.directory / "streamed.qcow2"
+        streamed.write_bytes(tool(
+            CONTROL_BINARIES / "storagectl", "snapshot", "export", "vol", "a", "-", "--format",
+            "qcow2", env={**plane.environment, "TMPDIR": str(plane.directory)}))
+        tool("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", qcow2, streamed)
+        assert not list(plane.directory.glob("haptera-export-*"))
         assert not list(plane.directory.glob("*.partial*"))
         info = plane.run("snapshot", "mount-info", "vol", "a")
         assert info["uri"].endswith("/vol@a") and info["uri"].startswith("nbd://"), info

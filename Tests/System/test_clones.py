@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import signal
+import statistics
 import subprocess
 import threading
 import time
@@ -92,7 +93,13 @@ def test_a_clone_is_quick_small_and_independent(context):
 
         # A client writes on all the while.
         written = chance.randbytes(2 * MIB)
-        taken = volumes.create("copy", "--from", "vol@golden")
+        # Whatever its size; on a busy machine one may take longer.
+        taken = []
+        for name in ("first", "second"):
+            taken.append(volumes.create(name, "--from", "vol@golden"))
+            plane.run("volume", "delete", name)
+        taken.append(volumes.create("copy", "--from", "vol@golden"))
+        assert statistics.median(taken) < 1.5 and max(taken) < 3, taken
         volumes.write("vol", written, 3 * MIB)
         shown = volumes.show("copy")
         assert (shown["originVolume"], shown["originSnapshot"]) == ("vol", "golden"), shown
@@ -139,7 +146,8 @@ def test_a_clone_is_quick_small_and_independent(context):
         plane.run("volume", "detach", "grandchild")
         plane.kill_all()
         verify(directories)
-        return f"made in {taken:.2f} s, {own // 1024} KiB of its own"
+        return (f"made in {statistics.median(taken):.2f} s (median of 3), {own // 1024} KiB of "
+                "its own")
 
 
 def test_clones_of_a_slow_source(context):

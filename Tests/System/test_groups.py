@@ -142,8 +142,8 @@ def test_group_snapshots_are_one_cut(context):
             raise RuntimeError("snapshots taken one after the other pass for a cut")
         except AssertionError:
             pass
-        # Far more than it takes, far less than a hold that nobody releases.
-        assert statistics.median(pauses) < 1, pauses
+        # What it takes on a busy machine (docs/benchmarks.md), and as much again.
+        assert statistics.median(pauses) < 0.15, pauses
         return (f"20 groups, each one cut of {chain.count} writes; longest pause of each: median "
                 f"{statistics.median(pauses) * 1e3:.0f}, longest {max(pauses) * 1e3:.0f} ms; in "
                 f"200 writes without one: median {statistics.median(others) * 1e3:.0f} ms")

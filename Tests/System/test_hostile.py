@@ -56,7 +56,8 @@ def test_strangers_cost_nobody_anything(context):
         assert cluster.record().epoch == epoch, "a stranger cost a member its place"
         check_all(history, cluster.engine.unix)
         cluster.check_copies()
-        return f"200 strangers; growth {[g // 1024 for g in grown]} KiB"
+        return (f"200 strangers, longest gap {load.longest_gap * 1e3:.0f} ms; growth "
+                f"{[g // 1024 for g in grown]} KiB")
 
 
 def test_the_history_notices(context):

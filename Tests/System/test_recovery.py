@@ -51,6 +51,26 @@ def test_store_lost(context):
         assert plane.read() == expected
 
 
+def test_store_lost_with_a_node(context):
+    """A replica had left a volume that nobody writes to: soon its node is not missed."""
+    with Plane(context) as plane:
+        plane.run("volume", "create", "vol", "--size", str(SIZE))
+        plane.run("volume", "attach", "vol", "--node", "node-1")
+        plane.until("all replicas", lambda v: v["robustness"] == "healthy")
+        lost = plane.replicas()["node-3"]["pid"]
+        plane.kill(plane.daemon("node-3"))
+        plane.kill(lost)
+        plane.until("the removal", lambda v: v["robustness"] == "degraded")
+        (plane.cluster / "node-3").rename(plane.directory / "node-3")
+        lose_store(plane)
+
+        # Its status says whether the record is one to take without --force.
+        wait_for(lambda: plane.start("store", "reconstruct", "--from-nodes").wait() == 0,
+                 "a certain record")
+        plane.run("store", "reconstruct", "--from-nodes", "--yes")
+        plane.until("the engine", lambda v: v["robustness"] == "degraded" and v["engine"])
+
+
 def test_store_restored_from_an_old_backup(context):
     with Plane(context) as plane:
         plane.run("volume", "create", "vol", "--size", str(SIZE))

@@ -57,6 +57,43 @@ def test_store_down_during_a_loss(context):
         cluster.check_copies()
 
 
+def test_store_refuses_changes(context):
+    """A refused joiner costs nobody anything: the next member lost is removed as ever. A refused
+    removal ends the engine, which says why, and the next one serves."""
+    with context.cluster() as cluster:
+        cluster.up()
+        history = History(LOADED)
+        cluster.replicas[2].process.kill()
+        wait_for(lambda: len(cluster.record().in_sync) == 2, "the removal")
+        cluster.store.objection = lambda proposed: "no such joiner" if proposed.joining else None
+        cluster.replicas[2].start()
+        wait_for(lambda: cluster.store.refused > 0, "a refused joiner")
+        load = Workload(history, cluster.engine.unix, context.seed, writes_only=True).start()
+        load.wait_completed(500)
+        cluster.replicas[1].process.kill()
+        wait_for(lambda: len(cluster.record().in_sync) == 1, "the removal beside it")
+        load.wait_completed(500)
+        error = load.stop()
+        assert error is None, f"the client got an error: {error}"
+        log = cluster.engine.process.log.read_text()
+        assert "refuses a change of the record" in log and "no such joiner" in log, log[-1000:]
+        cluster.store.objection = lambda proposed: None
+        cluster.replicas[1].start()
+        cluster.wait_healthy()
+        cluster.store.objection = (
+            lambda proposed: "keep all" if len(proposed.in_sync) < 3 else None)
+        cluster.replicas[0].process.kill()
+        engine = cluster.engine.process
+        assert engine.wait(30) == 1
+        assert "keep all" in cluster.tail(engine), cluster.tail(engine)
+        cluster.store.objection = lambda proposed: None
+        cluster.replicas[0].start()
+        cluster.start_engine(client_generation=2)
+        cluster.wait_healthy()
+        check_all(history, cluster.engine.unix)
+        cluster.check_copies()
+
+
 def test_attach_waits_for_the_store(context):
     with context.cluster() as cluster:
         cluster.up()

@@ -59,9 +59,17 @@ void haptera_timerfd_set(int fd, uint64_t nanoseconds); // absolute; 0 disarms
 int haptera_signalfd(const int *signals, int count); // blocks the signals in this thread
 int haptera_signalfd_read(int fd);                // a signal's number, or -EAGAIN
 void haptera_ignore_signals(void);
+// Whatever ends the process with SIGBUS leaves the bytes (at most 64) in the file first. 0: the path
+// is too long.
+int haptera_note_bus_errors(const char *path, const uint8_t *bytes, size_t count);
 void haptera_drain(int fd);                       // of an eventfd or timerfd
 int haptera_accept(int fd);                       // close-on-exec, blocking
-// A stream socket that listens, or begins to connect. Host names may block while they are resolved;
+// Runs a function on a thread of its own; 0, or a negative errno if there is no thread to be had.
+int haptera_in_background(void (*run)(void *context), void *context);
+int haptera_host_is_numeric(const char *host);
+// The first address of a host as text; 0 or getaddrinfo's error. Blocks as long as name servers do.
+int haptera_resolve(const char *host, char *text, size_t size);
+// A stream socket that listens, or begins to connect; to connect takes an address, not a name.
 // `*resolution` is then getaddrinfo's error, or 0.
 int haptera_socket_tcp(const char *host, const char *port, int listening, int *resolution);
 int haptera_socket_unix(const char *path, int listening);

@@ -99,7 +99,11 @@ final class ChaosHistory: Sendable {
         return violations
             + events.sorted { $0.key < $1.key }.compactMap { block, events in
                 var checker = RegisterChecker()
-                guard let index = checker.check(events) else { return nil }
+                let index = checker.check(events)
+                if checker.gaveUp {
+                    return "block \(block): too many possible histories to be judged"
+                }
+                guard let index else { return nil }
                 let event = events[index]
                 return "block \(block): operation \(event.operation) (\(event.kind)), number "
                     + "\(index) of its history, cannot be explained"

@@ -255,7 +255,9 @@ package actor Controller {
             stored, nodes: observedNodes, problem: problems[stored.volume.name],
             activity: activity(stored.volume)
         ).message
-        if message.hasScrub { message.scrub.reason = scrubReason(stored) }
+        if message.hasScrub {
+            message.scrub.reason = scrubReason(stored, isWaiting: message.scrub.state == .waiting)
+        }
         return message
     }
 

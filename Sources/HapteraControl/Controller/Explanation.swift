@@ -64,16 +64,19 @@ package struct Explanation {
 
     private var away: [Haptera_V1_ReplicaAway] {
         guard let record = stored.record else { return [] }
+        // The record goes on to name one whose filling has failed, and which may have gone.
+        let view = VolumeView(stored, nodes: nodes)
+        let joining = stored.replicas.first(where: view.isBeingFilled)?.member
         var list = record.out.map { departure in
             var replica = self.away(departure.member)
             replica.leftEpoch = departure.leftEpoch.rawValue
             replica.leftUnixMilliseconds = time(of: departure.leftEpoch)
             replica.reason = RecordWords.words(departure.reason)
             replica.kept = departure.isKept
-            replica.joining = record.joining == departure.member
+            replica.joining = departure.member == joining
             return replica
         }
-        if let joining = record.joining, !record.out.contains(where: { $0.member == joining }) {
+        if let joining, !record.out.contains(where: { $0.member == joining }) {
             var replica = self.away(joining)
             replica.joining = true
             list.append(replica)

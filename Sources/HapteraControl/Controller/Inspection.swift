@@ -70,8 +70,9 @@ package enum InspectionOutcome: Sendable {
 }
 
 extension Controller {
-    /// Replicas looked into with one task, so that an answer stays small.
-    static let inspectionBatch = 16
+    /// Replicas looked into with one task: an answer stays below gRPC's 4 MiB, of which one with
+    /// the largest record, in hexadecimal digits, takes 300 KiB.
+    static let inspectionBatch = 8
 
     /// Looks into replica directories through the agents of their nodes, all nodes at once.
     nonisolated func inspect(_ wanted: [(node: String, replica: String)]) async -> [String:

@@ -92,7 +92,7 @@ extension MetadataStore {
             case .swapped: return Self.reply(frame, .ok)
             case .conflict(let record): return Self.reply(frame, .conflict, record)
             case .notFound: return Self.reply(frame, .notFound)
-            case .invalid: return Self.reply(frame, .invalid)
+            case .invalid(let reason): return Self.reply(frame, .invalid, Array(reason.utf8))
             }
         default:
             return Self.reply(frame, .invalid)

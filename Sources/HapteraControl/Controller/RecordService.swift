@@ -117,7 +117,8 @@ private final class RecordFrameHandler: ChannelDuplexHandler {
     typealias OutboundOut = ByteBuffer
 
     private let processor = NIOSingleStepByteToMessageProcessor(
-        RecordFrameDecoder(), maximumBufferSize: FrameHeader.size + FrameHeader.tableLengthMax)
+        RecordFrameDecoder(),
+        maximumBufferSize: FrameHeader.size + FrameHeader.recordTableLengthMax)
     private let timeLimit: TimeAmount
     /// What is left of the limit for the frame that has begun.
     private var timeLeft: TimeAmount

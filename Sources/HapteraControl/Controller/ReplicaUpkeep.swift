@@ -6,7 +6,8 @@ import HapteraHost
 /// stored and what the nodes say; the controller performs it.
 package struct ReplicaUpkeep: Sendable {
     package enum Step: Equatable, Sendable {
-        /// The record does without it now: its data can go.
+        /// The record does without it now, or its engine does, whatever the record says of a
+        /// joiner: its data can go.
         case finishLeaving(String)
         /// The replacement is in sync, and so is everybody else the volume needs.
         case finishReplacement(by: String)
@@ -46,20 +47,20 @@ package struct ReplicaUpkeep: Sendable {
 
     /// The engine cannot reach it, and it is not one that only waits for its turn to be filled.
     package func isAway(_ row: ReplicaRow) -> Bool {
-        guard !stored.isMember(row), !stored.isJoining(row) else { return false }
+        guard !stored.isMember(row), !view.isBeingFilled(row) else { return false }
         let word = view.engine?.replicas.first { $0.replicaID == row.id }?.state
         let isUnreachable = view.isEngineUp && (word == nil || word == "absent")
         guard let node = nodes[row.node], node.isReady else {
             return isUnreachable || !view.isEngineUp
         }
         guard node.replica(row.id)?.state == .running else { return true }
-        return isUnreachable && stored.record?.joining == nil
+        return isUnreachable && !stored.replicas.contains(where: view.isBeingFilled)
     }
 
     package var step: Step? {
         guard stored.volume.phase == .ready else { return nil }
         let leaving = stored.replicas.first {
-            $0.phase == .leave && !stored.isMember($0) && !stored.isJoining($0)
+            $0.phase == .leave && view.isLetGo($0)
         }
         if let leaving { return .finishLeaving(leaving.id) }
         if stored.hasLeftTooEarly { return .resumeFilling }
@@ -87,7 +88,7 @@ package struct ReplicaUpkeep: Sendable {
             guard inSyncCount(without: old.id) >= wanted, !stored.isKept(old) else { return nil }
             return .finishReplacement(by: new.id)
         }
-        if new.isAutomatic, !stored.isJoining(new), stored.isMember(old),
+        if new.isAutomatic, !view.isBeingFilled(new), stored.isMember(old),
             inSyncCount(without: new.id) >= wanted
         {
             return .giveUp(new.id, why: "replica \(old.id), which it should replace, is back")
@@ -213,13 +214,14 @@ extension Controller {
                 ReplicaUpkeep(
                     stored, nodes: nodes, rooms: rooms, awaySince: awayTimes.since, now: now
                 ).step
-            try await perform(step, on: stored.volume.name, dataBytes: look.dataBytes)
+            try await perform(step, on: stored, dataBytes: look.dataBytes)
         }
     }
 
     private func perform(
-        _ step: ReplicaUpkeep.Step?, on name: String, dataBytes: UInt64
+        _ step: ReplicaUpkeep.Step?, on stored: StoredVolume, dataBytes: UInt64
     ) async throws {
+        let name = stored.volume.name
         try await Caller.$current.withValue(.controller) {
             var problem: String?
             switch step {
@@ -227,7 +229,8 @@ extension Controller {
             case .cannotReplace(let id, let why): problem = "replica \(id) is \(why)"
             case .finishFilling: try await store.finishFilling(name)
             case .resumeFilling: try await store.resumeFilling(name)
-            case .finishLeaving(let id): try await store.finishLeaving(id, of: name)
+            case .finishLeaving(let id):
+                try await store.finishLeaving(id, of: name, after: stored.record?.epoch)
             case .finishReplacement(let id): try await store.finishReplacement(by: id, of: name)
             case .giveUp(let id, let why):
                 _ = try await store.discardReplica(id, of: name, why: why)

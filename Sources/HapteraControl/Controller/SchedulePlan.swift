@@ -116,6 +116,9 @@ package struct SchedulePlan: Sendable {
                 return .skip(run, why: "it is not attached, and has not changed since '\(same)'")
             }
             if there == nil, let obstacle = volume.obstacle { return hold(run, obstacle) }
+            if there == nil, let oldest = inTheWay(of: run, schedule, volume) {
+                return .deleteSnapshot(run, oldest)
+            }
             return attempts.mayTry(run, name, now: now) ? .takeSnapshot(run, name) : nil
         case .taken:
             // Beyond the newest; each by itself, since a reader holds up its own only.
@@ -127,6 +130,24 @@ package struct SchedulePlan: Sendable {
                 .map { .deleteSnapshot(run, $0.name) }
         case .running, .done: return nil
         }
+    }
+
+    /// The volume has as many snapshots as it can have: what the schedule would let go once it has
+    /// taken another one goes before.
+    private func inTheWay(
+        of run: ScheduleRunRow, _ schedule: ScheduleRow, _ volume: Volume
+    ) -> String? {
+        guard volume.snapshots.count >= VolumeRecord.snapshotsMax else { return nil }
+        let kept = Self.kept(schedule, run, of: volume.snapshots.count)
+        return volume.snapshots.filter { $0.schedule == schedule.name }.dropLast(kept)
+            .first { attempts.mayTry(run, $0.name, now: now) }?.name
+    }
+    /// How many of its own a schedule keeps of a volume with so many. It never deletes the last.
+    static func kept(_ schedule: ScheduleRow, _ run: ScheduleRunRow, of count: Int) -> Int {
+        guard run.state == .waiting, count >= VolumeRecord.snapshotsMax else {
+            return schedule.retain
+        }
+        return max(schedule.retain - 1, 1)
     }
 
     /// The schedule's own snapshot that holds what the volume does. Another one would hold no more,

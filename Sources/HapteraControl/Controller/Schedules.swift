@@ -70,7 +70,7 @@ extension Controller {
                     try await $0.takeSnapshot(run, snapshot)
                 }
             case .deleteSnapshot(let run, let snapshot):
-                tasks += perform(run, snapshot, then: .taken) {
+                tasks += perform(run, snapshot, then: run.state) {
                     try await $0.deleteSnapshot(run, snapshot)
                 }
             case .scrub(let run):
@@ -180,11 +180,10 @@ extension Controller {
         let schedule = try await store.schedule(named: run.schedule).row
         let stored = try await store.volume(named: run.volume)
         let labels = try await store.snapshotLabels(of: stored.volume.id)
-        let taken = (stored.record?.snapshots ?? []).filter {
-            labels[$0.name]?[ScheduleRow.label] == schedule.name
-        }
-        return !schedule.isPaused
-            && taken.dropLast(schedule.retain).contains { $0.name == snapshot }
+        let snapshots = stored.record?.snapshots ?? []
+        let taken = snapshots.filter { labels[$0.name]?[ScheduleRow.label] == schedule.name }
+        let kept = SchedulePlan.kept(schedule, run, of: snapshots.count)
+        return !schedule.isPaused && taken.dropLast(kept).contains { $0.name == snapshot }
     }
 
     private func scrub(_ run: ScheduleRunRow) async throws {

@@ -93,14 +93,33 @@ extension Controller {
         scrubObstacle(stored) != nil || missingReplica(stored) != nil
     }
 
-    /// What a scrub waits for that no engine is about; empty: nothing that is known.
-    func scrubReason(_ stored: StoredVolume) -> String {
+    /// What a scrub waits for; empty: nothing that is known.
+    func scrubReason(_ stored: StoredVolume, isWaiting: Bool) -> String {
         let volume = stored.volume
         guard stored.scrub?.isFinished == false else { return "" }
-        guard volume.clientNode == nil else { return "" }
+        guard volume.clientNode == nil else { return isWaiting ? engineScrubReason(stored) : "" }
         if maintenances.isHeld(volume.id, by: .scrub) { return missingReplica(stored) ?? "" }
         return scrubObstacle(stored) ?? missingReplica(stored)
             ?? "it is scrubbed when others on its nodes have been"
+    }
+
+    /// The engine of an attached volume says that its scrub waits, and not what for: that is seen
+    /// from here.
+    private func engineScrubReason(_ stored: StoredVolume) -> String {
+        let view = VolumeView(stored, nodes: observedNodes)
+        guard let engine = view.engine, engine.state == .serving else {
+            return "the volume is not served at present"
+        }
+        guard engine.hasScrub else { return "its engine has yet to begin it" }
+        let kept = (stored.record?.out ?? []).filter(\.isKept).map(\.member.replica.text)
+        let other = view.message.replicas.first {
+            $0.state != .inSync && !$0.leaving && !kept.contains($0.id)
+        }
+        if let other {
+            let state = other.state == .joining ? "is being filled" : "is \(other.state.word)"
+            return "replica \(other.id) on node \(other.node) \(state)"
+        }
+        return "its engine does something else first: a takeover, or a snapshot"
     }
 
     /// One round: begins scrubs whose turn has come, and gives up for a while those that get

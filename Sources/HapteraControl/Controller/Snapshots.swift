@@ -210,7 +210,7 @@ extension Controller {
         guard isNamed || stored.record?.mayHold(snapshotNamed: name) == true else {
             throw Self.refused(
                 "volume '\(stored.volume.name)' has \(view(stored).snapshotCount) snapshots: its "
-                    + "record cannot hold another one")
+                    + "record cannot hold another one: delete some")
         }
         return true
     }

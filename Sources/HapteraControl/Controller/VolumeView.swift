@@ -156,6 +156,38 @@ package struct VolumeView: Sendable {
     /// The engine's process runs and has taken the volume over.
     var isEngineUp: Bool { engine?.state == .serving || engine?.state == .stalled }
 
+    // MARK: Joiners
+
+    /// Of just the record that is stored. One that is not the record's own engine, or has not seen
+    /// the last change yet, does not know who is being filled.
+    private var recordedEngine: Haptera_V1_EngineReport? {
+        guard isEngineUp, isNodeReady, let engine, let record = stored.record,
+            engine.instance != 0, engine.instance == record.engine.rawValue,
+            engine.epoch == record.epoch.rawValue
+        else { return nil }
+        return engine
+    }
+
+    /// An engine that gives up filling a replica changes no record, which goes on to name it as
+    /// the joiner: the word of the record's own engine counts more, where there is one.
+    func isBeingFilled(_ row: ReplicaRow) -> Bool {
+        guard stored.isJoining(row) else { return false }
+        guard let engine = recordedEngine else { return true }
+        return engine.rebuilds.contains { $0.replicaID == row.id }
+            || engine.replicas.contains { $0.replicaID == row.id && $0.state == "joining" }
+    }
+
+    /// No engine makes it a member, or counts it as one, any more. One that was told to do without
+    /// it, and does not name it, will not choose it again; while it may just be promoting it, that
+    /// is among its rebuilds.
+    func isLetGo(_ row: ReplicaRow) -> Bool {
+        guard !stored.isMember(row) else { return false }
+        guard stored.isJoining(row) else { return true }
+        guard let engine = recordedEngine else { return false }
+        return !engine.rebuilds.contains { $0.replicaID == row.id }
+            && !engine.replicas.contains { $0.replicaID == row.id }
+    }
+
     private func rebuild(_ report: Haptera_V1_RebuildReport) -> Haptera_V1_Rebuild {
         var message = Haptera_V1_Rebuild()
         message.replicaID = report.replicaID

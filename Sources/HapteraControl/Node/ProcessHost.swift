@@ -114,7 +114,8 @@ package struct RealProcessHost: ProcessHost {
     package func isManifestWritten(_ path: String) -> Bool {
         guard let handle = FileHandle(forReadingAtPath: path) else { return false }
         defer { try? handle.close() }
-        return [0, UInt64(Manifest.slotSize)].contains { offset in
+        // The second one where it once was, and where it is.
+        return [0, UInt64(Manifest.slotSizeBefore), UInt64(Manifest.slotSize)].contains { offset in
             guard (try? handle.seek(toOffset: offset)) != nil,
                 let magic = try? handle.read(upToCount: 4), magic.count == 4
             else { return false }

@@ -18,6 +18,8 @@ package struct HistoryEntry: Equatable, Sendable {
 extension MetadataStore {
     /// Changes kept per volume, beside those that are never forgotten.
     package static let historyMax = 10_000
+    /// Bytes of them, as if all were as long as the newest: 10,000 are fewer with many snapshots.
+    static let historyBytesMax = 320 << 20
     /// Changes between two prunings.
     static let historySlack: UInt64 = 256
 
@@ -35,15 +37,18 @@ extension MetadataStore {
     }
 
     func noteHistory(
-        _ db: Database, _ record: VolumeRecord, keeping limit: Int = historyMax
+        _ db: Database, _ record: VolumeRecord, keeping limit: Int = historyMax,
+        bytes: Int = historyBytesMax
     ) throws {
+        let encoded = record.encoded()
         try db.execute(
             sql: "INSERT OR REPLACE INTO history VALUES (?, ?, ?, ?, ?)",
             arguments: [
                 record.volume.text, Int64(record.epoch.rawValue), clock(),
-                Int(record.change.rawValue), Data(record.encoded()),
+                Int(record.change.rawValue), Data(encoded),
             ])
         let epoch = record.epoch.rawValue
+        let limit = min(limit, bytes / encoded.count)
         guard epoch % Self.historySlack == 0, epoch > UInt64(limit) else { return }
         // What people decided stays, and so does what says since when a replica is out.
         let decisions: [VolumeRecord.Change] = [.creation, .salvage, .reconstruction]

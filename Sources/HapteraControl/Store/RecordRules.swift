@@ -31,7 +31,11 @@ package struct RecordRules {
             return "the record lowers the client generation"
         }
         let named = proposed.inSync + [proposed.joining].compactMap { $0 }
-        if !named.allSatisfy(known.contains) { return "the record names an unknown replica" }
+        // A joiner that was given up, and has gone since, stays named until another one joins.
+        let isKnown = named.allSatisfy {
+            known.contains($0) || $0 == proposed.joining && $0 == current.joining
+        }
+        if !isKnown { return "the record names an unknown replica" }
         if Set(named.map(\.replica)).count != named.count {
             return "the record names a replica twice"
         }

@@ -130,11 +130,17 @@ extension MetadataStore {
         }
     }
 
-    /// A replica that was told to leave, and that the record does not name any more, goes.
-    package func finishLeaving(_ id: String, of volume: String) async throws {
+    /// A replica that was told to leave, and that the record of this epoch does not count in any
+    /// more, goes. That may still name it as the joiner: whoever asks knows from its engine that it
+    /// is not. No other record has come since, and none will count it in: it is not known then.
+    package func finishLeaving(
+        _ id: String, of volume: String, after epoch: Epoch?
+    ) async throws {
         _ = try await changeVolume(volume) { db, stored in
             let row = try stored.replica(id)
-            guard row.phase == .leave, !stored.isMember(row), !stored.isJoining(row) else { return }
+            guard row.phase == .leave, !stored.isMember(row), stored.record?.epoch == epoch else {
+                return
+            }
             try self.discard(db, row, of: stored.volume)
         }
     }

@@ -72,6 +72,10 @@ package final class EngineCore {
     /// Somebody may have become ready to join since the last look.
     var mayJoin = true
     var pendingChange: ChangePurpose?
+    /// A request to make that change got no answer: it may have been made, or may be yet.
+    var isChangeInDoubt = false
+    /// Why the store refused it, empty while it has not.
+    var refusalReason = ""
     var isStoreBusy = false
     var isRechecking = false
     var storeRetryAt: Instant?
@@ -426,7 +430,11 @@ package final class EngineCore {
     }
 
     /// Why it stopped, and which record it judged; empty while it has not.
-    package var stopText: String { stopReason?.text(judging: record) ?? "" }
+    package var stopText: String {
+        guard let stopReason else { return "" }
+        let refused = stopReason == .refused ? ", \(proposedRecord.change): \(refusalReason)" : ""
+        return stopReason.text(judging: record) + refused
+    }
 
     func note(_ note: EngineNote) { actions.append(.note(note)) }
 

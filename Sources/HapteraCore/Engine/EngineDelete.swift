@@ -76,6 +76,9 @@ extension EngineCore {
         let heirs = gone.compactMap(remaining)
         for job in 0..<jobsMax where jobs[job].stage != .free {
             let layer = jobs[job].layer
+            // What was copied into such a layer is its heir's on the joiner, too: that is not empty
+            // any more, and zero must be written where it is to hide it (seed 2825886).
+            if jobs[job].kind == .copy, layer != .head { markHeld(jobs[job].region) }
             guard gone.contains(layer) || heirs.contains(layer) else { continue }
             if gone.contains(layer) { jobs[job].layer = nearest(above: layer) }
             jobs[job].unfit = []

@@ -133,7 +133,7 @@ extension EngineCore {
         // Redundant while its Install re-stamps them; the log is what the promise is about.
         let regions = Geometry.regionCount(size: size)
         for region in (installReplies[joiner]?.activeRegions ?? []).map(\.region)
-        where region < regions {
+        where region < regions && !mutations.contains(.deltaIgnoresJoinerLog) {
             markNeeded(region)
         }
         neededTotal = neededCount

@@ -134,6 +134,9 @@ extension EngineCore {
     private func nextLayer(_ job: Int) -> LayerID? {
         let (done, region) = (jobs[job].layer, jobs[job].region)
         guard let record else { return nil }
+        if jobs[job].kind == .copy, done == .head, mutations.contains(.lowerLayersNotCopied) {
+            return record.head
+        }
         if jobs[job].kind == .resolve, let suspects = suspectLayers[region] {
             return suspects.first { $0 > done && record.reaches($0, region) }
         }

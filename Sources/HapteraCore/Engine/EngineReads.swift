@@ -261,6 +261,9 @@ extension EngineCore {
         header.auxiliary = point.epoch.rawValue
         header.sequence = point.sequence
         learnMarks(upTo: point)
+        // Should nothing else be written, nobody would know of what this one has marked. A mark of
+        // this epoch tells, when the store is lost, that nobody who left was taken back.
+        if markedPoint.epoch < epoch { wantFlush() }
         header.offset = markedPoint.epoch.rawValue
         header.tag = markedPoint.sequence.rawValue
         var rest = replied

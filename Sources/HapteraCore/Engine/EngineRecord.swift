@@ -20,6 +20,8 @@ extension EngineCore {
         guard let record else { return }
         precondition(pendingChange == nil && !isStoreBusy)
         pendingChange = purpose
+        isChangeInDoubt = false
+        refusalReason = ""
         proposedRecord = record
         proposedRecord.epoch = record.epoch.next
         proposedRecord.nonce = nextNonce()
@@ -66,6 +68,7 @@ extension EngineCore {
         switch outcome {
         case .unavailable:
             note(.storeUnavailable)
+            isChangeInDoubt = pendingChange != nil
             if mutations.contains(.inDoubtCASAssumedLost), pendingChange != nil {
                 if pendingChange == .remove { dropRemovedUnrecorded() }
                 pendingChange = nil
@@ -74,6 +77,8 @@ extension EngineCore {
             storeRetryAt = now.adding(milliseconds: 200)
         case .notFound:
             stop(.volumeNotFound)
+        case .refused(let reason):
+            refused(reason)
         case .record(let current), .conflict(let current):
             if pendingChange == nil { fetched(current) } else { swapped(current) }
         }
@@ -110,11 +115,37 @@ extension EngineCore {
         guard let record else { return }
         if current.epoch == proposedRecord.epoch && current.nonce == proposedRecord.nonce {
             committed()
+        } else if !refusalReason.isEmpty, current == record {
+            giveUpChange()
         } else if current.epoch <= record.epoch {
             storeRetryAt = now.adding(milliseconds: 50)
         } else {
             stop(.fenced)
         }
+    }
+
+    /// What is proposed must not become the record. If an earlier request for it was not answered,
+    /// that says nothing of the earlier one: the record tells whether it was taken.
+    private func refused(_ reason: String) {
+        guard pendingChange != nil else {
+            storeRetryAt = now.adding(milliseconds: 200)
+            return
+        }
+        refusalReason = reason
+        guard isChangeInDoubt else { return giveUpChange() }
+        isStoreBusy = true
+        actions.append(.storeGet)
+    }
+
+    /// A joiner can be done without, also if a request for it lands yet: both records have the same
+    /// members, and the next change meets the other one and stops this engine. What else is needed
+    /// and refused this engine cannot put right. (After a promotion in doubt it could not even tell
+    /// whose replies count.) Another one begins with what the record says then.
+    private func giveUpChange() {
+        guard pendingChange == .join else { return stop(.refused) }
+        pendingChange = nil
+        dropJoiner(retryMilliseconds: 1000)
+        if isVerifyingPromise { verifyPromise() }
     }
 
     private func committed() {
@@ -134,6 +165,8 @@ extension EngineCore {
                 deadline = now.adding(milliseconds: configuration.removalDeadlineMilliseconds)
             }
             installAll()
+            // Its mark tells that all others know of the removal.
+            wantFlush()
             if mutations.contains(.ackBeforeInstall) { updateRequired() }
         case .join:
             if let joiner { note(.replicaJoining(joiner, proposedRecord.epoch)) }

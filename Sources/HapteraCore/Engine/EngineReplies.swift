@@ -13,6 +13,7 @@ extension EngineCore {
             replicas[slot].owingSince = now
         }
         if header.flags & FrameFlags.logPressure != 0 { isLogPressed = true }
+        replicas[slot].isLayersFull = header.flags & FrameFlags.layersFull != 0
         if header.kind == .flush, header.status == .ok { flushAnswered(slot, header) }
         if header.status == .staleEpoch { return refusedAsStale(slot, header) }
         switch header.kind {

@@ -20,7 +20,7 @@ extension EngineCore {
         guard !scrub.isRunning || scrub.progress.id != progress.id else { return }
         interruptScrub()
         for place in 0..<scrubRegions.count { endRegion(place) }
-        scrub.progress = progress
+        scrub.begin(progress, at: now)
         scrub.isRunning = true
         scrub.cursor = progress.region
         scrub.mapBegin = progress.region

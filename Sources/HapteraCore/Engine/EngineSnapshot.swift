@@ -129,6 +129,8 @@ extension EngineCore {
             beginFinishing()
             return flushSnapshot()
         }
+        // An Install that a member refuses costs the member, and if all do, the volume stands.
+        guard !isAnyLayersFull else { return endSnapshot(.tooManyLayers) }
         // Whoever wanted it held back has given it up.
         if request.hold != 0, !isHoldOpen(request.hold) { return endSnapshot(.notHeld) }
         // A joiner that is about to be a member is one first. And who has no space for a write may
@@ -141,6 +143,14 @@ extension EngineCore {
         propose(request.isRevert ? .revert : .snapshot) {
             $0.freezeHead(request.name, created: request.created, target: target)
         }
+    }
+
+    private var isAnyLayersFull: Bool {
+        var rest = members
+        while let slot = rest.popFirst() {
+            if replicas[slot].isLayersFull { return true }
+        }
+        return false
     }
 
     /// The record says so, and everybody was told: what is sent from here on goes to the new head.

@@ -153,6 +153,9 @@ struct ReplicaState: BitwiseCopyable {
     var isFull = false
     var fullBackoff: UInt64 = 0
     static let fullBackoffRange: ClosedRange<UInt64> = 1000...60_000
+    /// It can't have another layer before it has merged some: so it said last, and only an Install
+    /// makes them more.
+    var isLayersFull = false
     /// Requests without an answer, and since when it owes one.
     var outstanding: Int32 = 0
     var owingSince = Instant.zero

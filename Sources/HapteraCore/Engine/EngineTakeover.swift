@@ -302,15 +302,11 @@ extension EngineCore {
     }
 
     private func mayReinstate(_ departure: VolumeRecord.Departure, _ promised: SlotSet) -> Bool {
-        guard let record, !departure.isKept, departure.partedEpoch == departure.leftEpoch,
-            let slot = slot(of: departure.member.replica), replicas[slot].isConfigured,
+        guard let record, departure.isReinstatable, let slot = slot(of: departure.member.replica),
+            replicas[slot].isConfigured,
             replicas[slot].link == .greeted, member(slot) == departure.member,
             replicas[slot].size <= record.size
         else { return false }
-        switch departure.reason {
-        case .unknown, .disconnected, .silent, .unreachable, .slow: break
-        case .full, .ioError, .protocolError, .rolledBack, .salvaged, .administrator: return false
-        }
         if mutations.contains(.reinstateUnproven) { return true }
         // Nor is it a copy from before: it had promised the epoch in which it flushed that point.
         guard replicas[slot].promise < departure.leftEpoch,
@@ -391,12 +387,13 @@ extension EngineCore {
         sendFlush(allocateSlot(.flush, Operation(kind: .flush, userData: 0)))
     }
 
-    /// Leaves in order: nothing on the way, everything flushed, and the record says so.
+    /// Leaves in order: nothing on the way, everything flushed, and the record says so. While the
+    /// volume is not served it leaves at once, and the record says what it said.
     func advanceDetach() {
         guard isDetaching else { return }
         switch phase {
         case .idle, .fetching, .hearing, .claiming, .installing, .stalled:
-            if pendingChange == nil { stop(.detached) }
+            if pendingChange == nil { stop(record?.isClean == true ? .detached : .left) }
         case .stopped: break
         case .serving:
             if joiner != nil, pendingChange == nil { dropJoiner(retryMilliseconds: 1 << 30) }

@@ -18,6 +18,8 @@ package struct ScrubProgress: Equatable, BitwiseCopyable, Sendable {
 
     package init() {}
 
+    /// More than there is to count: what it is added to does not overflow.
+    private static let countMax: UInt64 = 1 << 56
     /// The fields in the order of `text`.
     private static var fields: [WritableKeyPath<ScrubProgress, UInt64>] {
         [\.id, \.region, \.checked, \.bad, \.repaired, \.lost, \.skipped]
@@ -30,7 +32,9 @@ package struct ScrubProgress: Equatable, BitwiseCopyable, Sendable {
         let words = text.split(separator: ":", omittingEmptySubsequences: false)
         guard words.count == Self.fields.count else { return nil }
         for (field, word) in zip(Self.fields, words) {
-            guard let value = UInt64(word) else { return nil }
+            guard let value = UInt64(word), field == \.id || value <= Self.countMax else {
+                return nil
+            }
             self[keyPath: field] = value
         }
         guard id != 0 else { return nil }
@@ -99,6 +103,14 @@ struct ScrubState {
     var bytesPerSecond: UInt64 = 0
     private var sampledAt = Instant.zero
     private var sampledBlocks: UInt64 = 0
+
+    /// What was checked before belongs to nobody's speed here.
+    mutating func begin(_ progress: ScrubProgress, at now: Instant) {
+        self.progress = progress
+        bytesPerSecond = 0
+        sampledAt = now
+        sampledBlocks = progress.checked
+    }
 
     mutating func sample(_ now: Instant) {
         let elapsed = now.nanoseconds(since: sampledAt)

@@ -124,7 +124,7 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///
 ///     offset  size  header slot (at 0 and, alternating, at 4096; counter % 2 picks the slot)
 ///          0     4  magic      "HPAL"
-///          4     4  format     4; 3 until a flush has covered what format 3 did not
+///          4     4  format     5; 3 until a flush has covered what format 3 did not
 ///          8     8  counter    the higher valid one wins
 ///         16     8  tail       records with a smaller index are no longer needed
 ///         24     8  capacity   records in the ring
@@ -134,16 +134,17 @@ package struct LogRecord: Equatable, BitwiseCopyable, Sendable {
 ///         56     8             its sequence number
 ///         64     4  checksum   CRC32C of bytes 0..<64
 ///
-/// In format 3 flushes of the lowest layer's blocks were not covered. Format 2 knew no covered
-/// records. Format 1 had no stable point and its checksum, of bytes
-/// 0..<48, at 48. All are still read.
+/// In format 4 gaps that power cuts had left were not filled. In format 3 flushes of the lowest
+/// layer's blocks were not covered. Format 2 knew no covered records. Format 1 had no stable point
+/// and its checksum, of bytes 0..<48, at 48. All are still read.
 ///
 /// The ring begins at 8192. A slot is reused only when its old index is below the *durable* tail,
 /// so a replay that begins at whichever header survived finds every record it needs.
 package final class ActivityLog {
     package static let magic: UInt32 = 0x4c41_5048
-    package static let formatVersion: UInt32 = 4
+    package static let formatVersion: UInt32 = 5
     private static let formatPartlyCovered: UInt32 = 3
+    private static let formatCovered: UInt32 = 4
     package static let ringOffset = 8192
     /// 16 MiB of records.
     package static let capacityDefault: UInt64 = 524_288
@@ -155,7 +156,10 @@ package final class ActivityLog {
     private var counter: UInt64
     private var format: UInt32
     /// Whether every flush of data over a trimmed block of the lowest layer has been covered.
-    package var coversLowest: Bool { format >= Self.formatVersion }
+    package var coversLowest: Bool { format >= Self.formatCovered }
+    /// Whether every opening after a power cut has filled what the cut left out (`fillGaps`): no
+    /// record is missing that was stored since the host started.
+    package var isGapless: Bool { format >= Self.formatVersion }
     /// Index of the next record.
     package private(set) var nextIndex: UInt64
     /// The tail of the last header known to be durable.
@@ -210,14 +214,15 @@ package final class ActivityLog {
         stable = header.stable
     }
 
+    /// Nil: it never became durable, is damaged, or its place is another's.
+    private func record(_ index: UInt64) -> LogRecord? {
+        LogRecord(decoding: memory, at: offset(index)).flatMap { $0.index == index ? $0 : nil }
+    }
     /// Hands every record about a region that may still matter to `body`, in index order. A gap is
-    /// a record that
-    /// was never made durable.
+    /// a record that was never made durable, or is damaged: see `firstGap`.
     package func replay(_ body: (LogRecord) throws(StorageError) -> Void) throws(StorageError) {
         for index in durableTail..<durableTail + capacity {
-            guard let record = LogRecord(decoding: memory, at: offset(index)),
-                record.index == index
-            else { continue }
+            guard let record = record(index) else { continue }
             nextIndex = index + 1
             switch record.kind {
             case .flushed: flushed = max(flushed, record.point)
@@ -231,9 +236,7 @@ package final class ActivityLog {
     package func findCovered() -> UInt64 {
         var covered: UInt64 = 0
         for index in durableTail..<durableTail + capacity {
-            guard let record = LogRecord(decoding: memory, at: offset(index)),
-                record.index == index, record.kind == .covered
-            else { continue }
+            guard let record = record(index), record.kind == .covered else { continue }
             covered = max(covered, record.position)
         }
         return covered
@@ -243,8 +246,7 @@ package final class ActivityLog {
     /// under its index: a crash meanwhile leaves some of them as they were.
     package func replaceEntries(_ body: (LogRecord) -> BlockEntry?) {
         for index in durableTail..<nextIndex {
-            guard var record = LogRecord(decoding: memory, at: offset(index)),
-                record.index == index, record.kind == .entry, let entry = body(record)
+            guard var record = record(index), record.kind == .entry, let entry = body(record)
             else { continue }
             record.state = entry.state
             record.checksum = entry.checksum
@@ -304,6 +306,23 @@ package final class ActivityLog {
     }
     /// A covered record of all that was found when the log was opened is durable.
     package func foundIsCovered() { format = Self.formatVersion }
+
+    /// The first record that is missing though later ones are there: after a power cut it was never
+    /// durable, else it is damaged.
+    package var firstGap: UInt64? {
+        (durableTail..<nextIndex).first { record($0) == nil }
+    }
+    /// Puts records that say nothing where a power cut left none, so that a damaged one is noticed
+    /// from here on. Durable with the next sync, and done again if the power fails before.
+    package func fillGaps() {
+        for index in durableTail..<nextIndex where record(index) == nil {
+            var record = LogRecord.covered(0)
+            record.index = index
+            record.encode(to: memory, at: offset(index))
+            storeCount += 1
+        }
+        if coversLowest { format = Self.formatVersion }
+    }
     package func tailBecameDurable(_ tail: UInt64) {
         precondition(tail >= durableTail && tail <= nextIndex)
         durableTail = tail

@@ -31,12 +31,13 @@ struct LayerChain {
         var isShared = false
         /// Retired, and not to be merged at present.
         var isStuck = false
-        /// Retired: its heir, right above it, is the smaller one, and is merged into it.
-        var isDown = false
+        /// Retired: the layer right above it that is merged into it, being the smaller one: its
+        /// heir, or another retired one of the same heir.
+        var taken: LayerID?
         var name: LayerID
         /// Regions that its files have room for, at least.
         var room: UInt64
-        /// Regions that it may hold anything of, by the record; not asked of a retired one.
+        /// Regions that it may hold anything of, by the record that named it last.
         var extent: UInt64
         /// Merged downwards: a bit per region, 1 if nothing of it is left here.
         var absorbed: FixedArray<UInt64>?
@@ -65,6 +66,12 @@ struct LayerChain {
             }
             for id in retired { chain.retire(id) }
         }
+        // What they hold is not known yet: nothing has begun.
+        for place in ids.indices {
+            layers[place].taken = nil
+            layers[place].absorbed = nil
+        }
+        downCount = 0
     }
 
     var count: Int { ids.count }
@@ -77,7 +84,7 @@ struct LayerChain {
     ) {
         body(&self)
         if let record {
-            for place in ids.indices {
+            for place in ids.indices where !isRetired(place) {
                 layers[place].extent = Geometry.regionCount(
                     size: record.size(of: layers[place].name))
             }
@@ -149,6 +156,10 @@ struct LayerChain {
     mutating func remove(_ id: LayerID) {
         let index = existing(id)
         precondition(layers[index].merged != nil)
+        // What it held may be in the layer that took it, wherever that goes next.
+        if index > 0, layers[index - 1].taken == id {
+            layers[index - 1].extent = max(layers[index - 1].extent, layers[index].extent)
+        }
         ids.remove(at: index)
         layers.remove(at: index)
         retiredCount -= 1
@@ -228,26 +239,45 @@ struct LayerChain {
         sharedCount = layers.count { $0.isShared }
         for place in ids.indices { layers[place].isStuck = false }
         if sharedCount > 0 { findStuck() }
-        downCount = 0
+        let before = layers.map(\.taken)
+        for place in ids.indices { layers[place].taken = nil }
+        // What has begun goes on, though the heir be deleted meanwhile: with deletions that come
+        // faster than merges end, nothing would ever end otherwise.
+        for place in ids.indices where mayTake(place) && before[place] == ids[place + 1] {
+            layers[place].taken = before[place]
+        }
+        for place in ids.indices where mayTake(place) && isSmallerAbove(place) {
+            layers[place].taken = ids[place + 1]
+        }
+        downCount = layers.count { $0.taken != nil }
         for place in ids.indices {
-            let wasDown = layers[place].isDown
-            layers[place].isDown = isSmallerAbove(place)
-            if layers[place].isDown { downCount += 1 }
-            guard place + 1 < count, wasDown != layers[place].isDown else { continue }
+            guard place > 0, isDown(place - 1) else {
+                layers[place].absorbed = nil
+                continue
+            }
             // Of an earlier time it may say that something is gone which has come since.
-            layers[place + 1].absorbed =
-                wasDown
-                ? nil : FixedArray(repeating: 0, count: layers[place + 1].map.count)
+            guard before[place - 1] != ids[place] || layers[place].absorbed == nil else { continue }
+            layers[place].absorbed = FixedArray(repeating: 0, count: layers[place].map.count)
         }
     }
-    /// Not into the head's: it is written to, and would never be empty.
-    private func isSmallerAbove(_ place: Int) -> Bool {
-        let heir = place + 1
-        guard isRetired(place), layers[place].heir == heir, heir < count - 1,
-            layers[heir].below == place, !layers[place].isStuck
+    /// Whether the layer right above it may be merged into the one at `place`. Not the head: it is
+    /// written to, and would never be empty.
+    private func mayTake(_ place: Int) -> Bool {
+        let upper = place + 1
+        guard isRetired(place), upper < count - 1, layers[upper].below == place,
+            !layers[place].isStuck, !layers[upper].isStuck, layers[place].heir >= upper,
+            isDown(place) || !isDown(upper) && (place == 0 || !isDown(place - 1))
         else { return false }
-        // As large as the heir's files have to be, whatever is in them: they will be its files.
-        return layers[heir].extent <= layers[place].room && known(heir) <= known(place)
+        guard layers[place].heir == upper || layers[upper].heir == layers[place].heir else {
+            return false
+        }
+        // As large as its files have to be, whatever is in them.
+        return layers[upper].extent <= layers[place].room
+    }
+    /// Of two that are retired the lower one is then to take their heir as well.
+    private func isSmallerAbove(_ place: Int) -> Bool {
+        let heir = layers[place].heir
+        return heir < count - 1 && known(place + 1) <= known(place) && known(heir) <= known(place)
     }
     /// How many regions the layer may know.
     private func known(_ place: Int) -> Int {
@@ -270,11 +300,21 @@ struct LayerChain {
     // MARK: merging downwards
 
     private(set) var downCount = 0
-    func isDown(_ index: Int) -> Bool { layers[index].isDown }
+    func isDown(_ index: Int) -> Bool { layers[index].taken != nil }
     /// What is under the layer is answered with it, not merged first.
     func isFoldDue(_ index: Int) -> Bool {
         let below = layers[index].below
-        return below >= 0 && (isStuck(below) || layers[below].isDown)
+        return below >= 0 && isStuck(below) || isDown(under: index)
+    }
+    /// Of what the layer at `index` is heir of, something is merged downwards, or it is itself.
+    func isDown(under index: Int) -> Bool {
+        guard downCount > 0 else { return false }
+        var lower = below(index)
+        while lower >= 0, isRetired(lower) {
+            if isDown(lower) { return true }
+            lower = below(lower)
+        }
+        return false
     }
     /// Nothing of the region is left in the layer, which is merged downwards.
     func markAbsorbed(_ id: LayerID, _ region: UInt64) {

@@ -37,9 +37,12 @@ package struct ReplicaIdentity: Equatable, Sendable {
     }
 }
 
-/// The durable heart of a replica: identity, promise, layer chain. Two slots of 64 KiB; the valid
+/// The durable heart of a replica: identity, promise, layer chain. Two slots of 256 KiB; the valid
 /// one with the higher counter counts. A write goes to slot counter % 2, and when that is durable
 /// to the other: at rest both hold the same, and rot in one takes nothing back.
+///
+/// A file of less than 512 KiB, 128 at least, is of before records grew: its slots have 64 KiB.
+/// Opening the copy lets it grow (`ReplicaCore.widenManifest`).
 ///
 ///     offset  size  slot
 ///          0     4  magic      "HPMF"
@@ -53,12 +56,21 @@ package struct ReplicaIdentity: Equatable, Sendable {
 ///                              (16), boot (16), clean (1), layers, in format 3 names that differ
 ///                              (number, name), installed record (bytes, as a list)
 package struct Manifest: Equatable, Sendable {
-    package static let slotSize = 64 << 10
+    package static let slotSize = 256 << 10
     package static let fileSize = UInt64(2 * slotSize)
+    package static let slotSizeBefore = 64 << 10
+    package static let fileSizeBefore = UInt64(2 * slotSizeBefore)
     package static let magic: UInt32 = 0x464d_5048
     package static let formatVersion: UInt32 = 2
     package static let formatVersionNamed: UInt32 = 3
     private static let bodyOffset = 24
+    /// Two open files each. Beside the largest record, and if each has a name of its own, four
+    /// times as many would fit. An Install that would add more is refused.
+    package static let layersMax = 2600
+    /// How many fit beside this record, with room for it to grow while no layer may be added.
+    package static func layersMost(beside record: VolumeRecord) -> Int {
+        max(layersMax, (slotSize - 8192 - record.encoded().count) / 12)
+    }
 
     package var counter: UInt64 = 0
     package var identity: ReplicaIdentity
@@ -97,9 +109,17 @@ package struct Manifest: Equatable, Sendable {
         guard let installed else { return [] }
         return layers.filter { installed.layers.index(ofLayer: name(of: $0)) == nil }
     }
-    package var slotOffset: UInt64 { UInt64(slot * Self.slotSize) }
+    package static func slotSize(ofFile size: UInt64) -> Int {
+        size < fileSize ? slotSizeBefore : slotSize
+    }
+    package func slotOffset(_ slotSize: Int = slotSize) -> UInt64 { UInt64(slot * slotSize) }
     /// Where it is written first; then the other slot gets the same.
     package var slot: Int { Int(counter % 2) }
+    /// What it may grow to without another Install: each layer may get a name of its own.
+    package func fits(_ slotSize: Int) -> Bool {
+        let fixed = Self.bodyOffset + 164 + identity.name.utf8.count
+        return fixed + 12 * layers.count + (installed?.encoded().count ?? 0) <= slotSize
+    }
 
     /// Bytes to write at `slotOffset`, padded to whole 4 KiB.
     package func encoded() -> [UInt8] {
@@ -173,9 +193,11 @@ package struct Manifest: Equatable, Sendable {
         boot = BootID(high: r.read(UInt64.self), low: r.read(UInt64.self))
         let clean = r.read(UInt8.self)
         isClean = clean == 1
-        layers = (0..<r.readCount(limit: 4096)).map { _ in LayerID(rawValue: r.read(UInt32.self)) }
+        // Earlier versions knew no limit but the slot's.
+        let limit = Self.slotSizeBefore / 4
+        layers = (0..<r.readCount(limit: limit)).map { _ in LayerID(rawValue: r.read(UInt32.self)) }
         if isNamed {
-            for _ in 0..<r.readCount(limit: 4096) {
+            for _ in 0..<r.readCount(limit: limit) {
                 let layer = LayerID(rawValue: r.read(UInt32.self))
                 names[layer] = LayerID(rawValue: r.read(UInt32.self))
             }
@@ -206,6 +228,7 @@ package struct Manifest: Equatable, Sendable {
     /// Chooses between the two slots, `memory` being the whole file or as much of it as there is.
     package static func load(_ memory: RawMemory) -> Loaded {
         var newest: Manifest?
+        let slotSize = slotSize(ofFile: UInt64(memory.count))
         for slot in 0..<2 where memory.count >= (slot + 1) * slotSize {
             let bytes = memory.slice(slot * slotSize, slotSize)
             guard let found = Manifest(decoding: bytes) else { continue }

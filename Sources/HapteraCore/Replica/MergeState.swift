@@ -43,11 +43,13 @@ struct MergeJob: BitwiseCopyable {
     var coverIndex: UInt64 = 0
 
     static let jobsMax = 8
-    /// Regions begun in the background per tick (100 ms): one at a time beside requests, which are
-    /// felt by whoever waits for the disk; more when there were fewer than this since the last.
-    static let perBusyTick = 1
+    /// Regions begun in the background per tick (100 ms) if there were no more requests than these
+    /// since the last one. Beside more it is for the throttle to say.
     static let perIdleTick = 32
     static let idleRequests: UInt64 = 4
+    /// Of more retired layers than these each has another region begun per tick, whatever clients
+    /// feel of it: deletions would come faster than merges end, and layers be ever more.
+    static let backlogUnnoticed = 2
     static let retryMilliseconds: UInt64 = 100
 }
 
@@ -55,8 +57,21 @@ struct MergeJob: BitwiseCopyable {
 struct MergeState {
     /// Requests for regions that are not merged.
     var waiting = SlotQueue()
+    /// Regions that may be begun before the next tick, whatever the throttle says.
     var budget = 0
     var isBusy = false
+    /// Nothing was found to begin: not again before the next tick.
+    var isIdle = false
+    /// By what clients' requests take: with merges, and what they took without.
+    var throttle = CopyThrottle()
+    /// Emptied, and not yet drained and punched; perhaps some that have been.
+    var owed: [LayerRegion] = []
+    /// Theirs: right once a tick; meanwhile what else gives space back counts as theirs, too.
+    var owedBlocks = 0
+    /// No more are begun in the background: so much space is taken twice, that of 32 regions.
+    var owedBlocksMax = 32 * Geometry.blocksPerRegion
+    /// They drain at once: merges wait for that.
+    var isDrainDue = false
     /// `nextNumber` at the last tick.
     var lastNumber: UInt64 = 0
     var regionsMerged: UInt64 = 0

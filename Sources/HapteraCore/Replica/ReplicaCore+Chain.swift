@@ -12,7 +12,7 @@ extension ReplicaCore {
     func owner(_ table: RawMemory, _ block: Int) -> Int {
         Int(table.load(UInt32.self, block * BlockEntry.size) >> 8)
     }
-    private func setOwner(_ table: RawMemory, _ block: Int, _ owner: Int) {
+    func setOwner(_ table: RawMemory, _ block: Int, _ owner: Int) {
         let word = table.load(UInt32.self, block * BlockEntry.size) & 0xff
         table.store(word | UInt32(owner) << 8, block * BlockEntry.size)
     }
@@ -34,18 +34,23 @@ extension ReplicaCore {
         }
         while requests[index].layersLeft > 0 {
             let place = Int(requests[index].layersLeft) - 1
+            if takeView(slot, place, into: table) { continue }
             if chain.mayHold(place, requests[index].region) {
                 let layer = chain.id(place)
-                guard let frame = residentFrame(slot, layer, requests[index].region) else { return }
+                guard let frame = residentFrame(slot, layer, requests[index].region) else {
+                    return loadAhead(slot, below: place)
+                }
                 let isComplete = take(
                     cache.entries(frame), blocks, owner: place + 1, into: table)
                 requests[index].birth = max(
                     requests[index].birth, cache.frames[Int(frame)].birth)
+                keepView(slot, place, cache.entries(frame))
                 // Nothing is asked again, should the data have to wait for buffers. A digest's
                 // birth is the latest of all.
                 let isDone = isComplete && header.kind != .digest
                 requests[index].layersLeft = isDone ? 0 : placeBelow(slot, place)
             } else {
+                keepView(slot, place, nil)
                 requests[index].layersLeft = placeBelow(slot, place)
             }
         }

@@ -91,7 +91,7 @@ extension ReplicaCore {
         let bytes = manifest.encoded()
         let block = MemoryBlock(count: bytes.count)
         block.memory.copy(from: bytes)
-        try storage.write(.manifest, offset: manifest.slotOffset, from: block.memory)
+        try storage.write(.manifest, offset: manifest.slotOffset(), from: block.memory)
         try storage.sync(.manifest)
     }
 
@@ -139,7 +139,10 @@ extension ReplicaCore {
         do throws(StorageError) {
             try storage.create(file, size: size)
         } catch {
-            guard error.code == .exists, try storage.size(file) == size else { throw error }
+            guard error.code == .exists else { throw error }
+            // A making that was cut short before records grew.
+            if file == .manifest { try storage.extend(file, size: size) }
+            guard try storage.size(file) == size else { throw error }
         }
     }
 
@@ -177,12 +180,45 @@ extension ReplicaCore {
         _ manifest: Manifest, _ storage: ReplicaStorage
     ) throws(StorageError) {
         // As they are, not as they would be encoded today: a torn write of them changes nothing.
-        let slot = MemoryBlock(count: manifest.encoded().count)
-        let count = try storage.read(.manifest, offset: manifest.slotOffset, into: slot.memory)
+        let bytes = manifest.encoded()
+        let slot = MemoryBlock(count: bytes.count)
+        let offset = manifest.slotOffset(Manifest.slotSize(ofFile: try storage.size(.manifest)))
+        let count = try storage.read(.manifest, offset: offset, into: slot.memory)
         guard count == slot.memory.count else {
             throw StorageError(.damaged, "manifest: has an end at \(count)")
         }
-        try storage.write(.manifest, offset: manifest.slotOffset, from: slot.memory)
+        // Found in the other slot only: the next change would go there, and leave none if it tore.
+        if Manifest(decoding: slot.memory) != manifest { slot.memory.copy(from: bytes) }
+        try storage.write(.manifest, offset: offset, from: slot.memory)
+        try storage.sync(.manifest)
+    }
+
+    /// Of before records grew: the slots get as large as they are now. Without space for that they
+    /// stay as they are, and an Install whose manifest does not fit is refused.
+    ///
+    /// What a crash leaves, the manifest being durable in its slot:
+    /// 1. slot 0, which is where it was, gets it, too -> old slots; if torn, the other one counts
+    /// 2. the file grows                              -> old or new slots; slot 0 counts in both
+    /// 3. the new slot 1 gets it                      -> new slots, slot 0 counts
+    static func widenManifest(
+        _ manifest: Manifest, _ storage: ReplicaStorage
+    ) throws(StorageError) {
+        guard try storage.size(.manifest) < Manifest.fileSize else { return }
+        let bytes = manifest.encoded()
+        let block = MemoryBlock(count: bytes.count)
+        block.memory.copy(from: bytes)
+        if manifest.slot != 0 {
+            try storage.write(.manifest, offset: 0, from: block.memory)
+            try storage.sync(.manifest)
+        }
+        do throws(StorageError) {
+            try storage.extend(.manifest, size: Manifest.fileSize)
+        } catch {
+            guard error.code == .noSpace else { throw error }
+            return
+        }
+        try storage.sync(.manifest)
+        try storage.write(.manifest, offset: UInt64(Manifest.slotSize), from: block.memory)
         try storage.sync(.manifest)
     }
 
@@ -191,11 +227,11 @@ extension ReplicaCore {
         -> Manifest.Loaded
     {
         guard let size = try fileSize(storage, .manifest) else { return .neverWritten }
-        guard size == Manifest.fileSize else {
+        guard Manifest.fileSizeBefore...Manifest.fileSize ~= size else {
             // Created and not yet extended, or not ours.
             return size == 0 ? .neverWritten : .damaged
         }
-        let block = MemoryBlock(count: Int(Manifest.fileSize))
+        let block = MemoryBlock(count: Int(size))
         let count = try storage.read(.manifest, offset: 0, into: block.memory)
         guard count == block.memory.count else { return .damaged }
         return Manifest.load(block.memory)

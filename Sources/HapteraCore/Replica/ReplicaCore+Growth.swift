@@ -75,13 +75,20 @@ extension ReplicaCore {
     func adoptSize(_ made: Manifest) {
         growth.prepared =
             made.head > chain.head ? made.size : max(growth.prepared, made.size(of: made.head))
-        guard made.size > size else { return }
-        size = made.size
-        regionCount = Geometry.regionCount(size: size)
-        chain.grow(regionCount: regionCount)
-        cache.grow(
-            frameCount: Self.frameCount(
-                most: options.framesMax, regions: regionCount, layers: made.layers.count))
+        if made.size > size {
+            size = made.size
+            regionCount = Geometry.regionCount(size: size)
+            chain.grow(regionCount: regionCount)
+        }
+        growCache(layers: made.layers.count)
+    }
+
+    /// With layers and regions, to half as much again at least: snapshots come one by one.
+    private func growCache(layers: Int) {
+        let most = options.framesMax
+        let needed = Self.frameCount(most: most, regions: regionCount, layers: layers)
+        guard needed > cache.frames.count else { return }
+        cache.grow(frameCount: min(most, max(needed, cache.frames.count / 2 * 3)))
     }
 
     /// Enough for all there is, and for some layers that are still to come.

@@ -138,6 +138,16 @@ extension ReplicaCore {
         // Those of an Install refused before the volume grew are too small.
         if record.size != layersMadeSize { layersMade = [] }
         layersMadeSize = record.size
+        // Nothing has changed yet: merges make room, as space that comes back does. But who was
+        // away learns only by the record which of its layers are gone, and merges them then.
+        let layers = manifest.layers.count + record.layers.count { $0 > chain.head }
+        let most =
+            record.joining == identity.member
+            ? Manifest.layersMost(beside: record) : options.layersMax
+        guard layers <= most || record.head == chain.head, fitsManifest(record) else {
+            endInstall(refusing: .noSpace)
+            return false
+        }
         for layer in record.layers where layer > chain.head && !layersMade.contains(layer) {
             guard layerOperations == 0 else { return false }
             layerOperations = 1
@@ -147,6 +157,14 @@ extension ReplicaCore {
             return false
         }
         return true
+    }
+    /// Any does but in slots that there was no space to widen.
+    private func fitsManifest(_ record: VolumeRecord) -> Bool {
+        if manifestSlotSize == Manifest.slotSize { return true }
+        var proposal = manifest
+        proposal.installed = record
+        proposal.layers += record.layers.filter { $0 > chain.head }
+        return proposal.fits(manifestSlotSize)
     }
     func layerStepEnded(_ operation: DiskOperation, _ result: Int) {
         let layer = operation.layer
@@ -305,7 +323,7 @@ extension ReplicaCore {
             .manifestWrite, index: 0, buffer: buffer, length: bytes.count)
         actions.append(
             .write(
-                .manifest, offset: UInt64(slot * Manifest.slotSize), length: bytes.count,
+                .manifest, offset: UInt64(slot * manifestSlotSize), length: bytes.count,
                 buffer: buffer, bufferOffset: 0, token: token))
         return true
     }

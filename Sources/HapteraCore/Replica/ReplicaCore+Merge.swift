@@ -11,7 +11,8 @@
 // 4. Y's data and the log are synced, and a covered record is   -> torn data of Y gives way to X's,
 //    durable                                                       or Y's is there for good
 // 5. X's entries are recorded as absent                         -> as 3, or merged
-// 6. X's space is given back once its region has drained
+// 6. X's space is given back once its region has drained, which it does at once: so much space,
+//    and no more, is taken twice (`owedBlocksMax`)
 // A block goes over as it is, entry and bytes: one that is damaged stays known to be. One that
 // cannot be read stays where it is, and its region with it.
 //
@@ -19,7 +20,8 @@
 // change places, and all that Y holds is moved, over what it hides of X. A crash in step 2 leaves
 // bytes in X that are not what its entries say, under blocks of Y; they are written again. When Y
 // is empty, X gets its name. A change of Y in a region of which X holds something has the region
-// merged upwards first: each region may go either way at any time.
+// merged upwards first: each region may go either way at any time. If Y is deleted meanwhile, too,
+// it goes on as it is, and the next heir has its turn when Y, which leaves no name, is gone.
 //
 // A layer of which nothing is left leaves the manifest; then its files are deleted. A crash in
 // between leaves files that opening deletes.
@@ -36,8 +38,28 @@ extension ReplicaCore {
     func tickMerges() {
         merge.isBusy = nextNumber - merge.lastNumber > MergeJob.idleRequests
         merge.lastNumber = nextNumber
-        merge.budget = merge.isBusy ? MergeJob.perBusyTick : MergeJob.perIdleTick
+        let backlog = max(0, chain.retiredCount - MergeJob.backlogUnnoticed)
+        merge.budget = merge.isBusy ? min(backlog, MergeJob.perIdleTick) : MergeJob.perIdleTick
+        countOwed()
+        // Tables of many layers may have to be synced for little space: not before it is much, or
+        // nothing else is to be done.
+        let isMuch = merge.owedBlocks >= merge.owedBlocksMax / 2
+        if isMuch || merge.isIdle && !merge.owed.isEmpty { merge.isDrainDue = true }
+        // The throttle knows of a merge from the next tick on.
+        merge.isIdle = chain.retiredCount == 0
+        merge.throttle.advance(
+            now, isCopying: false, isScrubbing: chain.retiredCount > 0 && isMergeDue)
         merge.isRemovalDue = true
+    }
+    /// A client's request has been answered.
+    func learnLatency(_ slot: Int32) {
+        let header = requests[Int(slot)].header
+        guard chain.count > 1, header.flags & FrameFlags.resync == 0,
+            header.kind == .read || header.kind == .write || header.kind == .setState
+        else { return }
+        merge.throttle.completed(
+            isRead: header.kind == .read,
+            nanoseconds: now.nanoseconds(since: requests[Int(slot)].begun))
     }
 
     /// At the end of every step.
@@ -90,32 +112,50 @@ extension ReplicaCore {
     }
 
     private func beginInBackground() {
-        guard merge.budget > 0, shutdown == .none, currentInstall < 0, now >= merge.notBefore,
+        guard !merge.isIdle, shutdown == .none, currentInstall < 0, now >= merge.notBefore,
             !isUnderPressure
         else { return }
-        while merge.budget > 0, !merge.isBusy || runningJobs == 0, let job = freeJob {
+        while mayBegin(), let job = freeJob {
             guard let (heir, region, isDown) = nextToMerge() else {
-                merge.budget = 0
+                merge.isIdle = true
                 return
             }
-            merge.budget -= 1
+            if merge.budget > 0 {
+                merge.budget -= 1
+            } else if merge.isBusy {
+                // Only what it has let through: else it would have ever more to make up for.
+                merge.throttle.began(bytes: Geometry.regionSize)
+            }
             begin(job, heir, region, isDown: isDown)
         }
     }
+    private func mayBegin() -> Bool {
+        let running = runningJobs
+        guard
+            merge.budget > 0
+                || merge.isBusy && merge.throttle.mayBegin(now, running: running)
+        else { return false }
+        return running * Geometry.blocksPerRegion + merge.owedBlocks < merge.owedBlocksMax
+    }
     private func nextToMerge() -> (heir: LayerID, region: UInt64, isDown: Bool)? {
+        // Of many layers one after the other have the same heir.
+        var known = -1
+        var isKnownDue = false
         for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
             for index in 0..<chain.count where chain.isRetired(index) && !chain.isStuck(index) {
                 guard let heir = chain.heirPlace(index) else { continue }
                 let isDown = chain.isDown(index)
-                // What is below one that its heir goes over to waits for that.
-                if !isDown, chain.isFoldDue(heir) { continue }
+                // What else the heir gets waits for those that go down.
+                if known != heir { (known, isKnownDue) = (heir, chain.isFoldDue(heir)) }
+                if !isDown, isKnownDue { continue }
+                let upper = isDown ? index + 1 : heir
                 var start = from
                 while start < regionCount,
                     let region = isDown
-                        ? chain.nextToAbsorb(heir, from: start)
+                        ? chain.nextToAbsorb(upper, from: start)
                         : chain.nextUnmerged(index, from: start)
                 {
-                    if !isMerging(region) { return (chain.id(heir), region, isDown) }
+                    if !isMerging(region) { return (chain.id(upper), region, isDown) }
                     start = region + 1
                 }
             }
@@ -150,7 +190,8 @@ extension ReplicaCore {
     /// The nearest layer first: what it holds hides the ones below.
     private func prepare(_ job: Int) {
         guard shutdown == .none, currentInstall < 0, merge.leaving.isEmpty else { return }
-        guard let place = chain.index(of: mergeJobs[job].heir), !chain.isRetired(place),
+        guard let place = chain.index(of: mergeJobs[job].heir),
+            mergeJobs[job].isDown || !chain.isRetired(place),
             let below = placeBelow(job, place), !chain.isStuck(below)
         else { return end(job) }
         if mergeJobs[job].layer != chain.id(below) {
@@ -382,14 +423,21 @@ extension ReplicaCore {
         let source = mergeJobs[job].source
         let first = mergeJobs[job].region * UInt64(Geometry.blocksPerRegion)
         var held = BlockSet()
+        var unneeded: Range<Int>?
         for block in 0..<Geometry.blocksPerRegion {
             let state = cache.entry(source, block).state
             guard state != .absent else { continue }
             held[block] = true
             cache.setEntry(source, block, .absent)
-            if state != .zero { cache.frames[Int(source)].unneeded[block] = true }
+            if state != .zero { unneeded = (unneeded?.lowerBound ?? block)..<block + 1 }
         }
-        if !held.isEmpty { statesChanged(mergeJobs[job].from, mergeJobs[job].region) }
+        // Nothing is left between them: one punch gives all of it back.
+        for block in unneeded ?? 0..<0 { cache.frames[Int(source)].unneeded[block] = true }
+        if let unneeded { owe(mergeJobs[job].from, mergeJobs[job].region, unneeded.count) }
+        if !held.isEmpty {
+            statesChanged(mergeJobs[job].from, mergeJobs[job].region)
+            entriesChange(mergeJobs[job].from, mergeJobs[job].region)
+        }
         while let run = held.firstRun() {
             for block in run { held[block] = false }
             log.appendReserved(

@@ -51,7 +51,11 @@ extension ReplicaCore {
 
     func pageLoaded(_ frame: Int32, _ buffer: BufferID, _ result: Int) {
         defer { pool.release(buffer) }
+        let isWanted =
+            !cache.frames[Int(frame)].isAhead || !cache.frames[Int(frame)].waiters.isEmpty
         guard result == TablePage.pairSize else {
+            // Whoever wants it, if anybody does, asks again and is told.
+            guard isWanted else { return cache.release(frame) }
             var queue = cache.frames[Int(frame)].waiters
             cache.frames[Int(frame)].waiters = SlotQueue()
             let region = cache.frames[Int(frame)].region
@@ -64,7 +68,13 @@ extension ReplicaCore {
             return
         }
         guard cache.fill(frame, fromPair: pool.memory(buffer)), !cache.frames[Int(frame)].isTorn
-        else { return fail(.tableUnreadable(region: cache.frames[Int(frame)].region)) }
+        else {
+            guard isWanted else { return cache.release(frame) }
+            return fail(.tableUnreadable(region: cache.frames[Int(frame)].region))
+        }
+        if cache.frames[Int(frame)].version <= 1 {
+            cache.frames[Int(frame)].slotsTicket = failedSlotsTicket
+        }
         wake(frame)
     }
 
@@ -162,6 +172,7 @@ extension ReplicaCore {
         chain.mark(layer, cache.frames[Int(frame)].region)
         guard result == TablePage.pairSize else {
             log.unreserve(1)
+            failedSlotsTicket = syncs[FileSync.table].written
             cache.frames[Int(frame)].state = .clean
             var queue = cache.frames[Int(frame)].waiters
             cache.frames[Int(frame)].waiters = SlotQueue()
@@ -277,6 +288,7 @@ extension ReplicaCore {
         }
         let layer = cache.frames[Int(frame)].layer
         chain.willHold(layer, cache.frames[Int(frame)].region)
+        entriesChange(layer, cache.frames[Int(frame)].region)
         log.append(
             .entry(
                 layer: layer, block: header.offset / UInt64(Geometry.blockSize),
@@ -308,6 +320,10 @@ extension ReplicaCore {
         guard result == Int(header.length) else {
             // Whatever is there now, the old checksums stand: the blocks are doubtful.
             log.unreserve(blocks.count)
+            // It may hold space under entries that need none.
+            for block in blocks where !cache.entry(frame, block).state.keepsSpace {
+                cache.frames[Int(frame)].unneeded[block] = true
+            }
             unpin(slot)
             return finish(slot, status(ofError: result))
         }
@@ -331,6 +347,7 @@ extension ReplicaCore {
             cache.frames[Int(frame)].freshTicket = cache.frames[Int(frame)].dataTicket
         }
         chain.willHold(layer, region)
+        entriesChange(layer, region)
         let first = region * UInt64(Geometry.blocksPerRegion)
         log.appendReserved(
             .entry(layer: layer, block: first + UInt64(block), count: 1, entry))

@@ -9,7 +9,8 @@
 /// 3. active regions get the promise as birth: they may have been written in any epoch up to it
 /// 4. active regions whose slots a power cut took get empty ones again     -> an empty page or none
 /// 5. if the host has restarted, records of upper layers whose data no flush covered and the disk
-///    has not are undone in the log (`dropUnsynced`)         -> the rest is found to be so again
+///    has not are undone in the log (`dropUnsynced`), and what is missing between records is filled
+///    (`fillGaps`); if it has not, a missing one is damage   -> the rest is found to be so again
 /// 6. log, table and manifest are synced: activations and pages that a killed process left unsynced
 ///    are relied upon from here, and the log's tail may pass the records of such pages. The
 ///    manifest's bytes are written once more: after a failed sync another one would say nothing
@@ -27,6 +28,7 @@ package struct OpenedReplica {
     private let pair = MemoryBlock(count: TablePage.pairSize)
     /// Records below are durable with their data.
     let covered: UInt64
+    private(set) var manifestSlotSize = Manifest.slotSize
     /// Some record that matters is not: the next flush has to say what it covers.
     var hasUncovered: Bool {
         !log.coversLowest || bases.states.values.contains { !$0.isEmpty }
@@ -64,7 +66,8 @@ package struct OpenedReplica {
         log = try ActivityLog(opening: try storage.mapLog(size: Int(logSize)))
         cache = TableCache(
             frameCount: ReplicaCore.frameCount(
-                most: options.framesMax, regions: regions, layers: manifest.layers.count))
+                most: options.framesMax, regions: regions, layers: manifest.layers.count),
+            most: options.framesMax)
         let tree = manifest.installed?.tree ?? LayerTree()
         let head = manifest.head
         let retired = manifest.retiredLayers.filter { $0 < head }
@@ -74,6 +77,8 @@ package struct OpenedReplica {
         covered = manifest.layers.count > 1 || log.coversLowest ? log.findCovered() : 0
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
+        let isRebooted = manifest.boot != options.bootID
+        if !isRebooted, !options.mutations.contains(.damagedRecordIsGap) { try lookForDamage() }
         try finish()
         // Which way layers are merged is known when it is known what they hold.
         chain.change(tree, manifest.installed) { _ in }
@@ -84,16 +89,26 @@ package struct OpenedReplica {
                 .data(layer), size: ReplicaCore.dataSize(manifest.size(of: layer)))
         }
         try makeSlots()
-        if manifest.boot != options.bootID { dropUnsynced() }
+        if isRebooted { dropUnsynced() }
+        if isRebooted || !log.isGapless { log.fillGaps() }
         try storage.sync(.log)
         for layer in manifest.layers { try storage.sync(.table(layer)) }
         try ReplicaCore.makeDurable(manifest, storage)
+        try ReplicaCore.widenManifest(manifest, storage)
+        manifestSlotSize = Manifest.slotSize(ofFile: try storage.size(.manifest))
         try lookBeneath(options.mutations)
         // Files that a crash has kept of layers that had left the manifest.
         for layer in try storage.layersPresent()
         where layer < manifest.head && chain.index(of: layer) == nil {
             try storage.remove(layer)
         }
+    }
+
+    /// What a process stores outlives it. Taken for never made, a record would leave a block as it
+    /// was before: flushed data that the other copies could lose to this one.
+    private func lookForDamage() throws(StorageError) {
+        guard log.isGapless, let gap = log.firstGap else { return }
+        throw StorageError(.damaged, "activity.log: record \(gap) is damaged")
     }
 
     /// Returns the size it has.

@@ -134,6 +134,7 @@ extension ReplicaCore {
         let index = Int(slot)
         requests[index].phase = .started
         requests[index].number = nextNumber
+        requests[index].begun = now
         nextNumber += 1
         startedCount += 1
         // Asked now: an Install before it on its connection may have made the layer.
@@ -240,6 +241,7 @@ extension ReplicaCore {
     func end(_ slot: Int32) {
         let index = Int(slot)
         precondition(requests[index].operationsLeft == 0)
+        learnLatency(slot)
         unpin(slot)
         if requests[index].isMutation { unlinkMutation(slot) }
         if requests[index].phase == .started { startedCount -= 1 }
@@ -338,6 +340,7 @@ extension ReplicaCore {
         var header = requests[Int(slot)].header.reply(
             status, epoch: max(promise, admittedEpoch))
         if isUnderPressure { header.flags |= FrameFlags.logPressure }
+        if chain.count >= options.layersMax { header.flags |= FrameFlags.layersFull }
         if requests[Int(slot)].wasParked { header.auxiliary |= MutationReply.wasParked }
         return header
     }

@@ -62,6 +62,37 @@ extension ReplicaCore {
         }
     }
 
+    // MARK: space that is taken twice
+
+    /// The region was emptied, and its blocks are elsewhere.
+    func owe(_ layer: LayerID, _ region: UInt64, _ blocks: Int) {
+        let before = merge.owedBlocks
+        merge.owed.append(LayerRegion(layer, region))
+        merge.owedBlocks += blocks
+        // Merges will have to wait for it, or whoever waits for merges takes more than they may.
+        for limit in [merge.owedBlocksMax / 2, merge.owedBlocksMax]
+        where before < limit && merge.owedBlocks >= limit { merge.isDrainDue = true }
+    }
+    /// What has yet to be given back. Not by those that can't drain before a point that is to come
+    /// is stable: who was written to so lately is not many, and the point may be long in coming.
+    func countOwed() {
+        guard !merge.owed.isEmpty else { return merge.owedBlocks = 0 }
+        var blocks = 0
+        merge.owed.removeAll { owed in
+            guard let frame = cache.find(owed.layer, owed.region),
+                !cache.frames[Int(frame)].unneeded.isEmpty
+            else { return true }
+            if cache.frames[Int(frame)].state == .active,
+                cache.frames[Int(frame)].lastWrite > stablePoint
+            {
+                return true
+            }
+            blocks += cache.frames[Int(frame)].unneeded.count
+            return false
+        }
+        merge.owedBlocks = blocks
+    }
+
     // MARK: layers that are empty
 
     func removeLayers() {
@@ -86,6 +117,8 @@ extension ReplicaCore {
         var empty: [LayerID] = []
         for index in 0..<chain.count where chain.isRetired(index) {
             let layer = chain.id(index)
+            // It may have gone over to the one below, and upwards as well.
+            if empty.last == layer { continue }
             if chain.nextUnmerged(index, from: 0) == nil, isForgettable(layer) {
                 empty.append(layer)
             } else if chain.isDown(index), chain.nextToAbsorb(index + 1, from: 0) == nil,

@@ -121,13 +121,12 @@ extension ReplicaCore {
             let place = chain.place(named: requests[Int(slot)].header.layer),
             !options.mutations.contains(.foldIgnored)
         else { return false }
-        let below = chain.below(place)
         // Also where there is nothing under it yet: what is in it may go there any moment.
-        if below >= 0, chain.isDown(below) { return true }
+        if chain.isDown(under: place) { return true }
         return chain.unmerged(under: place, requests[Int(slot)].region).map(chain.isStuck) ?? false
     }
     /// Only a client's read sees through the layers below.
-    private func isFold(_ slot: Int32) -> Bool {
+    func isFold(_ slot: Int32) -> Bool {
         let header = requests[Int(slot)].header
         return header.kind != .read || header.flags & FrameFlags.resync != 0
     }

@@ -75,7 +75,8 @@ extension ReplicaCore {
         switch upkeep.phase {
         case .idle:
             let isDue = upkeep.isTickDue
-            guard isDue || isLogFilling || isCrowded || shutdown == .draining else { return false }
+            guard isDue || isLogFilling || isCrowded || merge.isDrainDue || shutdown == .draining
+            else { return false }
             upkeep.isTickDue = false
             if now >= upkeep.notBefore { collect(isTick: isDue) }
             if upkeep.count == 0 {
@@ -137,6 +138,7 @@ extension ReplicaCore {
         upkeep.count = 0
         upkeep.ticket = 0
         if isLogFilling { collectOldest() }
+        if merge.isDrainDue { collectOwed() }
         if isTick, !sharing.isEmpty { collectShared() }
         if isTick || isCrowded || shutdown == .draining { collectIdle() }
         guard upkeep.count > 0 else { return }
@@ -200,6 +202,16 @@ extension ReplicaCore {
                 startDraining(frame)
             }
             frame = next
+        }
+    }
+
+    /// Regions that merges have emptied, however lately.
+    private func collectOwed() {
+        merge.isDrainDue = false
+        for owed in merge.owed where upkeep.count < Upkeep.batchMax {
+            if let frame = cache.find(owed.layer, owed.region), canDrain(frame) {
+                startDraining(frame)
+            }
         }
     }
 
@@ -297,6 +309,7 @@ extension ReplicaCore {
             wake(frame)
         }
         upkeep.count = 0
+        if !merge.owed.isEmpty { startPunch() }
     }
 
     // MARK: the tail
@@ -306,12 +319,6 @@ extension ReplicaCore {
         let tail = oldest >= 0 ? cache.frames[Int(oldest)].firstIndex : log.nextIndex
         let gain = tail - log.durableTail
         guard gain >= log.capacity / 16 || (shutdown == .draining && gain > 0) else { return false }
-        // Pages that opening found may have been written by a process that was killed before their
-        // sync: the log's records may go only when the pages are durable.
-        if syncs[FileSync.table].durable == 0, !options.mutations.contains(.tailMovedAfterOpen) {
-            want(FileSync.table, syncs[FileSync.table].written)
-            return false
-        }
         log.storeHeader(tail: tail, flushed: flushedPoint, stable: knownStable)
         upkeep.tail = tail
         upkeep.ticket = log.storeCount
@@ -354,6 +361,8 @@ extension ReplicaCore {
     func punched(_ frame: Int32) {
         guard frame >= 0 else { return }
         for block in punchRun ?? 0..<0 { cache.frames[Int(frame)].unneeded[block] = false }
+        // The next tick counts anew.
+        merge.owedBlocks = max(0, merge.owedBlocks - (punchRun?.count ?? 0))
         punchingFrame = -1
         punchRun = nil
         cache.frames[Int(frame)].state = .clean

@@ -21,6 +21,7 @@ package final class ReplicaCore {
     var placesAsked: [Int] = []
     let log: ActivityLog
     let cache: TableCache
+    let views: LayerViews
 
     /// As on disk.
     var manifest: Manifest
@@ -64,6 +65,9 @@ package final class ReplicaCore {
     let activations = ValueQueue<Int32>(capacity: 1024)
     /// Frames whose slots in the table are being made.
     var slotsInitCount = 0
+    /// What a sync of the table has to cover before those are durable that were written although
+    /// the write failed.
+    var failedSlotsTicket: UInt64 = 0
 
     // Disk operations.
     let operations = FixedArray(
@@ -80,6 +84,7 @@ package final class ReplicaCore {
     var admittedEpoch = Epoch.zero
     /// The promise was made by this instance, so that its engine may install it again.
     var hasPromisedHere = false
+    let manifestSlotSize: Int
     /// What a manifest write on its way to the disk makes true.
     var manifestProposal: Manifest?
     /// The manifest is durable in one slot and has yet to be put into the other.
@@ -147,6 +152,7 @@ package final class ReplicaCore {
         self.options = options
         self.pool = pool
         manifest = opened.manifest
+        manifestSlotSize = opened.manifestSlotSize
         identity = opened.manifest.identity
         size = opened.manifest.size
         regionCount = Geometry.regionCount(size: opened.manifest.size)
@@ -157,6 +163,7 @@ package final class ReplicaCore {
         freshEnd = opened.hasUncovered ? opened.log.nextIndex : 0
         log = opened.log
         cache = opened.cache
+        views = LayerViews(options.viewsMax)
         flushedPoint = opened.log.flushed
         knownStable = opened.log.stable
         admittedEpoch = opened.manifest.promise
@@ -310,6 +317,8 @@ struct Request: BitwiseCopyable {
     /// Read through the chain: layers still to be asked, from the top; status: of this region.
     var layersLeft: Int32 = 0
     var number: UInt64 = 0
+    /// When it was admitted.
+    var begun = Instant.zero
     var next: Int32 = -1
     var olderMutation: Int32 = -1
     var newerMutation: Int32 = -1

@@ -2,8 +2,9 @@
 package struct ReplicaOptions {
     package var instance: InstanceID
     package var bootID: BootID
-    /// Regions held in memory, active ones included; about 2.2 KiB each. At least
-    /// `activeRegionsMax` + 64.
+    /// Regions held in memory, active ones included; about 2.2 KiB each, 27 MiB together (and 16
+    /// for `LayerViews`). Frames are there for as many as there are pages, up to this, and a volume
+    /// with more pages reads some of them again and again. At least `activeRegionsMax` + 64.
     package var tableCachePagesMax = 12_288
     /// Regions in the activity log, at most `InstallReply.activeRegionsMax`. More than an engine
     /// can have requests under way, so that no one stable point has to free them all.
@@ -17,6 +18,14 @@ package struct ReplicaOptions {
     }
     /// A log written under larger limits must be read all the same.
     var framesMax: Int { max(tableCachePagesMax, InstallReply.activeRegionsMax + 64) }
+    /// There are no views of regions with this many layers, or fewer: what is beneath the head is
+    /// one page anyway.
+    package var layersForViews = 2
+    /// A power of two.
+    package var viewsMax = LayerViews.slotsMax
+    /// As many layers as a copy may have: an Install that would add more is refused, and the engine
+    /// knows before it asks (`FrameFlags.layersFull`).
+    package var layersMax = Manifest.layersMax
     package var mutations = MutationSet()
     /// 128 bits of a block's data for `RegionDigest`; the process gives SHA-256. Must be the same
     /// function on all replicas of a volume. The default is fast and no cryptographic hash: for

@@ -78,6 +78,8 @@ package struct TableFrame: BitwiseCopyable, Sendable {
     package var hasSlots = false
     /// Found with a slot that is not valid: right for a region in the log, damage otherwise.
     package var isTorn = false
+    /// Its page was asked for ahead of any need.
+    package var isAhead = false
     /// Active, and renewing its activation so that the log's tail can move.
     package var isRenewing = false
     /// What a retired layer holds of the region is moved, from here or to here: no write starts,
@@ -118,9 +120,9 @@ package struct TableFrame: BitwiseCopyable, Sendable {
     fileprivate var logPrevious: Int32 = -1
 }
 
-/// The regions a replica has in memory: a fixed number of frames, found by layer and region through
-/// a hash table, each in at most one list by use and, if active, in the list ordered by first log
-/// record.
+/// The regions a replica has in memory: a number of frames that only grows, found by layer and
+/// region through a hash table, each in at most one list by use and, if active, in the list ordered
+/// by first log record.
 package final class TableCache {
     package enum List: UInt8, BitwiseCopyable, Sendable {
         case none
@@ -140,7 +142,9 @@ package final class TableCache {
     }
 
     package private(set) var frames: FixedArray<TableFrame>
-    private var entryMemory: MemoryBlock
+    /// For as many frames as there may ever be: what is not used takes no memory, and growing
+    /// copies none of it.
+    private let entryMemory: MemoryBlock
     private let lists: FixedArray<Ends>
     private var buckets: FixedArray<Int32>
     /// Regions in the activity log (activating, active and draining).
@@ -148,9 +152,9 @@ package final class TableCache {
     package private(set) var oldestActive: Int32 = -1
     private var newestActive: Int32 = -1
 
-    package init(frameCount: Int) {
+    package init(frameCount: Int, most: Int = 0) {
         frames = FixedArray(repeating: TableFrame(), count: frameCount)
-        entryMemory = MemoryBlock(count: frameCount * TablePage.entriesSize)
+        entryMemory = MemoryBlock(count: max(most, frameCount) * TablePage.entriesSize)
         lists = FixedArray(repeating: Ends(), count: 5)
         buckets = Self.emptyBuckets(frameCount: frameCount)
         for frame in 0..<frameCount { move(Int32(frame), to: .unused) }
@@ -165,10 +169,8 @@ package final class TableCache {
     package func grow(frameCount: Int) {
         let old = frames.count
         guard frameCount > old else { return }
+        precondition(frameCount * TablePage.entriesSize <= entryMemory.memory.count)
         frames = frames.extended(to: frameCount, with: TableFrame())
-        let entries = MemoryBlock(count: frameCount * TablePage.entriesSize)
-        entries.memory.slice(0, entryMemory.memory.count).copy(from: entryMemory.memory)
-        entryMemory = entries
         buckets = Self.emptyBuckets(frameCount: frameCount)
         for frame in 0..<old where frames[frame].state != .free { hash(Int32(frame)) }
         for frame in old..<frameCount { move(Int32(frame), to: .unused) }

@@ -87,7 +87,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
     // MARK: Receiving
 
     func connection(_ connection: Connection, received memory: RawMemory) -> Int {
-        if isBehind { fenceIfOvertaken() } else { othersSeen = server.changes - ownChanges }
+        if isBehind { fenceIfOvertaken() } else { othersSeen = othersChanges }
         var position = 0
         while !isLeaving && receiving < 0 && held == nil {
             guard mayTakeMore(connection) else {
@@ -194,7 +194,21 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         checkedAt = reactor.now
         if pollHangUp() != 0 { isFenced = true }
     }
-    private var hasBeenOvertaken: Bool { server.changes - ownChanges != othersSeen }
+    private var othersChanges: UInt64 { server.changes - ownChanges }
+    private var hasBeenOvertaken: Bool { othersChanges != othersSeen }
+    func isOvertaken(since othersChanges: UInt64) -> Bool {
+        guard let connection, !connection.isClosing else {
+            requests.detach(client: index)
+            return true
+        }
+        // Once a turn is enough: nothing that is repeated in it is answered before its end.
+        guard self.othersChanges != othersChanges, isFenced || checkedAt != reactor.now else {
+            return false
+        }
+        checkedAt = reactor.now
+        fenceIfHungUp()
+        return connection.isClosing
+    }
 
     private func refuse(_ request: NBDRequest) {
         let reply = NBDReply(format: format, cookie: request.cookie, offset: request.offset)
@@ -255,7 +269,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
             ownChanges += 1
             server.changes += 1
         }
-        requests.launch(slot)
+        requests.launch(slot, othersChanges: othersChanges)
     }
 
     // MARK: Held back

@@ -7,6 +7,9 @@ protocol NBDReplyTarget: AnyObject {
     func send(buffer: BufferID, offset: Int, length: Int)
     /// A request has been answered; it held `reserved` bytes of buffers.
     func requestEnded(reserved: Int)
+    /// Whether the rest of a change that was launched when others had made `othersChanges` may no
+    /// longer be given to the device. It has been detached then.
+    func isOvertaken(since othersChanges: UInt64) -> Bool
 }
 
 /// The requests of all clients between their headers and their replies: cuts them into operations
@@ -139,9 +142,11 @@ final class NBDRequests {
     }
 
     /// Gives the request to the device. A write's payload is in its pieces' buffers.
-    func launch(_ index: Int32) {
+    /// `othersChanges`: how many other clients have made.
+    func launch(_ index: Int32, othersChanges: UInt64) {
         let at = Int(index)
         slots.requests[at].isLaunched = true
+        slots.requests[at].othersChanges = othersChanges
         switch slots.requests[at].command {
         case .read, .write, .blockStatus:
             let isSingle = slots.requests[at].firstPiece == slots.requests[at].lastPiece
@@ -177,7 +182,8 @@ final class NBDRequests {
     /// Takes back a request whose payload never arrived in full.
     func cancel(_ index: Int32) { _ = abandon(index) }
 
-    /// Moves on what waits for the device.
+    /// Moves on what waits for the device: in the order it was launched, so nothing is overtaken
+    /// here.
     func submitPending() {
         while device.canSubmit, let userData = pending.popFirst() {
             guard let piece = slots.piece(userData) else { continue }
@@ -328,7 +334,13 @@ final class NBDRequests {
             releasePiece(piece)
         case .trim, .writeZeroes:
             releasePiece(piece)
-            fillWindow(index)
+            if slots.requests[at].error == .none && slots.requests[at].hasRest {
+                // What others launched meanwhile went ahead of the rest. If they are the same
+                // client, which asked for it again there and then went on, the rest would undo
+                // what it has been told is done.
+                if target.isOvertaken(since: slots.requests[at].othersChanges) { return }
+                fillWindow(index)
+            }
         default:
             releasePiece(piece)
         }

@@ -60,7 +60,11 @@ struct NBDRequestSlot: BitwiseCopyable {
     var end: UInt64 = 0
     /// Bytes of buffers it holds.
     var reserved: Int = 0
+    /// Changes that other clients had made when it was launched.
+    var othersChanges: UInt64 = 0
 
+    /// Not all pieces have been made.
+    var hasRest: Bool { cursor < end }
     var reply: NBDReply { NBDReply(format: format, cookie: cookie, offset: offset) }
     /// Its data goes out in one part and in order, once everything was read.
     var isCollected: Bool { format == .simple || flags.contains(.dontFragment) }

@@ -94,9 +94,9 @@ def reset_connections(volume, source):
     yield 0
 
 
-def partition(volume, source, link=None):
+def partition(volume, source, link=None, kinds=("both ways", "there", "back")):
     link = link or source.choice(LINKS)
-    kind = source.choice(("both ways", "there", "back"))
+    kind = source.choice(kinds)
     volume.note(f"partition {link} {kind}")
     ways = {"both ways": [link, link[::-1]], "there": [link], "back": [link[::-1]]}[kind]
     for way in ways:
@@ -104,6 +104,15 @@ def partition(volume, source, link=None):
     yield source.choice((0.5, 2, 5))
     for way in ways:
         volume.network.join(*way)
+
+
+def partition_one_way(volume, source):
+    """Of what the engine needs."""
+    yield from partition(volume, source, source.choice(LINKS[1:]), ("there", "back"))
+
+
+def partition_both_ways(volume, source):
+    yield from partition(volume, source, source.choice(LINKS[1:]), ("both ways",))
 
 
 def flapping(volume, source):

@@ -69,7 +69,8 @@ def has_no_store(volume):
     return volume.status().get("storeAvailable") == "false"
 
 
-ANY = [faults.kill_engine, faults.kill_replica, faults.store_outage, faults.kill_replicas]
+ANY = [faults.kill_engine, faults.kill_replica, faults.store_outage, faults.kill_replicas,
+       faults.partition_one_way, faults.partition_both_ways]
 REBUILD = Scenario("a rebuild", fill_slowly, is_joining, ANY)
 REJOIN = Scenario("a rejoin", come_back_slowly, is_joining, ANY)
 TAKEOVER = Scenario("a takeover", take_over, is_taking_over, ANY)

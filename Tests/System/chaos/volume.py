@@ -13,7 +13,8 @@ import nbd
 from harness.cluster import MIB, Cluster, ControlError, wait_for
 
 from .checker import READ, Checker
-from .data import BLOCK, CELL, CELLS, name, writes_in
+from .copies import compare
+from .data import CELL
 from .network import Network
 from .workers import Worker
 
@@ -292,7 +293,8 @@ class Volume:
             self._restart()
         self.ill.clear()
         with contextlib.ExitStack() as stack:
-            self._compare([stack.enter_context(r.export()) for r in self.cluster.replicas])
+            compare(self.checker, self.size, [
+                stack.enter_context(r.export()) for r in self.cluster.replicas])
         self.check()
 
     def _verify(self, attempt):
@@ -317,14 +319,14 @@ class Volume:
 
         def send(offset):
             attempt = self.checker.begin(READ, offset // CELL, step // CELL)
-            buffer = nbd.Buffer(step)
+            buffer = bytearray(step)
 
             def done(error):
                 waiting[0] -= 1
                 number = error.value if hasattr(error, "value") else error
                 try:
                     assert number == 0, f"a read at {offset} was answered with errno {number}"
-                    self.checker.finish_read(attempt, bytes(buffer.to_bytearray()))
+                    self.checker.finish_read(attempt, bytes(buffer))
                 except AssertionError as failure:
                     failures.append(failure)
                 return 1
@@ -340,33 +342,6 @@ class Volume:
         handle.shutdown()
         if failures:
             raise failures[0]
-
-    def _compare(self, images):
-        """Byte for byte with each other; block by block with what the history allows."""
-        touched = set(self.checker.touched())
-        for start in range(0, self.size, MIB):
-            parts = [image.read(MIB) for image in images]
-            if any(part != parts[0] for part in parts):
-                self._explain(start, parts)
-            for offset in range(0, MIB, BLOCK):
-                block, data = (start + offset) // BLOCK, parts[0][offset:offset + BLOCK]
-                if block in touched:
-                    attempt = self.checker.begin(READ, block * CELLS, CELLS)
-                    self.checker.finish_read(attempt, data)
-                else:
-                    assert not any(data), f"block {block} was never written, and is not zero"
-        assert all(not image.read(1) for image in images), "an export is too long"
-
-    def _explain(self, start, parts):
-        lines = []
-        for offset in range(0, MIB, BLOCK):
-            copies = [part[offset:offset + BLOCK] for part in parts]
-            if len(set(copies)) > 1:
-                block = (start + offset) // BLOCK
-                lines.append(f"copies differ in block {block}: " + " | ".join(
-                    " ".join(map(name, writes_in(block * CELLS, copy))) for copy in copies))
-                lines += [f"  {e} {r!r}" for e, r in self.checker.blocks[block].log]
-        raise AssertionError("\n".join(lines))
 
     def next_round(self, seed):
         """Everything starts again where it ended; the clients are new ones."""

@@ -169,7 +169,7 @@ class Worker:
         attempt = None
         if job.command == "read":
             attempt = job.reading = self.checker.begin(READ, job.first, job.count)
-            job.buffer = nbd.Buffer(length)
+            job.buffer = bytearray(length)  # see Workload
         elif job.command != "flush":
             attempt = self.checker.begin(
                 WRITE, job.first, job.count, job.write, job.attempts[-1] if job.attempts else None)
@@ -216,6 +216,6 @@ class Worker:
         self.last_answer = self._wait_from = now
         self.completed += 1
         if job.command == "read":
-            self.checker.finish_read(attempt, bytes(buffer.to_bytearray()))
+            self.checker.finish_read(attempt, bytes(buffer))
         elif job.command != "flush":
             self.checker.finish_write(attempt, job.attempts[:-1])

@@ -22,6 +22,8 @@ BINARIES = pathlib.Path(os.environ.get("HAPTERA_BIN", ROOT / ".build-release/rel
 # Of the control plane, whose speed does not matter.
 CONTROL_BINARIES = pathlib.Path(os.environ.get("HAPTERA_CONTROL_BIN", ROOT / ".build/debug"))
 SCRATCH = os.environ.get("HAPTERA_TEST_DIR", "/var/tmp")
+# Where a replica's process notes that a sync failed, besides its directory.
+MARKS = pathlib.Path("/dev/shm")
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 
 
@@ -133,14 +135,54 @@ class Process:
         return 0
 
 
-class Replica:
+class Copy:
+    """A replica's directory, as the offline tool sees it."""
+
+    def __init__(self, directory):
+        self.directory = pathlib.Path(directory)
+
+    def tool(self, verb, *arguments):
+        """What it prints; the process must be down."""
+        command = [
+            BINARIES / "haptera-replica", verb, "--dir", self.directory, *map(str, arguments)]
+
+        def ended():
+            done = subprocess.run(command, capture_output=True)
+            # The kernel takes a ring apart after its process has ended, and the locks with it.
+            return b"is in use" not in done.stderr and done
+        done = wait_for(ended, f"the locks of {self.directory}", 30)
+        assert done.returncode == 0, (
+            f"haptera-replica {verb}: exit {done.returncode}: {done.stderr.decode()}"
+            f"{done.stdout.decode()[-2000:]}")
+        return done.stdout
+
+    def verify(self):
+        report = json.loads(self.tool("verify", "--json"))
+        faults = [report[key] for key in ("mismatches", "damagedPages", "doubtful")]
+        assert faults == [0, 0, 0], report
+
+    @contextlib.contextmanager
+    def export(self):
+        """The raw image, to be read to its end; the process must be down."""
+        child = subprocess.Popen(
+            [BINARIES / "haptera-replica", "export", "--dir", self.directory, "--output", "-"],
+            stdout=subprocess.PIPE)
+        try:
+            yield child.stdout
+            assert child.wait() == 0, f"export of {self.directory} failed"
+        finally:
+            child.kill()
+            child.stdout.close()
+
+
+class Replica(Copy):
     def __init__(self, cluster, number, directory=None):
+        super().__init__(directory or cluster.path / f"replica-{number}")
         self.cluster, self.number = cluster, number
         self.id = random.getrandbits(63) | 1
         self.incarnation = random.getrandbits(63) | 1
         self.host = f"replica{number}"
         self.port = free_port()
-        self.directory = pathlib.Path(directory or cluster.path / f"replica-{number}")
         self.control = cluster.path / f"replica-{number}.sock"
         self.process = None
         self.environment = {}
@@ -164,21 +206,6 @@ class Replica:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.incarnation = random.getrandbits(63) | 1
         self.create()
-
-    def tool(self, verb, *arguments):
-        command = [
-            BINARIES / "haptera-replica", verb, "--dir", self.directory, *map(str, arguments)]
-        deadline = time.monotonic() + 30
-        while True:
-            done = subprocess.run(command, capture_output=True)
-            if done.returncode == 0:
-                return done.stdout
-            # The kernel takes a ring apart after its process has ended, and the locks with it.
-            if b"is in use" not in done.stderr or time.monotonic() > deadline:
-                raise AssertionError(
-                    f"haptera-replica {verb}: exit {done.returncode}: {done.stderr.decode()}"
-                    f"{done.stdout.decode()[-2000:]}")
-            time.sleep(0.02)
 
     def spawn(self):
         self.process = Process(
@@ -210,24 +237,6 @@ class Replica:
             except (OSError, ControlError):
                 pass  # it may hang up before its reply arrives
             assert self.process.wait() == 0, self.cluster.tail(self.process)
-
-    def verify(self):
-        report = json.loads(self.tool("verify", "--json"))
-        faults = [report[key] for key in ("mismatches", "damagedPages", "doubtful")]
-        assert faults == [0, 0, 0], report
-
-    @contextlib.contextmanager
-    def export(self):
-        """The raw image, to be read to its end; the process must be down."""
-        child = subprocess.Popen(
-            [BINARIES / "haptera-replica", "export", "--dir", self.directory, "--output", "-"],
-            stdout=subprocess.PIPE)
-        try:
-            yield child.stdout
-            assert child.wait() == 0, f"export of replica {self.number} failed"
-        finally:
-            child.kill()
-            child.stdout.close()
 
     def export_digest(self):
         """SHA-256 of the raw image; the process must be down."""
@@ -342,6 +351,9 @@ class Cluster:
                 process.signal(signal.SIGCONT)
             process.kill()
         self.stop_store()
+        for replica in self.replicas:
+            for mark in MARKS.glob(f"haptera-failed-sync-{replica.text}-*"):
+                mark.unlink()
         if kind is not None:
             for log in sorted(self.path.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")

@@ -15,9 +15,9 @@ from .context import SkipTest
 
 
 class Plane:
-    """A cluster of three nodes on this host. Skips the test where only the data plane was built."""
+    """A cluster on this host. Skips the test where only the data plane was built."""
 
-    def __init__(self, context, volume="vol", folder="c"):
+    def __init__(self, context, volume="vol", folder="c", nodes=3):
         if not (CONTROL_BINARIES / "storagectl").exists():
             raise SkipTest("no storagectl; build it with: swift build --scratch-path .build")
         self.directory = pathlib.Path(tempfile.mkdtemp(
@@ -28,7 +28,7 @@ class Plane:
             "HAPTERA_BIN_DIR": f"{BINARIES}:{CONTROL_BINARIES}",
             "XDG_CONFIG_HOME": str(self.directory / "config")}
         self.environment.pop("HAPTERA_SERVER", None)
-        self.name = volume
+        self.name, self.nodes = volume, nodes
         self.random = random.Random(context.seed)
 
     def __enter__(self):
@@ -42,7 +42,7 @@ class Plane:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def up(self):
-        self.run("cluster", "up", "--dir", str(self.cluster), "--nodes", "3")
+        self.run("cluster", "up", "--dir", str(self.cluster), "--nodes", str(self.nodes))
 
     def start(self, *words):
         """Without waiting."""
@@ -75,17 +75,19 @@ class Plane:
     def until(self, what, condition):
         return wait_for(lambda: condition(self.volume()), what)
 
-    def pids(self):
-        """Processes that have the cluster's directory in their arguments."""
+    def pids(self, directory=None):
+        """Processes that have the cluster's directory, or one below it, in their arguments."""
         found = []
+        words = f"{directory or self.cluster}/".encode()
         for entry in pathlib.Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 pid = int(entry.name)
-                if f"{self.cluster}/".encode() in (entry / "cmdline").read_bytes():
+                if words in (entry / "cmdline").read_bytes():
                     found.append(pid)
         return found
 
     def daemon(self, name):
+        """Its process, an engine's or replica's too (`node-1/run/e-ID`); asks no controller."""
         return json.loads((self.cluster / f"{name}.pid").read_text())["identity"]["pid"]
 
     def kill(self, pid):
@@ -93,9 +95,14 @@ class Plane:
         wait_for(lambda: not alive(pid), f"process {pid} to end")
 
     def kill_all(self):
-        for pid in self.pids():
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        """Until none is left: a node agent may just have started one."""
+        def left():
+            living = [pid for pid in self.pids() if alive(pid)]
+            for pid in living:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return living
+        wait_for(lambda: not left(), "all processes to end")
 
     def image(self, size):
         path = self.directory / "image"

@@ -19,6 +19,8 @@ class RecordStore:
         self.records = {}
         self.history = []  # every record that ever stood
         self.violations = []
+        self.objection = lambda proposed: None  # why a change is refused
+        self.refused = 0
         self.lock = threading.Lock()
         self.port = None
         self._server = None
@@ -91,6 +93,9 @@ class RecordStore:
             if Record.decode(current).epoch != expected:
                 return reply(header, CONFLICT, current)
             proposed = Record.decode(table[24:])
+            if reason := self.objection(proposed):
+                self.refused += 1
+                return reply(header, INVALID, reason.encode())
             if proposed.epoch != expected + 1:
                 self.violations.append(f"epoch {expected} -> {proposed.epoch}")
             if not proposed.in_sync:

@@ -1,0 +1,125 @@
+import HapteraCore
+
+// Rot of what says what the data is: pages of tables, records of activity logs, manifests. Drawn
+// from a source of their own, in worlds where other bytes rot too: there one replica, which nothing
+// happens to, has everything. A replica that comes to need what is damaged ends, or does not open,
+// and is made anew by who looks after it.
+
+/// What has rotted of a replica's directory beside its data.
+enum FileRot {
+    case none
+    /// One of two slots that held the same, until they hold something newer.
+    case manifestSlot
+    /// Something that nothing else in the directory can replace.
+    case lost
+}
+
+extension FaultPlan.Kind {
+    static let ofFiles: [Self] = [.rotTable, .rotLog, .rotManifest]
+}
+
+extension World {
+    /// Whether a replica may come to need what has rotted.
+    private var rotsFiles: Bool {
+        [self, sibling].contains { world in
+            world.map { !Set($0.faults.kinds).isDisjoint(with: FaultPlan.Kind.ofFiles) } ?? false
+        }
+    }
+    /// The replica is to be made anew, which no other may miss.
+    func mayBeReplaced(_ host: SimulatedReplica) -> Bool {
+        faults.rot && rotsFiles && host.index != keeper
+    }
+
+    func injectFileRot(_ kind: FaultPlan.Kind) {
+        let victims = hosts.filter { $0.index != keeper }
+        guard !victims.isEmpty else { return }
+        let host = random.pick(victims)
+        guard store.record.contains(host), isKeeperThere, host.core != nil, host.rot == .none else {
+            return
+        }
+        switch kind {
+        case .rotTable: rotTable(host)
+        case .rotLog: rotLog(host)
+        default: rotManifest(host)
+        }
+    }
+
+    /// A page of a region that is not in the activity log: of one that is, what cannot be read is
+    /// taken for torn.
+    private func rotTable(_ host: SimulatedReplica) {
+        guard
+            let image = ReplicaImage(
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes, record: trueRecord)
+        else { return }
+        let layer = random.pick(image.layers)
+        guard !host.disk.isShared(layer.file), let table = host.disk.file(.table(layer.file)) else {
+            return
+        }
+        let regions = layer.logIndex.indices.filter { region in
+            let pair = Int(TablePage.pairOffset(region: UInt64(region)))
+            return pair + TablePage.pairSize <= table.size && table.allocated[pair / 4096]
+                && !layer.activeRegions.contains(UInt64(region))
+        }
+        guard !regions.isEmpty else { return }
+        let region = random.pick(regions)
+        note("fault: a page of region \(region) of \(host.name) rots")
+        host.rot = .lost
+        table.rot(
+            byte: Int(TablePage.pairOffset(region: UInt64(region)))
+                + random.below(TablePage.pairSize),
+            bit: random.below(8))
+    }
+
+    /// A record that others follow: that the last one is missing, nothing tells. The process ends
+    /// with it, since only the next one reads the log.
+    private func rotLog(_ host: SimulatedReplica) {
+        guard let log = host.disk.file(.log),
+            let (tail, capacity) = ReplicaImage.header(log.current)
+        else { return }
+        let records = (tail..<tail + capacity).compactMap { index -> Int? in
+            let at = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size
+            return LogRecord(decoding: log.current, at: at).flatMap { $0.index == index ? at : nil }
+        }
+        guard records.count > 1 else { return }
+        note("fault: a record of the activity log of \(host.name) rots")
+        host.rot = .lost
+        log.rot(
+            byte: records[random.below(records.count - 1)] + random.below(LogRecord.size),
+            bit: random.below(8))
+        killReplica(host, restartAfter: random.between(1, 2000))
+    }
+
+    private func rotManifest(_ host: SimulatedReplica) {
+        guard let file = host.disk.file(.manifest), host.disk.operationsInFlight == 0 else {
+            return
+        }
+        let counters = (0..<2).map {
+            Manifest(decoding: file.current.slice($0 * Manifest.slotSize, Manifest.slotSize))?
+                .counter
+        }
+        // While one is being written, the other is all there is.
+        guard counters[0] == counters[1] else { return }
+        var slots = [0, 1]
+        if random.permille(600) { slots.remove(at: random.below(2)) }
+        note("fault: the manifest of \(host.name) rots in \(slots.count) of 2 slots")
+        host.rot = slots.count == 2 ? .lost : .manifestSlot
+        for slot in slots {
+            file.rot(
+                byte: slot * Manifest.slotSize + random.below(80),
+                bit: random.below(8))
+        }
+        killReplica(host, restartAfter: random.between(1, 2000))
+    }
+
+    /// Who looks after the replica gives its directory up.
+    func replaceDamaged(_ host: SimulatedReplica) {
+        note("\(host.name) is damaged and made anew")
+        coverage.took(.damagedReplaced)
+        killReplica(host, restartAfter: random.between(1, 3000))
+        host.disk.replace()
+        host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
+        loseDirectory(host)
+        createReplica(host)
+        noteLoss()
+    }
+}
