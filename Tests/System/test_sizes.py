@@ -70,11 +70,15 @@ def delete_as_predicted(cluster, name, predicted, was_killed=False):
 
 
 def change(live, chance, writes=40, trims=6):
+    """Random writes and trims, and one that every change has in common: the changes of two
+    layers alone may have no block in common (one in a few dozen pairs), and then the lower one
+    would give nothing back."""
     for _ in range(writes):
         live.pwrite(chance.randbytes(BLOCK * chance.randrange(1, 40)),
                     chance.randrange(SIZE // BLOCK - 40) * BLOCK)
     for _ in range(trims):
         live.trim(BLOCK * chance.randrange(1, 300), chance.randrange(SIZE // BLOCK - 300) * BLOCK)
+    live.pwrite(chance.randbytes(8 * BLOCK), 0)
     live.flush()
 
 
