@@ -107,8 +107,10 @@ extension ReplicaCore {
         installTicket = ticket
         want(FileSync.log, ticket)
         if request.record.epoch == promise {
-            if syncs[FileSync.log].durable >= ticket { completeInstall() }
-            return
+            guard syncs[FileSync.log].durable >= ticket else { return }
+            // Merges may have activated others since (seed 5011450).
+            if !options.mutations.contains(.noRestamp) { restamp(promise) }
+            return completeInstall()
         }
         guard !isSecondSlotDue, hasRoom(for: request.record), areLayersMade(request.record)
         else { return }
