@@ -25,9 +25,10 @@ extension World {
             world.map { !Set($0.faults.kinds).isDisjoint(with: FaultPlan.Kind.ofFiles) } ?? false
         }
     }
-    /// The replica is to be made anew, which no other may miss.
+    /// The replica is to be made anew, which no other may miss. (Seed 8: what it shared had rotted
+    /// in a volume that was deleted since.)
     func mayBeReplaced(_ host: SimulatedReplica) -> Bool {
-        faults.rot && rotsFiles && host.index != keeper
+        faults.rot && (rotsFiles || host.rot == .lost) && host.index != keeper
     }
 
     func injectFileRot(_ kind: FaultPlan.Kind) {
