@@ -132,7 +132,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
         ("mergeNotDurable", .mergeNotDurable), ("mergeLosesBirth", .mergeLosesBirth),
         ("unmergedIsAnswered", .unmergedIsAnswered), ("spaceNotRecounted", .spaceNotRecounted),
-        ("viewOutlivesChange", .viewOutlivesChange),
+        ("viewOutlivesChange", .viewOutlivesChange), ("hiddenNotDurable", .hiddenNotDurable),
         ("ackBeforeCAS", .ackBeforeCAS), ("ackBeforeInstall", .ackBeforeInstall),
         ("noEpochCheck", .noEpochCheck), ("installWithoutDrain", .installWithoutDrain),
         ("promoteWithoutRequiringJoiner", .promoteWithoutRequiringJoiner),

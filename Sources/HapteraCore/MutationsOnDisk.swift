@@ -26,6 +26,9 @@ extension MutationSet {
     /// Merges: answer for a layer while a deleted one below it still holds some of it.
     package static let unmergedIsAnswered = MutationSet(rawValue: 1 << 63)
 
+    /// Merges: give what the head hides of the layer below it up before the head's is durable.
+    package static let hiddenNotDurable = MutationSet(rawValue: 1 << 80)
+
     /// Reads: go on showing what a frozen layer held before an entry of it changed.
     package static let viewOutlivesChange = MutationSet(rawValue: 1 << 76)
 
@@ -64,6 +67,6 @@ extension MutationSet {
         ("manifestNotSynced", .manifestNotSynced), ("punchBeforeDrain", .punchBeforeDrain),
         ("layerNamesNotSynced", .layerNamesNotSynced), ("freshNotCovered", .freshNotCovered),
         ("mergeNotDurable", .mergeNotDurable), ("mergeLosesBirth", .mergeLosesBirth),
-        ("unmergedIsAnswered", .unmergedIsAnswered),
+        ("unmergedIsAnswered", .unmergedIsAnswered), ("hiddenNotDurable", .hiddenNotDurable),
     ]
 }

@@ -100,7 +100,7 @@ extension World {
             + " \(unanswered.count) unanswered"
             + hosts.compactMap { host in
                 host.core.map { core in
-                    core.retiredLayerCount == 0 ? "" : ", \(host.name): \(core.mergeText)"
+                    core.unmergedLayerCount == 0 ? "" : ", \(host.name): \(core.mergeText)"
                 }
             }.joined()
     }
@@ -112,6 +112,10 @@ extension World {
         if hosts.contains(where: { $0.core.map { $0.layers != $0.layerFiles } ?? false }) {
             coverage.took(.mergeDown)
         }
+        if hosts.contains(where: { $0.core?.isLayerStaying ?? false }) {
+            coverage.took(.layerStays)
+        }
+        if hosts.contains(where: { $0.core?.hiddenRegions ?? 0 > 0 }) { coverage.took(.hidden) }
         scrubAtEnd(engine)
         guard failure == nil else { return }
         note("the store is down")

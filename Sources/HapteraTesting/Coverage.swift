@@ -45,6 +45,9 @@ package struct Coverage: Sendable {
         /// A replica is filled from others that share layers with another volume.
         case sharedFill
         case mergeDown
+        /// A deleted layer stays below the head, being the larger one; what the head hides goes.
+        case layerStays
+        case hidden
         /// A member leaves because it is slow.
         case slowRemoval
         /// A read is asked of a second member as well.

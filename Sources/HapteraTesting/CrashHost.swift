@@ -37,6 +37,8 @@ final class CrashHost {
             instance: InstanceID(rawValue: instance), bootID: BootID(high: boot, low: 1),
             tableCachePagesMax: 68, activeRegionsMax: 3, mutations: mutations)
         options.hash = CrashContent.digest
+        options.stayingBlocksMin = 0
+        options.risingPercent = 20
         core = try ReplicaCore(opening: storage, options: options, pool: pool)
     }
 

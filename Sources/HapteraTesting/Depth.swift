@@ -14,6 +14,14 @@ struct SimulatedDepth {
     /// refused, and who was away may not come back before it has merged what it had.
     let layersMax: Int
 
+    /// What has to be in a layer below the head that is to stay there, in blocks, and percent of
+    /// what the head has: clients of a simulation soon write more than they have before.
+    let stayingBlocksMin: Int
+    let risingPercent: UInt64
+    /// Snapshots are few, the newest is what is deleted, and clients read more than they write:
+    /// what lies right below the head is often a deleted layer, and the larger one.
+    let isShallow: Bool
+
     /// What full disks have no room for.
     let fullness: DiskTrouble.Fullness
 
@@ -25,6 +33,9 @@ struct SimulatedDepth {
         let isLow = mutations.isEmpty && random.permille(200)
         layersMax = isLow ? random.between(6, 12) : Manifest.layersMax
         fullness = mutations.isEmpty ? random.pick([.data, .newPages, .all]) : .data
+        stayingBlocksMin = random.pick([0, 2, 16, 2048])
+        risingPercent = random.pick([0, 20, 100])
+        isShallow = !isDeep && (random.permille(150) || mutations.contains(.hiddenNotDurable))
     }
 }
 
@@ -51,6 +62,12 @@ extension World {
 
 extension Workload {
     mutating func deepen(_ depth: SimulatedDepth) {
+        if depth.isShallow {
+            snapshotsMax = 8
+            snapshotPauseMilliseconds = 1000
+            deletionPermille = 500
+            readPermille = 600
+        }
         guard depth.isDeep else { return }
         snapshotsMax = 30
         snapshotPauseMilliseconds = 150

@@ -310,7 +310,7 @@ extension World {
         isRid
             && hosts.allSatisfy { host in
                 guard let core = host.core else { return false }
-                return core.retiredLayerCount == 0 || host.disk.isLinked && !core.isMergeDue
+                return core.unmergedLayerCount == 0 || host.disk.isLinked && !core.isMergeDue
             }
     }
 }

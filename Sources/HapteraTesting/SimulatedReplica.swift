@@ -219,6 +219,8 @@ extension World {
             options.layersForViews = depth.layersForViews
             if depth.hasFewViews { options.viewsMax = 2 }
             options.layersMax = depth.layersMax
+            options.stayingBlocksMin = depth.stayingBlocksMin
+            options.risingPercent = depth.risingPercent
             let core = try ReplicaCore(opening: host.disk, options: options, pool: pool)
             host.disk.callsUntilCut = nil
             host.started(core, pool)

@@ -22,7 +22,7 @@ extension World {
         check(36, isCounted, "sizes are not counted")
         for host in hosts where host.rot == .none {
             checkSharedSizes(host)
-            guard let core = host.core, !host.disk.isShared, core.retiredLayerCount == 0,
+            guard let core = host.core, !host.disk.isShared, core.unmergedLayerCount == 0,
                 let record = core.installedRecord, !record.hasUnneededLayers,
                 let image = ReplicaImage(
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes)

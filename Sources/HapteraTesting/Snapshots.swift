@@ -40,7 +40,8 @@ extension World {
             random.permille(workload.deletionPermille)
         {
             scheduleSnapshot()
-            return requestDeletion(random.permille(500) ? victim : random.below(victim + 1))
+            let isNewest = random.permille(500) || depth.isShallow
+            return requestDeletion(isNewest ? victim : random.below(victim + 1))
         }
         guard snapshots.count < workload.snapshotsMax + reverts.count else {
             if snapshots.contains(where: mayDelete), workload.deletionPermille > 0 {

@@ -32,7 +32,10 @@ final class ChainModel {
         self.isCloned = isCloned
         self.deletes = deletes
         self.isTree = isTree
-        bench = try ReplicaBench(seed: seed)
+        var options = ReplicaBench.options()
+        // What is larger than a fifth of what the head has stays below it.
+        if seed % 2 == 0 { (options.stayingBlocksMin, options.risingPercent) = (0, 20) }
+        bench = try ReplicaBench(options: options, seed: seed)
         if isTree { bench.lineage = bench.record(epoch: 1) }
         _ = try bench.attach()
     }

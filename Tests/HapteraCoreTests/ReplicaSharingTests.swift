@@ -259,7 +259,7 @@ extension ReplicaBench {
         try model.bench.settle()
         try model.check(201)
         #expect(model.bench.core.sharedLayers == [])
-        #expect(model.bench.core.retiredLayerCount == 0)
+        #expect(model.bench.core.unmergedLayerCount == 0)
         #expect(model.bench.pool.inUse == 0 && model.bench.failure == nil)
     }
 

@@ -265,7 +265,7 @@ extension ReplicaBench {
         while !model.clones.isEmpty { model.discardClone(0) }
         try model.bench.settle()
         try model.bench.checkSpace("at rest")
-        #expect(model.bench.core.retiredLayerCount == 0)
+        #expect(model.bench.core.unmergedLayerCount == 0)
         #expect(model.bench.pool.inUse == 0 && model.bench.failure == nil)
         return model
     }

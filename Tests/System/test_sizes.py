@@ -37,7 +37,9 @@ def settle(replica, stuck=0, timeout=90):
 
     def is_settled():
         status = replica.status()
-        done = (status["layers"], status["retiredLayers"]) == (str(layers + stuck), str(stuck))
+        staying = int(status["stayingLayers"])
+        done = (status["layers"], status["retiredLayers"]) == (
+            str(layers + stuck + staying), str(stuck))
         if done and status["sizes"] == "counted" and status.get("reclaimableBytes") == "0":
             return status
         return None

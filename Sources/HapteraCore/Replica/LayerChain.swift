@@ -13,6 +13,9 @@
 /// A layer whose files are another copy's as well (`ReplicaCore+Sharing`) stays as it is: a retired
 /// one that has to do with such a layer is stuck, and is merged when the files are this copy's own.
 ///
+/// Of the retired layers right below the head the largest stays where it is while that is less to
+/// move than what lies above it (`staying`): the ones below it go over to it.
+///
 /// In memory a layer costs a bit per region, a retired one two: 128 KiB per TiB.
 struct LayerChain {
     private struct Layer {
@@ -259,6 +262,7 @@ struct LayerChain {
             guard before[place - 1] != ids[place] || layers[place].absorbed == nil else { continue }
             layers[place].absorbed = FixedArray(repeating: 0, count: layers[place].map.count)
         }
+        candidate = findCandidate()
     }
     /// Whether the layer right above it may be merged into the one at `place`. Not the head: it is
     /// written to, and would never be empty.
@@ -300,11 +304,15 @@ struct LayerChain {
     // MARK: merging downwards
 
     private(set) var downCount = 0
+    /// What a region of the heir gets from below it has to wait: some is stuck, or goes down.
+    func isHeldUp(_ heir: Int) -> Bool {
+        let below = layers[heir].below
+        return below >= 0 && isStuck(below) || isDown(under: heir)
+    }
     func isDown(_ index: Int) -> Bool { layers[index].taken != nil }
     /// What is under the layer is answered with it, not merged first.
     func isFoldDue(_ index: Int) -> Bool {
-        let below = layers[index].below
-        return below >= 0 && isStuck(below) || isDown(under: index)
+        isHeldUp(index) || index == count - 1 && staying != nil
     }
     /// Of what the layer at `index` is heir of, something is merged downwards, or it is itself.
     func isDown(under index: Int) -> Bool {
@@ -316,6 +324,44 @@ struct LayerChain {
         }
         return false
     }
+
+    // MARK: the layer that stays
+
+    /// The one that may stay below the head; nil: there is none.
+    private(set) var candidate: LayerID?
+    /// It is not more than what lies above it, and goes over to the head like any other.
+    var isRising = false
+    var staying: LayerID? { isRising ? nil : candidate }
+
+    /// The largest of the head's retired layers, the lowest of those that know as many regions. Not
+    /// one that is on its way down, and not if those below it have no room in it.
+    private func findCandidate() -> LayerID? {
+        guard retiredCount > 0 else { return nil }
+        var found: (place: Int, known: Int)?
+        var place = below(count - 1)
+        while place >= 0, isRetired(place), layers[place].heir == count - 1 {
+            defer { place = below(place) }
+            guard !layers[place].isStuck, place == 0 || !isDown(place - 1) else { continue }
+            let known = known(place)
+            if known >= found?.known ?? 0 { found = (place, known) }
+        }
+        guard let found else { return nil }
+        place = below(found.place)
+        while place >= 0, isRetired(place), !layers[place].isStuck {
+            guard layers[place].extent <= layers[found.place].room else { return nil }
+            place = below(place)
+        }
+        return ids[found.place]
+    }
+    /// The place of the layer that what the retired one at `index` holds goes over to, upwards: its
+    /// heir, or the one that stays below the head. Nil: nowhere, or it is the one that stays.
+    func placeAbove(_ index: Int) -> Int? {
+        guard let heir = heirPlace(index) else { return nil }
+        guard heir == count - 1, let staying, let place = self.index(of: staying), index <= place
+        else { return heir }
+        return index < place ? place : nil
+    }
+
     /// Nothing of the region is left in the layer, which is merged downwards.
     func markAbsorbed(_ id: LayerID, _ region: UInt64) {
         layers[existing(id)].absorbed?[Int(region / 64)] |= 1 << (region % 64)

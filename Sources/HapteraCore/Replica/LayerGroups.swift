@@ -2,7 +2,7 @@
 /// hidden: what docs/snapshots.md calls exclusive and reclaimable is made of these counts.
 ///
 /// Counted are blocks with data, 64 regions at a time (`ReplicaCore+Space`). In memory that is two
-/// bytes and a bit per 64 regions and layer: 34 KiB per TiB.
+/// bytes and a bit per 64 regions and layer, 34 KiB per TiB; with retired ones 24 bytes more.
 final class LayerGroup {
     /// Another group that was made right over this one: the layers of a volume that was reverted
     /// are a tree.
@@ -20,6 +20,13 @@ final class LayerGroup {
         var unmerged: UInt32 = 0
         /// They stay for as long as another copy shares a layer.
         var stuck: UInt32 = 0
+        /// Blocks that show, of the layer that may stay below the head and of those above it.
+        var kept: UInt32 = 0
+        var above: UInt32 = 0
+        /// A bit per region: something of that layer is hidden.
+        var hiddenRegions: UInt64 = 0
+
+        fileprivate var isEmpty: Bool { unmerged | stuck | kept | above == 0 }
     }
     /// The record's for the layer.
     let name: LayerID
@@ -32,6 +39,13 @@ final class LayerGroup {
     private var rests: FixedArray<Rest>?
     private(set) var unmerged: UInt64 = 0
     private(set) var stuck: UInt64 = 0
+    /// The layer that may stay below the head (`LayerChain.candidate`), which was counted as such.
+    let weighed: LayerID?
+    private(set) var kept: UInt64 = 0
+    private(set) var above: UInt64 = 0
+    private var hiddenCount = 0
+    /// The last pass could not read all of it.
+    var isUncountable = false
     /// Counted since the layers of the group are these: may lag behind what they hold.
     var isKnown: Bool
     /// A bit per 64 regions: what was counted may not be true any more.
@@ -48,6 +62,7 @@ final class LayerGroup {
         name = shape.name
         files = shape.places.map(chain.id)
         mergingCount = shape.mergingCount
+        weighed = shape.weighed
         wordCount = chain.wordCount
         stale = FixedArray(repeating: 0, count: (chain.wordCount + 63) / 64)
         isKnown = before?.isKnown ?? true
@@ -71,6 +86,9 @@ final class LayerGroup {
                 ?? FixedArray(repeating: Rest(), count: words)
             unmerged = before?.unmerged ?? 0
             stuck = before?.stuck ?? 0
+            kept = before?.kept ?? 0
+            above = before?.above ?? 0
+            hiddenCount = before?.hiddenCount ?? 0
         }
         take(shape)
         markChanged(since: before, sources, in: chain)
@@ -98,8 +116,9 @@ final class LayerGroup {
         }
         // What is stuck is not counted with the rest: where it begins decides everywhere.
         let isOther =
-            !(isAllCounted && before.isAllCounted)
-            && (files != before.files || mergingCount != before.mergingCount)
+            weighed != before.weighed
+            || !(isAllCounted && before.isAllCounted)
+                && (files != before.files || mergingCount != before.mergingCount)
         for word in 0..<wordCount {
             let held = held(places, word, chain)
             let isChanged =
@@ -118,7 +137,7 @@ final class LayerGroup {
     /// Something is counted of the word that may have to go.
     private func isCounted(_ word: Int) -> Bool {
         covers.contains { $0.hidden[word] != 0 }
-            || rests.map { $0[word].unmerged | $0[word].stuck != 0 } ?? false
+            || rests.map { !$0[word].isEmpty } ?? false
     }
     private func held(_ places: [Int], _ word: Int, _ chain: LayerChain) -> UInt64 {
         var held: UInt64 = 0
@@ -158,7 +177,7 @@ final class LayerGroup {
     fileprivate func isAs(_ shape: LayerGroups.Shape, in chain: LayerChain) -> Bool {
         wordCount == chain.wordCount && files == shape.places.map(chain.id)
             && (files.count == 1 || mergingCount == shape.mergingCount)
-            && covers.count == shape.covers.count
+            && weighed == shape.weighed && covers.count == shape.covers.count
             && zip(covers, shape.covers).allSatisfy {
                 $0.name == $1.name && $0.files == $1.places.map(chain.id)
             }
@@ -203,7 +222,34 @@ final class LayerGroup {
         guard let rests else { return }
         unmerged = unmerged - UInt64(rests[word].unmerged) + UInt64(rest.unmerged)
         stuck = stuck - UInt64(rests[word].stuck) + UInt64(rest.stuck)
+        kept = kept - UInt64(rests[word].kept) + UInt64(rest.kept)
+        above = above - UInt64(rests[word].above) + UInt64(rest.above)
+        hiddenCount += rest.hiddenRegions.nonzeroBitCount
+        hiddenCount -= rests[word].hiddenRegions.nonzeroBitCount
         rests[word] = rest
+    }
+
+    // MARK: what is hidden of the layer that stays
+
+    var isAnythingHidden: Bool { hiddenCount > 0 }
+    /// The first region, at `start` or later, of which something was hidden when it was counted.
+    func nextHidden(from start: UInt64) -> UInt64? {
+        guard let rests, hiddenCount > 0 else { return nil }
+        var word = Int(start / 64)
+        var mask = ~UInt64(0) << (start % 64)
+        while word < rests.count {
+            let left = rests[word].hiddenRegions & mask
+            if left != 0 { return UInt64(word * 64 + left.trailingZeroBitCount) }
+            mask = ~0
+            word += 1
+        }
+        return nil
+    }
+    func clearHidden(_ region: UInt64) {
+        let (word, bit) = (Int(region / 64), 1 << (region % 64) as UInt64)
+        guard let rests, word < rests.count, rests[word].hiddenRegions & bit != 0 else { return }
+        rests[word].hiddenRegions &= ~bit
+        hiddenCount -= 1
     }
 }
 
@@ -217,6 +263,7 @@ struct LayerGroups {
         /// The uppermost first.
         var places: [Int]
         var mergingCount: Int
+        var weighed: LayerID?
         var covers: [(name: LayerID, places: [Int])] = []
     }
 
@@ -231,6 +278,7 @@ struct LayerGroups {
     private(set) var overCounts: [Int] = []
     func isCurrent(_ chain: LayerChain) -> Bool { revision == chain.revision }
     func below(_ place: Int) -> Int? { below[place] < 0 ? nil : below[place] }
+    var head: LayerGroup? { groups.last ?? nil }
 
     /// Layers have come, gone, or are shared, or are not any more.
     mutating func follow(_ chain: LayerChain) {
@@ -270,7 +318,8 @@ struct LayerGroups {
             below[place] = next < 0 ? -1 : owners[next]
             return Shape(
                 name: chain.name(place), places: places,
-                mergingCount: places.prefix { !chain.isShared($0) }.count)
+                mergingCount: places.prefix { !chain.isShared($0) }.count,
+                weighed: place == chain.count - 1 ? chain.candidate : nil)
         }
     }
 

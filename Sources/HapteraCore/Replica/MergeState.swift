@@ -27,6 +27,12 @@ struct MergeJob: BitwiseCopyable {
     var region: UInt64 = 0
     /// Y is the smaller one, and goes over to X.
     var isDown = false
+    /// X stays: only the blocks go that Y, the head, hides.
+    var isHiding = false
+    /// A request waits for all of the region to be in Y, whatever would stay.
+    var isAwaited = false
+    /// Those of X that are about to become absent.
+    var hidden = BlockSet()
     /// Blocks that are to go over, and those not yet read.
     var missing = BlockSet()
     var left = BlockSet()
@@ -76,6 +82,7 @@ struct MergeState {
     var lastNumber: UInt64 = 0
     var regionsMerged: UInt64 = 0
     var bytesMoved: UInt64 = 0
+    var regionsHidden: UInt64 = 0
     /// Behind the last region whose merge failed: others may need no space.
     var cursor: UInt64 = 0
     /// One waits for room in the log.

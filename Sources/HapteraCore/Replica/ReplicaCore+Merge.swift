@@ -23,6 +23,13 @@
 // merged upwards first: each region may go either way at any time. If Y is deleted meanwhile, too,
 // it goes on as it is, and the next heir has its turn when Y, which leaves no name, is gone.
 //
+// Right below the head one layer stays, the largest, if it holds more than the head and all that is
+// between them: to delete the only snapshot would else move the whole volume, each time a backup
+// takes one, reads it and deletes it. Those below go over to it. Of it only what the head hides
+// goes: steps 1, 4, 5 and 6, for the blocks that both hold by then. Which regions these are is
+// known from counting (ReplicaCore+MergeOrder). When the head is frozen it is an heir like any
+// other, and when it has become the larger one, all the rest goes up to it.
+//
 // A layer of which nothing is left leaves the manifest; then its files are deleted. A crash in
 // between leaves files that opening deletes.
 //
@@ -38,7 +45,9 @@ extension ReplicaCore {
     func tickMerges() {
         merge.isBusy = nextNumber - merge.lastNumber > MergeJob.idleRequests
         merge.lastNumber = nextNumber
-        let backlog = max(0, chain.retiredCount - MergeJob.backlogUnnoticed)
+        weighStaying()
+        let toMerge = chain.retiredCount - (chain.staying == nil ? 0 : 1)
+        let backlog = max(0, toMerge - MergeJob.backlogUnnoticed)
         merge.budget = merge.isBusy ? min(backlog, MergeJob.perIdleTick) : MergeJob.perIdleTick
         countOwed()
         // Tables of many layers may have to be synced for little space: not before it is much, or
@@ -72,14 +81,14 @@ extension ReplicaCore {
         removeLayers()
     }
 
-    private func isMerging(_ region: UInt64) -> Bool {
+    func isMerging(_ region: UInt64) -> Bool {
         for job in 0..<mergeJobs.count
         where mergeJobs[job].stage != .free && mergeJobs[job].region == region {
             return true
         }
         return false
     }
-    private var runningJobs: Int {
+    var runningJobs: Int {
         var count = 0
         for job in 0..<mergeJobs.count where mergeJobs[job].stage != .free { count += 1 }
         return count
@@ -91,7 +100,7 @@ extension ReplicaCore {
 
     private func beginAwaited() {
         while let job = freeJob, let slot = nextAwaited() {
-            begin(job, layer(of: slot), requests[Int(slot)].region)
+            begin(job, MergeTask(layer(of: slot), requests[Int(slot)].region, .awaited))
         }
     }
     private func nextAwaited() -> Int32? {
@@ -116,7 +125,7 @@ extension ReplicaCore {
             !isUnderPressure
         else { return }
         while mayBegin(), let job = freeJob {
-            guard let (heir, region, isDown) = nextToMerge() else {
+            guard let task = nextToMerge() else {
                 merge.isIdle = true
                 return
             }
@@ -126,51 +135,17 @@ extension ReplicaCore {
                 // Only what it has let through: else it would have ever more to make up for.
                 merge.throttle.began(bytes: Geometry.regionSize)
             }
-            begin(job, heir, region, isDown: isDown)
+            begin(job, task)
         }
     }
-    private func mayBegin() -> Bool {
-        let running = runningJobs
-        guard
-            merge.budget > 0
-                || merge.isBusy && merge.throttle.mayBegin(now, running: running)
-        else { return false }
-        return running * Geometry.blocksPerRegion + merge.owedBlocks < merge.owedBlocksMax
-    }
-    private func nextToMerge() -> (heir: LayerID, region: UInt64, isDown: Bool)? {
-        // Of many layers one after the other have the same heir.
-        var known = -1
-        var isKnownDue = false
-        for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
-            for index in 0..<chain.count where chain.isRetired(index) && !chain.isStuck(index) {
-                guard let heir = chain.heirPlace(index) else { continue }
-                let isDown = chain.isDown(index)
-                // What else the heir gets waits for those that go down.
-                if known != heir { (known, isKnownDue) = (heir, chain.isFoldDue(heir)) }
-                if !isDown, isKnownDue { continue }
-                let upper = isDown ? index + 1 : heir
-                var start = from
-                while start < regionCount,
-                    let region = isDown
-                        ? chain.nextToAbsorb(upper, from: start)
-                        : chain.nextUnmerged(index, from: start)
-                {
-                    if !isMerging(region) { return (chain.id(upper), region, isDown) }
-                    start = region + 1
-                }
-            }
-        }
-        return nil
-    }
-
-    private func begin(
-        _ job: Int, _ heir: LayerID, _ region: UInt64, isDown: Bool = false
-    ) {
+    private func begin(_ job: Int, _ task: MergeTask) {
         mergeJobs[job] = MergeJob()
-        mergeJobs[job].isDown = isDown
+        mergeJobs[job].isDown = task.way == .down
+        mergeJobs[job].isHiding = task.way == .hide
+        mergeJobs[job].isAwaited = task.way == .awaited
         mergeJobs[job].stage = .waiting
-        mergeJobs[job].heir = heir
-        mergeJobs[job].region = region
+        mergeJobs[job].heir = task.heir
+        mergeJobs[job].region = task.region
         advance(job)
     }
 
@@ -191,7 +166,8 @@ extension ReplicaCore {
     private func prepare(_ job: Int) {
         guard shutdown == .none, currentInstall < 0, merge.leaving.isEmpty else { return }
         guard let place = chain.index(of: mergeJobs[job].heir),
-            mergeJobs[job].isDown || !chain.isRetired(place),
+            mergeJobs[job].isDown || !chain.isRetired(place)
+                || mergeJobs[job].heir == chain.staying,
             let below = placeBelow(job, place), !chain.isStuck(below)
         else { return end(job) }
         if mergeJobs[job].layer != chain.id(below) {
@@ -216,7 +192,12 @@ extension ReplicaCore {
     }
     private func placeBelow(_ job: Int, _ place: Int) -> Int? {
         guard mergeJobs[job].isDown else {
-            return chain.unmerged(under: place, mergeJobs[job].region)
+            guard let below = chain.unmerged(under: place, mergeJobs[job].region) else {
+                return nil
+            }
+            if mergeJobs[job].isAwaited { return below }
+            // What stays is only hidden, and what is below it has another way to go.
+            return (chain.id(below) == chain.staying) == mergeJobs[job].isHiding ? below : nil
         }
         return place > 0 && chain.isDown(place - 1) ? place - 1 : nil
     }
@@ -299,14 +280,23 @@ extension ReplicaCore {
         let (source, target) = (mergeJobs[job].source, mergeJobs[job].target)
         var missing = BlockSet()
         var data = BlockSet()
-        for block in 0..<Geometry.blocksPerRegion
-        where mergeJobs[job].isDown || cache.entry(target, block).state == .absent {
+        var hidden = BlockSet()
+        for block in 0..<Geometry.blocksPerRegion {
             let state = cache.entry(source, block).state
-            if state != .absent { missing[block] = true }
+            guard state != .absent else { continue }
+            guard mergeJobs[job].isDown || cache.entry(target, block).state == .absent else {
+                hidden[block] = true
+                continue
+            }
+            guard !mergeJobs[job].isHiding else { continue }
+            missing[block] = true
             if state == .data { data[block] = true }
         }
         mergeJobs[job].missing = missing
         mergeJobs[job].left = data
+        mergeJobs[job].hidden = hidden
+        // It was counted as hidden, and has gone since.
+        if mergeJobs[job].isHiding, hidden.isEmpty { return doneHiding(job) }
         mergeJobs[job].stage = .copying
         copyNext(job)
     }
@@ -383,6 +373,9 @@ extension ReplicaCore {
         cache.move(target, to: .active)
         unlock(job)
         if options.mutations.contains(.mergeNotDurable) { return clear(job) }
+        if mergeJobs[job].isHiding, options.mutations.contains(.hiddenNotDurable) {
+            return clear(job)
+        }
         mergeJobs[job].stage = .syncing
         mergeJobs[job].tickets = (log.storeCount, syncs[FileSync.data].written)
         mergeJobs[job].coverIndex = log.nextIndex
@@ -426,13 +419,16 @@ extension ReplicaCore {
         var unneeded: Range<Int>?
         for block in 0..<Geometry.blocksPerRegion {
             let state = cache.entry(source, block).state
-            guard state != .absent else { continue }
+            guard state != .absent, !mergeJobs[job].isHiding || mergeJobs[job].hidden[block]
+            else { continue }
             held[block] = true
             cache.setEntry(source, block, .absent)
             if state != .zero { unneeded = (unneeded?.lowerBound ?? block)..<block + 1 }
         }
         // Nothing is left between them: one punch gives all of it back.
-        for block in unneeded ?? 0..<0 { cache.frames[Int(source)].unneeded[block] = true }
+        for block in unneeded ?? 0..<0 where cache.entry(source, block).state == .absent {
+            cache.frames[Int(source)].unneeded[block] = true
+        }
         if let unneeded { owe(mergeJobs[job].from, mergeJobs[job].region, unneeded.count) }
         if !held.isEmpty {
             statesChanged(mergeJobs[job].from, mergeJobs[job].region)
@@ -446,7 +442,16 @@ extension ReplicaCore {
                     count: run.count, .absent))
             mergeJobs[job].reserved -= 1
         }
-        emptied(job)
+        if mergeJobs[job].isHiding { merge.regionsHidden += 1 }
+        guard mergeJobs[job].isHiding, heldCount(source) > 0 else { return emptied(job) }
+        merge.serials[Int(mergeJobs[job].region % 256)] &+= 1
+        doneHiding(job)
+    }
+    private func doneHiding(_ job: Int) {
+        if mergeJobs[job].heir == chain.head {
+            space.groups.head?.clearHidden(mergeJobs[job].region)
+        }
+        end(job)
     }
 
     /// Nothing of the region is left in this layer: on to the next one below.

@@ -184,9 +184,12 @@ extension ReplicaCore {
         merge.deletions.removeFirst()
     }
 
-    /// Some retired layer is not stuck.
+    /// Some retired layer is neither stuck nor the one that stays.
     package var isMergeDue: Bool {
-        (0..<chain.count).contains { chain.isRetired($0) && !chain.isStuck($0) }
+        let staying = isLayerStaying ? chain.staying : nil
+        return (0..<chain.count).contains {
+            chain.isRetired($0) && !chain.isStuck($0) && chain.id($0) != staying
+        }
     }
     /// What is left to merge, and why it may not get on: for logs.
     package var mergeText: String {

@@ -13,7 +13,8 @@
 //
 // A retired layer that cannot be merged is stuck. To the engine it and its heir are one layer all
 // the same: what is asked of that one is answered from their fold, each block from the uppermost of
-// them that holds it. So it is while the heir goes over to the layer (ReplicaCore+Merge).
+// them that holds it. So it is while the heir goes over to the layer, and while the layer stays
+// below the head (ReplicaCore+Merge).
 //
 // What the engine writes into such a layer, a repair or a copy to a joiner, can only be what is
 // there by its entries: then the bytes are written in place. Anything else is refused.
@@ -117,13 +118,16 @@ extension ReplicaCore {
 
     /// What the request is about cannot be merged: it is answered from the fold.
     func isFolded(_ slot: Int32) -> Bool {
-        guard chain.sharedCount + chain.downCount > 0,
+        guard chain.sharedCount + chain.downCount > 0 || chain.staying != nil,
             let place = chain.place(named: requests[Int(slot)].header.layer),
             !options.mutations.contains(.foldIgnored)
         else { return false }
         // Also where there is nothing under it yet: what is in it may go there any moment.
         if chain.isDown(under: place) { return true }
-        return chain.unmerged(under: place, requests[Int(slot)].region).map(chain.isStuck) ?? false
+        guard let lower = chain.unmerged(under: place, requests[Int(slot)].region) else {
+            return false
+        }
+        return chain.isStuck(lower) || place == chain.count - 1 && chain.staying != nil
     }
     /// Only a client's read sees through the layers below.
     func isFold(_ slot: Int32) -> Bool {

@@ -120,6 +120,7 @@ extension ReplicaCore {
             space.cursor = group.name
             if let word = group.nextStale(from: space.word) { return word }
             if space.isSound { group.isKnown = true }
+            group.isUncountable = !space.isSound
             space.cursor = LayerID(rawValue: group.name.rawValue + 1)
         }
         space.cursor = .head
@@ -295,6 +296,9 @@ extension ReplicaCore {
             space.hidden.0 += UInt16(first.nonzeroBitCount)
             space.hidden.1 += UInt16(second.nonzeroBitCount)
         }
+        if let weighed = group.weighed {
+            weigh(group.files[depth], weighed, place, seen: data & ~above, hidden: data & above)
+        }
         let hidden = UInt32((data & above).nonzeroBitCount)
         if isMerging { space.rest.unmerged += hidden } else { space.rest.stuck += hidden }
         if !isMerging, options.mutations.contains(.stuckIsPunched), data & above != 0 {
@@ -305,6 +309,16 @@ extension ReplicaCore {
                 UInt32(Geometry.blockSize))
         }
         space.masks[space.mask(SpaceState.own, place, part)] |= held
+    }
+    /// The blocks of one layer below the head, or of the head, against those of the one that may
+    /// stay there.
+    private func weigh(
+        _ layer: LayerID, _ weighed: LayerID, _ place: Int, seen: UInt64, hidden: UInt64
+    ) {
+        if layer > weighed { space.rest.above += UInt32(seen.nonzeroBitCount) }
+        guard layer == weighed else { return }
+        space.rest.kept += UInt32(seen.nonzeroBitCount)
+        if hidden != 0 { space.rest.hiddenRegions |= 1 << UInt64(place) }
     }
 }
 

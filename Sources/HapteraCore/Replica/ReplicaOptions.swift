@@ -26,6 +26,10 @@ package struct ReplicaOptions {
     /// As many layers as a copy may have: an Install that would add more is refused, and the engine
     /// knows before it asks (`FrameFlags.layersFull`).
     package var layersMax = Manifest.layersMax
+    /// Blocks: a layer below the head with no more than these goes up to it, however little the
+    /// head has; and one with no more than so many percent of what the head has.
+    package var stayingBlocksMin = 2048
+    package var risingPercent: UInt64 = 100
     package var mutations = MutationSet()
     /// 128 bits of a block's data for `RegionDigest`; the process gives SHA-256. Must be the same
     /// function on all replicas of a volume. The default is fast and no cryptographic hash: for

@@ -230,6 +230,12 @@ class Replica(Copy):
     def status(self):
         return control(self.control, "status")
 
+    @property
+    def lasting_layers(self):
+        """Layers, but for a deleted one that stays below the head, being the larger one."""
+        status = self.status()
+        return int(status["layers"]) - int(status["stayingLayers"])
+
     def shutdown(self):
         if self.process and self.process.is_running:
             try:
