@@ -24,10 +24,8 @@ def pause_without(volume, probe, name, how, seconds):
             volume.wait(lambda: not volume.plane.run("node", "show", name)["ready"],
                         "the agent to be missed")
     volume.answered_for(1)
-    stall = probe.longest_stall
-    gap = by_disk(max(worker.longest_gap for worker in volume.workers), probe,
-                  f"longest stall {stall * 1e3:.0f} ms, ")
-    gap.limit = max(gap.limit, PAUSE_SECONDS_MAX, 2 * stall)
+    gap = by_disk(max(worker.longest_gap for worker in volume.workers), probe)
+    gap.limit = max(gap.limit, PAUSE_SECONDS_MAX)
     return gap
 
 

@@ -20,17 +20,26 @@ FLOOR = 0.05
 
 
 class Gap:
-    """A measured pause and what it may be, seconds."""
+    """A measured pause and what it may be, seconds.
 
-    def __init__(self, seconds, limit, remark):
-        self.seconds, self.limit, self.remark = seconds, limit, remark
+    `stall`: the longest of a process that did nothing but sync in the same seconds.
+    """
+
+    def __init__(self, seconds, limit, remark, stall=0.0):
+        self.seconds, self.limit, self.remark, self.stall = seconds, limit, remark, stall
 
     @property
     def is_met(self):
         return self.seconds < self.limit
 
+    @property
+    def is_met_when_busy(self):
+        """The same where others may use the machine and its disk: what they cost is not ours."""
+        return self.seconds < self.limit + 2 * self.stall
+
     def __str__(self):
-        return f"{self.seconds * 1e3:.1f} ms, limit {self.limit * 1e3:.0f} ms ({self.remark})"
+        return (f"{self.seconds * 1e3:.1f} ms, limit {self.limit * 1e3:.0f} ms ({self.remark}), "
+                f"longest stall {self.stall * 1e3:.0f} ms")
 
 
 @contextlib.contextmanager
@@ -41,6 +50,7 @@ def loaded(context):
         load = Workload(history, cluster.engine.unix, context.seed, depth=DEPTH).start()
         load.wait_completed(3000)
         load.reset_gap()
+        probe.reset_stall()
         yield cluster, load, probe
         error = load.stop()
         assert error is None, f"the client got an error: {error}"
@@ -49,7 +59,8 @@ def loaded(context):
 
 def by_disk(seconds, probe, remark=""):
     p99 = probe.p99()
-    return Gap(seconds, max(FLOOR, 5 * p99), f"{remark}fdatasync p99 {p99 * 1e3:.1f} ms")
+    return Gap(seconds, max(FLOOR, 5 * p99), f"{remark}fdatasync p99 {p99 * 1e3:.1f} ms",
+               probe.longest_stall)
 
 
 def replica_killed(context):
@@ -68,7 +79,8 @@ def replica_stopped(context):
         wait_for(lambda: len(cluster.record().in_sync) == 2, "the silent replica's removal")
         load.wait_completed(3000)
         silent.process.signal(signal.SIGCONT)
-        return Gap(load.longest_gap, REMOVAL_DEADLINE + 0.1, "the removal deadline and 100 ms")
+        return Gap(load.longest_gap, REMOVAL_DEADLINE + 0.1, "the removal deadline and 100 ms",
+                   probe.longest_stall)
 
 
 def store_away(context, seconds):
@@ -82,10 +94,8 @@ def store_away(context, seconds):
             load.wait_completed(100)
         # Nothing happens that could make a client wait, so what it waited for is the disk and the
         # machine; over a whole outage their longest stall counts, which a p99 does not know.
-        stall = probe.longest_stall
-        gap = by_disk(load.longest_gap, probe, f"{seconds:.0f} s, {load.completed} requests, "
-                      f"longest stall {stall * 1e3:.1f} ms, ")
-        gap.limit = max(gap.limit, 2 * stall)
+        gap = by_disk(load.longest_gap, probe, f"{seconds:.0f} s, {load.completed} requests, ")
+        gap.limit = max(gap.limit, 2 * gap.stall)
         cluster.store.start()
         assert cluster.record().epoch == epoch, "something changed the record"
         return gap
@@ -93,7 +103,7 @@ def store_away(context, seconds):
 
 def engine_killed(context):
     """Under a client that reconnects, with the engine started again at once."""
-    with context.cluster() as cluster:
+    with context.cluster() as cluster, SyncProbe(cluster.path) as probe:
         cluster.up()
         cluster.engine.status()
         checker = Checker()
@@ -101,11 +111,12 @@ def engine_killed(context):
                         depth=DEPTH).start()
         wait_for(lambda: client.completed > 3000, "the load")
         client.longest_gap = 0.0
+        probe.reset_stall()
         before, answered = cluster.engine, client.completed
         before.process.kill()
         cluster.start_engine(wait=False, before=before)
         wait_for(lambda: client.completed > answered + 500, "answers from the next engine")
-        gap, status = client.longest_gap, {}
+        gap, stall, status = client.longest_gap, probe.longest_stall, {}
         wait_for(lambda: status.update(cluster.engine.status()) or
                  int(status.get("unresolvedRegions", 0)) == 0, "the resolution's end")
         assert client.reconnects == 1, client.state
@@ -117,12 +128,12 @@ def engine_killed(context):
         client.stop()
         cluster.wait_healthy()
         cluster.check_copies()
-        return Gap(gap, 1.0, remark)
+        return Gap(gap, 1.0, remark, stall)
 
 
 def engine_restarted(context):
     """The same, started again by its node agent, which first has to notice."""
-    with Plane(context, "volume") as plane:
+    with Plane(context, "volume") as plane, SyncProbe(plane.directory) as probe:
         plane.run("volume", "create", "volume", "--size", str(BLOCKS * BLOCK))
         plane.run("volume", "attach", "volume")
         engine = plane.until(
@@ -132,9 +143,10 @@ def engine_restarted(context):
         client = Worker(checker, 0, path, BLOCKS * BLOCK // CELL, context.seed, depth=DEPTH).start()
         wait_for(lambda: client.completed > 3000, "the load")
         client.longest_gap, answered = 0.0, client.completed
+        probe.reset_stall()
         os.kill(engine["pid"], signal.SIGKILL)
         wait_for(lambda: client.completed > answered + 500, "answers from the next engine")
-        gap = client.longest_gap
+        gap, stall = client.longest_gap, probe.longest_stall
         client.stop()
         plane.until("the next engine", lambda v: v["engine"]["pid"] not in (None, engine["pid"]))
-        return Gap(gap, 1.0, f"{client.retries} requests repeated")
+        return Gap(gap, 1.0, f"{client.retries} requests repeated", stall)
