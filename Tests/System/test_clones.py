@@ -93,13 +93,17 @@ def test_a_clone_is_quick_small_and_independent(context):
 
         # A client writes on all the while.
         written = chance.randbytes(2 * MIB)
-        # Whatever its size; on a busy machine one may take longer.
-        taken = []
+        # Whatever its size, and little more than an empty volume takes in the same seconds; on a
+        # busy machine one may take longer.
+        taken, empty = [], []
         for name in ("first", "second"):
             taken.append(volumes.create(name, "--from", "vol@golden"))
             plane.run("volume", "delete", name)
+            empty.append(volumes.create(name, "--size", str(SIZE)))
+            plane.run("volume", "delete", name)
         taken.append(volumes.create("copy", "--from", "vol@golden"))
-        assert statistics.median(taken) < 1.5 and max(taken) < 3, taken
+        usual = max(1.5, 3 * statistics.median(empty))
+        assert statistics.median(taken) < usual and max(taken) < 2 * usual, (taken, empty)
         volumes.write("vol", written, 3 * MIB)
         shown = volumes.show("copy")
         assert (shown["originVolume"], shown["originSnapshot"]) == ("vol", "golden"), shown
@@ -182,9 +186,10 @@ def test_clones_of_a_slow_source(context):
                                      for v in plane.run("volume", "list")), "a start")
                 wait_for(lambda: waits in reason(name), "the reason", 15)  # pylint: disable=W0640
                 if number == 1:
+                    # Long enough to be told why, whatever else this machine does.
                     text = plane.run("volume", "create", name, "--from", "vol@golden", "--timeout",
-                                     "1", fails=True)
-                    assert "not done after 1 s" in text and waits in text, text
+                                     "5", fails=True)
+                    assert "not done after 5 s" in text and waits in text, text
                 time.sleep(max(0, begun + pause - time.monotonic()))
             finally:
                 # The last one is started again by its agent.
