@@ -11,7 +11,7 @@ import nbd
 from harness.cluster import MIB, ControlError, control, wait_for
 from harness.context import once
 from harness.plane import Plane
-from harness.workload import BLOCK
+from harness.workload import BLOCK, SyncProbe
 
 SIZE = 16 * MIB
 
@@ -78,7 +78,7 @@ def test_group_snapshots_are_one_cut(context):
     """Twenty groups of three volumes under a client that writes to one when another has answered;
     a group that fails half-way leaves nothing; a name of one volume's is refused."""
     names = ("a", "b", "c")
-    with Plane(context) as plane:
+    with Plane(context) as plane, SyncProbe(plane.directory) as probe:
         for name in names:
             plane.run("volume", "create", name, "--size", str(SIZE))
             plane.run("volume", "attach", name)
@@ -100,6 +100,7 @@ def test_group_snapshots_are_one_cut(context):
             pauses.append(chain.longest)
             assert [s["volume"] for s in taken] == list(names), taken
             assert taken[0]["labels"]["app"] == "db" and taken[0]["labels"]["haptera.io/group"]
+        p99 = probe.p99()
         # Without a hold they are none: the check would notice.
         for name in names:
             plane.run("snapshot", "create", name, "apart")
@@ -142,8 +143,10 @@ def test_group_snapshots_are_one_cut(context):
             raise RuntimeError("snapshots taken one after the other pass for a cut")
         except AssertionError:
             pass
-        # What it takes on a busy machine (docs/benchmarks.md), and as much again.
-        assert statistics.median(pauses) < 0.15, pauses
+        # What it takes on a busy machine (docs/benchmarks.md), and as much again; on a slow disk
+        # what its syncs take.
+        limit = max(0.15, 5 * p99)
+        assert statistics.median(pauses) < limit, (limit, pauses, others)
         return (f"20 groups, each one cut of {chain.count} writes; longest pause of each: median "
                 f"{statistics.median(pauses) * 1e3:.0f}, longest {max(pauses) * 1e3:.0f} ms; in "
                 f"200 writes without one: median {statistics.median(others) * 1e3:.0f} ms")
@@ -158,10 +161,11 @@ def test_a_hold_ends_by_itself(context):
         handle.connect_unix(str(cluster.engine.unix))
         handle.pwrite(b"a" * BLOCK, 0)
         engine = cluster.engine.control
-        control(engine, "snapshot", name="first", created=1, hold=5, **{"for": 700})
-        begun = time.monotonic()
+        # It counts from the request on. Long, so that this machine may take its time meanwhile.
+        hold, begun = 4.0, time.monotonic()
+        control(engine, "snapshot", name="first", created=1, hold=5, **{"for": int(hold * 1000)})
         assert handle.pread(BLOCK, 0) == b"a" * BLOCK
-        assert time.monotonic() - begun < 0.5, "reads go on"
+        assert time.monotonic() - begun < hold, "reads wait for the end of the hold"
         try:
             control(engine, "snapshot", name="other", created=1, hold=6, **{"for": 700})
             raise RuntimeError("two holds at once")
@@ -169,9 +173,11 @@ def test_a_hold_ends_by_itself(context):
             assert "another snapshot of a group" in str(error), error
         handle.pwrite(b"b" * BLOCK, 0)
         waited = time.monotonic() - begun
-        assert 0.4 < waited < 2.0, f"the write was answered after {waited:.2f} s"
+        # (The engine may have looked at its clock a moment before.)
+        assert hold - 0.1 < waited < hold + 4, f"the write was answered after {waited:.2f} s"
         assert control(engine, "release", token=5)["held"] == "0"
         # Released in time: the write is answered at once.
+        frozen = time.monotonic()
         control(engine, "snapshot", name="second", created=1, hold=7, **{"for": 10000})
         answered = threading.Event()
         writer = threading.Thread(
@@ -179,7 +185,8 @@ def test_a_hold_ends_by_itself(context):
         writer.start()
         assert not answered.wait(0.3), "acknowledged behind the freeze, before the release"
         assert control(engine, "release", token=7)["held"] == "1"
-        assert answered.wait(5), "not answered after the release"
+        assert answered.wait(60), "not answered after the release"
+        assert time.monotonic() - frozen < 10, "answered at the end of the hold only"
         writer.join()
         for name, expected in (("first", b"a"), ("second", b"b")):
             assert control(engine, "snapshot", name=name, created=1)["existed"] == "1"
@@ -190,4 +197,4 @@ def test_a_hold_ends_by_itself(context):
             reader.shutdown()
         handle.shutdown()
         cluster.check_copies()
-        return f"held for {waited * 1e3:.0f} of 700 ms"
+        return f"held for {waited:.2f} of {hold:.0f} s"
