@@ -127,6 +127,10 @@ def test_attach_during_export(context):
     with Plane(context) as plane:
         contents = written(plane)
         detach(plane)
+        begun = time.monotonic()
+        plane.run("volume", "attach", "vol", "--node", "node-1")
+        alone = time.monotonic() - begun
+        detach(plane)
         copying = plane.start_bytes("snapshot", "export", "vol", "b", "-")
         copy = bytearray()
 
@@ -155,9 +159,9 @@ def test_attach_during_export(context):
         read(SIZE - len(copy))
         assert copying.stdout.read() == b"" and copying.wait(60) == 0, copying.stderr.read()
         assert copy == contents["b"], "the copy is not the snapshot"
-        assert max(waits) < 8, waits
+        assert max(waits) < max(8, 5 * alone), (waits, alone)
         until_idle(plane)
-        return f"attached after {max(waits):.1f} s at most"
+        return f"attached after {max(waits):.1f} s at most, {alone:.1f} s without an export"
 
 
 def layer_files(plane, node):
@@ -241,13 +245,18 @@ def test_scrub_goes_on_over_attachments(context):
             wait_for(lambda: (now := status())["state"] in ("running", "finished")
                      and now["regionsDone"] >= before["regionsDone"], "it to go on", 60)
             seen.append(status())
-        assert seen[1]["state"] != "finished", "it was over before it was interrupted"
         wait_for(lambda: status()["state"] == "finished", "its end", 180)
         found = status()
         assert found["blocksBad"] == found["blocksRepaired"] == 1, found
         assert found["regionsDone"] == size // MIB, found
         assert found["blocksChecked"] >= 3 * size // 4096, found
-        assert kinds(plane).count("ScrubFinished") == 1
+        events = kinds(plane)
+        assert events.count("ScrubFinished") == 1
+        # Not judged by what was seen after the attachment: the next engine may have ended it by
+        # the time it is asked.
+        events = events[events.index("ScrubRequested"):]
+        assert events.index("VolumeAttached") < events.index("ScrubFinished"), (
+            "it was over before it was interrupted")
         assert plane.read() == content
         again = found["blocksChecked"] - 3 * size // 4096
         return (f"interrupted at {[one['regionsDone'] for one in seen]} of {size // MIB}, "

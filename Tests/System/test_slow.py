@@ -70,7 +70,7 @@ def test_slow_replica_leaves_and_returns(context):
         start = time.monotonic()
         limit.set(WRITES_PER_SECOND)
         meanwhile, longest = load.measure(
-            lambda: cluster.engine.wait_state(slow, "absent", 20))
+            lambda: cluster.engine.wait_state(slow, "absent", 60))
         left_after = time.monotonic() - start
         assert departures(cluster, slow) == [SLOW], cluster.record()
         assert process.is_running and len(cluster.record().in_sync) == 2
@@ -79,7 +79,7 @@ def test_slow_replica_leaves_and_returns(context):
         text = (f"median of the writes {before * 1e3:.1f} ms, {meanwhile * 1e3:.0f} ms beside the "
                 f"slow disk (longest {longest * 1e3:.0f} ms), {after * 1e3:.1f} ms after it left")
         assert meanwhile > 0.1, f"the disk was not slow: {text}"
-        assert after < max(2 * before, meanwhile / 10), text
+        assert after < max(2 * before, meanwhile / 4), text
 
         sent = int(cluster.engine.metrics()["haptera_engine_rebuilt_bytes_total"])
         limit.lift()
