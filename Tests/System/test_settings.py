@@ -109,8 +109,12 @@ def test_writes_wait_for_enough_members(context):
         load.wait_completed(500)
         lose(cluster, first, 2)
         load.wait_completed(500)
+        # Stopped first: what both had acknowledged has arrived when every write waits.
+        second.process.signal(signal.SIGSTOP)
+        wait_for(lambda: load.silence > 1.5, "every write to wait")
+        held = load.completed
         lose(cluster, second, 1)
-        held, reader = load.completed, connect(cluster.engine.unix)
+        reader = connect(cluster.engine.unix)
         for _ in range(1000):
             reader.pread(BLOCK, (LOADED + 1) * BLOCK)
         reader.shutdown()

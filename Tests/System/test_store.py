@@ -1,5 +1,6 @@
 """The metadata store away: a healthy volume does not notice, a change of members waits."""
 
+import signal
 import time
 
 from harness.cluster import MIB, wait_for
@@ -36,12 +37,16 @@ def test_store_down_during_a_loss(context):
             history, cluster.engine.unix, context.seed, writes_only=True).start()
         load.wait_completed(500)
         cluster.store.stop()
-        cluster.replicas[0].process.kill()
+        # Stopped first: what all had acknowledged has arrived when every write waits.
+        lost = cluster.replicas[0].process
+        lost.signal(signal.SIGSTOP)
+        wait_for(lambda: load.silence > 1.5, "every write to wait")
+        before = load.completed
+        lost.kill()
         wait_for(
             lambda: cluster.engine.status().get("storeAvailable") in ("false", "0", "no"),
             "the engine to miss the store")
-        # Everything in flight lacks the lost member by now; nothing may be acknowledged.
-        before = load.completed
+        # Everything in flight lacks the lost member; nothing may be acknowledged.
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
             assert load.completed == before, "a write was acknowledged without the record"

@@ -198,6 +198,11 @@ class Workload:
     def reset_gap(self):
         self.longest_gap = 0.0
 
+    @property
+    def silence(self):
+        """Seconds since the last answer, once there was one."""
+        return time.monotonic() - self._last
+
     def _run(self):
         try:
             handle = connect(self.socket)
