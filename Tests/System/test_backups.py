@@ -7,7 +7,7 @@ import subprocess
 
 import nbd
 
-from harness.cluster import CONTROL_BINARIES, MIB, ControlError, control
+from harness.cluster import CONTROL_BINARIES, MIB, ControlError, control, wait_for
 from harness.plane import Plane
 from harness.workload import BLOCK, History, Workload, check_all
 from test_snapshots import connect, digest, take
@@ -213,6 +213,8 @@ def test_several_contexts_and_deletion(context):
             "nbdinfo", "--json", uri(cluster, "first")))
         assert listed["exports"][0]["contexts"] == [
             "base:allocation", "haptera:changed:first", "qemu:dirty-bitmap:first"], listed
+        wait_for(
+            lambda: cluster.engine.status()["snapshotReaders"] == "0", "the reader to be gone")
         for name in ("first", "second"):
             control(cluster.engine.control, "delete-snapshot", name=name)
         return "refused while compared with"

@@ -166,7 +166,8 @@ def test_snapshots_deleted_under_faults(context):
         refusal = expect_refusal(cluster, "s1")
         assert "1 client reads it" in refusal, refusal
         reader.shutdown()
-        time.sleep(0.2)
+        wait_for(
+            lambda: cluster.engine.status()["snapshotReaders"] == "0", "the reader to be gone")
         delete("s1")
         delete("s0")  # the lowest
         away = cluster.replicas[1]
