@@ -109,9 +109,11 @@ def test_addresses_of_the_dead_are_waited_for(context):
 
 
 def has_open(pid, suffix):
-    return any(
-        os.readlink(entry).endswith(suffix)
-        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink())
+    for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            if os.readlink(entry).endswith(suffix):
+                return True
+    return False
 
 
 def listening(port):
