@@ -22,24 +22,30 @@ def test_chaos_command(context):
         report = plane.run(
             "chaos", "run", "--volume", "vol", "--for", "15s", "--seed", str(context.seed))
         assert report["violations"] == [], report
-        assert report["acknowledged"] > 1000, report
+        # 512 of them fill the volume before anything is broken.
+        assert report["acknowledged"] > 600, report
         caused = {count["fault"] for count in report["faults"] if count["caused"]}
-        for fault in {"kill", "pause", "partition", "flip", "full"} - caused:
+
+        def is_caused(fault):
+            """In a short run: there may be nothing to break just then."""
             short = plane.run(
                 "chaos", "run", "--volume", "vol", "--for", "1s", "--faults", fault)
             assert short["violations"] == [], short
-            assert sum(f["caused"] for f in short["faults"]) > 0, short
+            return sum(f["caused"] for f in short["faults"]) > 0
+        for fault in {"kill", "pause", "partition", "flip", "full"} - caused:
+            wait_for(lambda: is_caused(fault), f"{fault} to be caused")  # pylint: disable=W0640
         done = [event["message"] for event in plane.run("events", "--limit", "500")
                 if event["kind"] == "FaultInjected"]
         for fault in ("kill", "pause", "partition", "flip", "full"):
             assert any(message.startswith(fault) for message in done), (fault, done)
 
         # Somebody else's bytes in the volume: the judge must see them, and say so by its status.
-        before = faults(plane)
-        run = plane.start("chaos", "run", "--volume", "vol", "--for", "5s", "--faults", "pause")
+        # (It takes as long as the first fault lasts, 5 s at most, and 192 MiB on the disk.)
+        before, foreign = faults(plane), plane.image(SIZE)
+        run = plane.start("chaos", "run", "--volume", "vol", "--for", "20s", "--faults", "pause")
         try:
             wait_for(lambda: faults(plane) > before, "the first fault")
-            plane.write(plane.image(SIZE))
+            plane.write(foreign)
             output, error = run.communicate(timeout=120)
         finally:
             run.kill()
