@@ -232,7 +232,7 @@ def replica_without_agent(volume, how):
 
 
 def controller_during_rejoin(volume, how):
-    for _ in range(3):
+    for _ in range(10):
         if is_rejoin_cut_off(volume, how):
             return
         volume.note("too late")
