@@ -38,12 +38,25 @@ class Elsewhere:
         return self.plane.start("volume", "create", name, "--from", "vol@golden", *places)
 
     def slowed(self, name, *nodes):
-        """Its creation, and it as soon as it is there: whoever stops what is to be filled stops
-        the filling."""
-        command = self.start(name, *nodes)
-        wait_for(lambda: any(v["name"] == name and v["state"] == "detached"
-                             for v in self.plane.run("volume", "list")), "the replicas")
-        return command, self.volumes.show(name)
+        """Its creation, and it: what is to be filled is stopped, and the filling with it."""
+        def stopped():
+            for volume in self.plane.run("volume", "list"):
+                if volume["name"] == name and volume["state"] == "detached" and all(
+                        replica["pid"] for replica in volume["replicas"]):
+                    self.pause(volume)
+                    return volume
+            return None
+
+        for _ in range(5):
+            command = self.start(name, *nodes)
+            shown = wait_for(stopped, "the replicas")
+            if self.volumes.show(name)["filling"]:
+                return command, shown
+            # Too late: this machine was busy.
+            self.pause(shown, signal.SIGCONT)
+            self.done(command)
+            self.plane.run("volume", "delete", name)
+        raise AssertionError("every clone was filled before its replicas were stopped")
 
     def done(self, command):
         output, errors = command.communicate(timeout=120)
@@ -119,7 +132,6 @@ def test_a_clone_that_is_used_while_it_is_filled(context):
         bench = Elsewhere(plane)
         volumes, chance = bench.volumes, random.Random(context.seed)
         command, shown = bench.slowed("copy", "node-2", "node-3")
-        bench.pause(shown)
         try:
             begun = time.monotonic()
             plane.run("volume", "attach", "copy")
@@ -131,7 +143,7 @@ def test_a_clone_that_is_used_while_it_is_filled(context):
             now = volumes.show("copy")
             assert now["filling"]["replicasTotal"] == 2 and nodes_of(now, True) == ["node-1"], now
             text = plane.run("volume", "create", "copy", "--from", "vol@golden", "--node", "node-2",
-                             "--node", "node-3", "--timeout", "1", fails=True)
+                             "--node", "node-3", "--timeout", "5", fails=True)
             assert "its replicas are being filled" in text and "--timeout" in text, text
             temporary = next(r["id"] for r in now["replicas"] if r["temporary"])
             text = plane.run("replica", "delete", "copy", temporary, "--yes", fails=True)
@@ -170,7 +182,6 @@ def test_what_fails_while_a_clone_is_filled(context):
         # The engine goes on where it is.
         command, shown = bench.slowed("copy", "node-3")
         assert nodes_of(shown, True) == ["node-1", "node-2"], shown
-        bench.pause(shown)
         victim = next(r for r in shown["replicas"] if r["temporary"])
         agent = plane.daemon(victim["node"])
         os.kill(agent, signal.SIGSTOP)
@@ -189,7 +200,6 @@ def test_what_fails_while_a_clone_is_filled(context):
         bench.done(command)
         bench.check("copy", ["node-3"])
         command, shown = bench.slowed("gone", "node-3")
-        bench.pause(shown)
         plane.run("volume", "delete", "gone")
         output, errors = command.communicate(timeout=60)
         assert command.returncode != 0 and "was deleted meanwhile" in errors, (output, errors)
