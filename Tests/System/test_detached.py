@@ -273,9 +273,9 @@ def test_node_lost_meanwhile(context):
             plane.write(plane.directory / "image")
             detach(plane)
             reverting = plane.start("snapshot", "revert", "vol", base, "--keep", kept, "--yes")
-            wait_for(lambda: engines(plane), "its engine")
-            (engine,) = engines(plane)
-            node = words(engine)[words(engine).index("--control") + 1].split("/")[-3]
+            (engine,) = wait_for(lambda: engines(plane), "its engine")
+            line = words(engine)
+            node = line[line.index("--control") + 1].split("/")[-3]
             lost = [pid for pid in plane.pids()
                     if f"{plane.cluster}/{node}/" in " ".join(words(pid)).strip() + "/"
                     and not words(pid)[0].endswith("storagectl")]
@@ -394,12 +394,11 @@ def test_store_lost_meanwhile(context):
     """A store that is rebuilt from the nodes takes an engine without clients for what it is."""
     with Plane(context) as plane:
         image = detached(plane)
-        taking = plane.start("snapshot", "create", "vol", "s")
-        wait_for(lambda: engines(plane), "its engine")
         agents = processes(plane, "haptera-node")
+        taking = plane.start("snapshot", "create", "vol", "s")
+        (engine,) = wait_for(lambda: engines(plane), "its engine")
         for pid in agents:  # Or it would be over too soon.
             os.kill(pid, signal.SIGSTOP)
-        (engine,) = engines(plane)
         socket = words(engine)[words(engine).index("--control") + 1]
 
         def serves():
