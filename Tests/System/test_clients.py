@@ -17,7 +17,7 @@ def run_suite(context, replicas):
             ["/usr/bin/python3", SUITE, "--uri", f"nbd://127.0.0.1:{cluster.engine.port}/volume",
              "--unix-uri", f"nbd+unix:///volume?socket={cluster.engine.unix}",
              "--size", str(SIZE)],
-            capture_output=True, text=True, timeout=300)
+            capture_output=True, text=True, timeout=900)
         counted = re.findall(r"^(\d+) passed, (\d+) failed$", done.stdout, re.M)
         assert done.returncode == 0 and counted, done.stdout[-3000:] + done.stderr[-1000:]
         cluster.wait_healthy()

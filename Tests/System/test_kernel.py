@@ -58,7 +58,7 @@ def lose_the_engine(guest, cluster):
     wait_for(lambda: "new connections" in attach_log(guest), "the kernel to have new connections")
     taken = time.monotonic() - served
     wait_for(lambda: guest.run("ls /run/written", check=False).startswith("/run/written\n"),
-             "the file to be written")
+             "the file to be written", 300)
     errors = guest.run("dmesg | grep -i 'i/o error' || true")
     assert not errors, errors
     return guest.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /run/data/over"), taken

@@ -98,7 +98,7 @@ class Machine:
             f"--store {HOST}:{self.store.port} --nbd 0.0.0.0:10809 --control /run/engine.sock "
             f"--client-generation {self.generation}{names}")
         start = time.monotonic()
-        wait_for(self._is_served, "the volume to be served", 120)
+        wait_for(self._is_served, "the volume to be served", 300)
         return time.monotonic() - start
 
     def _spawn(self, name, command):
@@ -290,7 +290,7 @@ def test_power_cut_of_one_machine(context):
                     load = Workload(
                         history, cluster.engine.unix, chance.getrandbits(32),
                         flushes=FLUSHES).start()
-                load.wait_completed(chance.randrange(500, 3000))
+                load.wait_completed(chance.randrange(500, 3000), 300)
                 away.cut_power()
                 if turn % 2:
                     cluster.engine.process.kill()
@@ -300,7 +300,7 @@ def test_power_cut_of_one_machine(context):
                     cluster.start_engine()
                     check_all(history, cluster.engine.unix)
                 else:
-                    load.wait_completed(chance.randrange(500, 3000))
+                    load.wait_completed(chance.randrange(500, 3000), 300)
                     away.come_back()
                 cluster.wait_healthy()
             if load:

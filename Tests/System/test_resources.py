@@ -9,7 +9,7 @@ from harness.cluster import MIB, TIB, wait_for
 from harness.workload import BLOCK, History, Workload
 
 IDLE_SECONDS = 5
-IDLE_WINDOWS = 6
+IDLE_WINDOWS = 24
 
 
 def idle_window(processes):

@@ -144,7 +144,7 @@ def test_a_revert_costs_nothing_and_gives_space_back(context):
         assert [blocks(replica) for replica in cluster.replicas] == before
         delete(cluster, "kept")
         for replica in cluster.replicas:
-            wait_for(lambda: blocks(replica) < 3 * MIB, "the space to come back", 30)
+            wait_for(lambda: blocks(replica) < 3 * MIB, "the space to come back", 120)
         cluster.check_copies()
         return f"96 MiB of changes undone in {pause * 1e3:.0f} ms, {before[0] // MIB} MiB given back"
 
