@@ -143,6 +143,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
     private func end(_ failure: String?) {
         snapshots.abandon(failure ?? "the engine stopped")
         resizes.abandon(failure ?? "the engine stopped")
+        server?.abandon()
         let waiting = detaching
         detaching = []
         guard let last = waiting.last else {

@@ -442,6 +442,23 @@ import Testing
         harness.run("never stopped") { isStopped }
     }
 
+    /// An engine that stops ends its clients' connections itself, before its loop does: a kernel
+    /// may take seconds to.
+    @Test func closingWaitsForNobody() throws {
+        let harness = try NBDServerHarness()
+        let busy = harness.join(structured: false)
+        let idle = harness.join(structured: false)
+        harness.send(busy, NBDBytes.request(.flush))
+        harness.runUntilHeld(1)
+        #expect(!harness.isClosed(busy) && !harness.isClosed(idle))
+        harness.server.abandon()
+        #expect(harness.isClosed(busy) && harness.isClosed(idle))
+        harness.device.completeAll()
+        harness.settle()
+        #expect(harness.server.connectionCount == 0)
+        harness.run("buffers leak") { harness.device.pool.inUse == 0 }
+    }
+
     @Test func stoppingDoesNotWaitForTheDeaf() throws {
         var limits = NBDServer.Limits()
         limits.stopMilliseconds = 100

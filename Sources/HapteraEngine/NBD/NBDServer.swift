@@ -98,6 +98,14 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         for client in clients { client?.leave() }
         tellIfStopped()
     }
+    /// Ends every connection at once, whatever is unanswered: the process is about to end. Left to
+    /// its end, a kernel may keep the sockets for seconds, and clients wait as long to try again.
+    package func abandon() {
+        for listener in listeners { listener.close() }
+        listeners = []
+        onStopped = nil
+        for client in clients { client?.close() }
+    }
     private func tellIfStopped() {
         guard connectionCount == 0, let callback = onStopped else { return }
         onStopped = nil
