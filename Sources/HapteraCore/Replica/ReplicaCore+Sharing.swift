@@ -127,7 +127,9 @@ extension ReplicaCore {
         guard let lower = chain.unmerged(under: place, requests[Int(slot)].region) else {
             return false
         }
-        return chain.isStuck(lower) || place == chain.count - 1 && chain.staying != nil
+        if chain.isStuck(lower) { return true }
+        return place == chain.count - 1 && chain.staying != nil
+            && !options.mutations.contains(.unmergedIsAnswered)
     }
     /// Only a client's read sees through the layers below.
     func isFold(_ slot: Int32) -> Bool {
