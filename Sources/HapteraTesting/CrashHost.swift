@@ -39,6 +39,7 @@ final class CrashHost {
         options.hash = CrashContent.digest
         options.stayingBlocksMin = 0
         options.risingPercent = 20
+        options.hiddenBlocksMin = 0
         core = try ReplicaCore(opening: storage, options: options, pool: pool)
     }
 

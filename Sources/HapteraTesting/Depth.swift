@@ -18,6 +18,7 @@ struct SimulatedDepth {
     /// what the head has: clients of a simulation soon write more than they have before.
     let stayingBlocksMin: Int
     let risingPercent: UInt64
+    let hiddenBlocksMin: Int
     /// Snapshots are few, the newest is what is deleted, and clients read more than they write:
     /// what lies right below the head is often a deleted layer, and the larger one.
     let isShallow: Bool
@@ -35,6 +36,7 @@ struct SimulatedDepth {
         fullness = mutations.isEmpty ? random.pick([.data, .newPages, .all]) : .data
         stayingBlocksMin = random.pick([0, 2, 16, 2048])
         risingPercent = random.pick([0, 20, 100])
+        hiddenBlocksMin = random.pick([0, 0, 8192])
         isShallow = !isDeep && (random.permille(150) || mutations.contains(.hiddenNotDurable))
     }
 }

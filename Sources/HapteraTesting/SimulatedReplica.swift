@@ -221,6 +221,7 @@ extension World {
             options.layersMax = depth.layersMax
             options.stayingBlocksMin = depth.stayingBlocksMin
             options.risingPercent = depth.risingPercent
+            options.hiddenBlocksMin = depth.hiddenBlocksMin
             let core = try ReplicaCore(opening: host.disk, options: options, pool: pool)
             host.disk.callsUntilCut = nil
             host.started(core, pool)

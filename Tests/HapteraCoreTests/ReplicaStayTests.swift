@@ -55,6 +55,13 @@ import Testing
         }
         #expect(bench.pool.inUse == 0 && bench.failure == nil)
     }
+    /// In order: no page is in memory because the log tells of it.
+    private func restart(_ bench: ReplicaBench) throws {
+        bench.core.beginShutdown(now: bench.now)
+        for _ in 0..<50 where !bench.core.isShutDown { try bench.tick() }
+        #expect(bench.core.isShutDown)
+        try bench.reopen(boot: 2)
+    }
     private func isPunched(_ bench: ReplicaBench, _ blocks: Range<Int>) throws -> Bool {
         try bench.disk.memory(.data(LayerID(rawValue: 1)))
             .slice(blocks.lowerBound * block, blocks.count * block).isZero
@@ -180,12 +187,148 @@ import Testing
         try check(staying, view, files: [2])
     }
 
+    /// One read of a page that fails for a moment moves nothing.
+    @Test func oneFailedReadIsNoReason() throws {
+        var view: [UInt8] = []
+        let bench = try bench(&view)
+        try bench.settle()
+        try restart(bench)
+        var failed = 0
+        bench.fault = { action in
+            guard failed == 0, case .read(.table, _, let length, _, _, _) = action,
+                length > TablePage.pairSize
+            else { return nil }
+            failed += 1
+            return -5
+        }
+        _ = try bench.attach(epoch: 20)
+        try bench.settle()
+        #expect(failed == 1 && bench.core.isLayerStaying && bench.core.mergedBytes == 0)
+        try check(bench, view, files: [1, 2])
+    }
+
+    /// Zeroes that keep their space give it back, too, when they are hidden.
+    @Test func zeroesWithSpaceAreHidden() throws {
+        var options = ReplicaBench.options()
+        options.stayingBlocksMin = 0
+        let bench = try ReplicaBench(options: options)
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(10, blocks: 200), at: 0)
+        try bench.run()
+        bench.send(
+            .setState, epoch: 1, offset: UInt64(100 * block), length: 50 * block, sequence: 2,
+            auxiliary: UInt64(BlockState.zeroAllocated.rawValue))
+        try bench.run()
+        try bench.installNext(layers: 2)
+        bench.deleted = [1]
+        try bench.installNext()
+        bench.write(
+            ReplicaBench.pattern(300, blocks: 50), at: UInt64(100 * block), epoch: 3, sequence: 3)
+        try bench.run()
+        try bench.settle()
+        #expect(try bench.core.isLayerStaying && isPunched(bench, 100..<150))
+    }
+
+    /// On a full disk what is hidden gives its space back, though nothing can be moved: not even a
+    /// layer below the one that stays. Also while clients are busy.
+    @Test(arguments: [false, true]) func aFullDiskGetsWhatIsHidden(isBusy: Bool) throws {
+        var options = ReplicaBench.options(active: 64)
+        options.stayingBlocksMin = 0
+        let bench = try ReplicaBench(regions: 16, options: options)
+        _ = try bench.attach()
+        var sequence: UInt64 = 1
+        func put(_ region: Int, _ first: Int, _ count: Int, _ value: UInt64) throws {
+            sequence += 1
+            bench.write(
+                ReplicaBench.pattern(value, blocks: count),
+                at: UInt64(region) * regionBytes + UInt64(first * block),
+                epoch: bench.core.promise.rawValue, sequence: sequence)
+            try bench.run()
+        }
+        for region in 1...12 { try put(region, 0, 4, 10) }
+        try bench.installNext(layers: 2)
+        for region in 0...14 { try put(region, 100, 40, 20) }
+        try bench.installNext(layers: 3)
+        try put(1, 100, 40, 40)
+        bench.deleted = [1, 2]
+        bench.fault = { action in
+            guard case .write(.data, _, _, _, _, _) = action else { return nil }
+            return -28
+        }
+        try bench.installNext()
+        for _ in 0..<600 {
+            sequence += 1
+            try bench.flush(sequence)
+            for _ in 0..<(isBusy ? 8 : 0) { _ = try bench.read(0, 1) }
+            try bench.tick()
+        }
+        let data = try bench.disk.memory(.data(LayerID(rawValue: 2)))
+        #expect(data.slice(Geometry.regionSize + 100 * block, 40 * block).isZero)
+    }
+
+    /// Beside requests it waits until it is much.
+    @Test func aBusyClientsBlocksAreNotLookedAtOneByOne() throws {
+        var view: [UInt8] = []
+        let bench = try bench(&view)
+        try bench.settle()
+        let before = bench.core.hiddenRegions
+        for round in 0..<100 as Range<UInt64> {
+            for _ in 0..<8 { _ = try bench.read(0, 1) }
+            if round % 10 == 0 {
+                try put(
+                    ReplicaBench.pattern(round), 60 + Int(round / 10), bench, &view,
+                    sequence: 100 + round)
+            }
+            try bench.tick(milliseconds: 1000)
+        }
+        #expect(bench.core.hiddenRegions == before && bench.core.hiddenBlocks?.unmerged == 10)
+        try bench.settle()
+        #expect(bench.core.hiddenRegions > before && bench.core.isLayerStaying)
+        #expect(try isPunched(bench, 60..<70))
+        try check(bench, view, files: [1, 2])
+    }
+
+    /// A replica that is told to stop gives back what it owes first: afterwards nobody knows of it.
+    @Test(arguments: [false, true]) func stoppingForgetsNoSpace(isTrimmed: Bool) throws {
+        var options = ReplicaBench.options()
+        options.stayingBlocksMin = 0
+        let bench = try ReplicaBench(options: options)
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(10, blocks: 250), at: 0)
+        try bench.run()
+        if !isTrimmed {
+            try bench.installNext(layers: 2)
+            bench.deleted = [1]
+            try bench.installNext()
+        }
+        for place in 0..<100 as Range<UInt64> {
+            let (offset, epoch) = (2 * place * UInt64(block), bench.core.promise.rawValue)
+            if isTrimmed {
+                bench.send(
+                    .setState, epoch: epoch, offset: offset, length: block, sequence: 10 + place,
+                    auxiliary: UInt64(BlockState.zero.rawValue))
+            } else {
+                bench.write(
+                    ReplicaBench.pattern(place), at: offset, epoch: epoch, sequence: 10 + place)
+            }
+            try bench.run()
+        }
+        for round in 0..<300 as Range<UInt64> where bench.core.unneededBlocks == 0 {
+            try bench.flush(500 + round)
+            try bench.tick()
+        }
+        try bench.flush(900)
+        #expect(bench.core.unneededBlocks > 0)
+        try restart(bench)
+        #expect(try (0..<100).allSatisfy { try isPunched(bench, 2 * $0..<2 * $0 + 1) })
+    }
+
     /// While the pages cannot be read nothing is known, and the merge finds out.
     @Test func whatCannotBeCountedGoesUp() throws {
         var view: [UInt8] = []
         let bench = try bench(&view)
         try bench.settle()
-        try bench.reopen(boot: 2)
+        try restart(bench)
         var failed = 0
         bench.fault = { action in
             guard case .read(.table, _, let length, _, _, _) = action, length > TablePage.pairSize

@@ -44,8 +44,9 @@ final class LayerGroup {
     private(set) var kept: UInt64 = 0
     private(set) var above: UInt64 = 0
     private var hiddenCount = 0
-    /// The last pass could not read all of it.
-    var isUncountable = false
+    /// Passes one after the other that could not read all of it. One read may fail for a moment.
+    var unsoundPasses = 0
+    static let unsoundPassesMax = 3
     /// Counted since the layers of the group are these: may lag behind what they hold.
     var isKnown: Bool
     /// A bit per 64 regions: what was counted may not be true any more.
@@ -66,6 +67,7 @@ final class LayerGroup {
         wordCount = chain.wordCount
         stale = FixedArray(repeating: 0, count: (chain.wordCount + 63) / 64)
         isKnown = before?.isKnown ?? true
+        unsoundPasses = before?.unsoundPasses ?? 0
         let words = chain.wordCount
         // The one that was there before may have been deleted, and this one be its heir.
         let isOnly = shape.covers.count == 1 && before?.covers.count == 1

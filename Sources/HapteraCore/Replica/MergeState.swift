@@ -85,6 +85,11 @@ struct MergeState {
     var regionsHidden: UInt64 = 0
     /// Behind the last region whose merge failed: others may need no space.
     var cursor: UInt64 = 0
+    /// Whose turn it is: what is hidden of the layer that stays, or all else.
+    var isHideTurn = false
+    /// A write has failed for want of space not long ago.
+    var fullUntil = Instant.zero
+    static let fullMilliseconds: UInt64 = 60_000
     /// One waits for room in the log.
     var needsRoom = false
     /// Whether layers are empty is asked once a tick.

@@ -429,8 +429,9 @@ extension ReplicaCore {
         for block in unneeded ?? 0..<0 where cache.entry(source, block).state == .absent {
             cache.frames[Int(source)].unneeded[block] = true
         }
-        if let unneeded { owe(mergeJobs[job].from, mergeJobs[job].region, unneeded.count) }
         if !held.isEmpty {
+            // Zeroes, too: who waits for the layer to leave waits for its regions to drain.
+            owe(mergeJobs[job].from, mergeJobs[job].region, unneeded?.count ?? 0)
             statesChanged(mergeJobs[job].from, mergeJobs[job].region)
             entriesChange(mergeJobs[job].from, mergeJobs[job].region)
         }

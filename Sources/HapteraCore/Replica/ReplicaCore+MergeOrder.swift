@@ -31,7 +31,8 @@ extension ReplicaCore {
         guard let group = space.groups.head, group.weighed == candidate else {
             return chain.isRising = false
         }
-        guard group.isKnown || group.isUncountable else {
+        let isUncountable = group.unsoundPasses >= LayerGroup.unsoundPassesMax
+        guard group.isKnown || isUncountable else {
             chain.isRising = false
             // The last pass did not know of it.
             if space.group == nil { space.notBefore = min(space.notBefore, now) }
@@ -62,7 +63,14 @@ extension ReplicaCore {
         else { return false }
         return running * Geometry.blocksPerRegion + merge.owedBlocks < merge.owedBlocksMax
     }
+    /// By turns, what the head hides and all else: neither keeps the other waiting. On a full disk
+    /// what is hidden needs no space, and gives some back.
     func nextToMerge() -> MergeTask? {
+        merge.isHideTurn.toggle()
+        if merge.isHideTurn, let task = nextToHide() { return task }
+        return nextToMove() ?? (merge.isHideTurn ? nil : nextToHide())
+    }
+    private func nextToMove() -> MergeTask? {
         // Of many layers one after the other have the same heir.
         var known = -1
         var isKnownHeldUp = false
@@ -73,12 +81,7 @@ extension ReplicaCore {
                 // What else the heir gets waits for those that go down.
                 if known != heir { (known, isKnownHeldUp) = (heir, chain.isHeldUp(heir)) }
                 if !isDown, isKnownHeldUp { continue }
-                guard let upper = isDown ? index + 1 : chain.placeAbove(index) else {
-                    if let region = nextToHide(index, from) {
-                        return MergeTask(chain.head, region, .hide)
-                    }
-                    continue
-                }
+                guard let upper = isDown ? index + 1 : chain.placeAbove(index) else { continue }
                 var start = from
                 while start < regionCount,
                     let region = isDown
@@ -95,19 +98,26 @@ extension ReplicaCore {
         return nil
     }
     /// Of the layer that stays. Where one above it holds something, that has to go first.
-    private func nextToHide(_ index: Int, _ from: UInt64) -> UInt64? {
-        guard chain.id(index) == chain.staying, let group = space.groups.head,
-            group.weighed == chain.staying
+    private func nextToHide() -> MergeTask? {
+        guard let staying = chain.staying, let index = chain.index(of: staying),
+            let group = space.groups.head, group.weighed == staying, isHidingDue(group),
+            !chain.isHeldUp(chain.count - 1)
         else { return nil }
-        var start = from
-        while let region = group.nextHidden(from: start) {
-            if !isMerging(region),
-                chain.unmerged(under: chain.count - 1, region) == index
-            {
-                return region
+        for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
+            var start = from
+            while let region = group.nextHidden(from: start) {
+                if !isMerging(region), chain.unmerged(under: chain.count - 1, region) == index {
+                    return MergeTask(chain.head, region, .hide)
+                }
+                start = region + 1
             }
-            start = region + 1
         }
         return nil
+    }
+    /// Each client's write may hide another block, and its region would be looked at for that one.
+    /// Beside requests it waits until it is worth it, or the space is needed.
+    private func isHidingDue(_ group: LayerGroup) -> Bool {
+        !merge.isBusy || now < merge.fullUntil
+            || group.unmerged >= max(UInt64(options.hiddenBlocksMin), group.kept / 16)
     }
 }

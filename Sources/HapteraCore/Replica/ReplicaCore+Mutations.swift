@@ -389,6 +389,8 @@ extension ReplicaCore {
 
     func status(ofError result: Int) -> FrameStatus {
         // ENOSPC and EDQUOT: the space may come back; anything else is the device's.
-        result == -28 || result == -122 ? .noSpace : .ioError
+        guard result == -28 || result == -122 else { return .ioError }
+        merge.fullUntil = now.adding(milliseconds: MergeState.fullMilliseconds)
+        return .noSpace
     }
 }

@@ -80,7 +80,8 @@ extension ReplicaCore {
         var blocks = 0
         merge.owed.removeAll { owed in
             guard let frame = cache.find(owed.layer, owed.region),
-                !cache.frames[Int(frame)].unneeded.isEmpty
+                cache.frames[Int(frame)].state != .clean
+                    || !cache.frames[Int(frame)].unneeded.isEmpty
             else { return true }
             if cache.frames[Int(frame)].state == .active,
                 cache.frames[Int(frame)].lastWrite > stablePoint

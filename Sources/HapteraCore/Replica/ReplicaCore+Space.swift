@@ -63,6 +63,22 @@ package struct SnapshotSpace: Equatable, Sendable {
     package var files: [LayerID] = []
 }
 
+/// Of 64 blocks of a region: those that are not absent, those with data, and those that take space.
+private struct BlockStates {
+    var (held, data, space): (UInt64, UInt64, UInt64) = (0, 0, 0)
+
+    init(_ entries: RawMemory, _ part: Int) {
+        for block in 0..<64 {
+            let state = entries[(part * 64 + block) * BlockEntry.size]
+            let bit: UInt64 = 1 << UInt64(block)
+            if state != BlockState.absent.rawValue { held |= bit }
+            if state == BlockState.data.rawValue { data |= bit }
+            if state == BlockState.zeroAllocated.rawValue { space |= bit }
+        }
+        space |= data
+    }
+}
+
 extension ReplicaCore {
     // MARK: changes
 
@@ -120,7 +136,7 @@ extension ReplicaCore {
             space.cursor = group.name
             if let word = group.nextStale(from: space.word) { return word }
             if space.isSound { group.isKnown = true }
-            group.isUncountable = !space.isSound
+            group.unsoundPasses = space.isSound ? 0 : group.unsoundPasses + 1
             space.cursor = LayerID(rawValue: group.name.rawValue + 1)
         }
         space.cursor = .head
@@ -262,29 +278,20 @@ extension ReplicaCore {
             left &= left - 1
             guard let entries = entries(place) else { return false }
             for part in 0..<4 {
-                let (held, data) = Self.states(entries, part)
+                let states = BlockStates(entries, part)
                 if let cover {
-                    space.masks[space.mask(cover, place, part)] |= held
+                    space.masks[space.mask(cover, place, part)] |= states.held
                 } else {
-                    countOwn(place, part, held: held, data: data, group)
+                    countOwn(place, part, states, group)
                 }
             }
         }
         return true
     }
-    /// Of 64 blocks: those that are not absent, and those with data.
-    private static func states(_ entries: RawMemory, _ part: Int) -> (held: UInt64, data: UInt64) {
-        var (held, data): (UInt64, UInt64) = (0, 0)
-        for block in 0..<64 {
-            let state = entries[(part * 64 + block) * BlockEntry.size]
-            if state != BlockState.absent.rawValue { held |= 1 << UInt64(block) }
-            if state == BlockState.data.rawValue { data |= 1 << UInt64(block) }
-        }
-        return (held, data)
-    }
     private func countOwn(
-        _ place: Int, _ part: Int, held: UInt64, data: UInt64, _ group: LayerGroup
+        _ place: Int, _ part: Int, _ states: BlockStates, _ group: LayerGroup
     ) {
+        let data = states.data
         let depth = space.step - group.coverFilesCount
         let above = space.masks[space.mask(SpaceState.own, place, part)]
         let isMerging = depth < group.mergingCount
@@ -297,7 +304,9 @@ extension ReplicaCore {
             space.hidden.1 += UInt16(second.nonzeroBitCount)
         }
         if let weighed = group.weighed {
-            weigh(group.files[depth], weighed, place, seen: data & ~above, hidden: data & above)
+            weigh(
+                group.files[depth], weighed, place, seen: data & ~above,
+                hidden: states.space & above)
         }
         let hidden = UInt32((data & above).nonzeroBitCount)
         if isMerging { space.rest.unmerged += hidden } else { space.rest.stuck += hidden }
@@ -308,7 +317,7 @@ extension ReplicaCore {
                 group.files[depth], region + UInt64(block * Geometry.blockSize),
                 UInt32(Geometry.blockSize))
         }
-        space.masks[space.mask(SpaceState.own, place, part)] |= held
+        space.masks[space.mask(SpaceState.own, place, part)] |= states.held
     }
     /// The blocks of one layer below the head, or of the head, against those of the one that may
     /// stay there.

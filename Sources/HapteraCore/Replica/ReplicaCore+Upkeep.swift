@@ -28,6 +28,8 @@ struct Upkeep: BitwiseCopyable {
     static let batchMax = 128
     static let idleMilliseconds: UInt64 = 10_000
     static let punchesPerTick = 64
+    /// A fraction of a second. What is beyond these is not given back any more.
+    static let punchesAtShutdown = 8192
 
     enum Phase: UInt8, BitwiseCopyable {
         case idle
@@ -52,7 +54,7 @@ struct Upkeep: BitwiseCopyable {
 extension ReplicaCore {
     func tick() {
         upkeep.isTickDue = true
-        punchBudget = Upkeep.punchesPerTick
+        if shutdown == .none { punchBudget = Upkeep.punchesPerTick }
         startPunch()
         tickMerges()
         tickSpace()
@@ -80,6 +82,7 @@ extension ReplicaCore {
             upkeep.isTickDue = false
             if now >= upkeep.notBefore { collect(isTick: isDue) }
             if upkeep.count == 0 {
+                if shutdown == .draining, isPunchingBeforeShutdown() { return false }
                 if moveTail() { return true }
                 if shutdown == .draining { shutdown = .syncingLog }
                 return false
@@ -351,6 +354,12 @@ extension ReplicaCore {
                 length: UInt64(run.count * Geometry.blockSize), token: token))
     }
 
+    /// Nobody will know of this space again when the log's tail has passed its regions.
+    private func isPunchingBeforeShutdown() -> Bool {
+        startPunch()
+        return punchingFrame >= 0
+    }
+
     /// The mutation `punchBeforeDrain`.
     func punchAtOnce(_ layer: LayerID, _ offset: UInt64, _ length: UInt32) {
         let token = startOperation(.punch, index: -1)
@@ -378,6 +387,7 @@ extension ReplicaCore {
         guard shutdown == .none, !hasFailed else { return }
         self.now = now
         shutdown = .finishing
+        punchBudget = Upkeep.punchesAtShutdown
         refuseParked(.unavailable)
         refuseAwaitingMerge(.unavailable)
         for slot in waitingInstalls { refuse(slot, .unavailable) }

@@ -30,6 +30,8 @@ package struct ReplicaOptions {
     /// head has; and one with no more than so many percent of what the head has.
     package var stayingBlocksMin = 2048
     package var risingPercent: UInt64 = 100
+    /// Blocks that the head may hide of such a layer while clients are busy.
+    package var hiddenBlocksMin = 8192
     package var mutations = MutationSet()
     /// 128 bits of a block's data for `RegionDigest`; the process gives SHA-256. Must be the same
     /// function on all replicas of a volume. The default is fast and no cryptographic hash: for
