@@ -2,7 +2,7 @@
 /// hidden: what docs/snapshots.md calls exclusive and reclaimable is made of these counts.
 ///
 /// Counted are blocks with data, 64 regions at a time (`ReplicaCore+Space`). In memory that is two
-/// bytes and a bit per 64 regions and layer, 34 KiB per TiB; with retired ones 24 bytes more.
+/// bytes and a bit per 64 regions and layer, 34 KiB per TiB; with retired ones 32 bytes more.
 final class LayerGroup {
     /// Another group that was made right over this one: the layers of a volume that was reverted
     /// are a tree.
@@ -23,10 +23,11 @@ final class LayerGroup {
         /// Blocks that show, of the layer that may stay below the head and of those above it.
         var kept: UInt32 = 0
         var above: UInt32 = 0
-        /// A bit per region: something of that layer is hidden.
+        /// Blocks of that layer that take space and are hidden; a bit for each of their regions.
+        var hidden: UInt32 = 0
         var hiddenRegions: UInt64 = 0
 
-        fileprivate var isEmpty: Bool { unmerged | stuck | kept | above == 0 }
+        fileprivate var isEmpty: Bool { unmerged | stuck | kept | above | hidden == 0 }
     }
     /// The record's for the layer.
     let name: LayerID
@@ -43,7 +44,8 @@ final class LayerGroup {
     let weighed: LayerID?
     private(set) var kept: UInt64 = 0
     private(set) var above: UInt64 = 0
-    private var hiddenCount = 0
+    /// As counted, or fewer: a region's are taken off when its turn was.
+    private(set) var hiddenBlocks: UInt64 = 0
     /// Passes one after the other that could not read all of it. One read may fail for a moment.
     var unsoundPasses = 0
     static let unsoundPassesMax = 3
@@ -67,7 +69,8 @@ final class LayerGroup {
         wordCount = chain.wordCount
         stale = FixedArray(repeating: 0, count: (chain.wordCount + 63) / 64)
         isKnown = before?.isKnown ?? true
-        unsoundPasses = before?.unsoundPasses ?? 0
+        // Of another shape: it gets a pass of its own.
+        unsoundPasses = min(before?.unsoundPasses ?? 0, Self.unsoundPassesMax - 1)
         let words = chain.wordCount
         // The one that was there before may have been deleted, and this one be its heir.
         let isOnly = shape.covers.count == 1 && before?.covers.count == 1
@@ -90,7 +93,7 @@ final class LayerGroup {
             stuck = before?.stuck ?? 0
             kept = before?.kept ?? 0
             above = before?.above ?? 0
-            hiddenCount = before?.hiddenCount ?? 0
+            hiddenBlocks = before?.hiddenBlocks ?? 0
         }
         take(shape)
         markChanged(since: before, sources, in: chain)
@@ -226,17 +229,15 @@ final class LayerGroup {
         stuck = stuck - UInt64(rests[word].stuck) + UInt64(rest.stuck)
         kept = kept - UInt64(rests[word].kept) + UInt64(rest.kept)
         above = above - UInt64(rests[word].above) + UInt64(rest.above)
-        hiddenCount += rest.hiddenRegions.nonzeroBitCount
-        hiddenCount -= rests[word].hiddenRegions.nonzeroBitCount
+        hiddenBlocks = hiddenBlocks - UInt64(rests[word].hidden) + UInt64(rest.hidden)
         rests[word] = rest
     }
 
     // MARK: what is hidden of the layer that stays
 
-    var isAnythingHidden: Bool { hiddenCount > 0 }
     /// The first region, at `start` or later, of which something was hidden when it was counted.
     func nextHidden(from start: UInt64) -> UInt64? {
-        guard let rests, hiddenCount > 0 else { return nil }
+        guard let rests, hiddenBlocks > 0 else { return nil }
         var word = Int(start / 64)
         var mask = ~UInt64(0) << (start % 64)
         while word < rests.count {
@@ -250,8 +251,12 @@ final class LayerGroup {
     func clearHidden(_ region: UInt64) {
         let (word, bit) = (Int(region / 64), 1 << (region % 64) as UInt64)
         guard let rests, word < rests.count, rests[word].hiddenRegions & bit != 0 else { return }
+        // Which of the word's blocks were this region's is not known.
+        let regions = UInt32(rests[word].hiddenRegions.nonzeroBitCount)
+        let gone = regions == 1 ? rests[word].hidden : rests[word].hidden / regions
         rests[word].hiddenRegions &= ~bit
-        hiddenCount -= 1
+        rests[word].hidden -= gone
+        hiddenBlocks -= UInt64(gone)
     }
 }
 

@@ -87,6 +87,8 @@ struct MergeState {
     var cursor: UInt64 = 0
     /// Whose turn it is: what is hidden of the layer that stays, or all else.
     var isHideTurn = false
+    /// Nothing hidden was found that could be begun: not again before the next tick.
+    var isHidingIdle = false
     /// A write has failed for want of space not long ago.
     var fullUntil = Instant.zero
     static let fullMilliseconds: UInt64 = 60_000

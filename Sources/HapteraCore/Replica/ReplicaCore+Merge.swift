@@ -56,6 +56,7 @@ extension ReplicaCore {
         if isMuch || merge.isIdle && !merge.owed.isEmpty { merge.isDrainDue = true }
         // The throttle knows of a merge from the next tick on.
         merge.isIdle = chain.retiredCount == 0
+        merge.isHidingIdle = false
         merge.throttle.advance(
             now, isCopying: false, isScrubbing: chain.retiredCount > 0 && isMergeDue)
         merge.isRemovalDue = true
@@ -480,7 +481,7 @@ extension ReplicaCore {
         }
         unpinFrames(job)
     }
-    private func end(_ job: Int) {
+    func end(_ job: Int) {
         letGo(job)
         mergeJobs[job].stage = .free
         retryAwaitingMerge()

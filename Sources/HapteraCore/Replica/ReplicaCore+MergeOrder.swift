@@ -35,7 +35,9 @@ extension ReplicaCore {
         guard group.isKnown || isUncountable else {
             chain.isRising = false
             // The last pass did not know of it.
-            if space.group == nil { space.notBefore = min(space.notBefore, now) }
+            if space.group == nil, group.unsoundPasses == 0 {
+                space.notBefore = min(space.notBefore, now)
+            }
             return
         }
         // Merging a page that cannot be read tells that it is damaged.
@@ -43,10 +45,10 @@ extension ReplicaCore {
             group.above * options.risingPercent / 100, UInt64(options.stayingBlocksMin))
         chain.isRising = !group.isKnown || group.kept <= little
     }
-    /// One layer is known to stay below the head, and nothing of it is known to be hidden.
+    /// One layer is known to stay below the head, and nothing of it is to be given back now.
     package var isLayerStaying: Bool {
         guard chain.staying != nil, let group = space.groups.head else { return false }
-        return group.isKnown && !group.isAnythingHidden
+        return group.isKnown && !(group.hiddenBlocks > 0 && isHidingDue(group))
     }
     /// Regions of which the head hid something that has gone, since the process started.
     package var hiddenRegions: UInt64 { merge.regionsHidden }
@@ -55,6 +57,10 @@ extension ReplicaCore {
 
     // MARK: what is next
 
+    /// Those that have not begun do not any more; what they hold in memory drains.
+    func endWaitingMerges() {
+        for job in 0..<mergeJobs.count where mergeJobs[job].stage == .waiting { end(job) }
+    }
     func mayBegin() -> Bool {
         let running = runningJobs
         guard
@@ -99,9 +105,9 @@ extension ReplicaCore {
     }
     /// Of the layer that stays. Where one above it holds something, that has to go first.
     private func nextToHide() -> MergeTask? {
-        guard let staying = chain.staying, let index = chain.index(of: staying),
-            let group = space.groups.head, group.weighed == staying, isHidingDue(group),
-            !chain.isHeldUp(chain.count - 1)
+        guard !merge.isHidingIdle, let staying = chain.staying,
+            let index = chain.index(of: staying), let group = space.groups.head,
+            group.weighed == staying, isHidingDue(group), !chain.isHeldUp(chain.count - 1)
         else { return nil }
         for from in merge.cursor > 0 ? [merge.cursor, 0] : [0] {
             var start = from
@@ -112,12 +118,15 @@ extension ReplicaCore {
                 start = region + 1
             }
         }
+        merge.isHidingIdle = true
         return nil
     }
     /// Each client's write may hide another block, and its region would be looked at for that one.
-    /// Beside requests it waits until it is worth it, or the space is needed.
+    /// Beside requests it waits until it is worth it, or the space is needed; and for one minute of
+    /// ten it does not wait: others on this disk may need it.
     private func isHidingDue(_ group: LayerGroup) -> Bool {
         !merge.isBusy || now < merge.fullUntil
-            || group.unmerged >= max(UInt64(options.hiddenBlocksMin), group.kept / 16)
+            || group.hiddenBlocks >= max(UInt64(options.hiddenBlocksMin), group.kept / 16)
+            || now.rawValue / 60_000_000_000 % 10 == 9
     }
 }

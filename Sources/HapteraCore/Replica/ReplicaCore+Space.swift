@@ -327,7 +327,9 @@ extension ReplicaCore {
         if layer > weighed { space.rest.above += UInt32(seen.nonzeroBitCount) }
         guard layer == weighed else { return }
         space.rest.kept += UInt32(seen.nonzeroBitCount)
-        if hidden != 0 { space.rest.hiddenRegions |= 1 << UInt64(place) }
+        guard hidden != 0 else { return }
+        space.rest.hidden += UInt32(hidden.nonzeroBitCount)
+        space.rest.hiddenRegions |= 1 << UInt64(place)
     }
 }
 

@@ -28,8 +28,8 @@ struct Upkeep: BitwiseCopyable {
     static let batchMax = 128
     static let idleMilliseconds: UInt64 = 10_000
     static let punchesPerTick = 64
-    /// A fraction of a second. What is beyond these is not given back any more.
-    static let punchesAtShutdown = 8192
+    /// What is not given back by then never is.
+    static let punchMillisecondsAtShutdown: UInt64 = 2000
 
     enum Phase: UInt8, BitwiseCopyable {
         case idle
@@ -103,7 +103,8 @@ extension ReplicaCore {
             completeBatch()
             upkeep.phase = .idle
             lookForShared()
-            _ = moveTail()
+            // At the end not before space is given back that the log tells of.
+            if shutdown != .draining { _ = moveTail() }
         case .syncingHeader:
             guard syncs[FileSync.log].durable >= upkeep.ticket else { return false }
             log.tailBecameDurable(upkeep.tail)
@@ -334,6 +335,7 @@ extension ReplicaCore {
 
     private func startPunch() {
         guard punchingFrame < 0, punchBudget > 0, hasOperationForRequests else { return }
+        if let punchUntil, now >= punchUntil { return }
         var frame = cache.first(.punch)
         while frame >= 0, cache.frames[Int(frame)].pins > 0 { frame = cache.next(frame) }
         guard frame >= 0, let run = cache.frames[Int(frame)].unneeded.firstRun() else { return }
@@ -387,9 +389,11 @@ extension ReplicaCore {
         guard shutdown == .none, !hasFailed else { return }
         self.now = now
         shutdown = .finishing
-        punchBudget = Upkeep.punchesAtShutdown
+        punchBudget = .max
+        punchUntil = now.adding(milliseconds: Upkeep.punchMillisecondsAtShutdown)
         refuseParked(.unavailable)
         refuseAwaitingMerge(.unavailable)
+        endWaitingMerges()
         for slot in waitingInstalls { refuse(slot, .unavailable) }
         waitingInstalls = []
         pumpFlushes()

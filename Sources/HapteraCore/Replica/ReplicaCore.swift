@@ -139,6 +139,8 @@ package final class ReplicaCore {
     var punchRun: Range<Int>?
     var punchingFrame: Int32 = -1
     var punchBudget = 0
+    /// The replica is to end, and gives no more space back from then on.
+    var punchUntil: Instant?
     var shutdown = ShutdownPhase.none
 
     /// Opens the copy in `storage`; see "Opening" for the order. Throws what is wrong with it.
