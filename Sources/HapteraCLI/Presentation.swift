@@ -255,9 +255,9 @@ package enum Presentation {
                 replica.inSync ? "yes" : "no", replica.address,
             ]
             let pid = replica.pid > 0 ? "\(replica.pid)" : ""
-            return wide ? row + [pid, replica.directory] : row
+            return wide ? row + [pid, replica.directory, replica.reason] : row
         }
-        return TextTable(wide ? header + ["PID", "DIRECTORY"] : header, rows)
+        return TextTable(wide ? header + ["PID", "DIRECTORY", "REASON"] : header, rows)
     }
 
     // MARK: Events and status

@@ -20,6 +20,19 @@ package enum ReplicaFile: Hashable, BitwiseCopyable, Sendable {
     }
 }
 
+extension ReplicaFile: CustomStringConvertible {
+    /// Its name below the replica's directory.
+    package var description: String {
+        switch self {
+        case .manifest: "manifest"
+        case .log: "activity.log"
+        case .data(let layer): "layers/\(layer.rawValue).data"
+        case .table(let layer): "layers/\(layer.rawValue).table"
+        case .layers: "layers"
+        }
+    }
+}
+
 /// Connections are numbered by the shell, 0..<connectionsMax, and a number is reused only after
 /// `disconnected`.
 package enum ReplicaLimits {

@@ -47,15 +47,7 @@ package final class DirectoryStorage: ReplicaStorage {
         if let mapping { unsafe munmap(mapping.base, mapping.count) }
     }
 
-    package func path(_ file: ReplicaFile) -> String {
-        switch file {
-        case .manifest: "\(directory)/manifest"
-        case .log: "\(directory)/activity.log"
-        case .data(let layer): "\(directory)/layers/\(layer.rawValue).data"
-        case .table(let layer): "\(directory)/layers/\(layer.rawValue).table"
-        case .layers: "\(directory)/layers"
-        }
-    }
+    package func path(_ file: ReplicaFile) -> String { "\(directory)/\(file)" }
 
     /// The file's descriptor, locked. Opens it at first.
     package func descriptor(_ file: ReplicaFile) throws(StorageError) -> Int32 {

@@ -112,13 +112,33 @@ package enum ReplicaCommand {
             isSignalled = true
             stop?()
         }
-        let server = try ReplicaServer(
-            reactor: reactor, directory: directory, listen: address, control: control,
-            allowsFaults: arguments.allowsFaults)
+        let server: ReplicaServer
+        do {
+            server = try ReplicaServer(
+                reactor: reactor, directory: directory, listen: address, control: control,
+                allowsFaults: arguments.allowsFaults)
+        } catch let error as StorageError where error.code == .damaged {
+            throw StorageError(.damaged, damage(error.message, in: directory))
+        }
         stop = { server.shutdown("signal") }
         if isSignalled { stop?() }
         reactor.run()
         return server.failure == nil ? 0 : 1
+    }
+
+    /// What is wrong with a copy, whose it is, and what to do about it.
+    static func damage(_ text: String, of identity: ReplicaIdentity) -> String {
+        let (id, volume) = (identity.replica.text, identity.name)
+        return "replica \(id) of volume \(volume): \(text); if other copies are in sync, have it "
+            + "made anew with: storagectl replica replace \(volume) \(id) --node NODE"
+    }
+    private static func damage(_ text: String, in directory: String) -> String {
+        let peek = DirectoryStorage(directory: directory, mode: .peek)
+        guard case .manifest(let found)? = try? ReplicaCore.loadManifest(peek) else {
+            return "the copy in \(directory): \(text); if other copies of its volume are in sync, "
+                + "have it made anew with: storagectl replica replace"
+        }
+        return damage(text, of: found.identity)
     }
 
     private static func verify(_ arguments: ReplicaArguments) throws -> Int32 {

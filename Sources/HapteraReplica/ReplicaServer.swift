@@ -311,7 +311,8 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
             case .syncFailed(let number):
                 "a sync failed: \(errorText(number)); what is durable is unknown"
             case .tableUnreadable(let region):
-                "the table page of region \(region) is damaged; rebuild this replica"
+                ReplicaCommand.damage(
+                    "the table page of region \(region) is damaged", of: core.identity)
             case .manifestWriteFailed(let number):
                 "the manifest cannot be written: \(errorText(number))"
             case .layerNotMade(let layer, let number):

@@ -17,6 +17,8 @@ import Testing
         /// Nodes that report.
         var alive: Set<String> = ["a", "b", "c", "d", "e"]
         var available: UInt64 = 100 << 30
+        /// Replicas that say why they do not run, by id.
+        var broken: [String: (state: Haptera_V1_ReplicaReport.State, reason: String)] = [:]
         /// Of the engine's view, what is not plain.
         var words: [String: String] = [:]
         /// The engine that reports, which the record names, too.
@@ -67,7 +69,11 @@ import Testing
                 report.availableBytes = available
                 let desired = try await controller.desired(for: name, nodeID: id)
                 report.replicas = desired.replicas.map {
-                    .init(obeying: $0, on: name, index, allocated: 1 << 30)
+                    var replica = Haptera_V1_ReplicaReport(
+                        obeying: $0, on: name, index, allocated: 1 << 30)
+                    guard let broken = broken[$0.replicaID] else { return replica }
+                    (replica.state, replica.reason, replica.pid) = (broken.state, broken.reason, 0)
+                    return replica
                 }
                 report.engines = try await desired.engines.asyncMap(engine)
                 try await controller.report(report)
@@ -130,6 +136,16 @@ import Testing
             alive.remove(node)
             let member = try #require(try await replica(on: node).member)
             try await swap { $0.inSync.removeAll { $0 == member } }
+            try await round()
+        }
+        /// The node is there, but the replica does not run.
+        func breakDown(
+            _ node: String, _ state: Haptera_V1_ReplicaReport.State, _ reason: String
+        ) async throws {
+            let row = try await replica(on: node)
+            broken[row.id] = (state, reason)
+            words[node] = "absent"
+            try await swap { record in record.inSync.removeAll { $0 == row.member } }
             try await round()
         }
         /// It begins to be filled, and its node dies before that is done: no record tells.
@@ -260,6 +276,40 @@ import Testing
         #expect(try await world.nodes == ["a", "b", "c", "d"])
         #expect(
             try await !world.controller.volume(named: "vol").reason.contains("cannot be replaced"))
+    }
+
+    /// All nodes have a replica, and one copy is damaged: it is made anew where it is. Not one of
+    /// which the directory is not there: its disk may be back any moment.
+    @Test func aDamagedCopyIsMadeAnewOnItsNode() async throws {
+        let world = try await World()
+        world.alive = ["a", "b", "c"]
+        let lost = try await world.replica(on: "c")
+        try await world.breakDown("c", .failed, "its directory /c is gone")
+        try await world.pass(Self.timeout + 20_000)
+        #expect(try await world.nodes == ["a", "b", "c"])
+        let refusal = try await world.controller.volume(named: "vol").reason
+        #expect(refusal.contains("is failed (its directory /c is gone)"), "\(refusal)")
+        #expect(refusal.contains("replica replace vol \(lost.id) --node"), "\(refusal)")
+        world.broken[lost.id] = (.waiting, "process 5 ended with status 1: a page is damaged")
+        try await world.pass(9000)
+        #expect(try await world.nodes == ["a", "b", "c", "c"])
+        let new = try #require(try await world.stored.replicas.first { $0.replaces == lost.id })
+        world.words["c"] = nil
+        try await world.swap { $0.joining = new.member }
+        try await world.swap {
+            $0.joining = nil
+            if let member = new.member { $0.inSync.append(member) }
+        }
+        for _ in 0..<3 { try await world.round() }
+        #expect(try await world.stored.replicas.map(\.id).contains(lost.id) == false)
+        #expect(try await world.controller.volume(named: "vol").robustness == .healthy)
+    }
+    /// Where there is another node, that has it: the disk may be what is bad.
+    @Test func aDamagedCopyIsRatherMadeElsewhere() async throws {
+        let world = try await World()
+        try await world.breakDown("c", .waiting, "process 5 ended with status 1: a page is damaged")
+        try await world.pass(Self.timeout + 20_000)
+        #expect(try await world.nodes == ["a", "b", "c", "d"])
     }
 
     /// The one that was away is in sync before its replacement: that is not needed any more.

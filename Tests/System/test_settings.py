@@ -162,3 +162,35 @@ def test_replica_that_stays_away_is_replaced(context):
         plane.up()
         wait_for(lambda: not pathlib.Path(lost["directory"]).exists(), "the old copy to go")
         return f"replaced after {replaced:.1f} s"
+
+
+def test_damaged_copy_is_made_anew_where_it_is(context):
+    """Every node has a replica, and one's files are cut short: it cannot start any more, says why,
+    and after --stale-replica-timeout there is another on its node."""
+    with Plane(context, nodes=3) as plane:
+        plane.run("volume", "create", "vol", "--size", str(64 * MIB),
+                  "--stale-replica-timeout", "2s")
+        home, node = sorted(plane.replicas())[:2]
+        plane.run("volume", "attach", "vol", "--node", home)
+        path = plane.image(16 * MIB)
+        plane.write(path)
+        plane.until("all replicas", lambda v: v["robustness"] == "healthy")
+        lost = plane.replicas()[node]
+        (table, *_) = pathlib.Path(lost["directory"], "layers").glob("*.table")
+        os.truncate(table, 4096)
+        os.kill(lost["pid"], signal.SIGKILL)
+        reasons = []
+
+        def says_why(volume):
+            reasons.append(volume["reason"] or "")
+            return "4096 bytes instead of" in reasons[-1]
+
+        plane.until("the reason", says_why)
+        assert f"replica {lost['id']} of volume vol" in reasons[-1], reasons[-1]
+        plane.until("another replica", lambda v: v["robustness"] == "healthy" and lost["id"] not in
+                    [replica["id"] for replica in v["replicas"]])
+        assert plane.replicas().keys() == {"node-1", "node-2", "node-3"}, plane.replicas()
+        wait_for(lambda: not pathlib.Path(lost["directory"]).exists(), "the old copy to go")
+        assert plane.read()[:16 * MIB] == path.read_bytes()
+        return reasons[-1]
+

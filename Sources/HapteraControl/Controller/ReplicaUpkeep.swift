@@ -137,7 +137,7 @@ package struct ReplicaUpkeep: Sendable {
         else { return nil }
         let why = "away for \(Durations.rough(UInt64(now - (awaySince[oldest.id] ?? now))))"
         do {
-            return .replace(oldest.id, on: try anotherNode, why: why)
+            return .replace(oldest.id, on: try nodeInPlaceOf(oldest), why: why)
         } catch {
             let limit = Durations.text(UInt64(timeout))
             return .cannotReplace(
@@ -152,14 +152,42 @@ package struct ReplicaUpkeep: Sendable {
 
     package var anotherNode: String {
         get throws(ControlError) {
-            let ready = rooms.values.filter { nodes[$0.limits.node]?.isReady == true }
-            return try Placement.chooseAnother(
-                occupied: Set(stored.replicas.map(\.node)),
-                need: ReplicaNeed(
-                    volume: stored.volume.name, sizeBytes: UInt64(stored.volume.sizeBytes),
-                    dataBytes: dataBytes),
-                candidates: ready.map { Placement.Candidate($0) })
+            try Placement.chooseAnother(
+                occupied: Set(stored.replicas.map(\.node)), need: need, candidates: candidates)
         }
+    }
+    private var need: ReplicaNeed {
+        ReplicaNeed(
+            volume: stored.volume.name, sizeBytes: UInt64(stored.volume.sizeBytes),
+            dataBytes: dataBytes)
+    }
+    private var candidates: [Placement.Candidate] {
+        rooms.values.filter { nodes[$0.limits.node]?.isReady == true }
+            .map { Placement.Candidate($0) }
+    }
+
+    /// Another node, or, where there is none, the replica's own if only its copy is bad.
+    private func nodeInPlaceOf(_ row: ReplicaRow) throws(ControlError) -> String {
+        do {
+            return try anotherNode
+        } catch {
+            guard isUnusable(row) else { throw error }
+            let others = Set(stored.replicas.map(\.node)).subtracting([row.node])
+            let own = candidates.filter { $0.name == row.node }
+            do {
+                return try Placement.chooseAnother(occupied: others, need: need, candidates: own)
+            } catch let own {
+                throw ControlError(.precondition, "\(error.message); \(own.message)")
+            }
+        }
+    }
+    /// Its node is there and has its directory, but no process of it stays: a page, a record or a
+    /// file is damaged. Not one whose directory is gone: its disk may only not be mounted.
+    private func isUnusable(_ row: ReplicaRow) -> Bool {
+        guard let node = nodes[row.node], node.isReady, let replica = node.replica(row.id) else {
+            return false
+        }
+        return replica.state == .waiting || replica.state == .created
     }
 }
 
@@ -226,7 +254,9 @@ extension Controller {
             var problem: String?
             switch step {
             case nil: break
-            case .cannotReplace(let id, let why): problem = "replica \(id) is \(why)"
+            case .cannotReplace(let id, let why):
+                problem =
+                    "replica \(id) is \(why); see 'storagectl replica replace \(name) \(id) --node'"
             case .finishFilling: try await store.finishFilling(name)
             case .resumeFilling: try await store.resumeFilling(name)
             case .finishLeaving(let id):

@@ -337,7 +337,7 @@ package struct VolumeView: Sendable {
         let missing = replicas.filter(isMissing).map { replica in
             let purpose = replica.replaces.isEmpty ? "" : ", to replace \(replica.replaces),"
             return "replica \(replica.id)\(purpose) on node \(replica.node) is "
-                + replica.state.word
+                + replica.state.word + (replica.reason.isEmpty ? "" : " (\(replica.reason))")
         }
         let progress = stored.volume.isFilling ? [fillingProgress] : []
         let words = progress + missing + [problem].compactMap { $0 }
