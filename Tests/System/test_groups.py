@@ -165,7 +165,7 @@ def test_a_hold_ends_by_itself(context):
         hold, begun = 4.0, time.monotonic()
         control(engine, "snapshot", name="first", created=1, hold=5, **{"for": int(hold * 1000)})
         assert handle.pread(BLOCK, 0) == b"a" * BLOCK
-        assert time.monotonic() - begun < hold, "reads wait for the end of the hold"
+        assert time.monotonic() - begun < hold / 2, "reads wait for the end of the hold"
         try:
             control(engine, "snapshot", name="other", created=1, hold=6, **{"for": 700})
             raise RuntimeError("two holds at once")
@@ -186,7 +186,7 @@ def test_a_hold_ends_by_itself(context):
         assert not answered.wait(0.3), "acknowledged behind the freeze, before the release"
         assert control(engine, "release", token=7)["held"] == "1"
         assert answered.wait(60), "not answered after the release"
-        assert time.monotonic() - frozen < 10, "answered at the end of the hold only"
+        assert time.monotonic() - frozen < 8, "answered at the end of the hold only"
         writer.join()
         for name, expected in (("first", b"a"), ("second", b"b")):
             assert control(engine, "snapshot", name=name, created=1)["existed"] == "1"
