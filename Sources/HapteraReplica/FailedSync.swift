@@ -129,6 +129,13 @@ extension DirectoryStorage {
         return Self.together(marks)
     }
 
+    /// The host's boot as the next process will go by it, if it finds no mark beside its control
+    /// socket.
+    func bootOfNext() -> BootID {
+        markPlaces = [Self.markMemory]
+        return (try? bootByMarks(HostBoot.read())) ?? .none
+    }
+
     /// As `bootAfterFailedSyncs`, for those who only look: nothing is changed.
     package func bootByMarks(_ boot: BootID) throws(StorageError) -> BootID {
         let marks = try marks(boot).map(\.mark).filter { $0 != .none && $0 != .earlierBoot }

@@ -32,18 +32,14 @@ package struct InspectReport {
     }
 
     private mutating func take(_ storage: DirectoryStorage, isInUse: Bool) throws(StorageError) {
-        let reader = try ReplicaReader(opening: storage)
-        take(reader.manifest, boot(storage))
+        let boot = storage.bootOfNext()
+        // Of a log that is written to meanwhile a record may be seen before the one ahead of it.
+        let reader = try ReplicaReader(opening: storage, boot: isInUse ? .none : boot)
+        take(reader.manifest, boot)
         fields.append(("inUse", .flag(isInUse)))
         take(reader)
         try takeBirths(reader)
         fields.append(("allocatedBytes", .number(storage.allocatedBytes().values.reduce(0, +))))
-    }
-
-    /// As the next process will go by it, if it finds no mark beside its control socket.
-    private func boot(_ storage: DirectoryStorage) -> BootID {
-        storage.markPlaces = [DirectoryStorage.markMemory]
-        return (try? storage.bootByMarks(HostBoot.read())) ?? .none
     }
 
     private mutating func take(_ manifest: Manifest, _ boot: BootID) {

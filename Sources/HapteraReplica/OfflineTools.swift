@@ -30,11 +30,18 @@ package struct VerifyReport: Equatable, Sendable {
 /// The offline tools: they look at a directory nobody serves.
 package enum OfflineTools {
     package static func verify(directory: String) throws(StorageError) -> VerifyReport {
-        let reader = try ReplicaReader(
-            opening: DirectoryStorage(directory: directory, mode: .inspect(waitMilliseconds: 3000)))
+        let reader = try open(directory)
         var report = VerifyReport()
         for layer in reader.layers { try verify(reader, layer, &report) }
         return report
+    }
+
+    /// Refused as by the process that would serve it, if a record of the activity log is damaged:
+    /// what was written last would be missing, and nothing would tell.
+    private static func open(_ directory: String) throws(StorageError) -> ReplicaReader {
+        let storage = DirectoryStorage(
+            directory: directory, mode: .inspect(waitMilliseconds: 3000))
+        return try ReplicaReader(opening: storage, boot: storage.bootOfNext())
     }
 
     private static func verify(
@@ -71,8 +78,7 @@ package enum OfflineTools {
     package static func export(
         directory: String, snapshot: String? = nil, output: String
     ) throws(StorageError) {
-        let reader = try ReplicaReader(
-            opening: DirectoryStorage(directory: directory, mode: .inspect(waitMilliseconds: 3000)))
+        let reader = try open(directory)
         var top = reader.manifest.head
         if let snapshot {
             guard let layer = reader.snapshot(named: snapshot) else {

@@ -77,6 +77,44 @@ final class TestDirectory {
         try storage.write(file, offset: offset, from: block.memory)
     }
 
+    /// A record of the activity log that rots while the host runs on: nobody may take what is left
+    /// for all there was.
+    @Test func aDamagedRecordIsToldBeforeTheHostRestarts() throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        try promise(directory.path, boot: HostBoot.read())
+        #expect(try OfflineTools.verify(directory: directory.path).isDamaged == false)
+        do {
+            let storage = DirectoryStorage(directory: directory.path, mode: .serve)
+            let log = try storage.mapLog(size: Int(try storage.size(.log)))
+            log[ActivityLog.ringOffset + LogRecord.size + 9] ^= 1
+            try storage.sync(.log)
+        }
+        let image = directory.path + "/image"
+        #expect(throws: StorageError.self) { try OfflineTools.verify(directory: directory.path) }
+        #expect(throws: StorageError.self) {
+            try OfflineTools.export(directory: directory.path, output: image)
+        }
+        #expect(throws: StorageError.self) { try InspectReport(directory: directory.path) }
+        // Of another boot it cannot be told from one that a power cut has taken.
+        try promise(directory.path, boot: BootID(high: 1, low: 2))
+        _ = try OfflineTools.verify(directory: directory.path)
+        try OfflineTools.export(directory: directory.path, output: image)
+    }
+    private func promise(_ directory: String, boot: BootID) throws {
+        let storage = DirectoryStorage(directory: directory, mode: .serve)
+        guard case .manifest(var manifest) = try ReplicaCore.loadManifest(storage) else {
+            throw StorageError(.damaged, "no manifest")
+        }
+        manifest.boot = boot
+        manifest.counter += 1
+        let bytes = manifest.encoded()
+        let memory = MemoryBlock(count: bytes.count)
+        memory.memory.copy(from: bytes)
+        try storage.write(.manifest, offset: manifest.slotOffset(), from: memory.memory)
+        try storage.sync(.manifest)
+    }
+
     @Test func verifyTellsDoubtFromDamage() throws {
         let directory = try TestDirectory()
         try fill(directory.path)

@@ -108,7 +108,10 @@ package struct OpenedReplica {
     /// was before: flushed data that the other copies could lose to this one.
     private func lookForDamage() throws(StorageError) {
         guard log.isGapless, let gap = log.firstGap else { return }
-        throw StorageError(.damaged, "activity.log: record \(gap) is damaged")
+        throw StorageError(
+            .damaged,
+            "activity.log: record \(gap) is damaged, and with it what was written last; after a "
+                + "restart of this host it counts as if it had never been written")
     }
 
     /// Returns the size it has.

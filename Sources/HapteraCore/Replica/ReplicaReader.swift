@@ -32,10 +32,13 @@ package final class ReplicaReader {
     private let data = MemoryBlock(count: Geometry.regionSize)
     private let seen = MemoryBlock(count: Geometry.regionSize)
 
-    package init(opening storage: ReplicaStorage) throws(StorageError) {
+    /// `boot`: the host's, if no process serves the files. A record of the activity log that is
+    /// damaged is told then, as when the copy is served; otherwise it is taken for never made.
+    package init(opening storage: ReplicaStorage, boot: BootID = .none) throws(StorageError) {
         self.storage = storage
         opened = try OpenedReplica(
-            storage: storage, options: ReplicaOptions(instance: .none), isReadOnly: true)
+            storage: storage, options: ReplicaOptions(instance: .none, bootID: boot),
+            isReadOnly: true)
         manifest = opened.manifest
         log = opened.log
         var regions: Set<UInt64> = []
