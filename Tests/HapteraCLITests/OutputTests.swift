@@ -352,7 +352,7 @@ import Testing
         replicas[1].reason = "its directory is gone"
         let lines = Presentation.table(replicas, wide: true).text.split(separator: "\n")
         #expect(lines.count == 3 && lines[0].hasSuffix("ADDRESS          PID  DIRECTORY  REASON"))
-        #expect(lines[1].hasPrefix("00000000000000b1  vol     node-1  inSync  yes      127.0.0.1:2"))
+        #expect(lines[1].hasPrefix("00000000000000b1  vol     node-1  inSync  yes      127."))
         #expect(lines[1].hasSuffix("127.0.0.1:20001  43   /d/node-1  -"))
         #expect(lines[2].hasSuffix("127.0.0.1:20002  -    /d/node-2  its directory is gone"))
     }
