@@ -289,7 +289,7 @@ import Testing
         #expect(try await world.nodes == ["a", "b", "c"])
         let refusal = try await world.controller.volume(named: "vol").reason
         #expect(refusal.contains("is failed (its directory /c is gone)"), "\(refusal)")
-        #expect(refusal.contains("replica replace vol \(lost.id) --node"), "\(refusal)")
+        #expect(refusal.contains("replica replace vol \(lost.id) --node NODE"), "\(refusal)")
         world.broken[lost.id] = (.waiting, "process 5 ended with status 1: a page is damaged")
         try await world.pass(9000)
         #expect(try await world.nodes == ["a", "b", "c", "c"])

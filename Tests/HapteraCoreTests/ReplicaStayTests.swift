@@ -8,9 +8,7 @@ import Testing
     private var regionBytes: UInt64 { UInt64(Geometry.regionSize) }
 
     /// Two regions of a snapshot, the first of them partly written and trimmed since.
-    private func bench(
-        _ view: inout [UInt8], above: Int = 3, min: Int = 0
-    ) throws -> ReplicaBench {
+    private func bench(_ view: inout [UInt8], min: Int = 0) throws -> ReplicaBench {
         var options = ReplicaBench.options()
         options.stayingBlocksMin = min
         let bench = try ReplicaBench(options: options)
@@ -20,7 +18,7 @@ import Testing
         bench.write(ReplicaBench.pattern(9, blocks: 4), at: regionBytes, sequence: 2)
         try bench.run()
         try bench.installNext(layers: 2)
-        try put(ReplicaBench.pattern(300, blocks: above), 2, bench, &view, sequence: 3)
+        try put(ReplicaBench.pattern(300, blocks: 3), 2, bench, &view, sequence: 3)
         bench.send(
             .setState, epoch: 2, offset: UInt64(100 * block), length: 2 * block, sequence: 4,
             auxiliary: UInt64(BlockState.zero.rawValue))
@@ -29,6 +27,14 @@ import Testing
         bench.deleted = [1]
         try bench.installNext()
         return bench
+    }
+    /// The layer has stayed, and nothing of it is hidden any more.
+    private func settled() throws -> (ReplicaBench, view: [UInt8]) {
+        var view: [UInt8] = []
+        let bench = try bench(&view)
+        try bench.settle()
+        #expect(bench.core.isLayerStaying)
+        return (bench, view)
     }
     private func put(
         _ data: [UInt8], _ first: Int, _ bench: ReplicaBench, _ view: inout [UInt8],
@@ -73,9 +79,7 @@ import Testing
     /// Nothing is moved; what the head hides gives its space back, also what it hides later, also
     /// after a restart.
     @Test func whatIsLargerStays() throws {
-        var view: [UInt8] = []
-        let bench = try bench(&view)
-        try bench.settle()
+        var (bench, view) = try settled()
         #expect(bench.core.isLayerStaying && bench.core.unmergedLayerCount == 0)
         #expect(bench.core.mergedBytes == 0)
         try check(bench, view, files: [1, 2])
@@ -104,9 +108,7 @@ import Testing
 
     /// The head has become the larger one: what is left goes up, and is the smaller part.
     @Test func whatHasBecomeTheSmallerGoesUp() throws {
-        var view: [UInt8] = []
-        let bench = try bench(&view)
-        try bench.settle()
+        var (bench, view) = try settled()
         try put(ReplicaBench.pattern(500, blocks: 120), 3, bench, &view, sequence: 40)
         try bench.settle()
         #expect(bench.core.retiredLayerCount == 0)
@@ -116,9 +118,7 @@ import Testing
 
     /// The next snapshot freezes the head, which then goes over to the layer that has stayed.
     @Test func theNextSnapshotGoesDown() throws {
-        var view: [UInt8] = []
-        let bench = try bench(&view)
-        try bench.settle()
+        var (bench, view) = try settled()
         try bench.installNext(layers: 3)
         let frozen = view
         try put(ReplicaBench.pattern(600), 7, bench, &view, sequence: 50)
@@ -192,9 +192,7 @@ import Testing
 
     /// One read of a page that fails for a moment moves nothing.
     @Test func oneFailedReadIsNoReason() throws {
-        var view: [UInt8] = []
-        let bench = try bench(&view)
-        try bench.settle()
+        let (bench, view) = try settled()
         try restart(bench)
         var failed = 0
         bench.fault = { action in
@@ -271,9 +269,7 @@ import Testing
 
     /// Beside requests it waits until it is much.
     @Test func aBusyClientsBlocksAreNotLookedAtOneByOne() throws {
-        var view: [UInt8] = []
-        let bench = try bench(&view)
-        try bench.settle()
+        var (bench, view) = try settled()
         let before = bench.core.hiddenRegions
         for round in 0..<100 as Range<UInt64> {
             for _ in 0..<8 { _ = try bench.read(0, 1) }
@@ -329,9 +325,7 @@ import Testing
 
     /// While the pages cannot be read nothing is known, and the merge finds out.
     @Test func whatCannotBeCountedGoesUp() throws {
-        var view: [UInt8] = []
-        let bench = try bench(&view)
-        try bench.settle()
+        let (bench, view) = try settled()
         try restart(bench)
         var failed = 0
         bench.fault = { action in

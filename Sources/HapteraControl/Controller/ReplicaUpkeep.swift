@@ -256,7 +256,8 @@ extension Controller {
             case nil: break
             case .cannotReplace(let id, let why):
                 problem =
-                    "replica \(id) is \(why); see 'storagectl replica replace \(name) \(id) --node'"
+                    "replica \(id) is \(why); a node is chosen by hand with: "
+                    + "storagectl replica replace \(name) \(id) --node NODE"
             case .finishFilling: try await store.finishFilling(name)
             case .resumeFilling: try await store.resumeFilling(name)
             case .finishLeaving(let id):

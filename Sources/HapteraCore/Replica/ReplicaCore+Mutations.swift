@@ -387,6 +387,7 @@ extension ReplicaCore {
         answerRead(slot, frame)
     }
 
+    /// What is said of a failed write; that a disk was full is remembered (`merge.fullUntil`).
     func status(ofError result: Int) -> FrameStatus {
         // ENOSPC and EDQUOT: the space may come back; anything else is the device's.
         guard result == -28 || result == -122 else { return .ioError }

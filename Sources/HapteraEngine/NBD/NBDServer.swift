@@ -93,18 +93,20 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         self.onStopped = onStopped
         stoppingSince = reactor.now
         exports.live.isStopping = true
-        for listener in listeners { listener.close() }
-        listeners = []
+        closeListeners()
         for client in clients { client?.leave() }
         tellIfStopped()
     }
     /// Ends every connection at once, whatever is unanswered: the process is about to end. Left to
     /// its end, a kernel may keep the sockets for seconds, and clients wait as long to try again.
     package func abandon() {
-        for listener in listeners { listener.close() }
-        listeners = []
+        closeListeners()
         onStopped = nil
         for client in clients { client?.close() }
+    }
+    private func closeListeners() {
+        for listener in listeners { listener.close() }
+        listeners = []
     }
     private func tellIfStopped() {
         guard connectionCount == 0, let callback = onStopped else { return }
