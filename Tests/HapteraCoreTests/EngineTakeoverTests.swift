@@ -241,6 +241,22 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(found?.verdict == .certain && found?.newest == h.stored)
     }
 
+    /// An engine that was only stopped goes on beside the next one, takes back a replica, and loses
+    /// the member that the next one waits for: whose record is not what it read any more.
+    @Test func whoHearsNoMemberReadsTheRecordAgain() {
+        let h = EngineHarness(replicas: 2, members: 1)
+        h.fakes[0].isUp = false
+        h.start()
+        h.pass(milliseconds: 7000)
+        #expect(h.core.phase == .hearing && h.stored.epoch == Epoch(1))
+        h.stored.epoch = Epoch(5)
+        h.stored.nonce = 500
+        h.stored.inSync = [h.fakes[1].member]
+        h.pass(milliseconds: 7000)
+        #expect(h.core.phase == .serving && h.stored.inSync == [h.fakes[1].member])
+        #expect(h.stored.epoch > Epoch(5) && h.stored.engine == InstanceID(rawValue: 99))
+    }
+
     /// Nobody writes, and a member leaves, or is out when the volume is taken over: soon those that
     /// stay can tell by themselves that it was not taken back, and no flush is sent for ever.
     @Test(arguments: [true, false])

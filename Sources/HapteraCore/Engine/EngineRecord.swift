@@ -90,7 +90,8 @@ extension EngineCore {
             stop(current.epoch > record.epoch ? .fenced : .recordOlderThanReplica)
             return
         }
-        guard phase == .fetching else { return }
+        let isNews = phase == .hearing && current.epoch > record?.epoch ?? .zero
+        guard phase == .fetching || isNews else { return }
         record = current
         recordBefore = current
         adoptMembers()

@@ -29,6 +29,17 @@ extension EngineCore {
             || now >= began.adding(milliseconds: configuration.removalDeadlineMilliseconds)
     }
 
+    /// No member says anything. An engine still at work may have others by now: what was read when
+    /// this one began would have it wait for who is gone (seed 5036363).
+    private func readAgain() {
+        guard let began = hearingBegan,
+            now >= began.adding(milliseconds: configuration.removalDeadlineMilliseconds)
+        else { return }
+        hearingBegan = now
+        isStoreBusy = true
+        actions.append(.storeGet)
+    }
+
     /// T1: the record names this engine.
     func claim() {
         guard pendingChange == nil, !isStoreBusy else { return }
@@ -61,7 +72,8 @@ extension EngineCore {
         switch phase {
         case .hearing:
             guard pendingChange == nil, !isStoreBusy, !isVerifyingPromise else { return }
-            if mutations.contains(.claimUnheard) || hasHeardEnough() { claim() }
+            if mutations.contains(.claimUnheard) || hasHeardEnough() { return claim() }
+            readAgain()
         case .stalled:
             guard pendingChange == nil, !isStoreBusy else { return }
             var rest = members
