@@ -92,12 +92,15 @@ def store_away(context, seconds):
         cluster.store.stop()
         load.reset_gap()
         probe.reset_stall()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        begin = time.monotonic()
+        while time.monotonic() < begin + seconds:
             load.wait_completed(100)
+        at = load.longest_gap_at
         # Nothing happens that could make a client wait, so what it waited for is the disk and the
         # machine; over a whole outage their longest stall counts, which a p99 does not know.
-        gap = by_disk(load.longest_gap, probe, f"{seconds:.0f} s, {load.completed} requests, ")
+        remark = (f"{seconds:.0f} s, {load.completed} requests, the gap after {at - begin:.0f} s, "
+                  f"stall beside it {probe.stall_near(at) * 1e3:.0f} ms, ")
+        gap = by_disk(load.longest_gap, probe, remark)
         gap.limit = max(gap.limit, 2 * gap.stall)
         cluster.store.start()
         assert cluster.record().epoch == epoch, "something changed the record"

@@ -160,7 +160,7 @@ class Workload:
         self.random = random.Random(seed)
         self.writes_only = writes_only
         self.completed = self.flushes = 0
-        self.longest_gap = 0.0
+        self.longest_gap, self.longest_gap_at = 0.0, None
         self.error = None
         self.failure = None
         self._busy = set()
@@ -260,7 +260,8 @@ class Workload:
         if error:
             self.error = self.error or nbd.Error(os.strerror(error), error)
             return False
-        self.longest_gap = max(self.longest_gap, now - self._last)
+        if now - self._last > self.longest_gap:
+            self.longest_gap, self.longest_gap_at = now - self._last, now
         self._last = now
         self.completed += 1
         return True
@@ -326,6 +327,7 @@ class SyncProbe:
         self.path = directory / "sync-probe"
         self.seconds = []
         self.longest_stall = 0.0
+        self.stalls = []  # (when it ended, seconds), those worth telling
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -348,12 +350,18 @@ class SyncProbe:
             os.fdatasync(descriptor)
             now = time.monotonic()
             self.seconds.append(now - start)
-            self.longest_stall = max(self.longest_stall, now - last - self._PAUSE)
-            last = now
+            stall, last = now - last - self._PAUSE, now
+            self.longest_stall = max(self.longest_stall, stall)
+            if stall > self._PAUSE:
+                self.stalls.append((now, stall))
         os.close(descriptor)
 
     def reset_stall(self):
         self.longest_stall = 0.0
+
+    def stall_near(self, moment):
+        """The longest that ended within a second of it."""
+        return max((s for at, s in self.stalls if abs(at - moment) < 1.0), default=0.0)
 
     def p99(self):
         ordered = sorted(self.seconds)
