@@ -78,6 +78,8 @@ extension World {
         trueHistory = nil
         for engine in engines { killEngine(engine) }
         store.replaceHistory(Array(history.prefix(stands)))
+        // An old record had not named them (seed 5051410).
+        if !isChaos { discardLosers() }
         startEngine(generation: generation)
         attach(to: engines[engines.count - 1])
     }

@@ -216,7 +216,6 @@ extension World {
     private func takeBack(_ index: Int) {
         note("\(hosts[index].name) comes back")
         network.unblockAll()
-        network.deliverHeld(replica: index)
         hosts[index].isAbsent = false
         if hosts[index].core == nil {
             timeline.schedule(after: milliseconds(1), .startReplica(index))

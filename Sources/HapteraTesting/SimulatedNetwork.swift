@@ -87,9 +87,15 @@ final class SimulatedNetwork {
         blocks.removeAll { $0.until <= timeline.now }
         blocks.append(Block(engine: engine, replica: replica, toReplica: toReplica, until: until))
     }
-    func unblockAll() { blocks = [] }
-    /// What is on its way to or from the replica arrives now, if nothing blocks it any more.
-    func deliverHeld(replica: Int) {
+    /// What was held arrives now. (Seed 5052052: each frame came when the next one was sent, and so
+    /// the last ones when the link would have been free by itself.)
+    func unblockAll() {
+        guard !blocks.isEmpty else { return }
+        let replicas = Set(blocks.map(\.replica)).sorted()
+        blocks = []
+        for replica in replicas { deliverHeld(replica: replica) }
+    }
+    private func deliverHeld(replica: Int) {
         for connection in connections where connection.replica == replica {
             for (lane, toReplica) in [(connection.toReplica, true), (connection.toEngine, false)] {
                 for _ in lane.queue {

@@ -217,7 +217,7 @@ extension ReplicaCore {
 
     // MARK: on an active region
 
-    private func perform(_ slot: Int32, _ frame: Int32) {
+    func perform(_ slot: Int32, _ frame: Int32) {
         let index = Int(slot)
         let header = requests[index].header
         let count = requests[index].blocks.count

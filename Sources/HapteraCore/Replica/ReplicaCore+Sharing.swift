@@ -179,8 +179,7 @@ extension ReplicaCore {
         guard let place = chain.place(named: header.layer),
             !options.mutations.contains(.sharedIsChanged)
         else { return false }
-        // What the snapshot's flush has yet to cover may still come.
-        let isFixed = chain.isShared(place) && !unlinked.contains(chain.id(place))
+        let isFixed = isFixed(place)
         guard requests[Int(slot)].extents >= 0 || isFixed else { return false }
         let isReveal =
             header.kind == .setState && header.auxiliary == UInt64(BlockState.absent.rawValue)
@@ -192,13 +191,41 @@ extension ReplicaCore {
         return true
     }
 
+    /// Shared, and what the snapshot's flush has yet to cover can't come any more.
+    private func isFixed(_ place: Int) -> Bool {
+        chain.isShared(place) && !unlinked.contains(chain.id(place))
+    }
+
+    /// Bytes of a layer that the named one goes over to, or that is stuck under it, are to be kept
+    /// (seed 5152174: before an engine came, doubtful blocks had gone over). They are there, and
+    /// of an active region, whose page is in memory. False: not of one such layer alone.
+    private func adoptBeneath(_ slot: Int32, _ table: RawMemory) -> Bool {
+        let index = Int(slot)
+        let header = requests[index].header
+        guard header.kind == .adopt, header.auxiliary == AdoptRequest.keep else { return false }
+        let place = owner(table, 0) - 1
+        let isOne = (0..<requests[index].blocks.count).allSatisfy { owner(table, $0) == place + 1 }
+        guard isOne, place >= 0, chain.isRetired(place), !isFixed(place),
+            let frame = cache.find(chain.id(place), requests[index].region),
+            cache.frames[Int(frame)].state == .active
+        else { return false }
+        if cache.frames[Int(frame)].isMerging {
+            requests[index].extents = 0
+            wait(slot, on: frame)
+        } else {
+            perform(slot, frame)
+        }
+        return true
+    }
+
     /// What is there by the entries of the fold is known.
     func compareWithShared(_ slot: Int32, _ table: RawMemory) {
         let index = Int(slot)
         let header = requests[index].header
         guard let place = chain.place(named: header.layer) else { return finish(slot, .invalid) }
         let count = requests[index].blocks.count
-        let isFixed = chain.isShared(place) && !unlinked.contains(chain.id(place))
+        let isFixed = isFixed(place)
+        if !isFixed, adoptBeneath(slot, table) { return }
         // Below the lowest layer everything reads zero: copies differ in which of the two they say.
         let isLowest = header.layer == manifest.installed?.layers.first
         let isZero: (UInt8) -> Bool = {
