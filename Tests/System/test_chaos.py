@@ -4,23 +4,27 @@
 """
 
 from chaos import faults, scenarios
+from chaos.snapshots import DELETE, REVERT, TAKE
 from chaos.volume import Volume
+from harness.cluster import MIB
 
 
 def rounds(context, seed, *mixes):
-    """A round for each mix of faults; what they cost."""
+    """A round for each mix of faults, every other one with snapshots; what they cost."""
     spent = []
     with Volume(context, 1 + seed % 4, seed) as volume:
         for number, mix in enumerate(mixes):
             if number > 0:
                 volume.next_round(seed + number)
             volume.progress(20)
+            if number % 2 == 1:
+                volume.administrator.begin()
             faults.strike_many(volume, mix, seed + number)
             volume.heal()
             spent.append(volume.converge())
             volume.finish_round()
         return (f"{len(mixes)} rounds, {volume.requests} requests judged, in sync after at most "
-                f"{max(spent):.1f} s")
+                f"{max(spent):.1f} s, snapshots: {volume.administrator}")
 
 
 def test_chaos_without_faults(context):
@@ -67,6 +71,29 @@ def test_clients_that_give_up(context):
 
 def test_chaos_store(context):
     return rounds(context, 31, [faults.store_outage, faults.kill_replica, faults.kill_engine])
+
+
+def test_chaos_snapshots(context):
+    """Snapshots taken, deleted and gone back to while processes die and links are cut, over a
+    volume with several layers: each must hold the volume of one instant, on every copy."""
+    with Volume(context, 3, 121, size=32 * MIB) as volume:
+        administrator = volume.administrator
+        for number, mix in enumerate((
+                [faults.kill_engine, faults.kill_replica, faults.store_outage],
+                [faults.kill_everything, faults.partition_one_way, faults.pause_engine])):
+            if number > 0:
+                volume.next_round(121 + number)
+            volume.progress(20)
+            administrator.begin([TAKE, TAKE, REVERT, TAKE, DELETE, REVERT, TAKE])
+            faults.strike_many(volume, mix, 121 + number)
+            volume.heal()
+            volume.wait(lambda: not administrator.plan, "the administrator's plan")
+            volume.converge()
+            volume.finish_round()
+        assert administrator.counts["compared"] >= 2, administrator
+        layers = len(volume.cluster.record().layers)
+        assert layers > 2, f"{layers} layers"
+        return f"{volume.requests} requests judged, {layers} layers, {administrator}"
 
 
 def test_chaos_sick_disks(context):

@@ -1,10 +1,13 @@
 """The judge of the chaos runs, judged: wrong histories it must refuse, and random ones."""
 
+import io
 import itertools
 import random
 
 from chaos.checker import READ, WRITE, Checker, Violation
-from chaos.data import CELL, CELLS, cell_content, content
+from chaos.copies import compare_snapshot_images
+from chaos.data import BLOCK, CELL, CELLS, cell_content, content
+from harness.cluster import MIB
 
 
 class Script:
@@ -33,6 +36,27 @@ class Script:
 
     def reads(self, *writes, first=0, count=CELLS):
         self.saw(self.read(first, count), *writes)
+
+    def ask(self, name, target=None):
+        return self.checker.begin_snapshot(name, target)
+
+    def taken(self, snapshot):
+        self.checker.finish_snapshot(snapshot)
+
+    def took(self, name, target=None):
+        self.taken(self.ask(name, target))
+
+    def is_of_one_instant(self, name, values):
+        """`values`: by cell, where each block begins."""
+        for cell, write in values.items():
+            self.holds(name, write, block=cell // CELLS)
+        self.checker.judge_cut(name, {
+            cell + i: write for cell, write in values.items() for i in range(CELLS) if write})
+
+    def holds(self, name, *writes, block=0):
+        values = writes * CELLS if len(writes) == 1 else writes
+        self.checker.saw(name, block, b"".join(
+            cell_content(block * CELLS + i, w) for i, w in enumerate(values)))
 
 
 def lost_write(s):
@@ -134,7 +158,153 @@ def half_a_cell(s):
     s.checker.finish_read(read, content(0, CELLS, 1)[:-CELL // 2] + bytes(CELL // 2))
 
 
+# Snapshots.
+
+def snapshot_without_what_was_acknowledged(s):
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    s.holds("a", 0)
+
+
+def snapshot_with_what_was_issued_later(s):
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    s.holds("a", 2)
+
+
+def snapshot_that_turned_out_to_be_there(s):
+    s.wrote(1)
+    asked = s.ask("a")
+    s.wrote(2)
+    s.taken(asked)
+    s.holds("a", 0)
+
+
+def torn_snapshot(s):
+    s.wrote(1)
+    s.write(2)
+    s.took("a")
+    s.holds("a", 1, 1, 1, 1, 2, 2, 2, 2)
+
+
+def older_part_in_a_snapshot(s):
+    s.wrote(1)
+    s.wrote(2, 0, 4)
+    s.took("a")
+    s.holds("a", 1)
+
+
+def write_seen_in_a_snapshot_only(s):
+    s.write(1)
+    s.took("a")
+    s.holds("a", 1)
+    s.reads(0)
+
+
+def write_read_before_a_snapshot_without_it(s):
+    s.write(1)
+    s.reads(1)
+    s.took("a")
+    s.holds("a", 0)
+
+
+def snapshots_in_the_wrong_order(s):
+    s.write(1)
+    s.took("a")
+    s.took("b")
+    s.holds("b", 0)
+    s.holds("a", 1)
+
+
+def snapshot_of_another_block(s):
+    s.wrote(1, 0, 2 * CELLS)
+    s.took("a")
+    s.checker.saw("a", 1, content(0, CELLS, 1))
+
+
+def snapshot_that_changed(s):
+    s.write(1)
+    s.took("a")
+    s.holds("a", 0)
+    s.holds("a", 1)
+
+
+def snapshot_before_a_block_was_known(s):
+    s.took("a")
+    s.wrote(1)
+    s.holds("a", 1)
+
+
+def snapshot_that_was_deleted(s):
+    s.wrote(1)
+    s.took("a")
+    s.checker.forget_snapshot("a")
+    s.holds("a", 1)
+
+
+def volume_that_did_not_go_back(s):
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    s.took("k", "a")
+    s.reads(2)
+
+
+def volume_that_went_back_too_far(s):
+    s.took("a")
+    s.wrote(1)
+    s.took("b")
+    s.took("k", "b")
+    s.reads(0)
+
+
+def volume_that_went_back_for_nothing(s):
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    s.checker.deny_snapshot(s.ask("k", "a"))
+    s.reads(1)
+
+
+def read_that_saw_what_was_denied(s):
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    asked = s.ask("k", "a")
+    s.reads(1)
+    s.checker.deny_snapshot(asked)
+
+
+def kept_is_not_what_was_there(s):
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    s.took("k", "a")
+    s.wrote(3)
+    s.holds("k", 1)
+
+
+def snapshot_with_an_effect_without_its_cause(s):
+    """Each block for itself may be as it is."""
+    s.wrote(1)
+    asked = s.ask("a")
+    s.wrote(2)
+    s.wrote(3, CELLS)
+    s.taken(asked)
+    s.is_of_one_instant("a", {0: 1, CELLS: 3})
+
+
 WRONG = (
+    snapshot_with_an_effect_without_its_cause,
+    snapshot_without_what_was_acknowledged, snapshot_with_what_was_issued_later,
+    snapshot_that_turned_out_to_be_there, torn_snapshot, older_part_in_a_snapshot,
+    write_seen_in_a_snapshot_only, write_read_before_a_snapshot_without_it,
+    snapshots_in_the_wrong_order, snapshot_of_another_block, snapshot_that_changed,
+    snapshot_before_a_block_was_known, snapshot_that_was_deleted, volume_that_did_not_go_back,
+    volume_that_went_back_too_far, volume_that_went_back_for_nothing,
+    read_that_saw_what_was_denied, kept_is_not_what_was_there,
     lost_write, lost_second_write, lost_part_of_a_block, torn_write, torn_between_two,
     back_in_time, unanswered_write_twice, late_copy_of_a_retried_write, fenced_write,
     trimmed_data_back, two_readers_disagree, read_after_its_end, write_never_begun, another_place,
@@ -176,8 +346,68 @@ def test_checker_accepts_what_is_legal(context):
     assert s.checker.judged > 10
 
 
+def test_checker_accepts_what_snapshots_may_hold(context):
+    s = Script()
+    s.wrote(1)
+    s.took("a")
+    under_way = s.write(2)
+    asked = s.ask("b")
+    s.wrote(3, 0, 4)
+    s.done(under_way)
+    s.taken(asked)
+    s.holds("b", 3, 3, 3, 3, 2, 2, 2, 2)  # both were under way
+    doubtful = s.ask("k", "a")
+    s.reads(3, 3, 3, 3, 2, 2, 2, 2)
+    s.reads(1)  # nobody was told, but it has happened
+    s.wrote(4, 8, 8)  # a block that nobody knew before
+    s.taken(doubtful)
+    s.holds("a", 1)
+    s.holds("k", 3, 3, 3, 3, 2, 2, 2, 2)
+    s.holds("b", 0, block=1)
+    s.took("l", "b")
+    s.reads(0, first=8)
+    s.holds("l", 4, block=1)
+    s.checker.forget_snapshot("a")
+    s.checker.deny_snapshot(s.ask("c"))
+    s.reads(3, 3, 3, 3, 2, 2, 2, 2)
+    asked = s.ask("m")
+    s.wrote(5)
+    later = s.write(6, CELLS)
+    s.wrote(7, 2 * CELLS)
+    s.done(later)
+    s.taken(asked)
+    s.is_of_one_instant("m", {0: 5, CELLS: 6, 2 * CELLS: 0})
+    assert list(s.checker.snapshots) == ["b", "k", "l", "m"]
+    assert not s.checker.pending
+
+
+def test_comparison_of_snapshots_can_fail(context):
+    """Copies that differ, are too long, or hold what was never written there."""
+    s = Script()
+    s.wrote(1)
+    s.took("a")
+    s.wrote(2)
+    good = content(0, CELLS, 1) + bytes(MIB - BLOCK)
+
+    def compare(*images):
+        compare_snapshot_images(s.checker, "a", MIB, [io.BytesIO(image) for image in images])
+    compare(good, good, good)
+    live = content(0, CELLS, 2) + bytes(MIB - BLOCK)
+    stray = good[:-CELL] + cell_content(MIB // CELL - 1, 1)
+    for images in ((good, good, live), (live, live, live), (good, good, good + bytes(1)),
+                   (stray, stray, stray), (bytes(MIB),) * 3):
+        try:
+            compare(*images)
+        except AssertionError:
+            continue
+        raise RuntimeError("wrong copies are believed")
+
+
 def test_checker_agrees_with_brute_force(context):
-    """Thousands of small random histories, judged a second time by trying every order."""
+    """Thousands of small random histories, judged a second time by trying every order.
+
+    A snapshot is a read of everything at one instant, of which one learns the answer late.
+    """
     source = random.Random(context.seed)
     verdicts = {True: 0, False: 0}
     for _ in range(3000):
@@ -197,6 +427,8 @@ def random_history(source):
         request = {
             "id": number, "read": source.random() < 0.5, "low": low,
             "high": source.randrange(low + 1, 3)}
+        if request["read"] and source.random() < 0.5:
+            request.update(snapshot=True, low=0, high=2)
         events.append(("begin", request))
         open_requests.append(request)
         while open_requests and source.random() < 0.6:
@@ -216,7 +448,12 @@ def judge(events):
     try:
         for event, request in events:
             span = request["low"], request["high"] - request["low"]
-            if event == "begin":
+            if "snapshot" in request:
+                if event == "begin":
+                    requests[request["id"]] = script.ask(request["id"])
+                else:
+                    script.taken(requests[request["id"]])
+            elif event == "begin":
                 make = script.read if request["read"] else (
                     lambda *s, w=request["id"]: script.write(w, *s))
                 requests[request["id"]] = make(*span)
@@ -225,9 +462,15 @@ def judge(events):
             else:
                 script.done(requests[request["id"]])
         ended = {r["id"] for e, r in events if e == "end"}
-        for _, request in events:
+        for event, request in events:
             if request["read"] and request["id"] not in ended:
-                script.checker.abandon_read(requests[request["id"]])
+                if "snapshot" not in request:
+                    script.checker.abandon_read(requests[request["id"]])
+                elif event == "begin":
+                    script.checker.deny_snapshot(requests[request["id"]])
+        for event, request in events:
+            if event == "end" and "snapshot" in request:
+                script.holds(request["id"], *request["saw"], *(0,) * (CELLS - 2))
     except Violation:
         return False
     return True

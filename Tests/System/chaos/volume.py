@@ -10,12 +10,15 @@ import time
 
 import nbd
 
-from harness.cluster import MIB, Cluster, ControlError, wait_for
+from harness.cluster import MIB, Cluster, ControlError, control, wait_for
+from harness.context import SkipTest
+from harness.disks import WriteLimit
 
 from .checker import READ, Checker
 from .copies import compare
 from .data import CELL
 from .network import Network
+from .snapshots import Administrator
 from .workers import Worker
 
 HOSTS = ["engine", "store", "client", "replica1", "replica2", "replica3"]
@@ -40,10 +43,15 @@ class Volume:
         self.held = set()  # replica numbers, "engine"
         self.generation = 1
         self.ill = set()  # replicas whose files were harmed: may need to be made anew
+        self.incurable = set()  # those of them whose damage no other copy repairs
+        self.made_anew = self.harmed_below = 0
+        self.scrubs = 0
+        self.administrator = Administrator(self, seed)
         self.plan = []
         self._stack = contextlib.ExitStack()
         self._halt = threading.Event()
         self._lock = threading.RLock()
+        self._clients_lock = threading.RLock()
         self._starts = {}
         self.supervisor_error = None
 
@@ -54,6 +62,7 @@ class Volume:
                 size=self.size, environment={"HAPTERA_IO": self.backend}, network=self.network))
             small = self.cluster.replicas[2]
             small.directory = self._small_disk(stack) / "replica"
+            self.limit = self._write_limit(stack, small.directory.parent)
             self.cluster.up()
             self.cluster.engine.status()
             self._supervisor = threading.Thread(target=self._supervise, daemon=True)
@@ -63,6 +72,7 @@ class Volume:
         return self
 
     def __exit__(self, kind, value, trace):
+        self.administrator.leave()
         self._halt.set()
         self._supervisor.join()
         for worker in self.workers:
@@ -85,6 +95,13 @@ class Volume:
         # Pushed before the cluster's own end: unmounted while its directory is there.
         stack.callback(lambda: subprocess.run(["umount", "-l", mount], capture_output=True))
         return mount
+
+    def _write_limit(self, stack, mount):
+        """Of that disk; nil where the kernel has no control group for it."""
+        if self.can_fill:
+            with contextlib.suppress(SkipTest):
+                return stack.enter_context(WriteLimit(mount))
+        return None
 
     def note(self, text):
         line = f"{time.monotonic() - self._began:7.2f} {text}" if self.plan else f"   0.00 {text}"
@@ -122,8 +139,11 @@ class Volume:
         if starts and now - starts[-1] < min(0.2 * 2 ** len(starts), 3):
             return
         was_killed = replica.process.wait() < 0 or replica.environment
-        starts[:] = [t for t in starts if now - t < 10] + ([] if was_killed else [now])
-        if len(starts) > 4:
+        # What is known to be past repair is replaced soon, though it may live for a while each time.
+        is_incurable = replica.number in self.incurable
+        starts[:] = [t for t in starts if now - t < (60 if is_incurable else 10)] + (
+            [] if was_killed else [now])
+        if len(starts) > (1 if is_incurable else 4) and self._others_have_all(replica):
             if replica.number not in self.ill:
                 raise AssertionError(
                     f"replica {replica.number} ends whenever it is started: "
@@ -133,12 +153,19 @@ class Volume:
             starts.clear()
         replica.spawn()
 
+    def _others_have_all(self, replica):
+        """Nobody throws a copy away while it may be the only one of something."""
+        me = (replica.id, replica.incarnation)
+        return any(member != me for member in self.cluster.record().in_sync)
+
     def make_anew(self, replica):
         """What a controller does about a lost copy: an empty one, under a new incarnation."""
         for entry in replica.directory.glob("*") if replica.directory.exists() else ():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         replica.recreate()
+        self.made_anew += 1
         self.ill.discard(replica.number)
+        self.incurable.discard(replica.number)
 
     def kill(self, target):
         """kill -9; `target` is a replica or "engine"."""
@@ -185,6 +212,10 @@ class Volume:
             self.add_worker()
 
     def add_worker(self):
+        with self._clients_lock:
+            self._add_worker()
+
+    def _add_worker(self):
         number = len(self.workers) + self.crashed
         engine = self.cluster.engine
         over_tcp = number % 2 == 0
@@ -197,16 +228,43 @@ class Volume:
 
     def crash_worker(self):
         """A client dies with its requests, and another one comes."""
-        worker = self.workers.pop(self.random.randrange(len(self.workers)))
-        worker.crash()
-        self.crashed += 1
-        self.answered += worker.completed
-        self.add_worker()
+        with self._clients_lock:
+            if self.workers:
+                worker = self.workers[self.random.randrange(len(self.workers))]
+                worker.crash()
+                self._dismiss([worker])
+                self.add_worker()
+
+    def _dismiss(self, workers):
+        for worker in workers:
+            self.workers.remove(worker)
+            self.crashed += 1
+            self.answered += worker.completed
+
+    @contextlib.contextmanager
+    def without_clients(self, patience=3.0):
+        """All leave, or die if they have to wait for answers; others come in the end."""
+        with self._clients_lock:
+            end = time.monotonic() + patience
+            for worker in self.workers:
+                worker.ask_to_stop()
+            for worker in self.workers:
+                if not worker.has_stopped(max(end - time.monotonic(), 0)):
+                    worker.crash()
+                if worker.failure:
+                    raise worker.failure
+            self._dismiss(list(self.workers))
+        try:
+            yield
+        finally:
+            if not self._halt.is_set():
+                self._start_workers()
 
     @property
     def requests(self):
         """Answered to clients so far."""
-        return self.answered + sum(w.completed for w in self.workers)
+        with self._clients_lock:
+            return self.answered + sum(w.completed for w in self.workers)
 
     def check(self):
         """Raises what went wrong so far."""
@@ -214,9 +272,11 @@ class Volume:
             raise self.checker.violation
         if self.supervisor_error:
             raise self.supervisor_error
-        for worker in self.workers:
+        for worker in list(self.workers):
             if worker.failure:
                 raise worker.failure
+        if self.administrator.failure:
+            raise self.administrator.failure
         if self.cluster.store.violations:
             raise AssertionError(f"the store saw: {self.cluster.store.violations}")
 
@@ -231,14 +291,21 @@ class Volume:
         self.wait(lambda: time.monotonic() >= end, "time to pass", seconds + 60)
 
     def progress(self, requests, timeout=CONVERGENCE):
-        goals = [(w, w.completed + requests) for w in self.workers]
-        self.wait(lambda: all(w.completed >= goal for w, goal in goals),
-                  f"{requests} more answers to each client", timeout)
+        """Of each client; of one that comes meanwhile, from its beginning."""
+        begun = {w: w.completed for w in self.workers}
+
+        def are_answered():
+            workers = list(self.workers)
+            return len(workers) == self.clients and all(
+                w.completed >= begun.get(w, 0) + requests for w in workers)
+        self.wait(are_answered, f"{requests} more answers to each client", timeout)
 
     # The end of a round
 
     def heal(self):
         self.network.heal()
+        if self.limit:
+            self.limit.lift()
         if not self.cluster.store.is_running:
             self.cluster.start_store()
         with self._lock:
@@ -253,7 +320,6 @@ class Volume:
     def converge(self):
         """All in sync, all resolved, every client answered; how long it took, seconds."""
         start = time.monotonic()
-
         try:
             # A silence before the end of the faults may cost a replica its place after it.
             while True:
@@ -276,11 +342,13 @@ class Volume:
 
     def finish_round(self):
         """Everything is read, then all copies are compared with each other and the history."""
+        self.administrator.finish(CONVERGENCE)
         for worker in self.workers:
             worker.stop()
         for attempt in range(REPAIRS_MAX):
-            for _ in range(6 if self.ill else 1):
-                self.sweep()
+            self.sweep()
+            if self.ill:
+                self.scrub()
             self.wait(self._is_healthy, "all replicas to be in sync")
             with self._lock:
                 self.held |= {"engine", 1, 2, 3}
@@ -292,9 +360,9 @@ class Volume:
                 break
             self._restart()
         self.ill.clear()
-        with contextlib.ExitStack() as stack:
-            compare(self.checker, self.size, [
-                stack.enter_context(r.export()) for r in self.cluster.replicas])
+        self.incurable.clear()
+        compare(self.checker, self.size, self.cluster.replicas)
+        self.administrator.compare(self.cluster.record(), self.size, self.cluster.replicas)
         self.check()
 
     def _verify(self, attempt):
@@ -307,8 +375,25 @@ class Volume:
                 if replica.number not in self.ill or attempt + 1 == REPAIRS_MAX:
                     raise
                 self.note(f"not read yet: {error}")
+                if replica.number in self.incurable:
+                    self.make_anew(replica)
                 is_clean = False
         return is_clean
+
+    def scrub(self):
+        """Reads every layer of every copy, and repairs what is bad there."""
+        self.wait(self._is_healthy, "all replicas to be in sync")
+        self.scrubs += 1
+        control(self.cluster.engine.control, "scrub", **{"from": f"{self.scrubs}:0:0:0:0:0:0"})
+
+        def is_done():
+            status = self.status()
+            return (status.get("scrub.state") == "finished"
+                    and status["scrub"].startswith(f"{self.scrubs}:"))
+        self.wait(is_done, "the scrub's end")
+        found = self.status()["scrub"].split(":")
+        self.note(f"a scrub repaired {found[4]} of {found[3]} bad blocks")
+        assert found[5] == "0", f"no copy is good of some blocks: {found}"
 
     def sweep(self):
         """Reads the whole volume once, several requests at a time."""

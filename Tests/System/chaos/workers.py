@@ -61,12 +61,18 @@ class Worker:
 
     def stop(self, timeout=120.0):
         """Waits until everything is answered."""
-        self._stop.set()
-        self._thread.join(timeout)
-        assert not self._thread.is_alive(), (
+        self.ask_to_stop()
+        assert self.has_stopped(timeout), (
             f"client {self.number} waits in vain for {len(self._unanswered)} answers: {self.state}")
         if self.failure:
             raise self.failure
+
+    def ask_to_stop(self):
+        self._stop.set()
+
+    def has_stopped(self, timeout):
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def crash(self):
         """It dies: nothing is repeated. Its attempts that nobody answered."""

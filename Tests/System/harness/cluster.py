@@ -162,11 +162,12 @@ class Copy:
         assert faults == [0, 0, 0], report
 
     @contextlib.contextmanager
-    def export(self):
+    def export(self, snapshot=None):
         """The raw image, to be read to its end; the process must be down."""
+        which = ["--snapshot", snapshot] if snapshot else []
         child = subprocess.Popen(
-            [BINARIES / "haptera-replica", "export", "--dir", self.directory, "--output", "-"],
-            stdout=subprocess.PIPE)
+            [BINARIES / "haptera-replica", "export", "--dir", self.directory, *which,
+             "--output", "-"], stdout=subprocess.PIPE)
         try:
             yield child.stdout
             assert child.wait() == 0, f"export of {self.directory} failed"
