@@ -99,13 +99,37 @@ def test_chaos_snapshots(context):
 def test_chaos_sick_disks(context):
     return rounds(
         context, 42, [faults.slow_disk, faults.failing_disk, faults.failing_disk],
-        [faults.full_disk, faults.kill_engine])
+        [faults.full_disk, faults.kill_engine], [faults.throttled_disk, faults.kill_engine])
 
 
 def test_chaos_harmed_files(context):
     return rounds(
         context, 61, [faults.flip_bits], [faults.misdirected_blocks],
         [faults.old_copy, faults.lost_directory], [faults.truncated_files])
+
+
+def test_chaos_harmed_layers(context):
+    """Bits flip in frozen layers, and are repaired; in a log and tables, and the copy is replaced."""
+    with Volume(context, 2, 131, size=32 * MIB) as volume:
+        volume.progress(50)
+        volume.administrator.begin([TAKE, TAKE])
+        volume.wait(lambda: not volume.administrator.plan, "some layers")
+        faults.strike(volume, faults.flip_bits, 131)
+        harmed = volume.harmed_below
+        assert harmed > 0, "nothing was harmed below the head"
+        volume.heal()
+        volume.converge()
+        volume.finish_round()
+        volume.next_round(132)
+        volume.progress(20)
+        volume.administrator.begin()
+        faults.strike(volume, faults.harmed_log, 132)
+        volume.wait(lambda: volume.made_anew > 0, "the copy with a damaged log to be replaced")
+        faults.strike(volume, faults.harmed_tables, 133)
+        volume.converge()
+        volume.finish_round()
+        return (f"{harmed} blocks below the head harmed, {volume.made_anew} copies made anew, "
+                f"snapshots: {volume.administrator}")
 
 
 # The second fault, in the middle of what the first one began: all of them, two a run.

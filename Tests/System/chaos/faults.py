@@ -2,10 +2,12 @@
 it last, and undoes itself. `volume.heal` undoes all of them at once.
 
 One good copy of everything promised survives any mix of them: what harms files (`HARMFUL`) harms
-those of one replica, and only while the others are in sync. Everything else may come in any number,
-on any process, at any time: it takes nothing away that was promised.
+those of one replica, the same until the end of the round, and only while the others are in sync.
+Everything else may come in any number, on any process, at any time: it takes nothing away that was
+promised.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -13,6 +15,7 @@ import shutil
 import signal
 import subprocess
 
+from . import formats
 from .data import BLOCK
 
 LINKS = [("client", "engine"), ("engine", "store")] + [
@@ -175,6 +178,18 @@ failing_disk = sick_disk("failing_disk", (
     "write:data:ENOSPC:every=200"))
 
 
+def throttled_disk(volume, source):
+    """The kernel holds a disk's writes back, under a process that goes on."""
+    if not volume.limit:
+        return
+    replica, rate = volume.cluster.replicas[2], source.choice((40, 100, 300))
+    volume.note(f"the disk of replica {replica.number} takes {rate} writes a second")
+    volume.limit.hold(replica.process)
+    volume.limit.set(rate)
+    yield source.choice((2, 4, 7))
+    volume.limit.lift()
+
+
 def full_disk(volume, source):
     if not volume.can_fill:
         return
@@ -197,18 +212,36 @@ def full_disk(volume, source):
 PASSING = [
     kill_replica, kill_engine, kill_replicas, kill_everything, pause_replica, pause_engine,
     crash_client, store_outage, reset_connections, partition, flapping, isolate, clog, slow_disk,
-    failing_disk, full_disk]
+    failing_disk, throttled_disk, full_disk]
 
 
 # Harmful ones. They begin with all copies in sync.
 
+def victim(volume, source):
+    """What is harmed already, so that the other copies stay as good as they are."""
+    chosen = some_replica(volume, source)
+    return next((r for r in volume.cluster.replicas if r.number in volume.ill), chosen)
+
+
 def damage(volume, source, change):
-    """Rewrites blocks of one running replica's data file behind its back."""
+    """Rewrites blocks of one running replica behind its back, in any of its layers."""
     volume.converge()
-    replica = some_replica(volume, source)
+    replica = victim(volume, source)
     volume.ill.add(replica.number)
+    *frozen, head = formats.layers(replica.directory, "data")
+    done = harm_blocks(volume, source, head, change)
+    volume.note(f"{done} blocks of the head of replica {replica.number} damaged")
+    for layer in frozen:
+        # (One that was deleted may be gone by now.)
+        with contextlib.suppress(FileNotFoundError):
+            done = harm_blocks(volume, source, layer, change)
+            volume.harmed_below += done
+            volume.note(f"{done} blocks of {layer.name} of replica {replica.number} damaged")
+
+
+def harm_blocks(volume, source, path, change):
     touched, done = volume.checker.touched(), 0
-    with open(max((replica.directory / "layers").glob("*.data")), "r+b") as file:
+    with open(path, "r+b") as file:
         for block in source.sample(touched, min(len(touched), 40)):
             file.seek(block * BLOCK)
             before = file.read(BLOCK)
@@ -219,8 +252,7 @@ def damage(volume, source, change):
                 done += 1
         file.flush()
         os.fdatasync(file.fileno())
-    volume.note(f"{done} blocks of replica {replica.number} damaged")
-    return replica
+    return done
 
 
 def flip_bits(volume, source):
@@ -244,7 +276,7 @@ def misdirected_blocks(volume, source):
 def take_away(volume, source):
     """A replica down and out of the in-sync set, so that its files no longer count."""
     volume.converge()
-    replica = some_replica(volume, source)
+    replica = victim(volume, source)
     volume.note(f"replica {replica.number} down")
     volume.hold(replica)
     volume.wait(lambda: not volume.is_member(replica), "the removal of what is down")
@@ -291,7 +323,35 @@ def old_copy(volume, source):
     yield 1
 
 
-HARMFUL = [flip_bits, misdirected_blocks, lost_directory, truncated_files, old_copy]
+def put_down(volume, source):
+    """A replica down, and as likely as not out of the in-sync set."""
+    if source.random() < 0.5:
+        return take_away(volume, source)
+    volume.converge()
+    replica = victim(volume, source)
+    volume.note(f"replica {replica.number} down for a moment")
+    volume.hold(replica)
+    return replica
+
+
+def harm_metadata(name, harm):
+    """No other copy repairs it: the replica ends when it is met, and is made anew."""
+    def fault(volume, source):
+        replica = put_down(volume, source)
+        volume.ill.add(replica.number)
+        volume.incurable.add(replica.number)
+        volume.note(f"replica {replica.number}: {harm(replica.directory, source)}")
+        volume.release(replica)
+        yield source.choice((1, 3))
+    fault.__name__ = name
+    return fault
+
+
+harmed_tables = harm_metadata("harmed_tables", formats.harm_tables)
+harmed_log = harm_metadata("harmed_log", formats.harm_log)
+
+HARMFUL = [flip_bits, misdirected_blocks, lost_directory, truncated_files, old_copy,
+           harmed_tables, harmed_log]
 
 
 def strike(volume, fault, seed, *arguments):
