@@ -18,6 +18,7 @@ import subprocess
 from . import formats
 from .data import BLOCK
 
+HARMED_MAX = 20  # blocks of a layer
 LINKS = [("client", "engine"), ("engine", "store")] + [
     ("engine", f"replica{n}") for n in (1, 2, 3)]
 
@@ -228,21 +229,23 @@ def damage(volume, source, change):
     volume.converge()
     replica = victim(volume, source)
     volume.ill.add(replica.number)
-    *frozen, head = formats.layers(replica.directory, "data")
-    done = harm_blocks(volume, source, head, change)
-    volume.note(f"{done} blocks of the head of replica {replica.number} damaged")
-    for layer in frozen:
-        # (One that was deleted may be gone by now.)
+    done = {}
+    for path in formats.layers(replica.directory, "data"):
+        # (The layer of a deleted snapshot may be gone by now.)
         with contextlib.suppress(FileNotFoundError):
-            done = harm_blocks(volume, source, layer, change)
-            volume.harmed_below += done
-            volume.note(f"{done} blocks of {layer.name} of replica {replica.number} damaged")
+            done[path.name] = harm_blocks(volume, source, path, change)
+    volume.harmed_below += sum(list(done.values())[:-1])
+    volume.note(f"blocks of replica {replica.number} damaged: {done}")
 
 
 def harm_blocks(volume, source, path, change):
+    """How many were, of those with data."""
     touched, done = volume.checker.touched(), 0
+    source.shuffle(touched)
     with open(path, "r+b") as file:
-        for block in source.sample(touched, min(len(touched), 40)):
+        for block in touched:
+            if done == HARMED_MAX:
+                break
             file.seek(block * BLOCK)
             before = file.read(BLOCK)
             if any(before):
