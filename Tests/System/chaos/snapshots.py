@@ -20,6 +20,7 @@ from .data import BLOCK
 from .workers import CONNECTION_ERRORS, HOT_BLOCKS
 
 SNAPSHOTS_MAX = 6
+ANSWER_MAX = 90.0  # seconds
 # What an engine's refusal says when nobody knows whether it happened, or somebody else does.
 DOUBTS = ("is not known", "before it knew", "hung up")
 DONE, REFUSED, DOUBT = "done", "refused", "doubt"
@@ -57,7 +58,7 @@ class Administrator:
     def is_at_work(self):
         return self._thread is not None
 
-    def finish(self, timeout):
+    def finish(self, timeout=ANSWER_MAX):
         """No faults are left, so what is asked for is answered in time."""
         if not self.is_at_work:
             return
@@ -80,7 +81,7 @@ class Administrator:
 
     def _run(self):
         try:
-            while not self._stop.wait(self.random.choice((0, 0, 0.1, 0.5))):
+            while not self._stop.wait(self.random.choice((0, 0.1, 0.5, 1))):
                 self._act()
         except BaseException as error:  # the thread's end must not be silent
             self.failure = error

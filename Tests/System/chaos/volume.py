@@ -342,7 +342,7 @@ class Volume:
 
     def finish_round(self):
         """Everything is read, then all copies are compared with each other and the history."""
-        self.administrator.finish(CONVERGENCE)
+        self.administrator.finish()
         for worker in self.workers:
             worker.stop()
         for attempt in range(REPAIRS_MAX):
