@@ -126,19 +126,32 @@ package enum ReplicaCommand {
         return server.failure == nil ? 0 : 1
     }
 
-    /// What is wrong with a copy, whose it is, and what to do about it.
-    static func damage(_ text: String, of identity: ReplicaIdentity) -> String {
+    /// What is wrong with a copy, whose it is, and what to do about it. `isAlone`: its own record
+    /// names no other copy that is in sync.
+    static func damage(
+        _ text: String, of identity: ReplicaIdentity, in directory: String, isAlone: Bool
+    ) -> String {
         let (id, volume) = (identity.replica.text, identity.name)
-        return "replica \(id) of volume \(volume): \(text); if other copies are in sync, have it "
-            + "made anew with: storagectl replica replace \(volume) \(id) --node NODE"
+        let damage = "replica \(id) of volume \(volume): \(text); "
+        let replace =
+            "have it made anew with: storagectl replica replace \(volume) \(id) "
+            + "--node NODE"
+        guard isAlone else {
+            return damage + replace + "; if no other copy is left: \(accept) --dir \(directory)"
+        }
+        return damage + "if other copies are in sync, " + replace + "; if none is, as its record "
+            + "says: \(accept) --dir \(directory)"
     }
+    /// Says first what is lost.
+    private static let accept = "haptera-replica accept-damage"
+
     private static func damage(_ text: String, in directory: String) -> String {
         let peek = DirectoryStorage(directory: directory, mode: .peek)
         guard case .manifest(let found)? = try? ReplicaCore.loadManifest(peek) else {
             return "the copy in \(directory): \(text); if other copies of its volume are in sync, "
                 + "have it made anew with: storagectl replica replace"
         }
-        return damage(text, of: found.identity)
+        return damage(text, of: found.identity, in: directory, isAlone: found.isAlone)
     }
 
     private static func verify(_ arguments: ReplicaArguments) throws -> Int32 {
@@ -198,6 +211,7 @@ package struct ReplicaArguments {
         "verify": ["--dir", "--json"],
         "export": ["--dir", "--snapshot", "--output"],
     ]
+    private static let flags: Set = ["--json", "--allow-faults"]
     package let verb: String
     private var options: [String: String] = [:]
 
@@ -211,7 +225,7 @@ package struct ReplicaArguments {
                 throw UsageError("\(verb) knows no option '\(word)'")
             }
             guard options[word] == nil else { throw UsageError("\(word) is given twice") }
-            if word == "--json" || word == "--allow-faults" {
+            if Self.flags.contains(word) {
                 options[word] = ""
                 continue
             }

@@ -49,6 +49,7 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         storage.markPlaces = [DirectoryStorage.markMemory, Self.folder(of: path)]
         // Before anything is read: the lock of every file that I/O goes to.
         for file in [ReplicaFile.manifest, .log] { _ = try storage.descriptor(file) }
+        try storage.refuseMarked()
         hostBoot = try HostBoot.read()
         var options = ReplicaOptions(
             instance: InstanceID(rawValue: randomUInt64() | 1),
@@ -305,14 +306,12 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         }
     }
 
-    private func fail(_ reason: ReplicaFailure) {
+    func fail(_ reason: ReplicaFailure) {
         let text =
             switch reason {
             case .syncFailed(let number):
                 "a sync failed: \(errorText(number)); what is durable is unknown"
-            case .tableUnreadable(let region):
-                ReplicaCommand.damage(
-                    "the table page of region \(region) is damaged", of: core.identity)
+            case .tableUnreadable(let region): noteDamage(region)
             case .manifestWriteFailed(let number):
                 "the manifest cannot be written: \(errorText(number))"
             case .layerNotMade(let layer, let number):
@@ -322,6 +321,15 @@ package final class ReplicaServer: CompletionHandler, FrameDelegate, TurnHandler
         if case .tableUnreadable = reason {} else { storage.noteFailedSync(hostBoot) }
         Log.error("replica failed", ("reason", text))
         reactor.stop()
+    }
+
+    /// The next process knows before it is filled. Returns what to say.
+    private func noteDamage(_ region: UInt64) -> String {
+        let damage = "the table page of region \(region) is damaged"
+        storage.noteDamage(damage, of: core.identity.member)
+        return ReplicaCommand.damage(
+            damage, of: core.identity, in: storage.directory,
+            isAlone: VolumeRecord.isAlone(core.identity.replica, in: core.installedRecord))
     }
 
     // MARK: control

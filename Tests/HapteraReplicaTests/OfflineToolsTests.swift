@@ -13,14 +13,13 @@ final class TestDirectory {
         // SAFETY: the string outlives the call.
         try #require(unsafe mkdir(path, 0o700) == 0)
     }
-    deinit {
-        for name in [
-            "layers/1.data", "layers/1.table", "activity.log", "manifest", "image", "failed-sync",
-        ] {
-            // SAFETY: the strings outlive the calls.
-            _ = unsafe unlink("\(path)/\(name)")
+    deinit { Self.remove(path) }
+    private static func remove(_ path: String) {
+        // SAFETY: the string outlives the calls.
+        if unsafe unlink(path) == 0 || errno == ENOENT { return }
+        for name in DirectoryStorage.names(in: path) ?? [] where name != "." && name != ".." {
+            remove("\(path)/\(name)")
         }
-        _ = unsafe rmdir("\(path)/layers")
         _ = unsafe rmdir(path)
     }
 }

@@ -194,3 +194,51 @@ def test_damaged_copy_is_made_anew_where_it_is(context):
         assert plane.read()[:16 * MIB] == path.read_bytes()
         return reasons[-1]
 
+
+def test_copy_with_a_damaged_table_page_is_made_anew(context):
+    """Both slots of a page rot in a replica that runs, and the region is written: the replica ends,
+    does not start again beside the others, and after --stale-replica-timeout there is another."""
+    with Plane(context, nodes=3) as plane:
+        plane.run("volume", "create", "vol", "--size", str(64 * MIB),
+                  "--stale-replica-timeout", "2s")
+        home, node = sorted(plane.replicas())[:2]
+        plane.run("volume", "attach", "vol", "--node", home)
+        path = plane.image(16 * MIB)
+        plane.write(path)
+        plane.until("all replicas", lambda v: v["robustness"] == "healthy")
+        lost = plane.replicas()[node]
+        # With nothing to compare and told to end, it writes its pages back; the next process has
+        # none of them in memory.
+        plane.run("volume", "detach", "vol")
+        os.kill(lost["pid"], signal.SIGTERM)
+        wait_for(lambda: plane.replicas()[node].get("pid") not in (None, 0, lost["pid"]),
+                 "the next process")
+        plane.run("volume", "attach", "vol", "--node", home)
+        plane.until("all replicas", lambda v: v["robustness"] == "healthy")
+        (table,) = pathlib.Path(lost["directory"], "layers").glob("*.table")
+        region = 7
+        with open(table, "r+b") as file:
+            file.seek(region * 8192)
+            assert any(file.read(8192)), "the page was never written"
+            file.seek(region * 8192)
+            file.write(plane.random.randbytes(8192))
+            os.fsync(file.fileno())
+        part = plane.directory / "part"
+        part.write_bytes(plane.random.randbytes(64 << 10))
+        plane.write(part, region * MIB)
+        reasons = []
+
+        def says_why(volume):
+            reasons.append(volume["reason"] or "")
+            return f"the table page of region {region} is damaged" in reasons[-1]
+
+        plane.until("the reason", says_why)
+        assert f"replica {lost['id']} of volume vol" in reasons[-1], reasons[-1]
+        plane.until("another replica", lambda v: v["robustness"] == "healthy" and lost["id"] not in
+                    [replica["id"] for replica in v["replicas"]])
+        assert plane.replicas().keys() == {"node-1", "node-2", "node-3"}, plane.replicas()
+        wait_for(lambda: not pathlib.Path(lost["directory"]).exists(), "the old copy to go")
+        expected = bytearray(path.read_bytes())
+        expected[region * MIB:region * MIB + (64 << 10)] = part.read_bytes()
+        assert plane.read()[:16 * MIB] == bytes(expected)
+        return reasons[-1]
