@@ -13,11 +13,27 @@ package final class DirectoryStorage: ReplicaStorage {
     package enum Mode: Equatable, Sendable {
         /// Waits for the lock of another process.
         case serve
+        /// Changes files that nobody serves: fails as `inspect` does if somebody does.
+        case change(waitMilliseconds: Int)
         /// Looks only, shares the lock with others that do; fails if somebody serves, but waits
         /// this long for the kernel to end the I/O of one that has just stopped.
         case inspect(waitMilliseconds: Int)
         /// Looks only, without a lock.
         case peek
+
+        fileprivate var isWriting: Bool {
+            switch self {
+            case .serve, .change: true
+            case .inspect, .peek: false
+            }
+        }
+        /// Nil: as long as it takes.
+        fileprivate var lockMilliseconds: Int? {
+            switch self {
+            case .change(let limit), .inspect(let limit): limit
+            case .serve, .peek: nil
+            }
+        }
     }
     package let directory: String
     private let mode: Mode
@@ -53,7 +69,7 @@ package final class DirectoryStorage: ReplicaStorage {
     package func descriptor(_ file: ReplicaFile) throws(StorageError) -> Int32 {
         if let fd = descriptors[file] { return fd }
         let flags =
-            file == .layers ? O_RDONLY | O_DIRECTORY : mode == .serve ? O_RDWR : O_RDONLY
+            file == .layers ? O_RDONLY | O_DIRECTORY : mode.isWriting ? O_RDWR : O_RDONLY
         while true {
             let fd = try open(file, flags: flags)
             openedHook?(file)
@@ -62,7 +78,7 @@ package final class DirectoryStorage: ReplicaStorage {
             // its manifest must not be served with the other files of that. The manifest is the
             // first to be opened, and all that follow are looked at with it.
             let isManifestThere = descriptors[.manifest].map { isStillThere($0, .manifest) }
-            guard mode == .serve, !isStillThere(fd, file) || isManifestThere == false else {
+            guard mode.isWriting, !isStillThere(fd, file) || isManifestThere == false else {
                 return fd
             }
             descriptors[file] = nil
@@ -119,14 +135,14 @@ package final class DirectoryStorage: ReplicaStorage {
     private func lock(_ fd: Int32, _ file: ReplicaFile) throws(StorageError) {
         guard mode != .peek, file != .layers else { return }
         // Two processes serve a file that two copies share; both leave it as it is.
-        let isShared = mode == .serve && linkCount(fd) > 1
-        let kind = mode == .serve && !isShared ? LOCK_EX : LOCK_SH
+        let isShared = mode.isWriting && linkCount(fd) > 1
+        let kind = mode.isWriting && !isShared ? LOCK_EX : LOCK_SH
         if isShared { sharedFiles.insert(file) }
         if flock(fd, kind | LOCK_NB) == 0 { return }
         guard errno == EWOULDBLOCK else {
             throw Self.error(errno, "cannot lock \(path(file)): \(errorText(errno))")
         }
-        if case .inspect(let limit) = mode {
+        if let limit = mode.lockMilliseconds {
             for _ in 0..<limit / 20 {
                 usleep(20_000)
                 if flock(fd, kind | LOCK_NB) == 0 { return }
@@ -359,7 +375,7 @@ package final class DirectoryStorage: ReplicaStorage {
             logCopy = block
             return block.memory
         }
-        let sharing = mode == .serve ? MAP_SHARED : MAP_PRIVATE
+        let sharing = mode.isWriting ? MAP_SHARED : MAP_PRIVATE
         // SAFETY: mmap's result is checked; the mapping lives as long as this object.
         let address = unsafe mmap(nil, size, PROT_READ | PROT_WRITE, sharing, fd, 0)
         guard let address = unsafe address, unsafe address != MAP_FAILED else {

@@ -13,6 +13,7 @@ package enum ReplicaCommand {
                haptera-replica inspect --dir DIR [--json]
                haptera-replica verify --dir DIR [--json]
                haptera-replica export --dir DIR [--snapshot NAME] --output FILE|-
+               haptera-replica accept-damage --dir DIR [--accept]
 
         """
 
@@ -38,6 +39,11 @@ package enum ReplicaCommand {
                     directory: try arguments.required("--dir"),
                     snapshot: arguments.optional("--snapshot"),
                     output: try arguments.required("--output"))
+            case "accept-damage":
+                write(
+                    try AcceptDamage.run(
+                        directory: try arguments.required("--dir"),
+                        isAccepted: arguments.isAccepted))
             default: throw UsageError("unknown command '\(arguments.verb)'")
             }
             return 0
@@ -210,8 +216,9 @@ package struct ReplicaArguments {
         "inspect": ["--dir", "--json"],
         "verify": ["--dir", "--json"],
         "export": ["--dir", "--snapshot", "--output"],
+        "accept-damage": ["--dir", "--accept"],
     ]
-    private static let flags: Set = ["--json", "--allow-faults"]
+    private static let flags: Set = ["--json", "--allow-faults", "--accept"]
     package let verb: String
     private var options: [String: String] = [:]
 
@@ -237,6 +244,7 @@ package struct ReplicaArguments {
     }
 
     package var isJSON: Bool { options["--json"] != nil }
+    package var isAccepted: Bool { options["--accept"] != nil }
     package var allowsFaults: Bool { options["--allow-faults"] != nil }
     package func required(_ name: String) throws(UsageError) -> String {
         guard let value = options[name] else { throw UsageError("\(verb) needs \(name)") }

@@ -1,11 +1,15 @@
 """Copies that are damaged, replaced, or out of space."""
 
+import errno
+import os
+import random
 import signal
+import subprocess
 import time
 
 import nbd
 
-from harness.cluster import MIB, wait_for
+from harness.cluster import BINARIES, MIB, wait_for
 from harness.disks import SmallFileSystem
 from harness.workload import BLOCK, History, Workload, check_all
 
@@ -176,3 +180,78 @@ def test_failing_disk_costs_a_replica_not_an_error(context):
         cluster.replicas.remove(failing)
         cluster.check_copies()
         return f"longest gap {load.longest_gap * 1e3:.0f} ms"
+
+
+def connect(cluster):
+    handle = nbd.NBD()
+    handle.set_export_name("volume")
+    handle.connect_unix(str(cluster.engine.unix))
+    return handle
+
+
+def test_last_copy_goes_on_when_its_damage_is_accepted(context):
+    """The only replica's table page rots while it is stopped. It ends when the page is needed;
+    with `accept-damage` the volume goes on, without the blocks that nothing is known of."""
+    with context.cluster(replicas=1, size=64 * MIB) as cluster:
+        replica = cluster.replicas[0]
+        cluster.up()
+        handle = connect(cluster)
+        data = random.Random(context.seed).randbytes(8 * MIB)
+        # Half of each region.
+        for region in range(16):
+            handle.pwrite(data[region * MIB // 2:(region + 1) * MIB // 2], region * MIB)
+        handle.flush()
+        handle.shutdown()
+        cluster.engine.detach()
+        replica.shutdown()
+        region = 5
+        (table,) = (replica.directory / "layers").glob("*.table")
+        with open(table, "r+b") as file:
+            file.seek(region * 8192)
+            assert any(file.read(8192)), "the page was never written"
+            file.seek(region * 8192)
+            file.write(random.randbytes(8192))
+            os.fsync(file.fileno())
+
+        replica.start()
+        cluster.start_engine()
+        reader = connect(cluster)
+        reader.aio_pread(nbd.Buffer(4096), region * MIB)
+        assert replica.process.wait() == 1
+        said = replica.process.log.read_text()
+        assert f"the table page of region {region} is damaged" in said, said
+        assert "haptera-replica accept-damage" in said, said
+        cluster.engine.process.kill()
+        # Alone, it starts as before: most of it can be read.
+        replica.start()
+        refused = subprocess.run(
+            [BINARIES / "haptera-replica", "accept-damage", "--dir", replica.directory],
+            capture_output=True, text=True)
+        assert refused.returncode == 1 and "is in use" in refused.stderr, refused
+        replica.process.kill()
+
+        shown = replica.tool("accept-damage").decode()
+        assert f"damaged bytes: {region * MIB}..<{region * MIB + MIB // 2}\n" in shown, shown
+        replica.tool("accept-damage", "--accept")
+        replica.start()
+        cluster.start_engine(client_generation=2)
+        handle = connect(cluster)
+        for other in range(16):
+            part = data[other * MIB // 2:(other + 1) * MIB // 2]
+            assert handle.pread(MIB // 2, other * MIB + MIB // 2) == bytes(MIB // 2)
+            if other != region:
+                assert handle.pread(MIB // 2, other * MIB) == part, f"region {other}"
+        for block in range(0, MIB // 2, 4096):
+            try:
+                handle.pread(4096, region * MIB + block)
+                raise AssertionError(f"block {block} was read")
+            except nbd.Error as error:
+                assert error.errnum == errno.EIO, error
+        handle.pwrite(data[:MIB // 2], region * MIB)
+        assert handle.pread(MIB // 2, region * MIB) == data[:MIB // 2]
+        handle.flush()
+        handle.shutdown()
+        cluster.engine.detach()
+        replica.shutdown()
+        replica.verify()
+        return shown.splitlines()[-2]
