@@ -199,8 +199,9 @@ def test_copy_with_a_damaged_table_page_is_made_anew(context):
     """Both slots of a page rot in a replica that runs, and the region is written: the replica ends,
     does not start again beside the others, and after --stale-replica-timeout there is another."""
     with Plane(context, nodes=3) as plane:
+        # Longer than a node agent waits before it starts a process again.
         plane.run("volume", "create", "vol", "--size", str(64 * MIB),
-                  "--stale-replica-timeout", "2s")
+                  "--stale-replica-timeout", "10s")
         home, node = sorted(plane.replicas())[:2]
         plane.run("volume", "attach", "vol", "--node", home)
         path = plane.image(16 * MIB)
@@ -241,4 +242,10 @@ def test_copy_with_a_damaged_table_page_is_made_anew(context):
         expected = bytearray(path.read_bytes())
         expected[region * MIB:region * MIB + (64 << 10)] = part.read_bytes()
         assert plane.read()[:16 * MIB] == bytes(expected)
+        # It was not served again: it would have been filled until the page is needed.
+        (log,) = plane.cluster.glob(f"{node}/**/r-{lost['id']}.log")
+        said = log.read_text()
+        assert said.count(" info serving ") == 2, said
+        assert (f"haptera-replica: replica {lost['id']} of volume vol: the table page of region "
+                f"{region} is damaged") in said, said
         return reasons[-1]
