@@ -128,6 +128,8 @@ import Testing
         #expect(text.contains("1 become damaged") && text.contains("3 are as the log"))
         do {
             let copy = try ServedCopy(directory.path)
+            // What is not known would be doubtful, and taken for good when it is resolved.
+            #expect(copy.core.activeRegionCount == 0)
             #expect(try copy.read(Self.blocks) == nil)
             #expect(try copy.read(Self.blocks + 1) == ServedCopy.pattern(20))
             #expect(try copy.read(Self.blocks + 5) == Self.zeroes)
