@@ -15,6 +15,7 @@ package enum Presentation {
             ("state", .text(word(volume.state))),
             ("robustness", .text(word(volume.robustness))),
             ("reason", .optional(volume.reason)),
+            ("conditions", .list(volume.conditions.map { .text(word($0)) })),
             ("epoch", .number(volume.epoch)),
             ("engine", volume.hasEngine ? value(volume.engine) : .null),
             ("replicas", .list(volume.replicas.map { value($0) })),
@@ -192,6 +193,7 @@ package enum Presentation {
             "state:       \(word(volume.state))", "robustness:  \(word(volume.robustness))",
         ]
         if !volume.reason.isEmpty { lines.append("reason:      \(volume.reason)") }
+        lines += volume.conditions.map { "condition:   \(explanation($0, volume.name))" }
         if volume.hasScrub, volume.scrub.state != .finished {
             lines.append(
                 "scrub:       \(word(volume.scrub.state)), \(volume.scrub.regionsDone) of "
@@ -341,6 +343,23 @@ package enum Presentation {
         case .faulted: "faulted"
         case .unspecified, .UNRECOGNIZED: "unknown"
         }
+    }
+
+    private static func word(_ condition: Haptera_V1_VolumeCondition) -> String {
+        switch condition {
+        case .lostBlocks: "lostBlocks"
+        case .unspecified, .UNRECOGNIZED: "unknown"
+        }
+    }
+
+    /// What it means, and what to do.
+    private static func explanation(
+        _ condition: Haptera_V1_VolumeCondition, _ volume: String
+    ) -> String {
+        guard condition == .lostBlocks else { return word(condition) }
+        return "lostBlocks: no replica in sync has a good copy of some blocks, and reads of them "
+            + "fail; 'storagectl events' says where (BlocksLost). Write them anew or restore them, "
+            + "then 'storagectl volume scrub \(volume)' tells whether any are left"
     }
 
     package static func word(_ state: Haptera_V1_ReplicaState) -> String {

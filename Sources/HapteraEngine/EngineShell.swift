@@ -18,6 +18,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
     private(set) var isServing = false
     private(set) var isStoreAvailable = true
     var counters = EngineCounters()
+    var damage = DamageLog()
     /// Called when the volume's size is known and it can be served, and when that changes.
     var onServing: (Bool) -> Void = { _ in }
     var onStopped: (StopReason) -> Void = { _ in }
@@ -80,6 +81,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
 
     func completed(token: UInt64, result: Int) {
         if token == 1 { isHedgeTimerArmed = false }
+        if damage.isWaiting { damage.tick(now: reactor.now) }
         run(.tick)
     }
 
@@ -153,6 +155,7 @@ final class EngineShell: BlockDevice, CompletionHandler {
         case .complete(let userData, let result, let buffer, let tableLength, let isHole):
             counters.completed &+= 1
             if result != .ok { counters.errors &+= 1 }
+            if result == .ioError { noteFailure() }
             frontend?.complete(
                 userData: userData, result: result, buffer: buffer, tableLength: tableLength,
                 isHole: isHole)

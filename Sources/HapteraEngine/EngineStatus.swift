@@ -90,6 +90,7 @@ extension EngineShell {
             ]
         }
         lines += scrubLines()
+        lines += damage.statusLines
         for snapshot in core.record?.snapshots ?? [] {
             lines.append(
                 ("snapshot." + snapshot.name, "\(snapshot.layer.rawValue) \(snapshot.created)"))
@@ -119,6 +120,7 @@ extension EngineShell {
             ("haptera_engine_rebuilt_bytes_total", String(core.bytesRebuilt)),
             ("haptera_engine_compared_regions_total", String(core.regionsCompared)),
             ("haptera_engine_repaired_blocks_total", String(core.blocksRepaired)),
+            ("haptera_engine_lost_blocks_total", String(damage.sums[.lost] ?? 0)),
             ("haptera_engine_hedged_reads_total", String(core.hedgedReads)),
             ("haptera_engine_in_sync_replicas", String(core.memberSlots.count)),
             ("haptera_engine_epoch", String(core.record?.epoch.rawValue ?? 0)),
@@ -178,17 +180,7 @@ extension EngineShell {
         case .fullEverywhere:
             Log.error("every replica's disk is full; writes wait for space", volume)
         case .storeUnavailable: Log.debug("the metadata store does not answer", volume)
-        case .checksumMismatch(let slot, let offset):
-            counters.checksumMismatches &+= 1
-            Log.error("damaged block", volume, id(slot), ("offset", String(offset)))
-        case .doubtfulBytesKept(let slot, let offset):
-            Log.warn(
-                "no intact copy of an interrupted write; bytes kept", volume, id(slot),
-                ("offset", String(offset)))
-        case .repaired(let region, let blocks):
-            Log.info(
-                "damaged copy repaired", volume, ("region", String(region)),
-                ("blocksCopied", String(blocks)))
+        case .checksumMismatch, .doubtfulBytesKept, .repaired: logDamage(note)
         case .replicaSlow(let slot):
             let latency = ("latencyMicroseconds", String(core.writeLatency(slot).average))
             Log.warn("replica much slower than the others", volume, id(slot), latency)

@@ -59,10 +59,13 @@ extension EngineShell {
             Log.info("scrub begins", volume, ("region", String(region)))
         case .scrubFound(let slot, let offset, let blocks):
             counters.checksumMismatches &+= blocks
+            damage.found(
+                core.replicaID(slot), offset: offset, blocks: blocks, now: reactor.now)
             Log.error(
                 "scrub found damaged blocks", volume, id(slot), ("offset", String(offset)),
                 ("blocks", String(blocks)))
         case .scrubLost(let offset, let blocks):
+            damage.lost(offset: offset, blocks: blocks)
             Log.error(
                 "no replica has a good copy of these blocks: restore them from a backup", volume,
                 ("offset", String(offset)), ("blocks", String(blocks)))
@@ -72,6 +75,7 @@ extension EngineShell {
                 id(slot), ("region", String(region)))
         case .scrubFinished:
             let progress = core.scrubReport?.progress ?? ScrubProgress()
+            if progress.lost == 0, progress.skipped == 0 { damage.nothingIsLost() }
             Log.info(
                 "scrub finished", volume, ("blocksChecked", String(progress.checked)),
                 ("blocksBad", String(progress.bad)), ("blocksRepaired", String(progress.repaired)),

@@ -101,6 +101,7 @@ import Testing
           "state": "attached",
           "robustness": "degraded",
           "reason": "replica 00000000000000b2 on node node-2 is absent",
+          "conditions": [],
           "epoch": 7,
           "engine": {
             "pid": 42,
@@ -189,6 +190,18 @@ import Testing
         #expect(line() == nil)
         #expect(
             Presentation.value(volume).json(pretty: false).contains(#""allocatedBytes":null,"#))
+    }
+
+    @Test func lostBlocksAreShown() {
+        var volume = Self.volume()
+        #expect(!Presentation.details(volume, wide: false).contains("condition"))
+        volume.conditions = [.lostBlocks]
+        let details = Presentation.details(volume, wide: false)
+        #expect(details.contains("\ncondition:   lostBlocks: no replica in sync has a good copy"))
+        #expect(details.contains("'storagectl volume scrub vol'"))
+        #expect(
+            Presentation.value(volume).json(pretty: false)
+                .contains(#","conditions":["lostBlocks"],"#))
     }
 
     @Test func whatAVolumeBeganAs() {

@@ -47,6 +47,8 @@ import Testing
         private let served = Mutex<Set<UInt64>>([])
         /// What the engine says of the scrub that it is told to do.
         let scrub = Mutex<Haptera_V1_ScrubReport?>(nil)
+        /// What an engine process says of damage.
+        let damage = Mutex<(instance: UInt64, report: Haptera_V1_DamageReport)?>(nil)
 
         /// Three replicas on nodes a, b, c; the engine on a, unless it is not attached.
         init(attached: Bool = true) async throws {
@@ -119,6 +121,9 @@ import Testing
                     engine.state = hasLeft ? .detached : state
                     engine.needsDecision = needsDecision.withLock { $0 } && !hasLeft
                     if let scrub = scrub(wanted) { engine.scrub = scrub }
+                    if let damage = damage.withLock({ $0 }) {
+                        (engine.instance, engine.damage) = damage
+                    }
                     engine.uri = "nbd://h:2/vol"
                     engine.unixUri = "nbd+unix:///vol?socket=/d/e.nbd"
                     engine.replicas = wanted.replicas.map { endpoint in

@@ -561,6 +561,16 @@ package nonisolated struct Haptera_V1_EngineReport: @unchecked Sendable {
   /// Clears the value of `scrub`. Subsequent reads from it will return its default value.
   package mutating func clearScrub() {_uniqueStorage()._scrub = nil}
 
+  /// What the engine process of `instance` has learned of damaged blocks; not set: nothing.
+  package var damage: Haptera_V1_DamageReport {
+    get {_storage._damage ?? Haptera_V1_DamageReport()}
+    set {_uniqueStorage()._damage = newValue}
+  }
+  /// Returns true if `damage` has been explicitly set.
+  package var hasDamage: Bool {_storage._damage != nil}
+  /// Clears the value of `damage`. Subsequent reads from it will return its default value.
+  package mutating func clearDamage() {_uniqueStorage()._damage = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum State: SwiftProtobuf.Enum, Swift.CaseIterable {
@@ -620,6 +630,55 @@ package nonisolated struct Haptera_V1_EngineReport: @unchecked Sendable {
   package init() {}
 
   fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+package nonisolated struct Haptera_V1_DamageReport: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// So many findings since the process started.
+  package var count: UInt64 = 0
+
+  /// Blocks of all of them.
+  package var blocksRepaired: UInt64 = 0
+
+  package var blocksLost: UInt64 = 0
+
+  package var blocksDamaged: UInt64 = 0
+
+  /// The newest, oldest first.
+  package var findings: [Haptera_V1_DamageFinding] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct Haptera_V1_DamageFinding: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// Counts from 1.
+  package var number: UInt64 = 0
+
+  /// repaired: rewritten from another replica. lost: no replica in sync has a good copy. damaged: not
+  /// repaired yet.
+  package var outcome: String = String()
+
+  /// Bytes: of the first bad block, or of the request that met it.
+  package var offset: UInt64 = 0
+
+  /// At least so many.
+  package var blocks: UInt64 = 0
+
+  /// Those whose copies were bad, as far as it is known.
+  package var replicaIds: [String] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 /// As `Scrub`, in the engine's words: running, waiting or finished.
@@ -1656,7 +1715,7 @@ nonisolated extension Haptera_V1_ReplicaReport.State: SwiftProtobuf._ProtoNamePr
 
 nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".EngineReport"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}state\0\u{1}pid\0\u{1}uri\0\u{3}unix_uri\0\u{1}reason\0\u{1}epoch\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}replicas\0\u{1}restarts\0\u{2}\u{7}instance\0\u{3}needs_decision\0\u{1}rebuilds\0\u{3}had_remote_client\0\u{3}last_ending\0\u{1}scrub\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}volume_id\0\u{3}client_generation\0\u{1}state\0\u{1}pid\0\u{1}uri\0\u{3}unix_uri\0\u{1}reason\0\u{1}epoch\0\u{1}connections\0\u{3}rebuild_done\0\u{3}rebuild_total\0\u{1}replicas\0\u{1}restarts\0\u{2}\u{7}instance\0\u{3}needs_decision\0\u{1}rebuilds\0\u{3}had_remote_client\0\u{3}last_ending\0\u{1}scrub\0\u{1}damage\0")
 
   fileprivate class _StorageClass {
     var _volumeID: String = String()
@@ -1678,6 +1737,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
     var _hadRemoteClient: Bool = false
     var _lastEnding: String = String()
     var _scrub: Haptera_V1_ScrubReport? = nil
+    var _damage: Haptera_V1_DamageReport? = nil
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1707,6 +1767,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
       _hadRemoteClient = source._hadRemoteClient
       _lastEnding = source._lastEnding
       _scrub = source._scrub
+      _damage = source._damage
     }
   }
 
@@ -1744,6 +1805,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
         case 23: try { try decoder.decodeSingularBoolField(value: &_storage._hadRemoteClient) }()
         case 24: try { try decoder.decodeSingularStringField(value: &_storage._lastEnding) }()
         case 25: try { try decoder.decodeSingularMessageField(value: &_storage._scrub) }()
+        case 26: try { try decoder.decodeSingularMessageField(value: &_storage._damage) }()
         default: break
         }
       }
@@ -1813,6 +1875,9 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
       try { if let v = _storage._scrub {
         try visitor.visitSingularMessageField(value: v, fieldNumber: 25)
       } }()
+      try { if let v = _storage._damage {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 26)
+      } }()
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -1841,6 +1906,7 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
         if _storage._hadRemoteClient != rhs_storage._hadRemoteClient {return false}
         if _storage._lastEnding != rhs_storage._lastEnding {return false}
         if _storage._scrub != rhs_storage._scrub {return false}
+        if _storage._damage != rhs_storage._damage {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -1852,6 +1918,106 @@ nonisolated extension Haptera_V1_EngineReport: SwiftProtobuf.Message, SwiftProto
 
 nonisolated extension Haptera_V1_EngineReport.State: SwiftProtobuf._ProtoNameProviding {
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0STATE_UNSPECIFIED\0\u{1}STATE_STARTING\0\u{1}STATE_SERVING\0\u{1}STATE_STALLED\0\u{1}STATE_WAITING\0\u{1}STATE_DETACHED\0")
+}
+
+nonisolated extension Haptera_V1_DamageReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".DamageReport"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}count\0\u{3}blocks_repaired\0\u{3}blocks_lost\0\u{3}blocks_damaged\0\u{1}findings\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt64Field(value: &self.count) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.blocksRepaired) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.blocksLost) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.blocksDamaged) }()
+      case 5: try { try decoder.decodeRepeatedMessageField(value: &self.findings) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.count != 0 {
+      try visitor.visitSingularUInt64Field(value: self.count, fieldNumber: 1)
+    }
+    if self.blocksRepaired != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksRepaired, fieldNumber: 2)
+    }
+    if self.blocksLost != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksLost, fieldNumber: 3)
+    }
+    if self.blocksDamaged != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocksDamaged, fieldNumber: 4)
+    }
+    if !self.findings.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.findings, fieldNumber: 5)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_DamageReport, rhs: Haptera_V1_DamageReport) -> Bool {
+    if lhs.count != rhs.count {return false}
+    if lhs.blocksRepaired != rhs.blocksRepaired {return false}
+    if lhs.blocksLost != rhs.blocksLost {return false}
+    if lhs.blocksDamaged != rhs.blocksDamaged {return false}
+    if lhs.findings != rhs.findings {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Haptera_V1_DamageFinding: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".DamageFinding"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}number\0\u{1}outcome\0\u{1}offset\0\u{1}blocks\0\u{3}replica_ids\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt64Field(value: &self.number) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.outcome) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.offset) }()
+      case 4: try { try decoder.decodeSingularUInt64Field(value: &self.blocks) }()
+      case 5: try { try decoder.decodeRepeatedStringField(value: &self.replicaIds) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.number != 0 {
+      try visitor.visitSingularUInt64Field(value: self.number, fieldNumber: 1)
+    }
+    if !self.outcome.isEmpty {
+      try visitor.visitSingularStringField(value: self.outcome, fieldNumber: 2)
+    }
+    if self.offset != 0 {
+      try visitor.visitSingularUInt64Field(value: self.offset, fieldNumber: 3)
+    }
+    if self.blocks != 0 {
+      try visitor.visitSingularUInt64Field(value: self.blocks, fieldNumber: 4)
+    }
+    if !self.replicaIds.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.replicaIds, fieldNumber: 5)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Haptera_V1_DamageFinding, rhs: Haptera_V1_DamageFinding) -> Bool {
+    if lhs.number != rhs.number {return false}
+    if lhs.outcome != rhs.outcome {return false}
+    if lhs.offset != rhs.offset {return false}
+    if lhs.blocks != rhs.blocks {return false}
+    if lhs.replicaIds != rhs.replicaIds {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
 }
 
 nonisolated extension Haptera_V1_ScrubReport: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {

@@ -178,6 +178,43 @@ package nonisolated enum Haptera_V1_ReplicaState: SwiftProtobuf.Enum, Swift.Case
 
 }
 
+package nonisolated enum Haptera_V1_VolumeCondition: SwiftProtobuf.Enum, Swift.CaseIterable {
+  package typealias RawValue = Int
+  case unspecified // = 0
+
+  /// Blocks were found of which no replica in sync has a good copy: reads of them fail. Until a later
+  /// scrub finds none.
+  case lostBlocks // = 1
+  case UNRECOGNIZED(Int)
+
+  package init() {
+    self = .unspecified
+  }
+
+  package init?(rawValue: Int) {
+    switch rawValue {
+    case 0: self = .unspecified
+    case 1: self = .lostBlocks
+    default: self = .UNRECOGNIZED(rawValue)
+    }
+  }
+
+  package var rawValue: Int {
+    switch self {
+    case .unspecified: return 0
+    case .lostBlocks: return 1
+    case .UNRECOGNIZED(let i): return i
+    }
+  }
+
+  // The compiler won't synthesize support with the UNRECOGNIZED case.
+  package static let allCases: [Haptera_V1_VolumeCondition] = [
+    .unspecified,
+    .lostBlocks,
+  ]
+
+}
+
 /// How a volume behaves when something is slow or gone. Not set: the default, or no change.
 package nonisolated struct Haptera_V1_VolumeSettings: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
@@ -440,6 +477,12 @@ package nonisolated struct Haptera_V1_Volume: @unchecked Sendable {
   package var hasScrub: Bool {_storage._scrub != nil}
   /// Clears the value of `scrub`. Subsequent reads from it will return its default value.
   package mutating func clearScrub() {_uniqueStorage()._scrub = nil}
+
+  /// What an administrator should know of, whether it is healthy or not.
+  package var conditions: [Haptera_V1_VolumeCondition] {
+    get {_storage._conditions}
+    set {_uniqueStorage()._conditions = newValue}
+  }
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1525,6 +1568,10 @@ nonisolated extension Haptera_V1_ReplicaState: SwiftProtobuf._ProtoNameProviding
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0REPLICA_STATE_UNSPECIFIED\0\u{1}REPLICA_STATE_IN_SYNC\0\u{1}REPLICA_STATE_JOINING\0\u{1}REPLICA_STATE_ABSENT\0\u{1}REPLICA_STATE_FULL\0\u{1}REPLICA_STATE_FAILED\0")
 }
 
+nonisolated extension Haptera_V1_VolumeCondition: SwiftProtobuf._ProtoNameProviding {
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0VOLUME_CONDITION_UNSPECIFIED\0\u{1}VOLUME_CONDITION_LOST_BLOCKS\0")
+}
+
 nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".VolumeSettings"
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}min_in_sync\0\u{3}io_timeout_milliseconds\0\u{3}lease_milliseconds\0\u{3}removal_deadline_milliseconds\0\u{3}stale_replica_timeout_milliseconds\0\u{3}detect_zeroes\0")
@@ -1586,7 +1633,7 @@ nonisolated extension Haptera_V1_VolumeSettings: SwiftProtobuf.Message, SwiftPro
 
 nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Volume"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{1}rebuilds\0\u{1}filling\0\u{2}\u{3}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{1}scrub\0\u{2}\u{7}scratch\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{3}size_bytes\0\u{1}state\0\u{1}robustness\0\u{1}reason\0\u{1}epoch\0\u{1}engine\0\u{1}replicas\0\u{3}client_generation\0\u{3}created_unix_milliseconds\0\u{3}allocated_bytes\0\u{3}exclusive_bytes\0\u{3}reclaimable_bytes\0\u{3}stuck_bytes\0\u{1}rebuilds\0\u{1}filling\0\u{2}\u{3}settings\0\u{3}replica_count\0\u{3}decision_instance\0\u{3}snapshot_count\0\u{2}\u{7}labels\0\u{3}origin_volume\0\u{3}origin_snapshot\0\u{1}scrub\0\u{1}conditions\0\u{2}\u{6}scratch\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -1615,6 +1662,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
     var _originVolume: String = String()
     var _originSnapshot: String = String()
     var _scrub: Haptera_V1_Scrub? = nil
+    var _conditions: [Haptera_V1_VolumeCondition] = []
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -1651,6 +1699,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       _originVolume = source._originVolume
       _originSnapshot = source._originSnapshot
       _scrub = source._scrub
+      _conditions = source._conditions
     }
   }
 
@@ -1694,6 +1743,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         case 31: try { try decoder.decodeSingularStringField(value: &_storage._originVolume) }()
         case 32: try { try decoder.decodeSingularStringField(value: &_storage._originSnapshot) }()
         case 33: try { try decoder.decodeSingularMessageField(value: &_storage._scrub) }()
+        case 34: try { try decoder.decodeRepeatedEnumField(value: &_storage._conditions) }()
         case 40: try { try decoder.decodeSingularBoolField(value: &_storage._scratch) }()
         default: break
         }
@@ -1782,6 +1832,9 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
       try { if let v = _storage._scrub {
         try visitor.visitSingularMessageField(value: v, fieldNumber: 33)
       } }()
+      if !_storage._conditions.isEmpty {
+        try visitor.visitPackedEnumField(value: _storage._conditions, fieldNumber: 34)
+      }
       if _storage._scratch != false {
         try visitor.visitSingularBoolField(value: _storage._scratch, fieldNumber: 40)
       }
@@ -1820,6 +1873,7 @@ nonisolated extension Haptera_V1_Volume: SwiftProtobuf.Message, SwiftProtobuf._M
         if _storage._originVolume != rhs_storage._originVolume {return false}
         if _storage._originSnapshot != rhs_storage._originSnapshot {return false}
         if _storage._scrub != rhs_storage._scrub {return false}
+        if _storage._conditions != rhs_storage._conditions {return false}
         return true
       }
       if !storagesAreEqual {return false}

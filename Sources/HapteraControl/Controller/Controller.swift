@@ -87,7 +87,7 @@ package actor Controller {
                 hadRemoteClient: engine.hadRemoteClient,
                 scrub: ScrubProgress(text: engine.scrub.progress).map {
                     ScrubFact(progress: $0, isFinished: engine.scrub.state == "finished")
-                })
+                }, damage: DamageFact(engine))
         }
         return facts
     }

@@ -62,6 +62,10 @@ package struct ControllerProcess: Sendable {
                             try await controller.tendScrubs()
                         }),
                     .init(
+                        service: PeriodicLoop(name: "telling of damage", logger: logger) {
+                            try await controller.store.tellDamage()
+                        }),
+                    .init(
                         service: PeriodicLoop(name: "schedules", logger: logger) {
                             try await controller.runSchedules()
                         }),

@@ -71,6 +71,9 @@ package struct VolumeView: Sendable {
         message.rebuilds = engine?.rebuilds.map(rebuild) ?? []
         if let filling { message.filling = filling }
         if let scrub { message.scrub = scrub }
+        if let damage = stored.damage, damage.lostMilliseconds > 0 {
+            message.conditions = [.lostBlocks]
+        }
         (message.robustness, message.reason) = robustness(message.replicas)
         if let words = maintenance {
             message.reason = [words, message.reason].filter { !$0.isEmpty }.joined(separator: "; ")

@@ -405,6 +405,7 @@ package actor EngineUnit {
         report.lastEnding = supervision.lastEnding
         report.rebuilds = Self.rebuilds(status)
         if let scrubWords { report.scrub = scrubWords.report }
+        if let damage = DamageWords.report(status) { report.damage = damage }
         report.state = state
         return report
     }

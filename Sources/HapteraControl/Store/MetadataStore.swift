@@ -72,6 +72,7 @@ package final class MetadataStore: Sendable {
         registerNodeLimits(&migrator)
         registerFilling(&migrator)
         registerScrubs(&migrator)
+        registerDamage(&migrator)
         return migrator
     }
 

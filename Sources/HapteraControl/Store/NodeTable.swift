@@ -18,6 +18,7 @@ package struct ReportedFacts: Equatable, Sendable {
         package var isDetached: Bool
         package var hadRemoteClient = false
         package var scrub: ScrubFact?
+        package var damage: DamageFact?
     }
     /// Replicas that run, or are removed.
     package var replicas: [Replica] = []
@@ -118,6 +119,7 @@ extension MetadataStore {
                 || facts.engines.contains { fact in
                     if try Self.settled(db, by: fact, on: node) != nil { return true }
                     if try self.isScrubNews(db, fact, node: node) { return true }
+                    if try self.isDamageNews(db, fact, node: node) { return true }
                     guard let row = try VolumeRow.fetchOne(db, key: fact.volumeID) else {
                         return false
                     }
@@ -222,6 +224,7 @@ extension MetadataStore {
             try addEvent(
                 db, "AbandonedEngineEnded", "volume/\(row.volume)", "on node \(node)")
         }
+        try noteDamage(db, fact, node: node)
         try noteScrub(db, fact, node: node)
         guard var row = try VolumeRow.fetchOne(db, key: fact.volumeID),
             Self.isNews(fact, to: row, node: node)

@@ -91,6 +91,7 @@ extension MetadataStore {
         }
         try row.update(db)
         guard row.isFinished else { return }
+        try noteDamage(db, after: row)
         try addEvent(
             db, "ScrubFinished", "volume/\(volume.name)",
             "\(found.checked) blocks checked, \(found.bad) bad, \(found.repaired) repaired, "

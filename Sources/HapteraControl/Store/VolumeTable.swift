@@ -11,6 +11,7 @@ package struct StoredVolume: Equatable, Sendable {
     package var record: VolumeRecord?
     package var labels: [String: String] = [:]
     package var scrub: ScrubRow?
+    package var damage: DamageRow?
 }
 
 /// Arguments of a create, checked.
@@ -129,7 +130,8 @@ extension MetadataStore {
         let record = try storedRecord(db, row.id).flatMap { VolumeRecord(decoding: $0.bytes) }
         return StoredVolume(
             volume: row, replicas: replicas, record: record, labels: try labels(db, of: row.id),
-            scrub: try ScrubRow.fetchOne(db, key: row.id))
+            scrub: try ScrubRow.fetchOne(db, key: row.id),
+            damage: try DamageRow.fetchOne(db, key: row.id))
     }
 
     static func noVolume(_ name: String) -> ControlError {
