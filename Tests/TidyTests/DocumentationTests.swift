@@ -62,6 +62,23 @@ import Testing
         }
     }
 
+    /// Each kind of event that the control plane adds, and none else in the table of them. Other
+    /// texts of that form, it has none.
+    @Test func everyEventIsInTheOperationsManual() {
+        var emitted: Set<Substring> = []
+        for path in SourceTree.paths(where: { $0.hasPrefix("Sources/HapteraControl/") }) {
+            let pattern = #/"([A-Z][a-z]+(?:[A-Z][a-z]+)+)"/#
+            emitted.formUnion(SourceTree.text(of: path).matches(of: pattern).map(\.output.1))
+        }
+        #expect(emitted.contains("VolumeAttached") && emitted.count > 50)
+        let manual = SourceTree.text(of: "docs/operations.md")
+        let pattern = #/`([A-Z][a-z]+(?:[A-Z][a-z]+)+)`/#
+        let documented = Set(manual.matches(of: pattern).map(\.output.1))
+        #expect(emitted.subtracting(documented).isEmpty)
+        let table = manual.split(separator: "## Events\n").last ?? ""
+        #expect(Set(table.matches(of: pattern).map(\.output.1)).subtracting(emitted).isEmpty)
+    }
+
     /// Fragments the way hosting sites derive them from headings.
     private static func anchors(of document: String) -> Set<String> {
         var anchors: Set<String> = []
