@@ -110,7 +110,9 @@ extension ClusterCommand {
         package func run() async throws {
             let directory = try self.dir ?? Self.directory(options)
             guard let cluster = try LocalCluster(existing: directory) else {
-                throw CommandFailure(.notFound, "there is no cluster in \(directory)")
+                throw CommandFailure(
+                    .notFound,
+                    "there is no cluster in \(directory): 'storagectl cluster up --dir' makes one")
             }
             let lock = try DirectoryLock(cluster.directory)
             defer { withExtendedLifetime(lock) {} }

@@ -29,7 +29,9 @@ package struct LocalCluster: Sendable {
         let path = Self.layoutPath(self.directory)
         guard let data = FileManager.default.contents(atPath: path) else { return nil }
         guard let layout = try? JSONDecoder().decode(Layout.self, from: data) else {
-            throw CommandFailure(.failed, "\(path) cannot be read")
+            throw CommandFailure(
+                .failed,
+                "\(path) does not describe a cluster: restore it, or use another --dir")
         }
         self.layout = layout
     }

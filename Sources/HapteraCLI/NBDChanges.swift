@@ -97,7 +97,7 @@ final class NBDChanges {
         socket = try NBDSocket(place.address)
         let greeting = try socket.receive(18)
         guard greeting.prefix(16).elementsEqual("NBDMAGICIHAVEOPT".utf8) else {
-            throw HostError("no NBD server answers")
+            throw HostError("what answers at \(place.address.text) is no NBD server")
         }
         try socket.send(NBDSocket.bytes(UInt32(3)))
         let (socket, export) = (socket, Array(place.export.utf8))

@@ -57,7 +57,7 @@ struct NBDScript: Sendable {
     private static func greeting(of engine: NBDSocket) throws -> [UInt8] {
         let greeting = try engine.receive(18)
         guard greeting.prefix(16).elementsEqual("NBDMAGICIHAVEOPT".utf8) else {
-            throw HostError("no NBD server answers")
+            throw HostError("what answers where the snapshot is served is no NBD server")
         }
         return greeting
     }

@@ -127,7 +127,9 @@ extension Presentation {
         if scrub.regionsSkipped > 0 {
             found.append("\(scrub.regionsSkipped) regions could not be checked")
         }
-        return "volume '\(volume)': \(found.joined(separator: ", ")); the engine's log says where"
+        return
+            "volume '\(volume)': \(found.joined(separator: ", ")); 'storagectl events' says where, "
+            + "and the engine's log all of it"
     }
 
     static func word(_ state: Haptera_V1_Scrub.State) -> String {

@@ -91,7 +91,9 @@ final class EngineProcess: ControlHandler, CompletionHandler {
                     token: Token.listen)
                 return
             }
-            Log.error("cannot serve the volume", ("reason", error.message))
+            Log.error(
+                "cannot serve the volume", ("volume", options.volumeName),
+                ("reason", error.message))
             exitStatus = 1
             reactor.stop()
         }
@@ -133,7 +135,9 @@ final class EngineProcess: ControlHandler, CompletionHandler {
                     + "may differ", ("volume", shell.name))
             end(reason.rawValue)
         default:
-            Log.error("engine stops", ("volume", shell.name), ("reason", shell.core.stopText))
+            Log.error(
+                "engine stops", ("volume", shell.name), ("reason", shell.core.stopText),
+                ("advice", reason.advice(volume: shell.name)))
             exitStatus = 1
             end(shell.core.stopText)
         }
@@ -177,7 +181,9 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         case "settings": set(request)
         case "accept-loss":
             guard shell.core.isRefusing else {
-                return request.fail("the volume does not wait for such a decision")
+                return request.fail(
+                    "volume '\(shell.name)' does not wait for such a decision: it is "
+                        + shell.stateWord)
             }
             shell.run(.acceptLoss)
             request.reply()
@@ -190,7 +196,8 @@ final class EngineProcess: ControlHandler, CompletionHandler {
         case "detach":
             detaching.append(request)
             leave()
-        default: request.fail("unknown verb '\(request.verb)'")
+        default:
+            request.fail("unknown verb '\(request.verb)': ping, status, metrics, detach, ...")
         }
     }
 

@@ -97,7 +97,9 @@ final class EngineShell: BlockDevice, CompletionHandler {
         }
         for replica in replicas {
             guard let slot = core.slot(of: replica.id) else {
-                Log.warn("too many replicas, ignored", ("replica", replica.id.text))
+                Log.warn(
+                    "a replica is ignored: the volume has as many as it can", ("volume", name),
+                    ("replica", replica.id.text))
                 continue
             }
             if let link = links[slot], link.id == replica.id {

@@ -45,16 +45,31 @@ extension EngineShell {
     var reason: String {
         switch core.phase {
         case .serving where core.isFullEverywhere:
-            return "every replica's disk is full; writes wait for space"
+            return "every replica's disk is full; writes wait for space: free some on any node"
         case .serving: return isStoreAvailable ? "" : "the metadata store does not answer"
         case .stopped: return core.stopText
         case .installing where core.isRefusing:
             return "only replicas whose hosts restarted are there: acknowledged writes that were "
                 + "never flushed may be missing; waits for a better one, or for accept-loss"
-        case .stalled: return "waits for a replica of the in-sync set to return"
+        case .stalled: return "waits for a replica of the in-sync set to return: " + memberNames
         case .idle, .fetching, .claiming: return "waits for the metadata store"
-        case .hearing, .installing: return "waits for the replicas of the in-sync set"
+        case .hearing, .installing:
+            return "waits for the replicas of the in-sync set: " + memberNames
         }
+    }
+
+    /// As the record has them: those that count, whether they answer or not.
+    private var memberNames: String {
+        let names = core.record?.inSync.map(\.replica.text) ?? []
+        return names.isEmpty ? "none is known yet" : names.joined(separator: ", ")
+    }
+
+    /// Why a change of the record is not made now, in an answer to who asked for it.
+    var notServingText: String {
+        let state = reason.isEmpty ? stateWord : "\(stateWord) (\(reason))"
+        return isServing
+            ? "it is being detached, or too many requests for changes wait; try again"
+            : "volume '\(name)' is not served at present, it is \(state); try again when it is"
     }
 
     func statusLines() -> [(key: String, value: String)] {
@@ -172,20 +187,27 @@ extension EngineShell {
         case .joinerRolledBack(let slot):
             Log.warn("replica is an older copy of itself; comparing all of it", volume, id(slot))
         case .onlyRebootedMembers:
-            Log.error("volume not served: every reachable replica lost its host", volume)
+            Log.error(
+                "volume not served: every replica that answers lost its host; bring back one "
+                    + "whose host stayed up, or see 'storagectl volume accept-loss'", volume)
         case .resolved(let regions, let blocks, let milliseconds):
             let what = "resolved \(regions) regions, \(blocks) blocks differed"
             Log.info("\(what), \(milliseconds) ms", volume)
-        case .stalled: Log.error("every replica is gone; requests wait for one to return", volume)
+        case .stalled:
+            Log.error(
+                "every replica is gone; requests wait for one to return", volume,
+                ("replicas", memberNames))
         case .fullEverywhere:
-            Log.error("every replica's disk is full; writes wait for space", volume)
+            Log.error("every replica's disk is full; writes wait for space on any node", volume)
         case .storeUnavailable: Log.debug("the metadata store does not answer", volume)
         case .checksumMismatch, .doubtfulBytesKept, .repaired: logDamage(note)
         case .replicaSlow(let slot):
             let latency = ("latencyMicroseconds", String(core.writeLatency(slot).average))
             Log.warn("replica much slower than the others", volume, id(slot), latency)
         case .protocolError(let slot):
-            Log.error("replica broke the protocol; disconnected", volume, id(slot))
+            Log.error(
+                "replica broke the protocol; disconnected (is it of another version?)", volume,
+                id(slot))
         case .snapshotTaken(let layer, let epoch): report("snapshot taken", layer, epoch)
         case .reverted(let target, let epoch): report("volume reverted", target, epoch)
         case .snapshotDeleted(let layer, let epoch): report("snapshot deleted", layer, epoch)

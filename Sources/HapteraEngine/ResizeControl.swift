@@ -49,9 +49,7 @@ final class ResizeControl {
             request.fail(
                 "the volume has grown too often between snapshots that are left: delete some")
         case .notServing:
-            request.fail(
-                "the volume keeps its size: it is not served at present, or too many requests "
-                    + "wait; try again")
+            request.fail("the volume keeps its size: " + shell.notServingText)
         case .inDoubt:
             request.fail(
                 "the engine stopped before it knew \(SnapshotResult.resizeDoubtText): ask the "

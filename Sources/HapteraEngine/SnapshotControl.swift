@@ -110,9 +110,7 @@ final class SnapshotControl {
                 "the volume was not reverted: a replica has as many layers as it can, and "
                     + Self.mergesText)
         case .notServing, .notHeld, .busy:
-            request.fail(
-                "the volume was not reverted: it is not served at present, or too many requests "
-                    + "for snapshots wait; try again")
+            request.fail("the volume was not reverted: " + shell.notServingText)
         case .inDoubt:
             request.fail(
                 "the engine stopped before it knew \(SnapshotResult.revertDoubtText): ask the "
@@ -144,9 +142,7 @@ final class SnapshotControl {
         case .busy:
             request.fail("another snapshot of a group is being taken of this volume; try again")
         case .notServing, .notThere, .nameTaken:
-            request.fail(
-                "no snapshot was taken: the volume is not served at present, or too many requests "
-                    + "for snapshots wait; try again")
+            request.fail("no snapshot was taken: " + shell.notServingText)
         case .inDoubt:
             request.fail(
                 "the engine stopped before it knew \(SnapshotResult.doubtText): ask the next "
@@ -181,9 +177,7 @@ final class SnapshotControl {
         case .ok: request.reply()
         case .notThere: request.reply([("existed", "0")])
         case .notServing:
-            request.fail(
-                "the snapshot was not deleted: the volume is not served at present, or too many "
-                    + "requests wait; try again")
+            request.fail("the snapshot was not deleted: " + shell.notServingText)
         case .inDoubt:
             request.fail(
                 "the engine stopped before it knew \(SnapshotResult.deletionDoubtText): ask the "

@@ -114,7 +114,11 @@ final class StoreClient: FrameDelegate, CompletionHandler {
             finish(proposed.map { .record($0) } ?? .unavailable)
         case .ok, .conflict:
             guard let record = VolumeRecord(decoding: table.bytes()) else {
-                Log.error("the record service sent a damaged record")
+                Log.error(
+                    "the record service sent a record that cannot be read: damaged, or of another "
+                        + "version than this engine's; the volume waits for one that can",
+                    ("volumeID", volume.text), ("address", addresses[next % addresses.count].text),
+                    ("bytes", String(table.count)))
                 return finish(.unavailable)
             }
             finish(header.status == .ok ? .record(record) : .conflict(record))

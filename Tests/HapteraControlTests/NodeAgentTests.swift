@@ -291,7 +291,10 @@ import Testing
         let bench = try Bench()
         bench.want(.run)
         let replica = try await bench.untilReplica(.failed)
-        #expect(replica.reason.contains("is gone"))
+        #expect(
+            replica.reason.hasSuffix(
+                "is gone: is its disk mounted? If it is lost, have the replica made anew with: "
+                    + "storagectl replica replace vol 00000000000000aa"))
         #expect(replica.pid == 0)
         #expect(
             !FileManager.default.fileExists(
@@ -328,8 +331,8 @@ import Testing
         #expect(inspection.volume == "00000000000000010000000000000002")
         #expect(inspection.promise == 7)
         #expect(inspection.member?.replica.text == "00000000000000aa")
-        #expect(inspected[1].error.hasSuffix("is gone"))
-        #expect(inspected[2].error == "no replica id")
+        #expect(inspected[1].error.hasSuffix("is gone: is its disk mounted?"))
+        #expect(inspected[2].error.hasSuffix("is no replica's id"))
         #expect(ProcessIdentity(running: replica.pid) != nil)
     }
 

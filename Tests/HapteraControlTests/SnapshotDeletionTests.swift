@@ -199,7 +199,7 @@ extension SnapshotTests.World {
     @Test func theEngineIsToldOnItsControlSocket() async throws {
         let idle = try NodeAgentBench()
         let early = await idle.agent.perform(deletion("s"))
-        #expect(early.error == "it runs no engine of the volume")
+        #expect(early.error == "it runs no engine of volume 00000000000000010000000000000002")
         let bench = try await servingBench()
         for (name, created) in [("kept", 1 as UInt64), ("s", 2)] {
             var task = Haptera_V1_AgentTask()

@@ -23,7 +23,7 @@ import Testing
     @Test func theEngineIsToldOnItsControlSocket() async throws {
         let bench = try NodeAgentBench()
         let early = await bench.agent.perform(task("s"))
-        #expect(early.error == "it runs no engine of the volume")
+        #expect(early.error == "it runs no engine of volume 00000000000000010000000000000002")
         bench.want(.create)
         let replica = try await bench.untilReplica(.running)
         bench.want(.attach, addresses: [replica.address], attachment: 1)

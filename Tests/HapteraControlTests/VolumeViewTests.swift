@@ -228,7 +228,9 @@ import Testing
         }
         if reason == .volumeNotFound { world.stored.record = nil }
         #expect(world.message.robustness == .faulted)
-        #expect(world.message.reason == reason.rawValue)
+        #expect(world.message.reason.hasPrefix(reason.rawValue + ": "))
+        let command = reason == .sizeMismatch ? "volume why" : "store reconstruct --volume"
+        #expect(world.message.reason.hasSuffix("'storagectl \(command) vol'"))
         // An attach after a repair failed for the last words of the engine before (about one in
         // two runs of test_store_restored_from_an_old_backup).
         world.stored.record = record.next(nonce: 77) { $0.change = .reconstruction }

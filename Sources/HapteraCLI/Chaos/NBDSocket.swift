@@ -135,7 +135,7 @@ final class NBDSocket: @unchecked Sendable {
     private func greet(_ export: String) throws {
         let greeting = try receive(18)
         guard greeting.prefix(16).elementsEqual("NBDMAGICIHAVEOPT".utf8) else {
-            throw HostError("no NBD server answers")
+            throw HostError("what answers where '\(export)' is served is no NBD server")
         }
         let name = Array(export.utf8)
         try send(
@@ -209,6 +209,13 @@ final class NBDSocket: @unchecked Sendable {
 package enum NBDAddress: Equatable, Sendable {
     case unix(String)
     case tcp(host: String, port: Int)
+
+    package var text: String {
+        switch self {
+        case .unix(let path): path
+        case .tcp(let host, let port): Names.endpoint(host: host, port: port)
+        }
+    }
 }
 
 /// An error the server answered with: a client sees it, which no fault here may cause.

@@ -18,7 +18,9 @@ extension Controller {
         }
         let replica = request.replicaID.isEmpty ? nil : try stored.replica(request.replicaID)
         guard let node = replica?.node ?? stored.volume.attachedNode else {
-            throw ControlError(.precondition, "volume '\(name)' is not attached")
+            throw ControlError(
+                .precondition,
+                "volume '\(name)' is not attached: storagectl volume attach \(name)")
         }
         guard replica != nil || kind == .kill || kind == .pause else {
             throw ControlError(
@@ -34,7 +36,10 @@ extension Controller {
         if kind == .flip {
             // One good copy of every block stays.
             guard view(stored).robustness == .healthy, stored.replicas.count > 1 else {
-                throw ControlError(.precondition, "the other copies are not all in sync")
+                throw ControlError(
+                    .precondition,
+                    "volume '\(name)' needs two replicas or more, all in sync, for a bit to flip in "
+                        + "one")
             }
         }
         _ = try await tasks.ask(node) {

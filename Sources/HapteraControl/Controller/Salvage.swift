@@ -119,7 +119,9 @@ extension Controller {
     ) async throws -> Haptera_V1_SalvageVolumeResponse {
         let explanation = try await explanation(request.name, inspectingAll: true)
         guard let salvage = Salvage(explanation) else {
-            throw ControlError(.precondition, "volume '\(request.name)' has no record yet")
+            throw ControlError(
+                .precondition,
+                "volume '\(request.name)' is still being created: there is nothing to salvage")
         }
         var response = Haptera_V1_SalvageVolumeResponse()
         response.epoch = salvage.plan.record.epoch.rawValue

@@ -275,7 +275,7 @@ package actor EngineUnit {
             timeoutSeconds: Self.seconds(request.timeoutMilliseconds))
         // It was frozen at another time than with this hold.
         guard request.hold == 0 || answer["existed"] != "1" else {
-            throw HostError("a snapshot of that name was there before")
+            throw HostError("a snapshot '\(request.name)' was there before")
         }
     }
 
@@ -323,12 +323,16 @@ package actor EngineUnit {
         guard supervision.isRunning, isOfThisAttachment, !settings.isDetached,
             wanted.phase == .attach || isMaintenance,
             settings.clientGeneration == clientGeneration
-        else { throw HostError("no engine serves the volume") }
+        else {
+            throw HostError(
+                "no engine serves volume '\(wanted.volume)' there; see 'storagectl volume show "
+                    + "\(wanted.volume)'")
+        }
     }
     /// A name becomes a word of a line.
     private static func requireWord(_ snapshot: String) throws {
         guard VolumeRecord.isValidSnapshotName(snapshot) else {
-            throw HostError("no snapshot name")
+            throw HostError("'\(snapshot.prefix(100))' is no snapshot name")
         }
     }
 

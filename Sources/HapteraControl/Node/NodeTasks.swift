@@ -61,7 +61,7 @@ extension NodeAgent {
 
     private func existingUnit(_ volumeID: String) throws -> EngineUnit {
         guard let unit = engineUnit(volumeID) else {
-            throw HostError("it runs no engine of the volume")
+            throw HostError("it runs no engine of volume \(volumeID)")
         }
         return unit
     }
@@ -109,9 +109,11 @@ extension NodeAgent {
         defer { try? FileManager.default.removeItem(atPath: output) }
         do {
             // An id that is none must not become a path.
-            guard ReplicaID(id) != nil else { throw HostError("no replica id") }
+            guard ReplicaID(id) != nil else {
+                throw HostError("'\(id.prefix(100))' is no replica's id")
+            }
             guard context.host.directoryExists(replica.directory) else {
-                throw HostError("its directory \(replica.directory) is gone")
+                throw HostError("its directory \(replica.directory) is gone: is its disk mounted?")
             }
             try? FileManager.default.removeItem(atPath: output)
             let status = try await context.host.run(
@@ -160,13 +162,18 @@ extension NodeAgent {
 
     private func inject(_ fault: Haptera_V1_InjectFault) async throws {
         let replica = fault.replicaID
-        guard replica.isEmpty || ReplicaID(replica) != nil else { throw HostError("no replica id") }
+        guard replica.isEmpty || ReplicaID(replica) != nil else {
+            throw HostError("'\(replica.prefix(100))' is no replica's id")
+        }
         if fault.kind == .flip {
             return try DataFault.flip("\(replicasDirectory)/\(replica)", fault.random)
         }
         let process =
             replica.isEmpty ? await engineProcess(fault.volumeID) : await replicaProcess(replica)
-        guard let process else { throw HostError("its process does not run") }
+        guard let process else {
+            let whose = replica.isEmpty ? "the engine" : "replica \(replica)"
+            throw HostError("the process of \(whose) does not run")
+        }
         switch fault.kind {
         case .kill: process.signal(SIGKILL)
         case .pause:
@@ -179,7 +186,8 @@ extension NodeAgent {
             let way = ["in", "out", "both"][Int(fault.random % 3)]
             try await cause("link=\(way)", fault)
         case .full: try await cause("files=write:data:ENOSPC", fault)
-        case .flip, .unspecified, .UNRECOGNIZED: throw HostError("no such fault")
+        case .flip, .unspecified, .UNRECOGNIZED:
+            throw HostError("the fault \(fault.kind) is not known here")
         }
     }
 

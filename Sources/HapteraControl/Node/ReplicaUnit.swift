@@ -95,7 +95,7 @@ package actor ReplicaUnit {
     private func create(now: Int64) async {
         if wanted.phase == .run {
             isCreated = context.host.directoryExists(directory)
-            failure = isCreated ? "" : "its directory \(directory) is gone"
+            failure = isCreated ? "" : Self.goneText(directory, wanted)
             return
         }
         guard creation.mayStart(now: now), now >= sharing.notBefore else { return }
@@ -122,6 +122,11 @@ package actor ReplicaUnit {
             sharing = SharingWait()
             creation.ended(now: now)
         }
+    }
+
+    static func goneText(_ directory: String, _ wanted: Haptera_V1_DesiredReplica) -> String {
+        "its directory \(directory) is gone: is its disk mounted? If it is lost, have the replica "
+            + "made anew with: storagectl replica replace \(wanted.volume) \(wanted.replicaID)"
     }
 
     private func make(_ arguments: [String]) async throws {

@@ -59,7 +59,10 @@ package struct Placement: Equatable, Sendable {
             return places
         }
         guard requested.count <= replicas || Set(requested).count == requested.count else {
-            throw ControlError(.invalid, "\(requested.count) nodes named for \(replicas) replicas")
+            throw ControlError(
+                .invalid,
+                "\(requested.count) nodes are named for \(replicas) replicas, some of them more than "
+                    + "once: name as many as replicas, or each node to choose from once")
         }
         let allowed =
             candidates

@@ -80,7 +80,9 @@ extension MetadataStore {
             }
             guard stored.replicas.count < Geometry.replicaSlotsMax else {
                 throw ControlError(
-                    .precondition, "volume '\(volume)' has too many replicas to add another")
+                    .precondition,
+                    "volume '\(volume)' has \(stored.replicas.count) replicas, those that come and "
+                        + "go counted, and cannot have another: wait until one has gone")
             }
             var room = try Self.rooms(db, spaces)[node]
             let need = ReplicaNeed(
@@ -172,7 +174,8 @@ extension MetadataStore {
             let row = try stored.replica(id)
             guard row.phase != .leave else { return }
             guard stored.volume.phase == .ready else {
-                throw ControlError(.precondition, "volume '\(name)' is still being created")
+                throw ControlError(
+                    .precondition, "volume '\(name)' is still being created; try again later")
             }
             guard !row.isTemporary || !(stored.isMember(row) || stored.isJoining(row)) else {
                 throw Self.isTemporary(row, of: stored.volume)

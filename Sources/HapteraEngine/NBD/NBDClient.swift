@@ -136,8 +136,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
             if reason == .aborted {
                 leave()
             } else {
-                Log.info("hung up on a client", ("reason", reason.rawValue))
-                connection.close()
+                end(reason.rawValue)
             }
             return false
         }
@@ -397,7 +396,7 @@ final class NBDClient: ConnectionDelegate, NBDReplyTarget {
         }
     }
     private func end(_ reason: String) {
-        Log.info("hung up on a client", ("reason", reason))
+        Log.info("hung up on a client", ("export", server.device.name), ("reason", reason))
         close()
     }
 }

@@ -26,7 +26,7 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
     /// For replies that are put together and copied at once.
     let scratch = MemoryBlock(count: NBDReply.headerSizeMax)
     private let reactor: Reactor
-    private let device: any BlockDevice
+    let device: any BlockDevice
     private let requests: NBDRequests
     private let limits: Limits
     private var listeners: [Listener] = []
@@ -121,7 +121,9 @@ package final class NBDServer: TurnHandler, CompletionHandler, BlockDeviceFronte
         guard let index = clients.firstIndex(where: { $0 == nil }) else {
             makeRoom()
             connectionsRefused += 1
-            Log.warn("refused a client", ("connections", String(connectionCount)))
+            Log.warn(
+                "refused a client: as many connections as may be are open; some have to end first",
+                ("export", device.name), ("connections", String(connectionCount)))
             close(fd)
             return
         }
