@@ -91,8 +91,6 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let deltaIgnoresSourceBirth = MutationSet(rawValue: 1 << 32)
     /// J: copy what a joiner lacks of the head only, not of the layers below it.
     package static let lowerLayersNotCopied = MutationSet(rawValue: 1 << 77)
-    // The next four are judged by EngineDeltaTests: seeds seldom come to where they matter, and to
-    // the first never, for an Install raises the births of what is in the joiner's log.
     /// J: leave what the joiner's activity log names out of the delta.
     package static let deltaIgnoresJoinerLog = MutationSet(rawValue: 1 << 78)
     /// J: leave what the joiner wrote since it left out of the delta.
@@ -121,13 +119,7 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     /// S: answer that a snapshot is taken before what it holds is durable.
     package static let snapshotBeforeFlush = MutationSet(rawValue: 1 << 31)
 
-    // Not listed: rules that unit tests judge, since seeds seldom come to where they matter:
-    // passedWritesNotLeftOut, erroredWriteNotResolved
-    // (EngineFullTests), rollBackNotRecorded, joinerKeepsRequests, deltaIgnoresJoinerLog
-    // (EngineDeltaTests),
-    // noLeaseMargin and noLeaseCheck (EngineLeaseTests), snapshotWritesUnlayered and
-    // snapshotBeforeFlush (EngineSnapshotTests), sameEpochIsSameRecord (EngineCoreTests),
-    // restartedReplicaForgetsLease (ReplicaLeaseTests).
+    /// Rules that some seed of the simulator misses.
     package static let named: [(name: String, mutation: MutationSet)] = [
         ("oldSessionNotFenced", .oldSessionNotFenced), ("freshNotCovered", .freshNotCovered),
         ("mergeNotDurable", .mergeNotDurable), ("mergeLosesBirth", .mergeLosesBirth),
@@ -166,5 +158,41 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
         ("sharedForEver", .sharedForEver),
         ("heldIsAcknowledged", .heldIsAcknowledged),
         ("scrubBelieves", .scrubBelieves), ("scrubTrustsFirst", .scrubTrustsFirst),
+        ("snapshotBeforeFlush", .snapshotBeforeFlush), ("growthNotSynced", .growthNotSynced),
+        ("sameEpochIsSameRecord", .sameEpochIsSameRecord),
+        ("restartedReplicaForgetsLease", .restartedReplicaForgetsLease),
+        ("noLeaseCheck", .noLeaseCheck), ("erroredWriteNotResolved", .erroredWriteNotResolved),
+        ("snapshotWritesUnlayered", .snapshotWritesUnlayered),
+        ("rolledBackJoinerByDelta", .rolledBackJoinerByDelta),
+        ("passedWritesNotLeftOut", .passedWritesNotLeftOut),
+        ("joinerKeepsRequests", .joinerKeepsRequests), ("noLeaseMargin", .noLeaseMargin),
+        ("equalRegionKeepsBirth", .equalRegionKeepsBirth),
+        ("damagedRecordIsGap", .damagedRecordIsGap),
     ]
+}
+
+extension MutationSet {
+    /// A rule, and the suite of unit tests that misses it. Why seeds do not: docs/simulator.md.
+    package typealias JudgedByTests = (name: String, mutation: MutationSet, suite: String)
+
+    package static let judgedByTests: [JudgedByTests] = [
+        ("deltaIgnoresJoinerLog", .deltaIgnoresJoinerLog, "EngineDeltaTests"),
+        ("deltaIgnoresJoinerBirth", .deltaIgnoresJoinerBirth, "EngineDeltaTests"),
+        ("rollBackNotRecorded", .rollBackNotRecorded, "EngineDeltaTests"),
+        ("staleIsKept", .staleIsKept, "ReplicaStaleTests"),
+        ("growthUnprepared", .growthUnprepared, "EngineResizeTests"),
+    ]
+
+    /// Every rule that can be switched off, each once, and what misses it; nil: seeds do.
+    package static var all: [(name: String, mutation: MutationSet, judge: String?)] {
+        let bySeeds = named.map { (name: $0.name, mutation: $0.mutation, judge: String?.none) }
+        let byTests = judgedByTests.map {
+            (name: $0.name, mutation: $0.mutation, judge: String?.some($0.suite))
+        }
+        let known = Set((bySeeds + byTests).map(\.name))
+        let byReplay = crashReplay.filter { !known.contains($0.name) }.map {
+            (name: $0.name, mutation: $0.mutation, judge: String?.some("crash-replay"))
+        }
+        return bySeeds + byTests + byReplay
+    }
 }

@@ -49,6 +49,7 @@ extension World {
         for engine in engines { killEngine(engine) }
         trueHistory = store.history
         store.forget(count)
+        if options.mutations.contains(.sameEpochIsSameRecord) { changeRestoredStore(count) }
         startEngine(generation: generation)
         attach(to: engines[engines.count - 1])
     }

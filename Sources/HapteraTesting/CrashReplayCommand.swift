@@ -38,8 +38,8 @@ package enum CrashReplayCommand {
             case ("--images", let found) where found.count == 1 && found[0] < 1 << 32:
                 options.images = Int(found[0])
             case ("--mutation", _):
-                let all = MutationSet.crashReplay + MutationSet.named
-                guard let found = all.first(where: { $0.name == numbers.first }) else {
+                let found = MutationSet.all.first { $0.name == numbers.first }
+                guard let found else {
                     print(usage)
                     return 2
                 }

@@ -18,6 +18,10 @@ extension World {
         case copying
     }
     func stageChanged(_ stage: Stage) {
+        if stage == .copying, options.mutations.contains(.rollBackNotRecorded) {
+            // The next engine goes on with the joiner, when some of it has been filled.
+            return timeline.schedule(after: milliseconds(random.between(1, 80)), .stageFault)
+        }
         guard isChaos, random.permille(faults.stageFaultPermille) else { return }
         // A first write to a region is what a delta begun now must not miss.
         let isWrite = stage == .recordChange && random.permille(500)
@@ -27,7 +31,8 @@ extension World {
     }
     func stageFault() {
         guard isChaos else { return }
-        inject(random.pick(faults.kinds))
+        let isJudged = options.mutations.contains(.rollBackNotRecorded)
+        inject(isJudged ? .engineCrash : random.pick(faults.kinds))
     }
 
     private func inject(_ kind: FaultPlan.Kind) {
@@ -284,7 +289,9 @@ extension World {
             // One that has not claimed the volume yet would do so later, with requests that its
             // clients have taken elsewhere: the node ends it before it starts another.
             if !engines[current].hasServed { killEngine(engines[current]) }
-            if random.permille(400) {
+            if !options.mutations.isDisjoint(with: .rulesOfDivision) {
+                divide(current)
+            } else if random.permille(400) {
                 // The old engine keeps one replica for itself for a while.
                 let kept = random.pick(hosts)
                 for host in hosts where host !== kept && !isKeeper(host) {

@@ -88,6 +88,10 @@ extension World {
             byte: records[random.below(records.count - 1)] + random.below(LogRecord.size),
             bit: random.below(8))
         killReplica(host, restartAfter: random.between(1, 2000))
+        // As if it were as good as the others when the next engine makes them equal.
+        if options.mutations.contains(.damagedRecordIsGap), let current = currentEngine {
+            restartEngine(losesClients: false, after: current)
+        }
     }
 
     private func rotManifest(_ host: SimulatedReplica) {

@@ -11,7 +11,7 @@ struct SimulatedGrowth {
 
     /// A third of the worlds begin smaller. `seed` is the world's: what else it draws stays as it
     /// is. `first`: what it begins with; nil: drawn.
-    init(seed: UInt64, size: UInt64, first: UInt64? = nil) {
+    init(seed: UInt64, size: UInt64, first: UInt64? = nil, mutations: MutationSet) {
         random = RandomSource(seed: RandomSource.mix(seed ^ 0x6772_6f77))
         if let first {
             self.first = first
@@ -20,7 +20,8 @@ struct SimulatedGrowth {
         }
         sizes = []
         var first = size
-        if random.below(3) == 0 {
+        let isDrawn = random.below(3) == 0
+        if isDrawn || !mutations.isDisjoint(with: .rulesOfGrowth) {
             for _ in 0..<random.between(1, 3) where first > 64 * 4096 {
                 sizes.insert(first, at: 0)
                 let blocks = Int(first) / Geometry.blockSize

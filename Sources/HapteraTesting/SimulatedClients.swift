@@ -130,7 +130,7 @@ extension World {
         }
         engine.unsent = []
         engine.session += 1
-        if options.mutations.contains(.oldSessionNotFenced) {
+        if options.rulesOff.contains(.oldSessionNotFenced) {
             timeline.schedule(
                 after: milliseconds(random.between(1, 300)), .lateBytes(engine: engine.index))
         } else {

@@ -52,7 +52,8 @@ final class SimulatedEngine {
 
     init(
         index: Int, volume: VolumeID, generation: UInt64, random: RandomSource,
-        mutations: MutationSet, leases: SimulatedLeases, detectsZeroes: Bool
+        mutations: MutationSet, rulesOff: MutationSet, leases: SimulatedLeases,
+        detectsZeroes: Bool
     ) {
         self.index = index
         self.generation = generation
@@ -69,9 +70,9 @@ final class SimulatedEngine {
         configuration.minInSync = leases.minInSync
         configuration.detectsZeroes = detectsZeroes
         // Few, so that some regions are equal and others not for a while.
-        configuration.jobsMax = mutations.contains(.stableBeforeResolved) ? 1 : 4
+        configuration.jobsMax = mutations.isDisjoint(with: .rulesOfSlowFilling) ? 4 : 1
         core = EngineCore(configuration: configuration, pool: pool)
-        core.mutations = mutations
+        core.mutations = rulesOff
         connections = Array(repeating: nil, count: Geometry.replicaSlotsMax)
     }
 
@@ -102,7 +103,7 @@ struct SimulatedLeases {
         let isJudged = !mutations.isDisjoint(with: FaultPlan.leaseRules)
         (milliseconds, removalMilliseconds) =
             isJudged ? (3000, 800) : sparesPausedMembers ? (500, 3000) : drawn
-        let timesOut = random.permille(200)
+        let timesOut = random.permille(200) || mutations.contains(.erroredWriteNotResolved)
         ioTimeoutMilliseconds = timesOut ? random.pick([100, 700, 4000]) : 0
         minInSync = random.permille(250) ? UInt8(min(2, replicas)) : 1
     }
@@ -113,7 +114,8 @@ extension World {
     func startEngine(generation: UInt64) {
         let engine = SimulatedEngine(
             index: engines.count, volume: volume, generation: generation, random: random,
-            mutations: options.mutations, leases: leases, detectsZeroes: detectsZeroes)
+            mutations: options.mutations, rulesOff: options.rulesOff, leases: leases,
+            detectsZeroes: detectsZeroes)
         engines.append(engine)
         currentEngine = engine.index
         note("\(engine.name) starts, client generation \(generation)")

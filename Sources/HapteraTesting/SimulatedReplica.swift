@@ -215,7 +215,7 @@ extension World {
                 instance: InstanceID(rawValue: random.next() | 1),
                 bootID: BootID(high: host.bootID, low: 1),
                 tableCachePagesMax: workload.activeRegionsMax + 64,
-                activeRegionsMax: workload.activeRegionsMax, mutations: options.mutations)
+                activeRegionsMax: workload.activeRegionsMax, mutations: options.rulesOff)
             options.layersForViews = depth.layersForViews
             if depth.hasFewViews { options.viewsMax = 2 }
             options.layersMax = depth.layersMax

@@ -9,7 +9,7 @@ import HapteraCore
 package enum SimulatorCommand {
     private static let usage = """
         usage: haptera-sim [--seed N | --seeds LIST] [--steps M] [--replicas K]
-                           [--mutation NAME] [--until-failure] [--trace]
+                           [--mutation NAME] [--rules-kept] [--until-failure] [--trace]
                            [--coverage]
                haptera-sim --list-mutations
           --seed N         run one seed (default 1)
@@ -17,11 +17,13 @@ package enum SimulatorCommand {
           --steps M        events of each run's troubled part (default \
         \(SimulationOptions().steps))
           --replicas K     copies, 1 to \(Geometry.replicasMax) (default: drawn, 1 to 3)
-          --mutation NAME  switch one rule off; the run should then fail
+          --mutation NAME  switch one rule off; the run should then fail. --list-mutations names
+                           all, and behind a name what else judges the rule, if seeds do not
+          --rules-kept     with --mutation: the same worlds with the rule on; none should fail
           --until-failure  stop at the first failing seed
           --trace          print every event
           --coverage       print how often each check was made and each fault injected
-        mutations: \(MutationSet.named.map(\.name).joined(separator: " "))
+        mutations: \(MutationSet.all.map(\.name).joined(separator: " "))
         """
 
     private struct Arguments {
@@ -34,7 +36,9 @@ package enum SimulatorCommand {
     /// The exit status: 0 all passed, 1 some failed, 2 usage.
     package static func run(_ arguments: [String]) -> Int32 {
         if arguments == ["--list-mutations"] {
-            for (name, _) in MutationSet.named { print(name) }
+            for (name, _, judge) in MutationSet.all {
+                print(judge.map { "\(name) \($0)" } ?? name)
+            }
             return 0
         }
         guard let parsed = parse(arguments) else {
@@ -76,6 +80,7 @@ package enum SimulatorCommand {
         while let option = rest.popFirst() {
             switch option {
             case "--trace": result.options.trace = { print($0) }
+            case "--rules-kept": result.options.keepsRules = true
             case "--until-failure": result.stopsAtFailure = true
             case "--coverage": result.printsCoverage = true
             case "--seed":
@@ -96,7 +101,7 @@ package enum SimulatorCommand {
                 result.options.replicas = count
             case "--mutation":
                 let name = rest.popFirst()
-                guard let found = MutationSet.named.first(where: { $0.name == name }) else {
+                guard let found = MutationSet.all.first(where: { $0.name == name }) else {
                     return nil
                 }
                 result.options.mutations.insert(found.mutation)

@@ -73,13 +73,13 @@ struct Workload {
     var freshBlocks: [UInt64] = []
     let subBlockPermille: Int
     var readPermille: Int
-    let flushPermille: Int
-    let trimPermille: Int
+    var flushPermille: Int
+    var trimPermille: Int
     let fuaPermille: Int
     /// Longest pause between two requests of a worker.
     let thinkMillisecondsMax: Int
-    let depth: Int
-    let workers: Int
+    var depth: Int
+    var workers: Int
     /// Snapshots taken at most, and the longest time between two.
     var snapshotsMax: Int
     var snapshotPauseMilliseconds: Int

@@ -7,6 +7,9 @@ package struct SimulationOptions: Sendable {
     /// Events of the troubled part of a run; what follows heals and must converge.
     package var steps = 12_000
     package var mutations = MutationSet()
+    /// The worlds in which `mutations` are judged, but with every rule kept: nothing may fail.
+    package var keepsRules = false
+    var rulesOff: MutationSet { keepsRules ? [] : mutations }
     /// Receives every line of the trace.
     package var trace: (@Sendable (String) -> Void)?
     package init() {}
@@ -112,16 +115,18 @@ package final class World {
         let replicas =
             origin?.source.hosts.count
             ?? options.replicas ?? random.pick([1, 2, 2, 3, 3, 3, 3, 3, 3, 3])
-        let size = origin?.size ?? Self.drawSize(random)
+        let size = origin?.size ?? Self.drawSize(random, options.mutations)
         volume = VolumeID(high: random.next(), low: random.next())
         depth = SimulatedDepth(seed: seed, mutations: options.mutations)
         var workload = Workload(random: random.fork(), sizeBytes: size, origin: origin)
         workload.deepen(depth)
+        workload.suit(options.mutations)
         self.workload = workload
         reverts = SimulatedReverts(seed: seed)
         holds = SimulatedHolds(seed: seed)
         clones = SimulatedClones(seed: seed, mutations: options.mutations, isClone: origin != nil)
-        growth = SimulatedGrowth(seed: seed, size: size, first: origin?.sizeFirst)
+        growth = SimulatedGrowth(
+            seed: seed, size: size, first: origin?.sizeFirst, mutations: options.mutations)
         hotSectors = workload.hotSectors
         promises = Promises(sectorCount: Int(size) / Content.sectorSize)
         var faults = FaultPlan(
@@ -161,8 +166,9 @@ package final class World {
         if options.mutations.isEmpty, refusals.permille(300) { store.refusals = refusals }
     }
 
-    private static func drawSize(_ random: RandomSource) -> UInt64 {
-        let regions = random.pick([1, 2, 3, 16])
+    private static func drawSize(_ random: RandomSource, _ mutations: MutationSet) -> UInt64 {
+        let drawn = random.pick([1, 2, 3, 16])
+        let regions = mutations.isDisjoint(with: .rulesOfManyRegions) ? drawn : 16
         return UInt64(regions * Geometry.regionSize - random.pick([0, 64]) * 4096)
     }
 

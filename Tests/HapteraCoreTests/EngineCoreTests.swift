@@ -283,7 +283,7 @@ import Testing
     }
 
     /// A store restored from an old copy has come to the epoch that the replicas promised, with
-    /// another record. (`sameEpochIsSameRecord`: it is served; 1000 seeds do not come to there.)
+    /// another record. (`sameEpochIsSameRecord`: it is served.)
     @Test func anotherRecordOfThePromisedEpochStopsTheEngine() {
         for (isCareless, isOther) in [(false, true), (false, false), (true, true)] {
             let h = EngineHarness()

@@ -15,7 +15,7 @@ import Testing
     }
 
     /// A read served by one member needs the lease of the others: they may have been taken over.
-    /// (`noLeaseCheck`: it is answered without; 1000 seeds do not come to where that shows.)
+    /// (`noLeaseCheck`: it is answered without.)
     @Test func readsWaitForTheLeaseOfEveryMember() {
         let careless = EngineHarness()
         careless.core.mutations = .noLeaseCheck

@@ -5,7 +5,7 @@ import Testing
 /// What a replica tells a new engine about the leases it has given (rule L).
 @Suite struct ReplicaLeaseTests {
     /// A process that starts does not know what the one before it gave, and assumes the most.
-    /// (`restartedReplicaForgetsLease`: it says none; 1000 seeds hardly come to where that shows.)
+    /// (`restartedReplicaForgetsLease`: it says none.)
     @Test(arguments: [(0, 500), (200, 300), (500, 0)] as [(UInt64, UInt32)])
     func aRestartedReplicaAssumesTheLongestLease(later: UInt64, left: UInt32) throws {
         #expect(try leaseAfterRestart(later, []) == left)
