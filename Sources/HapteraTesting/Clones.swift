@@ -25,10 +25,11 @@ struct SimulatedClones {
     var end: End?
 
     /// `isClone`: of the volume that is one.
-    init(seed: UInt64, mutations: MutationSet, isClone: Bool) {
+    init(seed: UInt64, options: SimulationOptions, isClone: Bool) {
         random = RandomSource(seed: RandomSource.mix(seed ^ 0x434C_4F4E))
         let areDrawn = random.permille(500)
-        let isJudged = !mutations.isDisjoint(with: Self.volumeRules)
+        let mutations = options.mutations
+        let isJudged = !mutations.isDisjoint(with: Self.volumeRules) || options.clonesClones
         isVolume = isClone || isJudged || !areDrawn && random.permille(850)
         areThere = areDrawn || isVolume || !mutations.isDisjoint(with: Self.rules)
     }

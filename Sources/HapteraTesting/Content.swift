@@ -49,21 +49,34 @@ package enum Content {
 package final class Contents {
     private static let mark: ValueID = 1 << 40
     /// For a clone: its own number for what each of its source's operations left it.
-    private let inherited: [ValueID: ValueID]?
-    package var isClone: Bool { inherited != nil }
+    private let inherited: [ValueID: ValueID]
+    private let source: Contents?
+    /// Of an original 0, of its clone 1, of a clone of that 2.
+    package let generation: UInt64
+    package var isClone: Bool { source != nil }
     private let scratch = MemoryBlock(count: Content.sectorSize)
 
-    package init(inherited: [ValueID: ValueID]? = nil) { self.inherited = inherited }
+    /// Of an original.
+    package init() {
+        inherited = [:]
+        source = nil
+        generation = 0
+    }
+    package init(inherited: [ValueID: ValueID], from source: Contents) {
+        self.inherited = inherited
+        self.source = source
+        generation = source.generation + 1
+    }
 
     /// Of a value on the disk. One that is not this volume's is garbage.
     package func own(_ value: ValueID) -> ValueID {
-        guard let inherited, value != 0, value != Content.garbage else { return value }
-        if value & Self.mark != 0 { return value ^ Self.mark }
-        return inherited[value] ?? Content.garbage
+        guard let source, value != 0, value != Content.garbage else { return value }
+        if value / Self.mark == generation { return value % Self.mark }
+        return inherited[source.own(value)] ?? Content.garbage
     }
     package func fill(_ memory: RawMemory, value: ValueID, sector: UInt64) {
-        let isMarked = inherited != nil && value != 0
-        Content.fill(memory, value: isMarked ? value | Self.mark : value, sector: sector)
+        let marked = value == 0 ? 0 : value + generation * Self.mark
+        Content.fill(memory, value: marked, sector: sector)
     }
     /// Zero for all zeroes, `garbage` for anything that no write of the volume produced.
     package func value(in memory: RawMemory, sector: UInt64) -> ValueID {

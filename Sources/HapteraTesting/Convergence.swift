@@ -224,8 +224,8 @@ extension World {
 
     /// Troubles end for both; then one is judged and deleted, and the other judged without it.
     func end() {
-        giveUpMaking()
-        var volumes = [self, second].compactMap { $0 }.filter { !$0.isGone }
+        for volume in volumes { volume.giveUpMaking() }
+        var volumes = volumes.filter { !$0.isGone }
         if volumes.count > 1, clones.random.permille(500) { volumes.reverse() }
         for volume in volumes where failure == nil { volume.heal() }
         if failure == nil { serveWithoutOne(volumes) }

@@ -35,6 +35,8 @@ package struct Coverage: Sendable {
         case clone
         /// A clone begins that is a volume of its own.
         case second
+        /// A clone of that one, when its source is gone.
+        case third
         /// One of two volumes that share layers is deleted.
         case sourceDeleted
         case cloneDeleted

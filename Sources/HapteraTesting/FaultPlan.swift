@@ -79,7 +79,7 @@ struct FaultPlan {
         self.init(random: random, mutations: mutations)
         guard let other else { return }
         kinds.removeAll { Self.ofHosts.contains($0) }
-        befalling = other.kinds.filter { Self.ofHosts.contains($0) }
+        befalling = other.befalling + other.kinds.filter { Self.ofHosts.contains($0) }
         if other.rot {
             kinds.removeAll { [.pauseEngine, .replaceReplica, .salvage].contains($0) }
             // Each volume's own layers, and shared ones from either side.

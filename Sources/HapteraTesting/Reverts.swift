@@ -43,7 +43,7 @@ extension World {
         let targets = snapshots.filter { !$0.values.isEmpty && !$0.isDeleted && $0.layer != nil }
         guard !targets.isEmpty, trueHistory == nil, reverts.count < 6 else { return }
         let kept = SimulatedSnapshot(
-            name: "\(contents.isClone ? "ckept" : "kept")\(reverts.count)",
+            name: "\(label)kept\(reverts.count)",
             promised: promises.acknowledged, losses: promises.losses)
         reverts.count += 1
         let target = reverts.random.pick(targets)

@@ -153,11 +153,18 @@ extension World {
             if isChaos, sibling != nil, timeline.step >= end.step {
                 (end.isOfSource ? self : second)?.deleteVolume()
             }
-        } else if !contents.isClone {
+        } else if mayBeCloned {
             beginMaking()
         }
         guard !isGone else { return }
         timeline.schedule(after: milliseconds(clones.random.between(1, pauseMax)), .clone)
+    }
+
+    /// Two volumes at most are on the hosts' disks.
+    private var mayBeCloned: Bool {
+        guard contents.isClone else { return true }
+        return options.clonesClones && contents.generation == 1 && sibling == nil
+            && hosts.allSatisfy { $0.disk.neighbour == nil }
     }
 
     private func beginMaking() {
@@ -228,9 +235,12 @@ extension World {
     }
 
     private func begin(_ origin: SimulatedOrigin) {
-        coverage.took(.second)
-        let steps = clones.random.between(500, 12_000)
-        clones.end = .init(step: timeline.step + steps, isOfSource: clones.random.permille(500))
+        coverage.took(contents.isClone ? .third : .second)
+        // Soon, and the source, where the clone is to be cloned.
+        let isForNext = options.clonesClones && !contents.isClone
+        let steps = clones.random.between(500, isForNext ? 3000 : 12_000)
+        clones.end = .init(
+            step: timeline.step + steps, isOfSource: clones.random.permille(isForNext ? 1000 : 500))
         let clone = World(
             seed: RandomSource.mix(clones.random.next()), options: options, origin: origin)
         clone.source = self
@@ -285,7 +295,7 @@ extension World {
 
     func deleteVolume() {
         note("the volume is deleted")
-        sibling?.coverage.took(contents.isClone ? .cloneDeleted : .sourceDeleted)
+        sibling?.coverage.took(sibling === second ? .sourceDeleted : .cloneDeleted)
         for engine in engines { killEngine(engine) }
         for host in hosts { killReplica(host, restartAfter: nil) }
         isGone = true

@@ -10,7 +10,7 @@ package enum SimulatorCommand {
     private static let usage = """
         usage: haptera-sim [--seed N | --seeds LIST] [--steps M] [--replicas K]
                            [--mutation NAME] [--rules-kept] [--until-failure] [--trace]
-                           [--coverage]
+                           [--clones-of-clones] [--coverage]
                haptera-sim --list-mutations
           --seed N         run one seed (default 1)
           --seeds LIST     run all of them: FROM-TO, both ends included, or N, with commas between
@@ -22,6 +22,8 @@ package enum SimulatorCommand {
           --rules-kept     with --mutation: the same worlds with the rule on; none should fail
           --until-failure  stop at the first failing seed
           --trace          print every event
+          --clones-of-clones
+                           a clone that has outlived its source is cloned itself
           --coverage       print how often each check was made and each fault injected
         mutations: \(MutationSet.all.map(\.name).joined(separator: " "))
         """
@@ -82,6 +84,7 @@ package enum SimulatorCommand {
             case "--trace": result.options.trace = { print($0) }
             case "--rules-kept": result.options.keepsRules = true
             case "--until-failure": result.stopsAtFailure = true
+            case "--clones-of-clones": result.options.clonesClones = true
             case "--coverage": result.printsCoverage = true
             case "--seed":
                 guard let seed = rest.popFirst().flatMap({ UInt64($0) }) else { return nil }

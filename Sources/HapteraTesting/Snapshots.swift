@@ -54,7 +54,7 @@ extension World {
             engines[current].pausedUntil <= timeline.now, trueHistory == nil
         else { return }
         let snapshot = SimulatedSnapshot(
-            name: "\(contents.isClone ? "c" : "s")\(snapshots.count)",
+            name: "\(contents.isClone ? label : "s")\(snapshots.count)",
             promised: promises.acknowledged, losses: promises.losses)
         note("snapshot \(snapshot.name) is asked of \(engines[current].name)")
         snapshots.append(snapshot)

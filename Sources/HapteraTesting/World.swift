@@ -11,6 +11,8 @@ package struct SimulationOptions: Sendable {
     package var keepsRules = false
     var rulesOff: MutationSet { keepsRules ? [] : mutations }
     /// Receives every line of the trace.
+    /// Clones are cloned, once their sources are gone.
+    package var clonesClones = false
     package var trace: (@Sendable (String) -> Void)?
     package init() {}
 }
@@ -102,7 +104,8 @@ package final class World {
     /// `origin`: what the volume begins as; nil: empty, on hosts of its own.
     init(seed: UInt64, options: SimulationOptions, origin: SimulatedOrigin?) {
         self.seed = seed
-        contents = Contents(inherited: origin?.numbers)
+        contents =
+            origin.map { Contents(inherited: $0.numbers, from: $0.source.contents) } ?? Contents()
         timeline = origin.map { Timeline(beside: $0.source.timeline) } ?? Timeline()
         self.options = options
         random = RandomSource(seed: RandomSource.mix(seed))
@@ -121,10 +124,11 @@ package final class World {
         var workload = Workload(random: random.fork(), sizeBytes: size, origin: origin)
         workload.deepen(depth)
         workload.suit(options.mutations)
+        if options.clonesClones { workload.snapshotsMax = max(workload.snapshotsMax, 2) }
         self.workload = workload
         reverts = SimulatedReverts(seed: seed)
         holds = SimulatedHolds(seed: seed)
-        clones = SimulatedClones(seed: seed, mutations: options.mutations, isClone: origin != nil)
+        clones = SimulatedClones(seed: seed, options: options, isClone: origin != nil)
         growth = SimulatedGrowth(
             seed: seed, size: size, first: origin?.sizeFirst, mutations: options.mutations)
         hotSectors = workload.hotSectors
@@ -184,7 +188,7 @@ package final class World {
         guard let sink = options.trace else { return }
         let time = (timeline.now - 1_000_000_000) / 1000
         let fraction = String(time % 1000 + 1000).dropFirst()
-        sink("\(timeline.step) \(time / 1000).\(fraction)ms \(label)\(text())")
+        sink("\(timeline.step) \(time / 1000).\(fraction)ms \(prefix)\(text())")
     }
     func traceDisk(_ host: SimulatedReplica, _ action: ReplicaAction) {
         trace("\(host.name) \(describe(action))")
@@ -204,8 +208,11 @@ package final class World {
         }
     }
 
-    /// Which of two volumes it is about.
-    private var label: String { contents.isClone ? "clone: " : "" }
+    /// Which of the volumes it is about: nothing, `c` for a clone, `cc` for a clone of that.
+    var label: String { String(repeating: "c", count: Int(contents.generation)) }
+    private var prefix: String {
+        String(repeating: "clone: ", count: Int(contents.generation))
+    }
 
     /// The first thing that is wrong ends the run.
     func fail(_ what: String) { fail(atStep: timeline.step, what) }
@@ -213,7 +220,7 @@ package final class World {
         guard failure == nil else { return }
         failure = (step, what)
         note("FAILED: \(what)")
-        (second ?? source)?.fail(atStep: step, label + what)
+        for other in [second, source] { other?.fail(atStep: step, prefix + what) }
     }
 
     /// Judges an invariant of `docs/replication.md`, by its number, and counts that it did.
@@ -229,13 +236,17 @@ package final class World {
         runChaos()
         end()
         judgeHistory()
-        second?.judgeHistory()
-        if let second { coverage.add(second.coverage) }
+        for clone in volumes.dropFirst() {
+            clone.judgeHistory()
+            coverage.add(clone.coverage)
+        }
         return SimulationOutcome(
-            seed: seed, steps: timeline.step + (second?.timeline.step ?? 0), failure: failure,
-            acknowledged: acknowledgedCount + (second?.acknowledgedCount ?? 0),
+            seed: seed, steps: volumes.reduce(0) { $0 + $1.timeline.step }, failure: failure,
+            acknowledged: volumes.reduce(0) { $0 + $1.acknowledgedCount },
             epochs: store.history.count, coverage: coverage)
     }
+    /// This one, its clone, and that one's.
+    var volumes: [World] { [self] + (second?.volumes ?? []) }
     private var acknowledgedCount: Int { operations.count(where: \.isComplete) }
 
     private func judgeHistory() {
@@ -273,12 +284,13 @@ package final class World {
             if timeline.step != step, timeline.step % 400 == 0 { audit() }
         }
         // The clone has outlived its source.
-        let stepsMin = options.steps / 2
-        while failure == nil, isGone, let second, second.timeline.step < stepsMin {
-            guard second.advance() else { break }
+        let stepsMin = options.clonesClones ? options.steps : options.steps / 2
+        while failure == nil, isGone, let left = volumes.first(where: { !$0.isGone }),
+            left.timeline.step < stepsMin
+        {
+            guard left.advance() else { break }
         }
-        isChaos = false
-        second?.isChaos = false
+        for volume in volumes { volume.isChaos = false }
     }
 
     /// Lets time pass until `condition` holds; false if it does not within `seconds`.

@@ -80,16 +80,23 @@ import Testing
 
     /// Values of the two volumes are never taken for each other.
     @Test func contentsAreOfOneVolume() {
-        let (source, clone) = (Contents(), Contents(inherited: [41: 1, 45: 2]))
+        let source = Contents()
+        let clone = Contents(inherited: [41: 1, 45: 2], from: source)
+        let next = Contents(inherited: [2: 1, 46: 2], from: clone)
         let block = MemoryBlock(count: Content.sectorSize)
         source.fill(block.memory, value: 45, sector: 9)
         #expect(source.value(in: block.memory, sector: 9) == 45)
         #expect(clone.value(in: block.memory, sector: 9) == 2)
+        #expect(next.value(in: block.memory, sector: 9) == 1)
         source.fill(block.memory, value: 46, sector: 9)
         #expect(clone.value(in: block.memory, sector: 9) == Content.garbage)
         clone.fill(block.memory, value: 46, sector: 9)
         #expect(clone.value(in: block.memory, sector: 9) == 46)
         #expect(source.value(in: block.memory, sector: 9) > 1 << 32)
+        #expect(next.value(in: block.memory, sector: 9) == 2)
+        next.fill(block.memory, value: 46, sector: 9)
+        #expect(next.value(in: block.memory, sector: 9) == 46)
+        #expect(clone.value(in: block.memory, sector: 9) == Content.garbage)
         clone.fill(block.memory, value: 0, sector: 9)
         #expect(block.memory.isZero)
         #expect(clone.value(in: block.memory, sector: 9) == 0)
@@ -109,6 +116,19 @@ import Testing
         #expect(coverage.count(.second) > 1)
         #expect(coverage.count(.sourceDeleted) > 1)
         #expect(coverage.count(.cloneDeleted) > 1)
+    }
+
+    /// What outlives its source is cloned in its turn, and either of the two deleted.
+    @Test func aCloneIsCloned() {
+        for seed in 1...200 as ClosedRange<UInt64> {
+            var options = SimulationOptions()
+            options.steps = 3000
+            options.clonesClones = true
+            let outcome = simulate(seed: seed, options: options)
+            #expect(outcome.failure == nil, "seed \(seed): \(outcome.failure?.what ?? "")")
+            if outcome.coverage.count(.third) > 0 { return }
+        }
+        Issue.record("no clone was cloned")
     }
 
     /// A copy that does not look at its files' names when it is opened changes the other volume's.
