@@ -101,6 +101,35 @@ import Testing
         #expect(h.fakes[1].blocks[1]?.data == block(11))
     }
 
+    /// Each member has damage where the other is good: neither can answer for all the blocks.
+    @Test func membersAreDamagedInDifferentBlocksOfARead() {
+        let h = EngineHarness(replicas: 2)
+        for fake in h.fakes { fake.verifies = true }
+        h.start()
+        for index in 0..<4 as Range<UInt64> { h.write(index * 4096, block(UInt8(10 + index))) }
+        rot(h.fakes[0], 0)
+        rot(h.fakes[1], 1)
+        let read = h.read(0, 2 * 4096)
+        h.pass(milliseconds: 2000)
+        #expect(h.results[read] == .ok && h.reads[read] == block(10) + block(11))
+        #expect(h.fakes.allSatisfy { fake in (0..<4).allSatisfy { !isDamaged(fake, $0) } })
+        // What completes a block that is written in part.
+        rot(h.fakes[0], 2)
+        rot(h.fakes[1], 3)
+        let write = h.write(2 * 4096 + 512, block(30))
+        h.pass(milliseconds: 2000)
+        #expect(h.results[write] == .ok)
+        let again = h.read(2 * 4096, 2 * 4096)
+        h.pass(milliseconds: 2000)
+        #expect(
+            h.reads[again] == Array(block(12)[..<512]) + block(30) + Array(block(13)[512...]))
+        // Nobody has it: an error, and no second wait.
+        for fake in h.fakes { rot(fake, 1) }
+        let lost = h.read(0, 2 * 4096)
+        h.pass(milliseconds: 2000)
+        #expect(h.results[lost] == .ioError)
+    }
+
     /// Another member has it: then nobody shares anything.
     @Test func anotherMemberHasIt() {
         let h = EngineHarness(replicas: 3, members: 2)

@@ -10,7 +10,7 @@ extension EngineCore {
         }
         guard var best = candidates.first else {
             // No member in contact at all: wait, the volume is about to stall or to change.
-            if slots[index].tried.isEmpty || liveMembers.isEmpty {
+            if slots[index].tried.isEmpty || liveMembers.isEmpty || awaitsRepair(index) {
                 dropEdges(index)
                 slots[index].phase = .waiting
                 slots[index].tried = SlotSet()
@@ -26,6 +26,17 @@ extension EngineCore {
         }
         slots[index].source = Int8(best)
         return best
+    }
+
+    /// No member has all of the blocks: each of them may be good on another one. They are repaired
+    /// from each other first, once, as after a read that one of them could answer.
+    private func awaitsRepair(_ index: Int) -> Bool {
+        guard slots[index].operation.kind != .status, !slots[index].wasRepaired,
+            members.count > 1
+        else { return false }
+        slots[index].wasRepaired = true
+        repair(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
+        return true
     }
 
     /// A snapshot is read like the volume itself, lock included: the frozen layer may still be

@@ -237,6 +237,8 @@ struct OperationSlot: BitwiseCopyable {
     var hedgedGeneration: UInt32 = 0
     /// Members already asked for a read.
     var tried = SlotSet()
+    /// It has waited for its region's repair once.
+    var wasRepaired = false
     var source: Int8 = -1
     /// Times a read arrived damaged although the replica had verified it.
     var transitErrors: UInt8 = 0
