@@ -321,12 +321,13 @@ class Volume:
         """All in sync, all resolved, every client answered; how long it took, seconds."""
         start = time.monotonic()
         try:
-            # A silence before the end of the faults may cost a replica its place after it.
-            while True:
-                self.wait(self._is_healthy, "all replicas to be in sync")
-                self.progress(20, max(5.0, CONVERGENCE - (time.monotonic() - start)))
-                if self._is_healthy():
-                    break
+            with self.administrator.at_rest():
+                # A silence before the end of the faults may cost a replica its place after it.
+                while True:
+                    self.wait(self._is_healthy, "all replicas to be in sync")
+                    self.progress(20, max(5.0, CONVERGENCE - (time.monotonic() - start)))
+                    if self._is_healthy():
+                        break
         except AssertionError as error:
             raise AssertionError(
                 f"{error}; status {self.status()}, clients "
