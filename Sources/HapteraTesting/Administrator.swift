@@ -152,6 +152,7 @@ extension World {
             note("the administrator gives up the copy of \(host.name)")
             killReplica(host, restartAfter: 10)
             host.disk.replace()
+            loseLinks(host)
             host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
             loseDirectory(host)
             createReplica(host)

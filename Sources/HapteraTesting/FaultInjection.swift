@@ -210,6 +210,7 @@ extension World {
         note("fault: the disk of \(host.name) is replaced")
         killReplica(host, restartAfter: downtime)
         host.disk.replace()
+        loseLinks(host)
         host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
         loseDirectory(host)
         createReplica(host)

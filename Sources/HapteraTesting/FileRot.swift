@@ -122,6 +122,7 @@ extension World {
         coverage.took(.damagedReplaced)
         killReplica(host, restartAfter: random.between(1, 3000))
         host.disk.replace()
+        loseLinks(host)
         host.replaced(incarnation: Incarnation(rawValue: random.next() | 1))
         loseDirectory(host)
         createReplica(host)

@@ -303,7 +303,7 @@ extension World {
         check(
             6, false,
             "\(operation.text) acknowledged in e\(epoch.rawValue) by \(engine.name)"
-                + " without every member of \(names(record))")
+                + " without every member of \(names(record)): \(whoLacks(operation, record))")
     }
 
     func hasApplied(_ operation: ClientOperation, _ record: VolumeRecord) -> Bool {
@@ -311,6 +311,16 @@ extension World {
             !record.contains($0) || $0.hasApplied(operation) || $0.rot != .none
                 || holds($0, operation)
         }
+    }
+    private func whoLacks(_ operation: ClientOperation, _ record: VolumeRecord) -> String {
+        hosts.filter(record.contains).map { host in
+            let image = ReplicaImage(
+                host.disk, isDurable: false, sizeBytes: workload.sizeBytes, record: trueRecord)
+            let found = operation.sectors.map { sector in
+                image.map { String($0.value(sector: sector, contents)) } ?? "no image"
+            }
+            return "\(host.name) holds \(found.joined(separator: " ")), rot \(host.rot)"
+        }.joined(separator: "; ")
     }
     /// Who became a member while the write lacked members got it with the copy of its region, or
     /// had it from before it left. The write still has its range to itself.
@@ -320,8 +330,10 @@ extension World {
                 host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
                 record: trueRecord)
         else { return false }
+        // A block that it wrote elsewhere (seeds 5205790, 5303416) is damaged, and repaired.
         return operation.sectors.allSatisfy { sector in
             image.value(sector: sector, contents) == operation.value
+                || faults.rot && image.isDoubtful(sector / Content.sectorsPerBlock)
         }
     }
 

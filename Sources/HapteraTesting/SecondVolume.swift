@@ -222,6 +222,8 @@ extension World {
         clones.making = nil
         begin(making.origin)
     }
+    /// The clone's directory was on the disk that is gone (seed 5500306).
+    func loseLinks(_ host: SimulatedReplica) { clones.making?.origin.disks[host.index].clear() }
     func giveUpMaking() {
         guard let making = clones.making else { return }
         clones.making = nil
