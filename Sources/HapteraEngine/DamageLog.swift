@@ -70,14 +70,24 @@ struct DamageLog {
         open.append(BadCopy(replica: replica, offset: offset, blocks: blocks, found: now))
     }
 
-    /// Bad copies of the region were rewritten; none, if they had been made good meanwhile.
-    mutating func repaired(region: UInt64, blocks: UInt64) {
+    /// Bad copies of the region were rewritten. None: they had been made good meanwhile, or no
+    /// member has a good one, and the request that asks for it fails; or a member has left with
+    /// its own, of which nothing is known then.
+    mutating func repaired(region: UInt64, blocks: UInt64, members: [ReplicaID]) {
         let copies = open.filter { $0.region == region }
+        guard blocks > 0 else {
+            return open.removeAll { $0.region == region && members.contains($0.replica) }
+        }
         open.removeAll { $0.region == region }
         lostOffsets = lostOffsets.filter { $0 / UInt64(Geometry.regionSize) != region }
-        guard blocks > 0 else { return }
-        let offset = copies.map(\.offset).min() ?? region * UInt64(Geometry.regionSize)
-        add(.repaired, offset, blocks, Self.replicas(of: copies))
+        // Where every member's copy was bad, it may not be this that was rewritten.
+        let likely = copies.filter { copy in
+            let replicas = Self.replicas(of: copies.filter { $0.offset == copy.offset })
+            return !members.allSatisfy(replicas.contains)
+        }
+        let told = likely.isEmpty ? copies : likely
+        let offset = told.map(\.offset).min() ?? region * UInt64(Geometry.regionSize)
+        add(.repaired, offset, blocks, Self.replicas(of: told))
     }
 
     /// A scrub has judged it under the region's lock.
@@ -158,13 +168,16 @@ extension DamageLog {
 extension EngineShell {
     /// A request of a client's has failed: perhaps because no copy is good.
     func noteFailure() {
-        let members = core.configuredSlots.filter { core.standing($0) == .inSync }
-        for finding in damage.requestFailed(members: members.map(core.replicaID)) {
+        for finding in damage.requestFailed(members: inSyncIDs) {
             Log.error(
                 "no replica in sync has a good copy of what a client asked for: write it anew or "
                     + "restore it from a backup", ("volume", name),
                 ("offset", String(finding.offset)))
         }
+    }
+
+    private var inSyncIDs: [ReplicaID] {
+        core.configuredSlots.filter { core.standing($0) == .inSync }.map(core.replicaID)
     }
 
     func logDamage(_ note: EngineNote) {
@@ -181,7 +194,8 @@ extension EngineShell {
                 "no intact copy of an interrupted write; bytes kept", volume, id(slot),
                 ("offset", String(offset)))
         case .repaired(let region, let blocks):
-            damage.repaired(region: region, blocks: blocks)
+            damage.repaired(region: region, blocks: blocks, members: inSyncIDs)
+            guard blocks > 0 else { break }
             Log.info(
                 "damaged copy repaired", volume, ("region", String(region)),
                 ("blocksCopied", String(blocks)))

@@ -123,11 +123,22 @@ import Testing
         h.pass(milliseconds: 2000)
         #expect(
             h.reads[again] == Array(block(12)[..<512]) + block(30) + Array(block(13)[512...]))
-        // Nobody has it: an error, and no second wait.
+        // Nobody has it: an error, without another repair if it is asked for again.
         for fake in h.fakes { rot(fake, 1) }
-        let lost = h.read(0, 2 * 4096)
+        func repairs() -> Int {
+            h.notes.count { if case .repaired = $0 { true } else { false } }
+        }
+        let before = repairs()
+        for _ in 0..<3 {
+            let lost = h.read(0, 2 * 4096)
+            h.pass(milliseconds: 2000)
+            #expect(h.results[lost] == .ioError)
+        }
+        #expect(repairs() == before + 1)
+        h.pass(milliseconds: 10_000)
+        h.read(0, 2 * 4096)
         h.pass(milliseconds: 2000)
-        #expect(h.results[lost] == .ioError)
+        #expect(repairs() == before + 2)
     }
 
     /// Another member has it: then nobody shares anything.

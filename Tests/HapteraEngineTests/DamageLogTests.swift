@@ -20,8 +20,8 @@ import Testing
         log.found(a, offset: Self.region + 4096, now: .zero)
         #expect(log.statusLines.isEmpty)
         // Of another region.
-        log.repaired(region: 0, blocks: 1)
-        log.repaired(region: 1, blocks: 2)
+        log.repaired(region: 0, blocks: 1, members: [a, b])
+        log.repaired(region: 1, blocks: 2, members: [a, b])
         let replicas = [b, a].map(\.text).joined(separator: ",")
         #expect(
             log.statusLines.map { "\($0.key)=\($0.value)" } == [
@@ -31,8 +31,26 @@ import Testing
             ])
         // Good again by itself: nothing was rewritten.
         log.found(a, offset: 0, now: .zero)
-        log.repaired(region: 0, blocks: 0)
+        log.repaired(region: 0, blocks: 0, members: [a, b])
         #expect(log.number == 2 && !log.isWaiting)
+        // Not of one that has left meanwhile.
+        log.found(b, offset: 0, now: .zero)
+        log.repaired(region: 0, blocks: 0, members: [a])
+        #expect(log.number == 2 && log.isWaiting)
+    }
+
+    /// One block is bad everywhere, another one on one member, which is rewritten.
+    @Test func whatNobodyHasIsNotCalledRepaired() {
+        var log = DamageLog()
+        for replica in [a, b] { log.found(replica, offset: 0, now: .zero) }
+        log.found(b, offset: 8192, now: .zero)
+        log.repaired(region: 0, blocks: 1, members: [a, b])
+        #expect(texts(log) == ["repaired:8192:1:\(b.text)"])
+        // Each had another block of one request: nothing else is known.
+        for replica in [a, b] { log.found(replica, offset: 4096, now: .zero) }
+        log.repaired(region: 0, blocks: 2, members: [a, b])
+        #expect(texts(log).last == "repaired:4096:2:\(a.text),\(b.text)")
+        #expect(!log.isWaiting)
     }
 
     /// Only if every member has failed at the same place; once, however often it is read.
@@ -57,8 +75,11 @@ import Testing
             return log.requestFailed(members: [a, b])
         }
         #expect(readAgain().isEmpty)
+        // The engine tries to repair it each time, in vain.
+        log.repaired(region: 0, blocks: 0, members: [a, b])
+        #expect(readAgain().isEmpty)
         // But if it was good in between.
-        log.repaired(region: 0, blocks: 0)
+        log.repaired(region: 0, blocks: 1, members: [a, b])
         #expect(readAgain().map(\.offset) == [4096])
     }
 
@@ -68,7 +89,7 @@ import Testing
         log.found(a, offset: 4096, blocks: 5, now: .zero)
         log.found(b, offset: 4096, blocks: 2, now: .zero)
         log.lost(offset: 4096, blocks: 2)
-        log.repaired(region: 0, blocks: 3)
+        log.repaired(region: 0, blocks: 3, members: [a, b, c])
         let both = "\(a.text),\(b.text)"
         #expect(texts(log) == ["lost:4096:2:\(both)", "repaired:4096:3:\(both)"])
         log.found(a, offset: Self.region, blocks: 5, now: .zero)

@@ -114,8 +114,9 @@ package struct DamageRow: Codable, Equatable, Sendable, FetchableRecord, Persist
     func due(_ now: Int64) -> [DamageOutcome] {
         DamageOutcome.allCases.filter { outcome in
             guard let sum = untold[outcome.rawValue], sum.blocks > 0 else { return false }
-            return sum.toldMilliseconds == 0
-                || now - sum.toldMilliseconds >= MetadataStore.damageEventsMilliseconds
+            let passed = now - sum.toldMilliseconds
+            // Below zero: the clock was set back.
+            return passed < 0 || passed >= MetadataStore.damageEventsMilliseconds
         }
     }
 }

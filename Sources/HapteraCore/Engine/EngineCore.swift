@@ -127,6 +127,9 @@ package final class EngineCore {
     var suspectLayers: [UInt64: [LayerID]] = [:]
     /// Those of `unresolved` that are there to be repaired only.
     var damagedRegions: Set<UInt64> = []
+    /// Requests that failed although their region had been repaired; until when the next of the
+    /// same blocks is not worth another repair.
+    var lostReads: [UInt64: Instant] = [:]
     package internal(set) var blocksRepaired: UInt64 = 0
     /// Those of `unresolved` in which a write ended with an error.
     var erroredRegions: Set<UInt64> = []

@@ -29,15 +29,24 @@ extension EngineCore {
     }
 
     /// No member has all of the blocks: each of them may be good on another one. They are repaired
-    /// from each other first, once, as after a read that one of them could answer.
+    /// from each other first, once, as after a read that one of them could answer. Not for one that
+    /// was asked for in vain a moment ago: it reads the whole region on every member.
     private func awaitsRepair(_ index: Int) -> Bool {
-        guard slots[index].operation.kind != .status, !slots[index].wasRepaired,
-            members.count > 1
-        else { return false }
+        let (first, end) = (slots[index].firstBlock, slots[index].endBlock)
+        guard slots[index].operation.kind != .status, members.count > 1 else { return false }
+        let request = first << 9 | (end - first)
+        if slots[index].wasRepaired {
+            if lostReads.count >= Self.lostReadsMax { lostReads = [:] }
+            lostReads[request] = now.adding(milliseconds: Self.lostReadMilliseconds)
+            return false
+        }
+        if let until = lostReads[request], now < until { return false }
         slots[index].wasRepaired = true
-        repair(slots[index].firstBlock / UInt64(Geometry.blocksPerRegion))
+        repair(first / UInt64(Geometry.blocksPerRegion))
         return true
     }
+    static let lostReadMilliseconds: UInt64 = 10_000
+    static let lostReadsMax = 1024
 
     /// A snapshot is read like the volume itself, lock included: the frozen layer may still be
     /// written to, by what was sent before the freeze or to make members equal. False if there is
