@@ -6,7 +6,9 @@ import HapteraIO
 // again, the copy would be filled until it is needed again, and never be away long enough to be
 // replaced. So the process that met it leaves a mark, `damaged`, with the reason. Later processes
 // refuse to serve the copy, where the record in its manifest names another in-sync copy. One that
-// is alone by its own record is served as before: most of what it holds can still be read.
+// is alone by its own record is served as before: most of what it holds can still be read. Its own
+// record may be behind: if the others were lost at the same moment, it is the last one and does not
+// know. So after `refusalSeconds`, in which it would have been replaced, it is served as well.
 
 /// What the file `damaged` in a copy's directory says.
 ///
@@ -23,6 +25,8 @@ struct DamageMark: Equatable {
     static let formatVersion: UInt32 = 1
     static let headerSize = 32
     static let reasonLengthMax = 1024
+    /// Twice the default of `--stale-replica-timeout`.
+    static let refusalSeconds = 3600
 
     var member: VolumeRecord.Member
     var reason: String
@@ -130,12 +134,21 @@ extension DirectoryStorage {
     /// Throws `damaged` if the copy is marked and the record in its manifest names another in-sync
     /// copy. The caller holds the manifest's lock.
     func refuseMarked() throws(StorageError) {
+        var status = stat()
+        // SAFETY: the string and `status` outlive the call.
+        guard unsafe stat(damagePath, &status) == 0 else { return }
+        let age = time(nil) - status.st_mtim.tv_sec
         guard case .manifest(let manifest) = try ReplicaCore.loadManifest(self),
             let mark = damageMark(of: manifest.identity.member)
         else { return }
         guard !manifest.isAlone else {
             return Log.warn(
                 "served although it is damaged: its record names no other copy",
+                ("damage", mark.reason))
+        }
+        guard age >= 0, age < DamageMark.refusalSeconds else {
+            return Log.warn(
+                "served although it is damaged: nobody has replaced it",
                 ("damage", mark.reason))
         }
         throw StorageError(.damaged, mark.reason)

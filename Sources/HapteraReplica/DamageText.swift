@@ -7,7 +7,11 @@ package enum AcceptDamage {
     private static let waitMilliseconds = 3000
 
     /// Returns what to print. Without `isAccepted` no byte is changed.
-    package static func run(directory: String, isAccepted: Bool) throws -> String {
+    /// `othersAreGone`: the administrator says that no other copy will ever be back. Two that
+    /// both went on as what is left of them says would differ, and nobody would compare them.
+    package static func run(
+        directory: String, isAccepted: Bool, othersAreGone: Bool = false
+    ) throws -> String {
         let storage = DirectoryStorage(
             directory: directory,
             mode: isAccepted
@@ -27,6 +31,13 @@ package enum AcceptDamage {
         }
         guard isAccepted else {
             return text + "nothing was changed; --accept lets the copy go on like this\n"
+        }
+        guard survey.manifest.isAlone || othersAreGone || !survey.isDamaged else {
+            throw StorageError(
+                .inUse,
+                "\(survey.text)nothing was changed: the copy's record names other copies that are "
+                    + "in sync. Have this one made anew; or if none of them will ever be back, "
+                    + "repeat with --others-are-gone")
         }
         try DamageAcceptance.accept(survey, boot: host)
         return text + survey.acceptedText

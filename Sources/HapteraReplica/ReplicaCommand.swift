@@ -13,7 +13,7 @@ package enum ReplicaCommand {
                haptera-replica inspect --dir DIR [--json]
                haptera-replica verify --dir DIR [--json]
                haptera-replica export --dir DIR [--snapshot NAME] --output FILE|-
-               haptera-replica accept-damage --dir DIR [--accept]
+               haptera-replica accept-damage --dir DIR [--accept [--others-are-gone]]
 
         """
 
@@ -43,7 +43,8 @@ package enum ReplicaCommand {
                 write(
                     try AcceptDamage.run(
                         directory: try arguments.required("--dir"),
-                        isAccepted: arguments.isAccepted))
+                        isAccepted: arguments.isAccepted,
+                        othersAreGone: arguments.othersAreGone))
             default: throw UsageError("unknown command '\(arguments.verb)'")
             }
             return 0
@@ -216,9 +217,9 @@ package struct ReplicaArguments {
         "inspect": ["--dir", "--json"],
         "verify": ["--dir", "--json"],
         "export": ["--dir", "--snapshot", "--output"],
-        "accept-damage": ["--dir", "--accept"],
+        "accept-damage": ["--dir", "--accept", "--others-are-gone"],
     ]
-    private static let flags: Set = ["--json", "--allow-faults", "--accept"]
+    private static let flags: Set = ["--json", "--allow-faults", "--accept", "--others-are-gone"]
     package let verb: String
     private var options: [String: String] = [:]
 
@@ -245,6 +246,7 @@ package struct ReplicaArguments {
 
     package var isJSON: Bool { options["--json"] != nil }
     package var isAccepted: Bool { options["--accept"] != nil }
+    package var othersAreGone: Bool { options["--others-are-gone"] != nil }
     package var allowsFaults: Bool { options["--allow-faults"] != nil }
     package func required(_ name: String) throws(UsageError) -> String {
         guard let value = options[name] else { throw UsageError("\(verb) needs \(name)") }

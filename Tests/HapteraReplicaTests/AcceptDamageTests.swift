@@ -67,6 +67,34 @@ import Testing
 
     // MARK: a page
 
+    /// Two copies that both went on as what is left says would differ, and nobody compares them.
+    @Test func besideOthersItMustBeSaidThatTheyAreGone() throws {
+        let directory = try TestDirectory()
+        try make(directory.path)
+        try rot(directory.path, region: 1)
+        do {
+            let storage = DirectoryStorage(directory: directory.path, mode: .serve)
+            guard case .manifest(var manifest) = try ReplicaCore.loadManifest(storage) else {
+                throw StorageError(.damaged, "no manifest")
+            }
+            manifest.counter += 1
+            let other = VolumeRecord.Member(
+                replica: ReplicaID(rawValue: 5), incarnation: Incarnation(rawValue: 6))
+            manifest.installed?.inSync.append(other)
+            let bytes = manifest.encoded()
+            let memory = MemoryBlock(count: bytes.count)
+            memory.memory.copy(from: bytes)
+            try storage.write(.manifest, offset: manifest.slotOffset(), from: memory.memory)
+        }
+        let before = try contents("\(directory.path)/layers")
+        let error = #expect(throws: StorageError.self) { try accept(directory.path) }
+        #expect(error?.message.contains("--others-are-gone") == true)
+        #expect(try contents("\(directory.path)/layers") == before)
+        _ = try AcceptDamage.run(
+            directory: directory.path, isAccepted: true, othersAreGone: true)
+        #expect(try OfflineTools.verify(directory: directory.path).damagedPages == 0)
+    }
+
     @Test func aPageWithoutAValidSlotCostsWhatItKnew() throws {
         let directory = try TestDirectory()
         try make(directory.path)

@@ -95,6 +95,21 @@ import Testing
         withExtendedLifetime(try serve(directory.path)) {}
     }
 
+    /// The others may have been lost in the same moment, which its record does not say.
+    @Test(arguments: [-DamageMark.refusalSeconds, 100])
+    func aCopyThatNobodyReplacesIsServedAgain(seconds: Int) throws {
+        let directory = try TestDirectory()
+        try make(directory.path, inSync: [Self.member, Self.other])
+        mark(directory.path)
+        #expect(throws: StorageError.self) { try serve(directory.path) }
+        // As old as that, or of a clock that has been set back since.
+        let moment = timespec(tv_sec: time(nil) + seconds, tv_nsec: 0)
+        // SAFETY: the string and the array outlive the call.
+        try #require(
+            unsafe utimensat(AT_FDCWD, "\(directory.path)/damaged", [moment, moment], 0) == 0)
+        withExtendedLifetime(try serve(directory.path)) {}
+    }
+
     @Test func aMarkOfAnotherMakingSaysNothing() throws {
         let directory = try TestDirectory()
         try make(directory.path, inSync: [Self.member, Self.other])

@@ -129,7 +129,7 @@ package final class EngineCore {
     var damagedRegions: Set<UInt64> = []
     /// Requests that failed although their region had been repaired; until when the next of the
     /// same blocks is not worth another repair.
-    var lostReads: [UInt64: Instant] = [:]
+    var lostReads: [BlocksOfLayer: Instant] = [:]
     package internal(set) var blocksRepaired: UInt64 = 0
     /// Those of `unresolved` in which a write ended with an error.
     var erroredRegions: Set<UInt64> = []

@@ -34,7 +34,8 @@ extension EngineCore {
     private func awaitsRepair(_ index: Int) -> Bool {
         let (first, end) = (slots[index].firstBlock, slots[index].endBlock)
         guard slots[index].operation.kind != .status, members.count > 1 else { return false }
-        let request = first << 9 | (end - first)
+        let request = BlocksOfLayer(
+            layer: slots[index].operation.layer, first: first, count: end - first)
         if slots[index].wasRepaired {
             if lostReads.count >= Self.lostReadsMax { lostReads = [:] }
             lostReads[request] = now.adding(milliseconds: Self.lostReadMilliseconds)

@@ -207,6 +207,8 @@ extension EngineCore {
 
     private func adoptMembers() {
         guard let record else { return }
+        // Who comes back may have what nobody had.
+        lostReads = [:]
         members = []
         for member in record.inSync {
             // Slots are few, the set of members smaller: a record that names more is damaged.

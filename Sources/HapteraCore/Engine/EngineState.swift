@@ -424,3 +424,10 @@ enum ChangePurpose: UInt8, BitwiseCopyable {
         }
     }
 }
+
+/// What a read asked for.
+struct BlocksOfLayer: Hashable {
+    var layer: LayerID
+    var first: UInt64
+    var count: UInt64
+}

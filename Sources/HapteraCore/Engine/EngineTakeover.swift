@@ -362,6 +362,8 @@ extension EngineCore {
                 isFlushInFlight = false
                 release(index)
             case .client:
+                // Its repair may have been given up.
+                slots[index].wasRepaired = false
                 guard slots[index].phase != .waiting else { continue }
                 if slots[index].isAcknowledged {
                     release(index)
