@@ -184,6 +184,7 @@ extension EngineCore {
         if slots[index].mayStabilise {
             let point = StablePoint(epoch: slots[index].epoch, sequence: slots[index].sequence)
             if point > stablePoint {
+                passFull(index)
                 // The joiner nearly always answers later than the last member. It goes by its own
                 // syncs as well; without the point its activity log would never drain.
                 var told = slots[index].replied
@@ -244,6 +245,18 @@ extension EngineCore {
             let isLater = slots[other].sequence > slots[index].sequence
             guard !isLater, !slots[other].replied.contains(slot) else { continue }
             pass(index, layerWritten(other), slots[other].firstBlock)
+        }
+    }
+    /// A member that had no space for a write answers a flush behind it all the same. Until the
+    /// record does without that member the write's region stays active: the Install of that record
+    /// raises its birth, or the delta with which the member returns would lack it (seed 5604269).
+    private func passFull(_ flush: Int) {
+        guard !mutations.contains(.passedWritesNotLeftOut) else { return }
+        for other in 0..<slotsUsed
+        where slots[other].isChanging && !slots[other].full.isEmpty
+            && slots[other].sequence < slots[flush].sequence
+        {
+            pass(flush, layerWritten(other), slots[other].firstBlock)
         }
     }
     /// The replica comes to the write of this header only now: flushes that it has not answered
