@@ -148,4 +148,22 @@ import Testing
             #expect(h.core.stablePoint > stable)
         }
     }
+
+    /// So does what a member had no space for: it answers the flush behind it, but the record names
+    /// it until the store is there again (seed 5604269).
+    @Test func aWriteThatAFullMemberLacksIsLeftOutOfTheStablePoint() {
+        for mutation in [[], .passedWritesNotLeftOut] as [MutationSet] {
+            let h = EngineHarness()
+            h.core.mutations = mutation
+            h.start()
+            h.isStoreDown = true
+            h.fakes[2].errors = full
+            h.fakes[1].mute = [FrameKind.write.rawValue, FrameKind.flush.rawValue]
+            let write = h.write(1 << 20, block(1))
+            let flush = h.submit(.flush)
+            h.answerMuted(h.fakes[1])
+            #expect(h.results[write] == nil && h.results[flush] == .ok)
+            #expect(h.fakes[0].leftOut == (mutation.isEmpty ? [1] : []))
+        }
+    }
 }
