@@ -8,13 +8,18 @@ from .checker import READ
 from .data import BLOCK, CELLS, name, writes_in
 
 
-def compare(checker, size, replicas):
+def compare(checker, size, images):
     """Byte for byte with each other; block by block with what the history allows."""
     def judge(block, data):
         attempt = checker.begin(READ, block * CELLS, CELLS)
         checker.finish_read(attempt, data)
+    compare_images(checker, size, images, judge)
+
+
+def compare_replicas(checker, size, replicas):
+    """The same of what these export."""
     with _images(replicas) as images:
-        compare_images(checker, size, images, judge)
+        compare(checker, size, images)
 
 
 def compare_snapshot(checker, snapshot, size, replicas):

@@ -15,7 +15,7 @@ from harness.context import SkipTest
 from harness.disks import WriteLimit
 
 from .checker import READ, Checker
-from .copies import compare
+from .copies import compare_replicas
 from .data import CELL
 from .network import Network
 from .snapshots import Administrator
@@ -362,7 +362,7 @@ class Volume:
             self._restart()
         self.ill.clear()
         self.incurable.clear()
-        compare(self.checker, self.size, self.cluster.replicas)
+        compare_replicas(self.checker, self.size, self.cluster.replicas)
         self.administrator.compare(self.cluster.record(), self.size, self.cluster.replicas)
         self.check()
 
