@@ -149,7 +149,7 @@ extension SimulatedDisk {
         case .data(let layer) where isOthersToo(layer):
             for at in stride(from: 0, to: length, by: Geometry.blockSize) {
                 let block = (offset + at) / Geometry.blockSize
-                // Of a page that has rotted behind the process's back nobody knows (5605500, 5607133).
+                // A page that has rotted behind the process says nothing (5605500, 5607133).
                 guard let entry = entry(layer, block) else { continue }
                 let isLawful =
                     bytes.isEmpty
