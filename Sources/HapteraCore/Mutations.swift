@@ -8,7 +8,8 @@ package struct MutationSet: OptionSet, BitwiseCopyable, Sendable {
     package static let oldSessionNotFenced = MutationSet(rawValue: 1 << 48)
     /// I: take another record of the same epoch on a replica for the engine's own.
     package static let sameEpochIsSameRecord = MutationSet(rawValue: 1 << 50)
-    /// F: let a stable point cover what a flush passed by at a replica with a full log.
+    /// F: let a stable point cover what a flush passed by at a replica with a full log, or what a
+    /// full member has no space for.
     package static let passedWritesNotLeftOut = MutationSet(rawValue: 1 << 51)
     /// D: acknowledge without a lost member before its removal is recorded.
     package static let ackBeforeCAS = MutationSet(rawValue: 1 << 0)

@@ -47,7 +47,7 @@ package final class DamageSurvey {
     private(set) var log: RawMemory
     private(set) var capacity: UInt64 = 0
     private var tail: UInt64 = 0
-    /// None is missing between the oldest and the newest.
+    /// None was ever missing between the oldest and the newest (`ActivityLog.isComplete`).
     private var isLogWhole = true
     private var records: [LayerRegion: [LogRecord]] = [:]
     private let pair = MemoryBlock(count: TablePage.pairSize)
@@ -109,7 +109,7 @@ package final class DamageSurvey {
             records[LayerRegion(record.layer, region), default: []].append(record)
         }
         nextIndex = opened.nextIndex
-        isLogWhole = opened.firstGap == nil
+        isLogWhole = opened.isComplete
         guard manifest.boot == boot, opened.isGapless else { return }
         damagedRecords = (tail..<nextIndex).filter { index in
             let place = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size

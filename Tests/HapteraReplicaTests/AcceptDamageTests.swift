@@ -218,16 +218,18 @@ import Testing
 
     // MARK: layers
 
+    /// Snapshot `kept`, and patterns that are written to blocks of region 1 after it.
+    private func freeze(_ directory: String, _ patterns: [Int: Int]) throws {
+        let copy = try ServedCopy(directory)
+        try copy.takeSnapshot("kept")
+        for (block, pattern) in patterns { try copy.write(Self.blocks + block, pattern) }
+        try copy.close()
+    }
+
     @Test func underASnapshotNothingIsGuessed() throws {
         let directory = try TestDirectory()
         try make(directory.path)
-        do {
-            let copy = try ServedCopy(directory.path)
-            try copy.takeSnapshot("kept")
-            try copy.write(Self.blocks + 1, 40)
-            try copy.write(Self.blocks + 8, 41)
-            try copy.close()
-        }
+        try freeze(directory.path, [1: 40, 8: 41])
         try rot(directory.path, 2, region: 1)
         let text = try accept(directory.path)
         #expect(text.contains("layer 2 (the head)") && text.contains("4 become damaged"))
@@ -247,12 +249,7 @@ import Testing
     @Test func aSnapshotsPageIsNamedByIt() throws {
         let directory = try TestDirectory()
         try make(directory.path)
-        do {
-            let copy = try ServedCopy(directory.path)
-            try copy.takeSnapshot("kept")
-            try copy.write(Self.blocks + 1, 40)
-            try copy.close()
-        }
+        try freeze(directory.path, [1: 40])
         try rot(directory.path, region: 1)
         #expect(try accept(directory.path).contains("layer 1 (snapshot kept)"))
         let copy = try ServedCopy(directory.path)
@@ -291,12 +288,7 @@ import Testing
             if isClean { try copy.close(isStable: false) } else { try copy.flush() }
         }
         try rotRecord(directory.path)
-        defer {
-            // SAFETY: the string outlives the call.
-            _ = unsafe unlink(
-                "\(DirectoryStorage.markMemory)/haptera-failed-sync-\(member.replica.text)-"
-                    + hexadecimal(4))
-        }
+        defer { forgetMark() }
         #expect(throws: StorageError.self) { try ServedCopy(directory.path) }
         let before = try contents(directory.path)
         let text = try AcceptDamage.run(directory: directory.path, isAccepted: false)
@@ -311,6 +303,34 @@ import Testing
         // As if it had never been written: that is what was accepted.
         #expect(try copy.read(Self.blocks + 6) == Self.zeroes)
         try copy.close()
+    }
+    /// A record was missing when the log was opened, and its place has been filled since: that it
+    /// says nothing of a block does not mean that nothing was written.
+    @Test func aRecordThatWasMissingIsNotForgotten() throws {
+        let directory = try TestDirectory()
+        try ServedCopy.create(directory.path, member, regions: Self.regions)
+        do {
+            let copy = try ServedCopy(directory.path)
+            try copy.write(Self.blocks + 6, 50)
+            try copy.write(Self.blocks + 7, 51)
+            try copy.flush()
+        }
+        try rotRecord(directory.path)
+        defer { forgetMark() }
+        try accept(directory.path)
+        do { _ = try ServedCopy(directory.path) }
+        try rot(directory.path, region: 1)
+        let text = try accept(directory.path)
+        #expect(text.contains("damaged bytes: 1073152..<1077248\n"), "\(text)")
+        let copy = try ServedCopy(directory.path)
+        #expect(try copy.read(Self.blocks + 6) == nil)
+        #expect(try copy.read(Self.blocks + 7) == ServedCopy.pattern(51))
+    }
+    private func forgetMark() {
+        // SAFETY: the string outlives the call.
+        _ = unsafe unlink(
+            "\(DirectoryStorage.markMemory)/haptera-failed-sync-\(member.replica.text)-"
+                + hexadecimal(4))
     }
     /// The first entry that is not in a page.
     private func rotRecord(_ directory: String) throws {

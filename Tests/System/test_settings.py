@@ -164,6 +164,14 @@ def test_replica_that_stays_away_is_replaced(context):
         return f"replaced after {replaced:.1f} s"
 
 
+def is_made_anew(plane, lost):
+    """On its own node, and nothing of the old one stays."""
+    plane.until("another replica", lambda v: v["robustness"] == "healthy" and lost["id"] not in
+                [replica["id"] for replica in v["replicas"]])
+    assert plane.replicas().keys() == {"node-1", "node-2", "node-3"}, plane.replicas()
+    wait_for(lambda: not pathlib.Path(lost["directory"]).exists(), "the old copy to go")
+
+
 def test_damaged_copy_is_made_anew_where_it_is(context):
     """Every node has a replica, and one's files are cut short: it cannot start any more, says why,
     and after --stale-replica-timeout there is another on its node."""
@@ -187,10 +195,7 @@ def test_damaged_copy_is_made_anew_where_it_is(context):
 
         plane.until("the reason", says_why)
         assert f"replica {lost['id']} of volume vol" in reasons[-1], reasons[-1]
-        plane.until("another replica", lambda v: v["robustness"] == "healthy" and lost["id"] not in
-                    [replica["id"] for replica in v["replicas"]])
-        assert plane.replicas().keys() == {"node-1", "node-2", "node-3"}, plane.replicas()
-        wait_for(lambda: not pathlib.Path(lost["directory"]).exists(), "the old copy to go")
+        is_made_anew(plane, lost)
         assert plane.read()[:16 * MIB] == path.read_bytes()
         return reasons[-1]
 
@@ -235,10 +240,7 @@ def test_copy_with_a_damaged_table_page_is_made_anew(context):
 
         plane.until("the reason", says_why)
         assert f"replica {lost['id']} of volume vol" in reasons[-1], reasons[-1]
-        plane.until("another replica", lambda v: v["robustness"] == "healthy" and lost["id"] not in
-                    [replica["id"] for replica in v["replicas"]])
-        assert plane.replicas().keys() == {"node-1", "node-2", "node-3"}, plane.replicas()
-        wait_for(lambda: not pathlib.Path(lost["directory"]).exists(), "the old copy to go")
+        is_made_anew(plane, lost)
         expected = bytearray(path.read_bytes())
         expected[region * MIB:region * MIB + (64 << 10)] = part.read_bytes()
         assert plane.read()[:16 * MIB] == bytes(expected)

@@ -312,6 +312,14 @@ package final class ActivityLog {
     package var firstGap: UInt64? {
         (durableTail..<nextIndex).first { record($0) == nil }
     }
+    /// Whether every record that was ever stored is there: none is missing, and none was when a
+    /// process before filled what was (`fillGaps`).
+    package var isComplete: Bool {
+        (durableTail..<nextIndex).allSatisfy { index in
+            guard let record = record(index) else { return false }
+            return record.kind != .covered || record.position > 0
+        }
+    }
     /// Puts records that say nothing where a power cut left none, so that a damaged one is noticed
     /// from here on. Durable with the next sync, and done again if the power fails before.
     package func fillGaps() {
