@@ -197,7 +197,7 @@ final class EngineProcess: ControlHandler, CompletionHandler {
             detaching.append(request)
             leave()
         default:
-            request.fail("unknown verb '\(request.verb)': ping, status, metrics, detach, ...")
+            request.fail("unknown verb '\(request.verb)'")
         }
     }
 

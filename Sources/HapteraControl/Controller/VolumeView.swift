@@ -327,7 +327,8 @@ package struct VolumeView: Sendable {
         if let words = engine?.reason,
             let reason = StopReason.standing(in: words, against: stored.record)
         {
-            return (.faulted, "\(reason.rawValue): \(advice(reason))")
+            let advice = reason.advice(volume: stored.volume.name)
+            return (.faulted, "\(reason.rawValue): \(advice)")
         }
         let isStuck = state == .detaching && !isNodeReady
         if state == .attached || isStuck, let trouble = engineTrouble { return trouble }
@@ -345,19 +346,6 @@ package struct VolumeView: Sendable {
         let progress = stored.volume.isFilling ? [fillingProgress] : []
         let words = progress + missing + [problem].compactMap { $0 }
         return (.degraded, words.joined(separator: "; "))
-    }
-
-    /// What helps when no restart does.
-    private func advice(_ reason: StopReason) -> String {
-        let name = stored.volume.name
-        switch reason {
-        case .recordOlderThanReplica:
-            return "bring the newest store back, or see 'storagectl store reconstruct --volume "
-                + "\(name)'"
-        case .volumeNotFound:
-            return "see 'storagectl store reconstruct --volume \(name)'"
-        default: return "see 'storagectl volume why \(name)'"
-        }
     }
 
     /// Of a volume that is being filled, those that wait for their turn are as they should be.

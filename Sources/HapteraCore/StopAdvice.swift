@@ -1,8 +1,7 @@
-import HapteraCore
-
 extension StopReason {
-    /// What an operator does about it; beside the reason in the engine's last words.
-    func advice(volume: String) -> String {
+    /// What an operator does about it; beside the reason in the engine's last words, and in the
+    /// volume's.
+    package func advice(volume: String) -> String {
         switch self {
         case .detached, .left: "none is needed"
         case .fenced: "none is needed: the other engine serves the volume"
@@ -13,8 +12,9 @@ extension StopReason {
             "is it the right --store? If the volume was not deleted, see 'storagectl store "
                 + "reconstruct --volume \(volume)'"
         case .sizeMismatch:
-            "a replica is larger than the volume's record says; see 'storagectl replica list "
-                + "\(volume)', and 'haptera-replica inspect --dir' of each"
+            "a replica is larger than the volume's record says: 'storagectl replica list "
+                + "\(volume)' and 'haptera-replica inspect --dir' tell which; see 'storagectl "
+                + "volume why \(volume)'"
         case .refused: "the next engine takes over by what the record says then"
         }
     }
