@@ -239,21 +239,30 @@ import Testing
         let flags = bench.reply(ping)?.header.flags
         #expect(flags.map { $0 & FrameFlags.layersFull } == 0)
     }
+    enum Return: CaseIterable { case member, memberSalvagedBefore, joiner, survivor }
     /// What a replica has of snapshots that were deleted while it was away it can merge only when
-    /// the record has told it so: as a joiner it gets more layers than it may keep. (Seed 394.)
-    @Test(arguments: [false, true])
-    func whoWasAwayMayHaveMoreLayersUntilTheyAreMerged(isJoining: Bool) throws {
+    /// the record has told it so: as a joiner (seed 394), or as the copy that a salvage goes on
+    /// from (seed 5601466), it gets more layers than it may keep.
+    @Test(arguments: Return.allCases)
+    func whoWasAwayMayHaveMoreLayersUntilTheyAreMerged(as role: Return) throws {
         var options = ReplicaBench.options()
         options.layersMax = 3
         let bench = try ReplicaBench(options: options)
         _ = try bench.attach()
         for layers in 2...3 { try bench.installNext(layers: layers) }
         bench.deleted = [1, 2]
-        bench.isJoining = isJoining
-        let tag = bench.install(epoch: bench.core.promise.rawValue + 1, layers: 5)
+        let known = bench.core.promise
+        switch role {
+        case .member: break
+        case .memberSalvagedBefore: bench.salvaged = known
+        case .joiner: bench.isJoining = true
+        case .survivor: bench.salvaged = known.next
+        }
+        let isMore = role == .joiner || role == .survivor
+        let tag = bench.install(epoch: known.rawValue + 2, layers: 5)
         try bench.run()
-        #expect(bench.status(tag) == (isJoining ? .ok : .noSpace))
-        #expect(bench.core.layers.count == (isJoining ? 5 : 3) && bench.failure == nil)
+        #expect(bench.status(tag) == (isMore ? .ok : .noSpace))
+        #expect(bench.core.layers.count == (isMore ? 5 : 3) && bench.failure == nil)
     }
     @Test func aLayerWhoseNameCannotBeSyncedEndsTheReplica() throws {
         let bench = try ReplicaBench()

@@ -423,6 +423,8 @@ final class ReplicaBench {
     var lineage: VolumeRecord?
     /// Records have another member, and this one as the joiner.
     var isJoining = false
+    /// Records tell of a salvage at this epoch that went on from this copy.
+    var salvaged: Epoch?
     func record(epoch: UInt64, engine: UInt64 = 1, layers: Int = 0) -> VolumeRecord {
         var record = VolumeRecord(
             volume: Self.volume, name: "vol", epoch: Epoch(epoch), nonce: epoch,
@@ -431,6 +433,9 @@ final class ReplicaBench {
         if isJoining {
             record.joining = core.identity.member
             record.inSync[0].replica = ReplicaID(rawValue: ~core.identity.replica.rawValue)
+        }
+        record.lineage = [salvaged].compactMap(\.self).map {
+            .init(epoch: $0, survivor: core.identity.replica, partedEpoch: $0)
         }
         if let lineage {
             record.layers = lineage.layers

@@ -140,12 +140,9 @@ extension ReplicaCore {
         // Those of an Install refused before the volume grew are too small.
         if record.size != layersMadeSize { layersMade = [] }
         layersMadeSize = record.size
-        // Nothing has changed yet: merges make room, as space that comes back does. But who was
-        // away learns only by the record which of its layers are gone, and merges them then.
+        // Nothing has changed yet: merges make room, as space that comes back does.
         let layers = manifest.layers.count + record.layers.count { $0 > chain.head }
-        let most =
-            record.joining == identity.member
-            ? Manifest.layersMost(beside: record) : options.layersMax
+        let most = wasAway(record) ? Manifest.layersMost(beside: record) : options.layersMax
         guard layers <= most || record.head == chain.head, fitsManifest(record) else {
             endInstall(refusing: .noSpace)
             return false
@@ -159,6 +156,13 @@ extension ReplicaCore {
             return false
         }
         return true
+    }
+    /// Who was away learns only by the record which of its layers are gone, and merges them then:
+    /// a joiner, or the copy that a salvage has gone on from since its own record (seed 5601466).
+    private func wasAway(_ record: VolumeRecord) -> Bool {
+        if record.joining == identity.member { return true }
+        let known = manifest.installed?.epoch ?? .zero
+        return record.lineage.contains { $0.survivor == identity.replica && $0.epoch > known }
     }
     /// Any does but in slots that there was no space to widen.
     private func fitsManifest(_ record: VolumeRecord) -> Bool {
