@@ -227,13 +227,17 @@ extension World {
                     host.disk, isDurable: false, sizeBytes: workload.sizeBytes,
                     record: trueRecord)
             else { continue }
-            compareLayers(invariant, what, (joiner, mine), (host, other), concerns)
+            compareLayers(invariant, what, (joiner, mine), (host, other)) { block in
+                concerns(UInt64(block / Geometry.blocksPerRegion))
+                    && !engine.core.isOwedByJoiner(UInt64(block))
+            }
             for sector in hotSectors {
                 let block = sector / Content.sectorsPerBlock
                 let region = UInt64(block / Geometry.blocksPerRegion)
                 let isDamageShared = joiner.marked.contains(block) && mine.isDoubtful(block)
+                // It may have to be sent again in a new epoch: seed 5704033.
                 guard concerns(region), !host.isWriting(block), !joiner.isWriting(block),
-                    !isDamageShared
+                    !engine.core.isOwedByJoiner(UInt64(block)), !isDamageShared
                 else { continue }
                 let (a, b) = (
                     mine.value(sector: sector, contents),
@@ -251,7 +255,7 @@ extension World {
     /// Frozen layers are compared by themselves: what covers a block hides what is below.
     private func compareLayers(
         _ invariant: Int, _ what: String, _ a: (host: SimulatedReplica, image: ReplicaImage),
-        _ b: (host: SimulatedReplica, image: ReplicaImage), _ concerns: (UInt64) -> Bool
+        _ b: (host: SimulatedReplica, image: ReplicaImage), _ concerns: (Int) -> Bool
     ) {
         // One may have a deletion's Install still before it, behind a write that the other, and
         // the region's copy, did not wait for (seed 1015522).
@@ -269,7 +273,7 @@ extension World {
                 continue
             }
             for block in Set(hotSectors.map { $0 / Content.sectorsPerBlock }) {
-                guard concerns(UInt64(block / Geometry.blocksPerRegion)),
+                guard concerns(block),
                     !a.host.isWriting(block), !b.host.isWriting(block),
                     mine.entries[block] != other.entries[block],
                     // Below the lowest layer everything reads zero: of what was trimmed where

@@ -274,6 +274,15 @@ package final class EngineCore {
     package var mayPromote: Bool { joinStage == .flushing || joinStage == .promoting }
     package var regionsToCopy: Int { neededCount }
     package func isToBeCopied(_ region: UInt64) -> Bool { isNeeded(region) }
+    /// The joiner has been sent a change of the block, and has yet to answer.
+    package func isOwedByJoiner(_ block: UInt64) -> Bool {
+        guard let joiner else { return false }
+        return (0..<slotsUsed).contains { index in
+            slots[index].phase == .inFlight && !slots[index].isRead
+                && slots[index].firstBlock <= block && block < slots[index].endBlock
+                && slots[index].sent.contains(joiner) && !slots[index].replied.contains(joiner)
+        }
+    }
 
     /// The checksums (4 bytes per block) that go with a `send` of this slot.
     package func table(_ index: Int32) -> RawMemory {
