@@ -181,6 +181,8 @@ extension MutationSet {
         ("deltaIgnoresJoinerBirth", .deltaIgnoresJoinerBirth, "EngineDeltaTests"),
         ("rollBackNotRecorded", .rollBackNotRecorded, "EngineDeltaTests"),
         ("staleIsKept", .staleIsKept, "ReplicaStaleTests"),
+        ("coveredRecordIsGap", .coveredRecordIsGap, "ReplicaLogDamageTests"),
+        ("leavingIsRestamped", .leavingIsRestamped, "ReplicaBirthTests"),
         ("growthUnprepared", .growthUnprepared, "EngineResizeTests"),
     ]
 

@@ -19,6 +19,12 @@ extension MutationSet {
     /// On disk: take a damaged record of the log for one that was never durable. (Judged by
     /// `ReplicaLogDamageTests`.)
     package static let damagedRecordIsGap = MutationSet(rawValue: 1 << 79)
+    /// On disk: do so after a restart of the host, though a covered record speaks of it. (Judged by
+    /// `ReplicaLogDamageTests`.)
+    package static let coveredRecordIsGap = MutationSet(rawValue: 1 << 81)
+    /// I: raise the birth of a region whose page is on its way and says another. (Judged by
+    /// `ReplicaBirthTests`.)
+    package static let leavingIsRestamped = MutationSet(rawValue: 1 << 82)
     /// Merges: give what is read of a deleted layer up without having it durable in its heir.
     package static let mergeNotDurable = MutationSet(rawValue: 1 << 60)
     /// Merges: leave the heir's birth as it is.

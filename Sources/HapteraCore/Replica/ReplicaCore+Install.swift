@@ -191,12 +191,22 @@ extension ReplicaCore {
         }
     }
 
+    /// Regions in the log: what they were sent may have been sent in any epoch up to this one.
     private func restamp(_ epoch: Epoch) {
+        restampedTo = max(restampedTo, epoch)
         var frame = cache.oldestActive
         while frame >= 0 {
-            cache.frames[Int(frame)].birth = max(cache.frames[Int(frame)].birth, epoch)
+            if !isLeavingLog(frame) {
+                cache.frames[Int(frame)].birth = max(cache.frames[Int(frame)].birth, epoch)
+            }
             frame = cache.nextActive(frame)
         }
+    }
+    /// Its page is on its way: as good as out of the log, since every member has flushed what it
+    /// holds; and the birth in the page is what it is known by from then on (seed 5705358).
+    private func isLeavingLog(_ frame: Int32) -> Bool {
+        cache.frames[Int(frame)].state == .draining && upkeep.phase != .syncingLog
+            && !options.mutations.contains(.leavingIsRestamped)
     }
 
     private func completeInstall() {
@@ -247,8 +257,9 @@ extension ReplicaCore {
         while frame >= 0 {
             let (layer, region) = (cache.frames[Int(frame)].layer, cache.frames[Int(frame)].region)
             // Once it is merged, the region it went over to says all there is to say.
-            if let place = chain.index(of: layer), chain.mayHold(place, region),
-                !chain.isAbsorbed(place, region), let heir = chain.heirPlace(place)
+            if !isLeavingLog(frame), let place = chain.index(of: layer),
+                chain.mayHold(place, region), !chain.isAbsorbed(place, region),
+                let heir = chain.heirPlace(place)
             {
                 regions.append(LayerRegion(chain.name(heir), region))
             }
