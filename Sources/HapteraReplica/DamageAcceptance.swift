@@ -8,7 +8,8 @@ import HapteraIO
 /// 1. the damaged bytes go to `damaged-pages`, synced with their names -> the copy as it was
 /// 2. if a record of the log is damaged: the manifest says that the copy was not left in order
 ///    (synced), so that the mark counts                               -> the copy as it was
-/// 3. then the mark of a failed sync: it opens as after a power cut   -> opens; pages are damaged
+/// 3. then the mark of a failed sync, and in the log, synced, records that say nothing in the place
+///    of damaged ones: it opens as after a power cut                  -> opens; pages are damaged
 /// 4. the log is synced: no later record gets an index below a page's -> as before
 /// 5. the layer's data is synced: a page is taken for durable with it -> as before
 /// 6. a damaged page's slot that is not valid is written, the table synced. If neither is valid:
@@ -60,6 +61,8 @@ enum DamageAcceptance {
             throw StorageError(
                 .io(errno: EIO), "cannot leave the mark of a failed sync in \(storage.directory)")
         }
+        survey.activityLog.fillGaps()
+        try storage.sync(.log)
     }
     /// To its own slot, then to the other one, as every change of it.
     private static func write(_ manifest: Manifest, _ storage: DirectoryStorage)

@@ -39,9 +39,10 @@ package final class DamageSurvey {
     let manifest: Manifest
     let storage: DirectoryStorage
     private(set) var pages: [Page] = []
-    /// Records of the log that are damaged; of another boot of the host they would count as never
-    /// made.
+    /// Records of the log that are damaged; of another boot of the host those that no flush has
+    /// covered would count as never made.
     private(set) var damagedRecords: [UInt64] = []
+    let activityLog: ActivityLog
     /// Index of the next record of the log: all that are there are below.
     private(set) var nextIndex: UInt64 = 0
     private(set) var log: RawMemory
@@ -64,6 +65,9 @@ package final class DamageSurvey {
         case .damaged: throw Self.hopeless("manifest: neither slot is valid")
         }
         log = try storage.mapLog(size: Int(try storage.size(.log)))
+        do throws(StorageError) {
+            activityLog = try ActivityLog(opening: log)
+        } catch { throw Self.hopeless(error.message) }
         for layer in manifest.layers { try checkSizes(layer) }
         try readLog(boot)
         for layer in manifest.layers { try scan(layer) }
@@ -89,14 +93,10 @@ package final class DamageSurvey {
     // MARK: the log
 
     private func readLog(_ boot: BootID) throws(StorageError) {
-        let opened: ActivityLog
-        do throws(StorageError) {
-            opened = try ActivityLog(opening: log)
-        } catch { throw Self.hopeless(error.message) }
-        tail = opened.durableTail
-        capacity = opened.capacity
+        tail = activityLog.durableTail
+        capacity = activityLog.capacity
         let regions = Geometry.regionCount(size: manifest.size)
-        try opened.replay { (record) throws(StorageError) in
+        try activityLog.replay { (record) throws(StorageError) in
             let region =
                 record.kind == .entry
                 ? record.position / UInt64(Geometry.blocksPerRegion) : record.position
@@ -108,10 +108,11 @@ package final class DamageSurvey {
             guard region < regions else { throw Self.hopeless(Self.stray(record)) }
             records[LayerRegion(record.layer, region), default: []].append(record)
         }
-        nextIndex = opened.nextIndex
-        isLogWhole = opened.isComplete
-        guard manifest.boot == boot, opened.isGapless else { return }
-        damagedRecords = (tail..<nextIndex).filter { index in
+        nextIndex = activityLog.nextIndex
+        isLogWhole = activityLog.isComplete
+        guard activityLog.isGapless else { return }
+        let end = manifest.boot == boot ? nextIndex : min(activityLog.findCovered(), nextIndex)
+        damagedRecords = (tail..<max(tail, end)).filter { index in
             let place = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size
             return LogRecord(decoding: log, at: place)?.index != index
         }

@@ -72,25 +72,40 @@ extension World {
     }
 
     /// A record that others follow: that the last one is missing, nothing tells. The process ends
-    /// with it, since only the next one reads the log.
+    /// with it, since only the next one reads the log. Or the host restarts: then one that was
+    /// covered, since any other may have been lost so.
     private func rotLog(_ host: SimulatedReplica) {
-        guard let log = host.disk.file(.log),
-            let (tail, capacity) = ReplicaImage.header(log.current)
-        else { return }
-        let records = (tail..<tail + capacity).compactMap { index -> Int? in
-            let at = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size
-            return LogRecord(decoding: log.current, at: at).flatMap { $0.index == index ? at : nil }
+        guard let log = host.disk.file(.log), records(of: log).count > 1 else { return }
+        let isRestart = random.permille(400) && mayLosePower(host)
+        note(
+            "fault: a record of the activity log of \(host.name) rots"
+                + (isRestart ? ", its power fails" : ""))
+        killReplica(host, restartAfter: random.between(1, 2000))
+        if isRestart {
+            cutPower(host)
+            noteLoss()
         }
-        guard records.count > 1 else { return }
-        note("fault: a record of the activity log of \(host.name) rots")
+        let records = records(of: log)
+        let covered = records.filter { $0.record.kind == .covered }.map(\.record.position).max()
+        let end = isRestart ? covered ?? 0 : records.last?.record.index ?? 0
+        let victims = records.filter { $0.record.index < end }
+        guard !victims.isEmpty else { return }
         host.rot = .lost
         log.rot(
-            byte: records[random.below(records.count - 1)] + random.below(LogRecord.size),
-            bit: random.below(8))
-        killReplica(host, restartAfter: random.between(1, 2000))
+            byte: random.pick(victims).offset + random.below(LogRecord.size), bit: random.below(8))
         // As if it were as good as the others when the next engine makes them equal.
         if options.mutations.contains(.damagedRecordIsGap), let current = currentEngine {
             restartEngine(losesClients: false, after: current)
+        }
+    }
+    private func records(of log: SimulatedFile) -> [(record: LogRecord, offset: Int)] {
+        guard let (tail, capacity) = ReplicaImage.header(log.current) else { return [] }
+        return (tail..<tail + capacity).compactMap { index in
+            let offset = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size
+            guard let record = LogRecord(decoding: log.current, at: offset),
+                record.index == index
+            else { return nil }
+            return (record, offset)
         }
     }
 

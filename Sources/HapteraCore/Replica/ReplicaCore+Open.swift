@@ -10,7 +10,8 @@
 /// 4. active regions whose slots a power cut took get empty ones again     -> an empty page or none
 /// 5. if the host has restarted, records of upper layers whose data no flush covered and the disk
 ///    has not are undone in the log (`dropUnsynced`), and what is missing between records is filled
-///    (`fillGaps`); if it has not, a missing one is damage   -> the rest is found to be so again
+///    (`fillGaps`); if it has not, or the record was covered, a missing one is damage
+///                                                           -> the rest is found to be so again
 /// 6. log, table and manifest are synced: activations and pages that a killed process left unsynced
 ///    are relied upon from here, and the log's tail may pass the records of such pages. The
 ///    manifest's bytes are written once more: after a failed sync another one would say nothing
@@ -78,7 +79,7 @@ package struct OpenedReplica {
         for layer in manifest.layers { try markAllocated(layer, regions: regions) }
         try log.replay { (record) throws(StorageError) in try apply(record, regions: regions) }
         let isRebooted = manifest.boot != options.bootID
-        if !isRebooted, !options.mutations.contains(.damagedRecordIsGap) { try lookForDamage() }
+        try lookForDamage(isRebooted, options.mutations)
         try finish()
         // Which way layers are merged is known when it is known what they hold.
         chain.change(tree, manifest.installed) { _ in }
@@ -104,14 +105,23 @@ package struct OpenedReplica {
         }
     }
 
-    /// What a process stores outlives it. Taken for never made, a record would leave a block as it
-    /// was before: flushed data that the other copies could lose to this one.
-    private func lookForDamage() throws(StorageError) {
-        guard log.isGapless, let gap = log.firstGap else { return }
+    /// Taken for never made, a record would leave a block as it was before: flushed data that the
+    /// other copies could lose to this one. What a process stores outlives it, and what a covered
+    /// record speaks of was durable.
+    private func lookForDamage(_ isRebooted: Bool, _ mutations: MutationSet)
+        throws(StorageError)
+    {
+        let isIgnored = mutations.contains(isRebooted ? .coveredRecordIsGap : .damagedRecordIsGap)
+        guard !isIgnored, log.isGapless, let gap = log.firstGap else { return }
+        guard isRebooted else {
+            throw StorageError(
+                .damaged,
+                "activity.log: record \(gap) is damaged, and with it what was written last; after "
+                    + "a restart of this host it may count as if it had never been written")
+        }
+        guard gap < log.findCovered() else { return }
         throw StorageError(
-            .damaged,
-            "activity.log: record \(gap) is damaged, and with it what was written last; after a "
-                + "restart of this host it counts as if it had never been written")
+            .damaged, "activity.log: record \(gap) is damaged, and with it what was flushed")
     }
 
     /// Returns the size it has.

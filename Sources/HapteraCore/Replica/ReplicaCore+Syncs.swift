@@ -157,6 +157,16 @@ extension ReplicaCore {
         return coverTicket
     }
 
+    /// Also where no recovery depends on it, so that rot in one of those records is noticed after a
+    /// restart of the host, too. Durable with the next sync.
+    private func noteCovered(_ index: UInt64) {
+        guard index > covered, log.hasRoom(1), !options.mutations.contains(.freshNotCovered) else {
+            return
+        }
+        log.append(.covered(index))
+        covered = index
+    }
+
     /// The log's tail has moved.
     func retryCovering() {
         while let slot = pop(&awaitingRoom) { push(slot, &awaitingSync) }
@@ -171,6 +181,7 @@ extension ReplicaCore {
             flushedPoint = point
             // Durable with the next sync: the mark may lag, it never leads.
             log.append(.flushed(point))
+            noteCovered(request.coverIndex)
         }
         var header = replyHeader(slot, .ok)
         // Writes sent before the flush may be missing here: the engine leaves their regions out.
