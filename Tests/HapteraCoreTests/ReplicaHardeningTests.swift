@@ -308,6 +308,44 @@ import Testing
         }
     }
 
+    /// A page of the table on a bad sector: nobody can tell what is in the region. Beside other
+    /// copies the replica gives up, so as to be made anew, once a second attempt has failed later.
+    @Test(arguments: [false, true]) func aPageThatStaysUnreadableIsDamaged(isAlone: Bool) throws {
+        let bench = try ReplicaBench()
+        bench.isJoining = !isAlone
+        _ = try bench.attach()
+        bench.write(ReplicaBench.pattern(1), at: 0)
+        try bench.run()
+        try bench.flush(5)
+        bench.core.beginShutdown(now: bench.now)
+        try bench.tick()
+        try bench.reopen()
+        _ = try bench.attach(epoch: 2)
+        func read(failing isFailing: Bool) throws -> FrameStatus? {
+            bench.fault = { action in
+                if isFailing, case .read(.table, _, _, _, _, _) = action { -5 } else { nil }
+            }
+            let tag = bench.send(.digest, epoch: 2)
+            try bench.run()
+            return bench.status(tag)
+        }
+        for seconds in [0, 5, 20] as [UInt64] {
+            bench.now = bench.now.adding(milliseconds: seconds * 1000)
+            #expect(bench.failure == nil)
+            let status = try read(failing: true)
+            #expect(status == (seconds < 20 || isAlone ? .ioError : nil))
+        }
+        guard isAlone else {
+            guard case .tableUnreadable(region: 0) = bench.failure else {
+                Issue.record("it ended with \(String(describing: bench.failure))")
+                return
+            }
+            return
+        }
+        #expect(bench.failure == nil)
+        #expect(try read(failing: false) == .ok)
+    }
+
     /// What the disk cannot read is as good as damaged: it is repaired from another copy by writing
     /// it anew, and costs nobody's membership.
     @Test func whatCannotBeReadCountsAsDamaged() throws {

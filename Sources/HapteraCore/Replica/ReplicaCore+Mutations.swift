@@ -56,6 +56,9 @@ extension ReplicaCore {
         guard result == TablePage.pairSize else {
             // Whoever wants it, if anybody does, asks again and is told.
             guard isWanted else { return cache.release(frame) }
+            if isPageLost(frame) {
+                return fail(.tableUnreadable(region: cache.frames[Int(frame)].region))
+            }
             var queue = cache.frames[Int(frame)].waiters
             cache.frames[Int(frame)].waiters = SlotQueue()
             let region = cache.frames[Int(frame)].region
@@ -72,10 +75,29 @@ extension ReplicaCore {
             guard isWanted else { return cache.release(frame) }
             return fail(.tableUnreadable(region: cache.frames[Int(frame)].region))
         }
+        if !unreadablePages.isEmpty {
+            let found = cache.frames[Int(frame)]
+            unreadablePages[LayerRegion(found.layer, found.region)] = nil
+        }
         if cache.frames[Int(frame)].version <= 1 {
             cache.frames[Int(frame)].slotsTicket = failedSlotsTicket
         }
         wake(frame)
+    }
+    private static let unreadablePagesMax = 64
+    private static let pageRetrySeconds: UInt64 = 10
+    /// A page that could not be read before, and cannot be now, is as good as damaged: the replica
+    /// would leave for each request about it and be back at once, for ever. But of the only copy
+    /// all other regions can be read.
+    private func isPageLost(_ frame: Int32) -> Bool {
+        let found = cache.frames[Int(frame)]
+        let page = LayerRegion(found.layer, found.region)
+        guard let first = unreadablePages[page] else {
+            if unreadablePages.count < Self.unreadablePagesMax { unreadablePages[page] = now }
+            return false
+        }
+        let others = manifest.installed?.inSync.contains { $0 != identity.member } ?? false
+        return others && now >= first.adding(milliseconds: Self.pageRetrySeconds * 1000)
     }
 
     func resumeMutation(_ slot: Int32) {

@@ -128,6 +128,9 @@ package final class ReplicaCore {
     /// of a trimmed one of the lowest.
     var freshEnd: UInt64 = 0
 
+    /// Pages that could not be read, and when the first time.
+    var unreadablePages: [LayerRegion: Instant] = [:]
+
     // Upkeep.
     var upkeep = Upkeep()
     let batch = FixedArray<Int32>(repeating: -1, count: Upkeep.batchMax)
