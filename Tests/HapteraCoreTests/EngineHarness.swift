@@ -108,6 +108,8 @@ final class EngineHarness {
     /// Lost: the store takes the change, but its answer does not arrive.
     var losesStoreReplies = false
     var isStoreDown = false
+    /// Replicas that are up come back when the engine has disconnected them.
+    var reconnects = false
     /// What the store refuses, whether it stands already or not.
     var refuses: (VolumeRecord) -> Bool = { _ in false }
     var results: [UInt64: OperationResult] = [:]
@@ -223,7 +225,11 @@ final class EngineHarness {
             deliver(slot, header, table, data)
         case .sendControl(let slot, let header):
             deliver(slot, header, core.controlPayload, [])
-        case .disconnect(let slot): events.append(.disconnected(slot))
+        case .disconnect(let slot):
+            events.append(.disconnected(slot))
+            if reconnects, fakes.contains(where: { $0.isUp && self.slot($0) == slot }) {
+                events.append(.connected(slot))
+            }
         case .complete(let userData, let result, let buffer, _, _):
             precondition(results[userData] == nil, "answered twice")
             results[userData] = result

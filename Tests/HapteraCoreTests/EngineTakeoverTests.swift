@@ -93,6 +93,7 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
             for fake in h.fakes { (fake.promise, fake.isUp) = (Epoch(6), others) }
             h.fakes[1].promise = Epoch(5)
             h.fakes[1].isUp = true
+            h.reconnects = true
             h.start()
             h.pass(milliseconds: 4000)
             // It is filled again if there is somebody to fill it from.
@@ -106,12 +107,33 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
             #expect(isTold)
         }
     }
+    /// Seed 5811131: the promise that an engine before had asked for was durable only after the
+    /// member had greeted.
+    @Test func aPromiseGivenSinceTheGreetingCounts() {
+        let h = EngineHarness(members: 2)
+        h.stored.isClean = false
+        h.stored.epoch = Epoch(7)
+        h.stored.promised = Epoch(6)
+        h.fakes[0].promise = Epoch(5)
+        h.fakes[1].promise = Epoch(6)
+        h.fakes[1].isUp = false
+        h.reconnects = true
+        h.start()
+        h.pass(milliseconds: 1000)
+        #expect(h.core.phase == .hearing)
+        h.fakes[0].promise = Epoch(6)
+        h.pass(milliseconds: 8000)
+        #expect(!h.notes.contains { if case .replicaRolledBack = $0 { true } else { false } })
+        #expect(h.core.phase == .serving)
+        #expect(h.stored.inSync.contains(h.fakes[0].member))
+    }
     @Test func theLastMemberIsAnOlderCopyOnlyIfTheLossIsAccepted() {
         let h = EngineHarness(members: 1)
         h.stored.isClean = false
         h.stored.epoch = Epoch(7)
         h.stored.promised = Epoch(6)
         h.fakes[0].promise = Epoch(3)
+        h.reconnects = true
         h.start()
         h.pass(milliseconds: 4000)
         #expect(h.core.isRefusing && h.core.phase == .installing)

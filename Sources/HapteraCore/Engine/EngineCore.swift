@@ -86,6 +86,8 @@ package final class EngineCore {
     var isDetaching = false
     /// A flush that covers everything has been sent for the detach.
     var isDetachFlushed = false
+    /// Older members were asked once more when the claim was granted.
+    var hasGreetedAgain = false
     /// Reading the record again to learn why a replica has promised a later epoch.
     var isVerifyingPromise = false
     /// Only rebooted members and a client that may remember more: waits for a better one, or for an

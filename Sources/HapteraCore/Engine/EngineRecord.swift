@@ -99,9 +99,10 @@ extension EngineCore {
         hear()
     }
 
-    /// Members that greeted before the record was read may have promised more since. (Seed 274: an
-    /// engine still at work had raised both meanwhile.)
-    private func greetAgain() {
+    /// Members that greeted before the record was read, or long before the claim was granted, may
+    /// have promised more since. (Seed 274: an engine still at work had raised both meanwhile. Seed
+    /// 5811131: what an engine before had asked for took long, as did the claim.)
+    func greetAgain() {
         var rest = members
         while let slot = rest.popFirst() {
             if replicas[slot].link == .greeted, isOlderMember(slot) {

@@ -65,6 +65,10 @@ extension EngineCore {
             installReplies[slot] = nil
             replicas[slot].hasFailed = false
         }
+        if !hasGreetedAgain {
+            hasGreetedAgain = !olderMembers.isEmpty
+            greetAgain()
+        }
         installAll()
     }
 
