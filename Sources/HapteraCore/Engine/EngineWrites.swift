@@ -172,10 +172,12 @@ extension EngineCore {
         if !slots[index].full.isEmpty && !settleFull(index) { return }
         if slots[index].isExpired {
             guard isEverywhere(slots[index].replied) else { return }
+            noteAcknowledged(index)  // what may be read is no less to be kept
         } else if slots[index].isOrphan, !slots[index].isAcknowledged,
             isEverywhere(slots[index].replied)
         {
             // Nobody waits for more members (`minInSync`).
+            noteAcknowledged(index)
             completeClient(index, .ioError)
             slots[index].isAcknowledged = true
         } else if !slots[index].isAcknowledged {
