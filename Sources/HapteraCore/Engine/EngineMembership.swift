@@ -44,6 +44,7 @@ extension EngineCore {
         if let slot = slot(of: id) { return slot }
         let free = (0..<replicas.count).first {
             !replicas[$0].isConfigured && replicas[$0].link == .down && !members.contains($0)
+                && $0 != joiner  // it may be a member by now
         }
         guard let slot = free else { return nil }
         replicas[slot] = ReplicaState()
