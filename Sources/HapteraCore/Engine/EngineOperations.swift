@@ -207,7 +207,10 @@ extension EngineCore {
     /// Starts a waiting client operation if nothing stands in its way.
     func tryStart(_ index: Int) {
         guard phase == .serving, !hasReleased, slots[index].phase == .waiting else { return }
-        if isReverting, slots[index].operation.layer == .head { return }
+        // But for what the revert waits for: a write that is held for space.
+        if isReverting, slots[index].operation.layer == .head, slots[index].fullSince == .zero {
+            return
+        }
         switch slots[index].operation.kind {
         case .flush:
             // What a member lost with its power is only there again when its region is resolved.
