@@ -50,6 +50,11 @@ extension EngineCore {
             next.reverts.removeAll { next.layers.index(ofLayer: $0.target) == nil }
         }
     }
+    /// Its deletion is next: what was asked of the layer ends, nothing is added.
+    func isAboutToGo(_ layer: LayerID) -> Bool {
+        guard layer != .head, let request = deletionRequests.first else { return false }
+        return record?.snapshot(named: request.name)?.layer == layer
+    }
     private func isBeingRead(_ layer: LayerID) -> Bool {
         for index in 0..<slotsUsed
         where slots[index].use == .client || slots[index].use == .hedge {

@@ -191,6 +191,9 @@ extension EngineCore {
         case .read, .write, .writeZeroes:
             precondition(operation.length > 0)
         }
+        if isAboutToGo(operation.layer) || isAboutToGo(operation.base) {
+            return completeOperation(operation, .ioError)
+        }
         let index = allocateSlot(.client, operation)
         slots[index].submittedAt = now
         if operation.kind != .flush && operation.kind != .status {
