@@ -182,6 +182,7 @@ extension EngineCore {
         replicas[slot].joinAfter = max(
             replicas[slot].joinAfter, now.adding(milliseconds: retryMilliseconds))
         replicas[slot].sentEpoch = .zero
+        replicas[slot].installedEpoch = .zero
         abandonJobs(.copy)
         for index in 0..<slotsUsed
         where slots[index].use == .flush && slots[index].operation.userData == Self.joinFlush {
