@@ -42,8 +42,11 @@ extension ReplicaCore {
                 }
                 let isComplete = take(
                     cache.entries(frame), blocks, owner: place + 1, into: table)
-                requests[index].birth = max(
-                    requests[index].birth, cache.frames[Int(frame)].birth)
+                // What is left of a region that went over leaves with the layer, its birth too.
+                if !chain.isAbsorbed(place, requests[index].region) {
+                    requests[index].birth = max(
+                        requests[index].birth, cache.frames[Int(frame)].birth)
+                }
                 keepView(slot, place, cache.entries(frame))
                 // Nothing is asked again, should the data have to wait for buffers. A digest's
                 // birth is the latest of all.

@@ -1,6 +1,5 @@
-// Deleted snapshots: a retired layer and its heir become one, region by region, and then one of the
-// two goes. Every replica does it for itself; to the engine they have been one layer since the
-// Install that retired the lower one.
+// Deleted snapshots: a retired layer and its heir become one, region by region, and one of the two
+// goes. Every replica does it for itself; to the engine they are one layer since it was retired.
 //
 // Order for one region of a retired layer X and its heir Y, and what a crash leaves:
 // 1. both regions are in the log, with room for what follows   -> nothing has changed
@@ -461,6 +460,7 @@ extension ReplicaCore {
         let region = mergeJobs[job].region
         merge.regionsMerged += 1
         merge.serials[Int(region % 256)] &+= 1
+        chain.willHold(mergeJobs[job].to, region)  // if only for its birth
         if mergeJobs[job].isDown {
             chain.markAbsorbed(mergeJobs[job].heir, region)
             return end(job)
