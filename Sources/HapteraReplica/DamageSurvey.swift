@@ -44,10 +44,9 @@ package final class DamageSurvey {
     private(set) var damagedRecords: [UInt64] = []
     let activityLog: ActivityLog
     /// Index of the next record of the log: all that are there are below.
-    private(set) var nextIndex: UInt64 = 0
-    private(set) var log: RawMemory
-    private(set) var capacity: UInt64 = 0
-    private var tail: UInt64 = 0
+    var nextIndex: UInt64 { activityLog.nextIndex }
+    let log: RawMemory
+    var capacity: UInt64 { activityLog.capacity }
     /// None was ever missing between the oldest and the newest (`ActivityLog.isComplete`).
     private var isLogWhole = true
     private var records: [LayerRegion: [LogRecord]] = [:]
@@ -93,8 +92,6 @@ package final class DamageSurvey {
     // MARK: the log
 
     private func readLog(_ boot: BootID) throws(StorageError) {
-        tail = activityLog.durableTail
-        capacity = activityLog.capacity
         let regions = Geometry.regionCount(size: manifest.size)
         try activityLog.replay { (record) throws(StorageError) in
             let region =
@@ -108,14 +105,8 @@ package final class DamageSurvey {
             guard region < regions else { throw Self.hopeless(Self.stray(record)) }
             records[LayerRegion(record.layer, region), default: []].append(record)
         }
-        nextIndex = activityLog.nextIndex
         isLogWhole = activityLog.isComplete
-        guard activityLog.isGapless else { return }
-        let end = manifest.boot == boot ? nextIndex : min(activityLog.findCovered(), nextIndex)
-        damagedRecords = (tail..<max(tail, end)).filter { index in
-            let place = ActivityLog.ringOffset + Int(index % capacity) * LogRecord.size
-            return LogRecord(decoding: log, at: place)?.index != index
-        }
+        damagedRecords = activityLog.damagedRecords(isRebooted: manifest.boot != boot)
     }
     private static func stray(_ record: LogRecord) -> String {
         "activity.log: record \(record.index) is about no region of this volume"
@@ -198,7 +189,7 @@ package final class DamageSurvey {
         let logged = logged(layer, region)
         let older = valid.map { entries(of: $0, pair.memory) }
         // What was before the oldest record is in the page, or nothing was.
-        let isExact = isLogWhole && valid?.logIndex ?? 0 >= tail
+        let isExact = isLogWhole && valid?.logIndex ?? 0 >= activityLog.durableTail
         let below = try isHeldBelow(layer, region)
         let holes = try holes(layer, region)
         for block in 0..<blockCount(region) {

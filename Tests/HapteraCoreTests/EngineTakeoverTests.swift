@@ -82,18 +82,24 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(h.core.phase == .serving)
     }
 
+    /// The record knows of promises up to 6, and the replicas have given these.
+    private func afterPromises(_ promises: [UInt64], members: Int = 3) -> EngineHarness {
+        let h = EngineHarness(members: members)
+        h.stored.isClean = false
+        h.stored.epoch = Epoch(7)
+        h.stored.promised = Epoch(6)
+        for (fake, promise) in zip(h.fakes, promises) { fake.promise = Epoch(promise) }
+        h.reconnects = true
+        return h
+    }
+
     /// Seed 109371: the engine had asked an old copy for its promise, refused to go on with what
     /// the others were, and ended. The next one found the old copy alone, with a new promise.
     @Test func aMemberThatPromisedMoreThanItKnowsIsNotAskedAgain() {
         for others in [true, false] {
-            let h = EngineHarness()
-            h.stored.isClean = false
-            h.stored.epoch = Epoch(7)
-            h.stored.promised = Epoch(6)
-            for fake in h.fakes { (fake.promise, fake.isUp) = (Epoch(6), others) }
-            h.fakes[1].promise = Epoch(5)
+            let h = afterPromises([6, 5, 6])
+            for fake in h.fakes { fake.isUp = others }
             h.fakes[1].isUp = true
-            h.reconnects = true
             h.start()
             h.pass(milliseconds: 4000)
             // It is filled again if there is somebody to fill it from.
@@ -110,14 +116,8 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
     /// Seed 5811131: the promise that an engine before had asked for was durable only after the
     /// member had greeted.
     @Test func aPromiseGivenSinceTheGreetingCounts() {
-        let h = EngineHarness(members: 2)
-        h.stored.isClean = false
-        h.stored.epoch = Epoch(7)
-        h.stored.promised = Epoch(6)
-        h.fakes[0].promise = Epoch(5)
-        h.fakes[1].promise = Epoch(6)
+        let h = afterPromises([5, 6], members: 2)
         h.fakes[1].isUp = false
-        h.reconnects = true
         h.start()
         h.pass(milliseconds: 1000)
         #expect(h.core.phase == .hearing)
@@ -128,12 +128,7 @@ private func point(_ epoch: UInt64, _ sequence: UInt64) -> StablePoint {
         #expect(h.stored.inSync.contains(h.fakes[0].member))
     }
     @Test func theLastMemberIsAnOlderCopyOnlyIfTheLossIsAccepted() {
-        let h = EngineHarness(members: 1)
-        h.stored.isClean = false
-        h.stored.epoch = Epoch(7)
-        h.stored.promised = Epoch(6)
-        h.fakes[0].promise = Epoch(3)
-        h.reconnects = true
+        let h = afterPromises([3], members: 1)
         h.start()
         h.pass(milliseconds: 4000)
         #expect(h.core.isRefusing && h.core.phase == .installing)

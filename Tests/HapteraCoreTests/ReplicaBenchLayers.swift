@@ -29,6 +29,17 @@ extension ReplicaBench {
         guard let reply = reply(tag), reply.header.status == .ok else { return nil }
         return reply.data.isEmpty ? Self.zero(count) : reply.data
     }
+    /// The birth that a layer's region is told to have.
+    func birth(layer: UInt32 = 1, region: UInt64 = 0) throws -> UInt64 {
+        let tag = send(
+            .digest, epoch: core.promise.rawValue, offset: region * UInt64(Geometry.regionSize),
+            length: Geometry.regionSize, layer: layer)
+        try run()
+        return Self.birth(inDigest: try #require(reply(tag)?.table))
+    }
+    static func birth(inDigest table: [UInt8]) -> UInt64 {
+        table.prefix(8).reversed().reduce(0) { $0 << 8 | UInt64($1) }
+    }
     /// The next record, with that many layers if they are more than there are.
     func installNext(layers: Int = 0) throws {
         let tag = install(epoch: core.promise.rawValue + 1, layers: layers)

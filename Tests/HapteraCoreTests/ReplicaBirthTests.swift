@@ -30,18 +30,10 @@ import Testing
         try bench.run()
         let reply = try #require(bench.reply(tag).flatMap { InstallReply(decoding: $0.table) })
         bench.fault = nil
-        let told = try birth(bench)
+        let told = try bench.birth()
         try bench.reopen()
         _ = try bench.attach(epoch: bench.core.promise.rawValue + 1)
-        return (told, try birth(bench), !reply.activeRegions.isEmpty, isOver)
-    }
-    private func birth(_ bench: ReplicaBench) throws -> UInt64 {
-        let tag = bench.send(
-            .digest, epoch: bench.core.promise.rawValue, offset: 0, length: Geometry.regionSize,
-            layer: 1)
-        try bench.run()
-        let table = try #require(bench.reply(tag)?.table)
-        return table.prefix(8).reversed().reduce(0) { $0 << 8 | UInt64($1) }
+        return (told, try bench.birth(), !reply.activeRegions.isEmpty, isOver)
     }
 
     /// Told a later birth than the page has, an engine leaves the page as it is: the next one finds

@@ -219,7 +219,7 @@ package final class ActivityLog {
         LogRecord(decoding: memory, at: offset(index)).flatMap { $0.index == index ? $0 : nil }
     }
     /// Hands every record about a region that may still matter to `body`, in index order. A gap is
-    /// a record that was never made durable, or is damaged: see `firstGap`.
+    /// a record that was never made durable, or is damaged: see `damagedRecords`.
     package func replay(_ body: (LogRecord) throws(StorageError) -> Void) throws(StorageError) {
         for index in durableTail..<durableTail + capacity {
             guard let record = record(index) else { continue }
@@ -307,10 +307,15 @@ package final class ActivityLog {
     /// A covered record of all that was found when the log was opened is durable.
     package func foundIsCovered() { format = Self.formatVersion }
 
-    /// The first record that is missing though later ones are there: after a power cut it was never
-    /// durable, else it is damaged.
-    package var firstGap: UInt64? {
-        (durableTail..<nextIndex).first { record($0) == nil }
+    /// Records that are missing though later ones are there, and were durable: all that are, or
+    /// after a restart of the host those that a covered record speaks of. None in a log whose older
+    /// gaps nobody filled.
+    package func damagedRecords(isRebooted: Bool) -> [UInt64] {
+        guard isGapless else { return [] }
+        let missing = (durableTail..<nextIndex).filter { record($0) == nil }
+        guard isRebooted, !missing.isEmpty else { return missing }
+        let covered = findCovered()
+        return missing.filter { $0 < covered }
     }
     /// Whether every record that was ever stored is there: none is missing, and none was when a
     /// process before filled what was (`fillGaps`).

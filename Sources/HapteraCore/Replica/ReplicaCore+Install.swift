@@ -193,7 +193,6 @@ extension ReplicaCore {
 
     /// Regions in the log: what they were sent may have been sent in any epoch up to this one.
     private func restamp(_ epoch: Epoch) {
-        restampedTo = max(restampedTo, epoch)
         var frame = cache.oldestActive
         while frame >= 0 {
             if !isLeavingLog(frame) {

@@ -112,16 +112,16 @@ package struct OpenedReplica {
         throws(StorageError)
     {
         let isIgnored = mutations.contains(isRebooted ? .coveredRecordIsGap : .damagedRecordIsGap)
-        guard !isIgnored, log.isGapless, let gap = log.firstGap else { return }
-        guard isRebooted else {
-            throw StorageError(
-                .damaged,
-                "activity.log: record \(gap) is damaged, and with it what was written last; after "
-                    + "a restart of this host it may count as if it had never been written")
+        guard !isIgnored, let record = log.damagedRecords(isRebooted: isRebooted).first else {
+            return
         }
-        guard gap < log.findCovered() else { return }
+        let lost =
+            isRebooted
+            ? "flushed"
+            : "written last; after a restart of this host it may count as if it had never been "
+                + "written"
         throw StorageError(
-            .damaged, "activity.log: record \(gap) is damaged, and with it what was flushed")
+            .damaged, "activity.log: record \(record) is damaged, and with it what was \(lost)")
     }
 
     /// Returns the size it has.

@@ -290,7 +290,9 @@ extension ReplicaCore {
         upkeep.notBefore = now.adding(milliseconds: 1000)
         cache.frames[Int(frame)].isRenewing = false
         guard cache.frames[Int(frame)].state == .draining else { return }
-        cache.frames[Int(frame)].birth = max(cache.frames[Int(frame)].birth, restampedTo)
+        // An Install may have passed it by, see `isLeavingLog`.
+        cache.frames[Int(frame)].birth = max(
+            cache.frames[Int(frame)].birth, manifestProposal?.promise ?? promise)
         cache.frames[Int(frame)].state = state
         if state == .active { wake(frame) }
     }

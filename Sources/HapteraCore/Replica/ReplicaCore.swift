@@ -92,8 +92,6 @@ package final class ReplicaCore {
     var isMirroring = false
     var manifestPurpose = ManifestPurpose.install
     var isSettleWanted = false
-    /// To which epoch this process has raised the births of regions in the log.
-    var restampedTo = Epoch.zero
     /// What was promised before the last Install.
     var promiseBefore = Epoch.zero
     var connectionsMade: UInt64 = 0
