@@ -308,11 +308,15 @@ import Testing
         }
     }
 
+    enum Sector: CaseIterable { case ofTheOnlyCopy, besideOthers, ofADiskThatIsAway }
     /// A page of the table on a bad sector: nobody can tell what is in the region. Beside other
     /// copies the replica gives up, so as to be made anew, once a second attempt has failed later.
-    @Test(arguments: [false, true]) func aPageThatStaysUnreadableIsDamaged(isAlone: Bool) throws {
+    /// A disk that is away altogether may come back, with all of its copies.
+    @Test(arguments: Sector.allCases) func aPageThatStaysUnreadableIsDamaged(_ sector: Sector)
+        throws
+    {
         let bench = try ReplicaBench()
-        bench.isJoining = !isAlone
+        bench.isJoining = sector != .ofTheOnlyCopy
         _ = try bench.attach()
         bench.write(ReplicaBench.pattern(1), at: 0)
         try bench.run()
@@ -331,19 +335,25 @@ import Testing
         }
         for seconds in [0, 5, 20] as [UInt64] {
             bench.now = bench.now.adding(milliseconds: seconds * 1000)
+            if seconds > 0, sector != .ofADiskThatIsAway {
+                bench.write(
+                    ReplicaBench.pattern(2), at: UInt64(Geometry.regionSize), epoch: 2,
+                    sequence: seconds)
+                try bench.run()
+            }
             #expect(bench.failure == nil)
-            let status = try read(failing: true)
-            #expect(status == (seconds < 20 || isAlone ? .ioError : nil))
+            let isLost = seconds == 20 && sector == .besideOthers
+            #expect(try read(failing: true) == (isLost ? nil : .ioError))
         }
-        guard isAlone else {
+        if sector == .besideOthers {
             guard case .tableUnreadable(region: 0) = bench.failure else {
                 Issue.record("it ended with \(String(describing: bench.failure))")
                 return
             }
-            return
+        } else {
+            #expect(bench.failure == nil)
+            #expect(try read(failing: false) == .ok)
         }
-        #expect(bench.failure == nil)
-        #expect(try read(failing: false) == .ok)
     }
 
     /// What the disk cannot read is as good as damaged: it is repaired from another copy by writing

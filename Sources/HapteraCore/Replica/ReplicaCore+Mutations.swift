@@ -86,9 +86,9 @@ extension ReplicaCore {
     }
     private static let unreadablePagesMax = 64
     private static let pageRetrySeconds: UInt64 = 10
-    /// A page that could not be read before, and cannot be now, is as good as damaged: the replica
-    /// would leave for each request about it and be back at once, for ever. But of the only copy
-    /// all other regions can be read.
+    /// A page that could not be read before, and cannot be now, though the disk did its work in
+    /// between, is as good as damaged: the replica would leave for each request about it and be
+    /// back at once, for ever. But of the only copy all other regions can be read.
     private func isPageLost(_ frame: Int32) -> Bool {
         let found = cache.frames[Int(frame)]
         let page = LayerRegion(found.layer, found.region)
@@ -97,7 +97,8 @@ extension ReplicaCore {
             return false
         }
         let others = manifest.installed?.inSync.contains { $0 != identity.member } ?? false
-        return others && now >= first.adding(milliseconds: Self.pageRetrySeconds * 1000)
+        return others && diskWorkedAt > first
+            && now >= first.adding(milliseconds: Self.pageRetrySeconds * 1000)
     }
 
     func resumeMutation(_ slot: Int32) {

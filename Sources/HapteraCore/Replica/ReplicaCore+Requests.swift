@@ -416,6 +416,7 @@ extension ReplicaCore {
         operations[id].next = freeOperation
         freeOperation = Int32(id)
         freeOperationCount += 1
+        if result > 0, !unreadablePages.isEmpty { diskWorkedAt = now }
         switch ended.kind {
         case .free: break
         case .dataWrite: dataWritten(ended.index, result)

@@ -128,6 +128,8 @@ package final class ReplicaCore {
 
     /// Pages that could not be read, and when the first time.
     var unreadablePages: [LayerRegion: Instant] = [:]
+    /// When something was read or written last, if there are any.
+    var diskWorkedAt = Instant.zero
 
     // Upkeep.
     var upkeep = Upkeep()
