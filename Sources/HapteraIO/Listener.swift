@@ -22,10 +22,20 @@ package final class Listener: CompletionHandler {
     package static func waiting(
         reactor: Reactor, address: SocketAddress, onAccept: @escaping (Int32) -> Void
     ) throws(IOError) -> Listener {
+        try whileTaken { () throws(IOError) in
+            try Listener(reactor: reactor, address: address, onAccept: onAccept)
+        }
+    }
+
+    /// Tries to listen until it succeeds, as long as all that fails is that the address is taken;
+    /// blocks for up to `takenMilliseconds`.
+    package static func whileTaken<Result>(
+        _ listen: () throws(IOError) -> Result
+    ) throws(IOError) -> Result {
         let end = Clock.monotonic().adding(milliseconds: takenMilliseconds)
         while true {
             do throws(IOError) {
-                return try Listener(reactor: reactor, address: address, onAccept: onAccept)
+                return try listen()
             } catch {
                 guard error.errno == EADDRINUSE, Clock.monotonic() < end else { throw error }
             }

@@ -107,7 +107,9 @@ package enum StandaloneServer {
             server.stop { reactor.stop() }
         }
         for address in options.addresses {
-            let bound = try server.listen(on: address)
+            let bound = try Listener.whileTaken { () throws(IOError) in
+                try server.listen(on: address)
+            }
             Log.info("serving", ("export", options.exportName), ("address", bound.text))
         }
         reactor.run()
