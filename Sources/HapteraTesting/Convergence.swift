@@ -50,6 +50,13 @@ extension World {
         for host in hosts {
             if host.pausedUntil > 0 { resume(host) }
             host.disk.trouble = DiskTrouble()
+            // Else one that began to stall before goes on beyond a removal deadline, and a volume's
+            // only replica is gone while the client detaches (seed 5903512).
+            for id in host.disk.idsInFlight {
+                timeline.schedule(
+                    after: milliseconds(1),
+                    .disk(replica: host.index, process: host.process, operation: id))
+            }
             if host.core == nil {
                 timeline.schedule(after: milliseconds(1), .startReplica(host.index))
             }

@@ -98,6 +98,7 @@ final class SimulatedDisk: ReplicaStorage {
 
     /// Operations submitted and not ended; a new process waits until there are none.
     var operationsInFlight: Int { operations.count }
+    var idsInFlight: [UInt64] { operations.map(\.id) }
     /// Writes to layers' data under way.
     var dataWritesInFlight: Int {
         operations.count {
