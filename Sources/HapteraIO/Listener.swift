@@ -66,10 +66,11 @@ package final class Listener: CompletionHandler {
         guard fd >= 0 else { return }
         reactor.unregister(id)
         if pollOperation != .none { reactor.cancel(pollOperation, fd: fd) }
-        reactor.closeDescriptor(fd)
-        fd = -1
+        // Before the socket: a closed one's file is stale, and may be another process's by now.
         // SAFETY: the string outlives the call.
         if case .unix(let path) = address { _ = unsafe unlink(path) }
+        reactor.closeDescriptor(fd)
+        fd = -1
     }
 
     package func completed(token: UInt64, result: Int) {
