@@ -1,3 +1,4 @@
+import Glibc
 import HapteraCore
 
 /// What of a copy is damaged in a way that it can go on with: pages of block tables, and records of
@@ -27,7 +28,7 @@ package final class DamageSurvey {
         var layer: LayerID
         var region: UInt64
         var damage: String
-        /// Both slots, as they are.
+        /// Both slots, as they are; one that the disk does not give is `unreadable`.
         var slots: [UInt8]
         /// The newer valid slot's; nil: there is none.
         var valid: TablePage?
@@ -54,10 +55,20 @@ package final class DamageSurvey {
     private let lowerPair = MemoryBlock(count: TablePage.pairSize)
     private let block = MemoryBlock(count: Geometry.blockSize)
     private static let pairsAtOnce = 128
+    /// Tests': what of a file the disk does not give, by offset and length.
+    typealias BadSectors = (ReplicaFile, UInt64, Int) -> Bool
+    private let isBad: BadSectors
+    /// In the place of a slot that cannot be read: no slot, and not one that was never written.
+    static let unreadable: UInt8 = 0xff
+    private var unreadableRegions: Set<LayerRegion> = []
 
     /// `boot`: the host's, as a process that served the copy now would go by it.
-    package init(_ storage: DirectoryStorage, boot: BootID) throws(StorageError) {
+    init(
+        _ storage: DirectoryStorage, boot: BootID,
+        isBad: @escaping BadSectors = { _, _, _ in false }
+    ) throws(StorageError) {
         self.storage = storage
+        self.isBad = isBad
         switch try ReplicaCore.loadManifest(storage) {
         case .manifest(let found): manifest = found
         case .neverWritten: throw StorageError(.notFound, "no replica here")
@@ -126,7 +137,7 @@ package final class DamageSurvey {
             while first < end {
                 let count = Int(min(end - first, UInt64(Self.pairsAtOnce)))
                 let memory = pieces.memory.slice(0, count * TablePage.pairSize)
-                try read(.table(layer), first * size, memory)
+                try readTable(layer, first, memory)
                 for place in 0..<count {
                     let pair = memory.slice(place * TablePage.pairSize, TablePage.pairSize)
                     let region = first + UInt64(place)
@@ -139,7 +150,7 @@ package final class DamageSurvey {
         }
         // Without any space in the table, and yet the log knows that there was a page.
         for key in records.keys where key.layer == layer && !damaged.contains(key.region) {
-            try read(.table(layer), TablePage.pairOffset(region: key.region), pair.memory)
+            try readTable(layer, key.region, pair.memory)
             if damage(layer, key.region, pair.memory) != nil { damaged.insert(key.region) }
         }
         for region in damaged.sorted() { try plan(layer, region) }
@@ -149,13 +160,45 @@ package final class DamageSurvey {
     private func read(_ file: ReplicaFile, _ offset: UInt64, _ memory: RawMemory)
         throws(StorageError)
     {
+        guard !isBad(file, offset, memory.count) else {
+            throw StorageError(.io(errno: EIO), "\(file): bad sector")
+        }
         let count = try storage.read(file, offset: offset, into: memory)
         memory.slice(count, memory.count - count).fill()
+    }
+    /// Pairs of slots, from that region's on. What a disk does not give is lost as what has rotted
+    /// is, and the copy can go on without it; written again, a disk puts it somewhere else.
+    private func readTable(_ layer: LayerID, _ region: UInt64, _ memory: RawMemory)
+        throws(StorageError)
+    {
+        let start = TablePage.pairOffset(region: region)
+        if try isRead(.table(layer), start, memory) { return }
+        for offset in stride(from: 0, to: memory.count, by: TablePage.size) {
+            let slot = memory.slice(offset, TablePage.size)
+            if try isRead(.table(layer), start + UInt64(offset), slot) { continue }
+            slot.fill(Self.unreadable)
+            let place = region + UInt64(offset / TablePage.pairSize)
+            unreadableRegions.insert(LayerRegion(layer, place))
+        }
+    }
+    private func isRead(_ file: ReplicaFile, _ offset: UInt64, _ memory: RawMemory)
+        throws(StorageError) -> Bool
+    {
+        do throws(StorageError) {
+            try read(file, offset, memory)
+            return true
+        } catch {
+            guard case .io = error.code else { throw error }
+            return false
+        }
     }
 
     /// As opening the copy, or loading the page, would find it; nil: it is as it must be.
     private func damage(_ layer: LayerID, _ region: UInt64, _ pair: RawMemory) -> String? {
         let (valid, isWhole) = Self.valid(layer, region, pair)
+        if unreadableRegions.contains(LayerRegion(layer, region)) {
+            return valid == nil ? "it cannot be read" : "one slot cannot be read"
+        }
         if valid == nil, !isWhole { return "both slots are damaged" }
         var isActive = false
         for record in records[LayerRegion(layer, region)] ?? []
@@ -180,7 +223,7 @@ package final class DamageSurvey {
     // MARK: blocks
 
     private func plan(_ layer: LayerID, _ region: UInt64) throws(StorageError) {
-        try read(.table(layer), TablePage.pairOffset(region: region), pair.memory)
+        try readTable(layer, region, pair.memory)
         guard let damage = damage(layer, region, pair.memory) else { return }
         let (valid, _) = Self.valid(layer, region, pair.memory)
         var page = Page(
@@ -260,7 +303,7 @@ package final class DamageSurvey {
                 entries = page.entries
             } else {
                 let memory = lowerPair.memory
-                try read(.table(lower), TablePage.pairOffset(region: region), memory)
+                try readTable(lower, region, memory)
                 let (valid, _) = Self.valid(lower, region, memory)
                 entries =
                     valid.map { self.entries(of: $0, memory) }
@@ -295,12 +338,7 @@ package final class DamageSurvey {
         -> UInt32?
     {
         let offset = region * UInt64(Geometry.regionSize) + UInt64(number * Geometry.blockSize)
-        do throws(StorageError) {
-            try read(.data(layer), offset, block.memory)
-        } catch {
-            guard case .io = error.code else { throw error }
-            return nil
-        }
+        guard try isRead(.data(layer), offset, block.memory) else { return nil }
         return CRC32C.checksum(block.memory)
     }
 
