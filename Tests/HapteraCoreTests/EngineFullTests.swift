@@ -59,6 +59,54 @@ import Testing
         #expect((h.fakes[2].lowestEntry(0) == h.fakes[0].lowestEntry(0)) == rule.isEmpty)
     }
 
+    /// What is damaged everywhere stays so: only what the write may have left half done is kept.
+    @Test(arguments: [false, true])
+    func aWriteWithoutSpaceMakesNoDamageGoodBesideIt(isEnded: Bool) {
+        let h = EngineHarness(replicas: 1)
+        if isEnded { h.core.set(ioTimeoutMilliseconds: 2000) }
+        let fake = h.fakes[0]
+        fake.verifies = true
+        h.start()
+        for index in 0..<4 as Range<UInt64> { h.write(index * 4096, block(UInt8(10 + index))) }
+        fake.errors = full
+        // The write covers the first two; of the first it has left something.
+        fake.blocks[0] = (fake.entry(0), block(0xEE))
+        fake.blocks[3] = (fake.entry(3), block(0xDD))
+        let write = h.write(0, block(20) + block(21))
+        h.pass(milliseconds: 1500)
+        if isEnded { h.pass(milliseconds: 800) }
+        fake.errors = [:]
+        h.pass(milliseconds: 1500)
+        #expect(h.results[write] == (isEnded ? .noSpace : .ok))
+        let first = h.read(0, 3 * 4096)
+        let others = isEnded ? block(0xEE) + block(11) : block(20) + block(21)
+        #expect(h.reads[first] == others + block(12))
+        let lost = h.read(3 * 4096, 4096)
+        h.pass(milliseconds: 2000)
+        #expect(h.results[lost] == .ioError)
+        #expect(fake.entry(3).checksum == checksum(of: block(13)))
+        #expect(h.core.unresolvedCount == 0)
+    }
+
+    /// Nor beneath it, though the region was about to be repaired in every layer.
+    @Test func aWriteWithoutSpaceMakesNoDamageGoodBeneathIt() {
+        let h = EngineHarness.layered(members: 1)
+        let (fake, lower) = (h.fakes[0], LayerID(rawValue: 1))
+        fake.verifies = true
+        fake.put(0, block(10), in: lower)
+        for other in h.fakes.dropFirst() { other.isUp = false }
+        h.start()
+        h.core.addUnresolved(0, LayerID(rawValue: 3), 0..<1)
+        h.core.suspect(0, lower)
+        fake.layers[lower]?[0]?.data = block(0xDD)
+        h.pass(milliseconds: 1500)
+        #expect(h.core.unresolvedCount == 0)
+        #expect(fake.layers[lower]?[0]?.entry.checksum == checksum(of: block(10)))
+        h.core.addUnresolved(0, lower, 0..<1)
+        h.pass(milliseconds: 1500)
+        #expect(fake.layers[lower]?[0]?.entry.checksum == checksum(of: block(0xDD)))
+    }
+
     @Test func fullOnOneMemberRemovesItAndFillsItAgainEverMoreRarely() {
         let h = EngineHarness()
         h.start()

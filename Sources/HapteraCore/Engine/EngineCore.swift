@@ -134,7 +134,7 @@ package final class EngineCore {
     var lostReads: [BlocksOfLayer: Instant] = [:]
     package internal(set) var blocksRepaired: UInt64 = 0
     /// Those of `unresolved` in which a write ended with an error.
-    var erroredRegions: Set<UInt64> = []
+    var erroredRegions: [UInt64: ErroredBlocks] = [:]
     /// Regions that requests wait for: resolved first.
     let urgentRegions = ValueQueue<UInt64>(capacity: urgentRegionsMax)
     static let urgentRegionsMax = 4096

@@ -35,8 +35,11 @@ extension EngineCore {
     /// equal before anyone, the write itself included, touches it again.
     private func markUnequal(_ index: Int) {
         guard !mutations.contains(.erroredWriteNotResolved) else { return }
+        let first = slots[index].firstBlock
+        let start = Int(first % UInt64(Geometry.blocksPerRegion))
         addUnresolved(
-            slots[index].firstBlock / UInt64(Geometry.blocksPerRegion), slots[index].layer)
+            first / UInt64(Geometry.blocksPerRegion), slots[index].layer,
+            start..<start + Int(slots[index].endBlock - first))
     }
     private func holdForSpace(_ index: Int) {
         if slots[index].fullSince == .zero { slots[index].fullSince = now }

@@ -359,6 +359,11 @@ extension EngineCore {
         guard let source = sourceOfBlock(job, block) else {
             // Nobody's copy is intact. Resolution keeps a steady member's bytes; a copy must not.
             if jobs[job].kind == .repair { return Job.Run() }
+            if jobs[job].kind == .resolve, let errored = erroredRegions[jobs[job].region],
+                !errored.mayBeTorn(jobs[job].layer, block)
+            {
+                return Job.Run()
+            }
             if jobs[job].kind == .scrub, !mutations.contains(.scrubTrustsFirst) {
                 return Job.Run()
             }

@@ -210,7 +210,7 @@ extension EngineCore {
         // Not their other layers: what is frozen would stay in the logs for as long as there are
         // writes to the head (seed 200142).
         var regions: Set<LayerRegion> = []
-        for region in erroredRegions {
+        for region in erroredRegions.keys {
             for layer in suspectLayers[region] ?? [head] {
                 regions.insert(LayerRegion(layer, region))
             }

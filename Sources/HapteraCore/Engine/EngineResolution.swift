@@ -1,6 +1,20 @@
 // Regions in which members may differ: after a takeover, after a write that ended differently on
 // them, after a read that found a damaged block. Who resolves them is in EngineJobs.
 
+/// What writes that ended with an error may have left half done in a region. All else that no copy
+/// has intact is damage: it is not made good by calling it what was written.
+struct ErroredBlocks {
+    private var blocks = BlockSet()
+    private var lowest = LayerID.max
+
+    mutating func add(_ layer: LayerID, _ added: Range<Int>) {
+        for block in added { blocks[block] = true }
+        lowest = min(lowest, layer)
+    }
+    /// Perhaps in the layer's heir, if that was deleted since.
+    func mayBeTorn(_ layer: LayerID, _ block: Int) -> Bool { layer >= lowest && blocks[block] }
+}
+
 extension EngineCore {
     /// T3: what the members' activity logs name.
     func collectUnresolved(_ record: VolumeRecord) {
@@ -30,26 +44,29 @@ extension EngineCore {
         unresolved = []
         suspectLayers = [:]
         damagedRegions = []
-        erroredRegions = []
+        erroredRegions = [:]
         isResolving = false
     }
 
-    /// A write to this layer failed on every member and may be applied differently: the region is
-    /// made equal before anyone touches it again.
-    func addUnresolved(_ region: UInt64, _ layer: LayerID) {
+    /// A write of these blocks to this layer failed on every member and may be applied differently:
+    /// the region is made equal before anyone touches it again.
+    func addUnresolved(_ region: UInt64, _ layer: LayerID, _ blocks: Range<Int>) {
         // The head too: where the write goes when it is sent the next time.
         suspect(region, layer)
         suspect(region, head)
         if damagedRegions.remove(region) != nil {
             // The damage may be in any layer.
             suspectLayers[region] = record?.layers
-            erroredRegions.insert(region)
+            erroredRegions[region] = ErroredBlocks()
             for job in 0..<jobsMax where jobs[job].kind == .repair {
                 if jobs[job].region == region { jobs[job].kind = .resolve }
             }
         }
-        guard unresolved.insert(region).inserted else { return }
-        erroredRegions.insert(region)
+        let isNew = unresolved.insert(region).inserted
+        if isNew { erroredRegions[region] = ErroredBlocks() }
+        // (Of one that a takeover has found active, anything may be half done.)
+        erroredRegions[region]?.add(layer, blocks)
+        guard isNew else { return }
         unresolvedQueue.append(region)
         isResolving = true
     }
@@ -83,7 +100,7 @@ extension EngineCore {
     func regionResolved(_ region: UInt64, blocks: UInt64) {
         unresolved.remove(region)
         suspectLayers[region] = nil
-        erroredRegions.remove(region)
+        erroredRegions[region] = nil
         regionsResolved += 1
         blocksResolved += blocks
         guard unresolved.isEmpty else { return }
