@@ -96,6 +96,10 @@ struct MergeState {
     var needsRoom = false
     /// Whether layers are empty is asked once a tick.
     var isRemovalDue = false
+    /// Regions of which something could not be read: until that can be, or is written over, they
+    /// are answered for as if they were stuck.
+    var unreadable: Set<UInt64> = []
+    static let unreadableMax = 1024
     /// A merge failed for want of space: not again in the background before this.
     var notBefore = Instant.zero
     /// By region: counts the layers that were emptied of it.

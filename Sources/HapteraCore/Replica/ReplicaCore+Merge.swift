@@ -13,7 +13,7 @@
 // 6. X's space is given back once its region has drained, which it does at once: so much space,
 //    and no more, is taken twice (`owedBlocksMax`)
 // A block goes over as it is, entry and bytes: one that is damaged stays known to be. One that
-// cannot be read stays where it is, and its region with it.
+// cannot be read stays where it is, and its region with it: who asks is answered from both.
 //
 // Downwards (`LayerChain.isDown`), when Y is the smaller one and nobody writes to it: X and Y
 // change places, and all that Y holds is moved, over what it hides of X. A crash in step 2 leaves
@@ -319,7 +319,7 @@ extension ReplicaCore {
     func mergeRead(_ job: Int, _ result: Int) {
         let run = mergeJobs[job].run
         // What the disk does not give now it may give later: nothing is given up (seed 500543).
-        guard result == length(run) else { return fail(job, .ioError) }
+        guard result == length(run) else { return readFailed(job) }
         let token = startOperation(.mergeWrite, index: Int32(job))
         actions.append(
             .write(
@@ -458,8 +458,7 @@ extension ReplicaCore {
     /// Nothing of the region is left in this layer: on to the next one below.
     private func emptied(_ job: Int) {
         let region = mergeJobs[job].region
-        merge.regionsMerged += 1
-        merge.serials[Int(region % 256)] &+= 1
+        countMerged(region)
         chain.willHold(mergeJobs[job].to, region)  // if only for its birth
         if mergeJobs[job].isDown {
             chain.markAbsorbed(mergeJobs[job].heir, region)
@@ -486,7 +485,7 @@ extension ReplicaCore {
         mergeJobs[job].stage = .free
         retryAwaitingMerge()
     }
-    private func fail(_ job: Int, _ status: FrameStatus) {
+    func fail(_ job: Int, _ status: FrameStatus) {
         if mergeJobs[job].stage == .copying { abandonCopies(job) }
         letGo(job)
         mergeJobs[job].stage = .free

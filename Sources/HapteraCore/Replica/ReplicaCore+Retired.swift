@@ -23,7 +23,8 @@ extension ReplicaCore {
         // A client's write, too, that was sent before its layer was frozen, and comes again.
         if !isLeaving(place) {
             guard isOwn, let lower = chain.unmerged(under: place, requests[Int(slot)].region),
-                !chain.isStuck(lower), isMutation(header.kind) || !chain.isFoldDue(place)
+                !chain.isStuck(lower), !mayPassUnreadable(slot),
+                isMutation(header.kind) || !chain.isFoldDue(place)
             else { return false }
         }
         guard currentInstall < 0, shutdown == .none else {
@@ -55,11 +56,34 @@ extension ReplicaCore {
         merge.waiting = SlotQueue()
         while let slot = pop(&waiting) {
             if requests[Int(slot)].region == region {
-                refuse(slot, status)
+                if mayPassUnreadable(slot) { resume(slot) } else { refuse(slot, status) }
             } else {
                 push(slot, &merge.waiting)
             }
         }
+    }
+
+    // MARK: what cannot be read
+
+    func readFailed(_ job: Int) {
+        if merge.unreadable.count < MergeState.unreadableMax {
+            merge.unreadable.insert(mergeJobs[job].region)
+        }
+        fail(job, .ioError)
+    }
+    func countMerged(_ region: UInt64) {
+        merge.regionsMerged += 1
+        merge.serials[Int(region % 256)] &+= 1
+        merge.unreadable.remove(region)
+    }
+    /// Something of the region cannot be read, and the request does not need it to be merged: one
+    /// bad sector must not cost the copy its other blocks, nor the replica its membership. Only
+    /// what would show what is below has to wait.
+    private func mayPassUnreadable(_ slot: Int32) -> Bool {
+        let header = requests[Int(slot)].header
+        let isReveal =
+            header.kind == .setState && header.auxiliary == UInt64(BlockState.absent.rawValue)
+        return !isReveal && merge.unreadable.contains(requests[Int(slot)].region)
     }
 
     // MARK: space that is taken twice

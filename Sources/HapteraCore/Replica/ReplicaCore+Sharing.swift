@@ -118,16 +118,16 @@ extension ReplicaCore {
 
     /// What the request is about cannot be merged: it is answered from the fold.
     func isFolded(_ slot: Int32) -> Bool {
-        guard chain.sharedCount + chain.downCount > 0 || chain.staying != nil,
+        let region = requests[Int(slot)].region
+        let isUnreadable = merge.unreadable.contains(region)
+        guard chain.sharedCount + chain.downCount > 0 || chain.staying != nil || isUnreadable,
             let place = chain.place(named: requests[Int(slot)].header.layer),
             !options.mutations.contains(.foldIgnored)
         else { return false }
         // Also where there is nothing under it yet: what is in it may go there any moment.
         if chain.isDown(under: place) { return true }
-        guard let lower = chain.unmerged(under: place, requests[Int(slot)].region) else {
-            return false
-        }
-        if chain.isStuck(lower) { return true }
+        guard let lower = chain.unmerged(under: place, region) else { return false }
+        if chain.isStuck(lower) || isUnreadable { return true }
         return place == chain.count - 1 && chain.staying != nil
             && !options.mutations.contains(.unmergedIsAnswered)
     }
