@@ -96,6 +96,65 @@ import Testing
         try check(bench, view, files: [1, 2])
     }
 
+    /// Places in the chain change while blocks are read for the engine: those that cannot be read
+    /// at once are not looked for in the old ones.
+    @Test func aLayerLeavesWhileWhatCannotBeReadIsReadAgain() throws {
+        var options = ReplicaBench.options()
+        options.stayingBlocksMin = 0
+        let bench = try ReplicaBench(options: options)
+        _ = try bench.attach()
+        var view = ReplicaBench.pattern(10, blocks: 200)
+        bench.write(view, at: 0)
+        try bench.run()
+        try bench.installNext(layers: 2)
+        try put(ReplicaBench.pattern(300), 5, bench, &view, sequence: 3)
+        try bench.installNext(layers: 3)
+        try put(ReplicaBench.pattern(400, blocks: 4), 10, bench, &view, sequence: 4)
+        bench.deleted = [1, 2]
+        try bench.installNext()
+        func isManifest(_ action: ReplicaAction) -> Bool {
+            switch action {
+            case .write(.manifest, _, _, _, _, _), .sync(.manifest, _): true
+            default: false
+            }
+        }
+        for round in 0..<60 as Range<UInt64> where bench.pending.isEmpty {
+            try bench.flush(500 + round)
+            bench.now = bench.now.adding(milliseconds: 20_000)
+            bench.step(.tick)
+            if !bench.pending.contains(where: isManifest) { try bench.run() }
+        }
+        #expect(bench.core.layerFiles.map(\.rawValue) == [1, 2, 3])
+        let tag = bench.send(
+            .digest, epoch: bench.core.promise.rawValue, length: Geometry.regionSize,
+            flags: FrameFlags.resync, layer: 3)
+        for _ in 0..<2 {
+            let next = try #require(bench.pending.firstIndex(where: isManifest))
+            bench.pending.insert(bench.pending.remove(at: next), at: 0)
+            try bench.performOne()
+        }
+        #expect(bench.core.layerFiles.map(\.rawValue) == [1, 3])
+        bench.fault = { action in
+            if case .read(.data, _, let length, _, _, _) = action, length > 4096 { -5 } else { nil }
+        }
+        try bench.run()
+        let table = try #require(bench.reply(tag)?.table)
+        let memory = MemoryBlock(count: RegionDigest.size)
+        memory.memory.copy(from: table)
+        for index in 0..<200 {
+            let found = try #require(RegionDigest.decode(index: index, from: memory.memory))
+            let bytes = [UInt8](view[index * block..<(index + 1) * block])
+            #expect(!found.isDoubtful && found.entry.checksum == checksum(of: bytes))
+        }
+        bench.fault = nil
+        try bench.settle()
+        try check(bench, view, upTo: 200)
+    }
+    private func check(_ bench: ReplicaBench, _ view: [UInt8], upTo count: Int) throws {
+        #expect(try bench.read(0, count) == view)
+        #expect(bench.pool.inUse == 0 && bench.failure == nil)
+    }
+
     /// One of a few blocks goes up to the head, whose own are fewer still.
     @Test func whatIsLittleGoesUp() throws {
         var view: [UInt8] = []

@@ -125,7 +125,11 @@ extension ReplicaCore {
             requests[index].dataResult = -1
             let first = Int(operation.region)
             let blocks = first..<first + operation.length / Geometry.blockSize
-            if requests[index].header.kind == .digest, blocks.count > 1, hasOperationForRequests {
+            // Places are not what they were when a layer has gone: it begins again anyway.
+            let isCurrent = requests[index].serial == chainSerial(requests[index].region)
+            if requests[index].header.kind == .digest, blocks.count > 1, isCurrent,
+                hasOperationForRequests
+            {
                 readOneByOne(slot, blocks)
             } else {
                 for block in blocks { requests[index].unreadable[block] = true }
