@@ -1,4 +1,3 @@
-import Glibc
 import HapteraCore
 
 /// What of a copy is damaged in a way that it can go on with: pages of block tables, and records of
@@ -11,6 +10,9 @@ import HapteraCore
 ///    file agrees: data that matches its checksum, or nothing where it says that nothing is
 /// 3. a hole in the data file with nothing in any lower layer: it reads zero, whatever it was
 /// All other blocks cannot be told from rot, and are called damaged.
+///
+/// A slot that cannot be read is damaged, also of an active region: no write of a page was cut
+/// there, so it may be the newer one.
 package final class DamageSurvey {
     /// What becomes of a block.
     enum Fate: Equatable {
@@ -28,7 +30,7 @@ package final class DamageSurvey {
         var layer: LayerID
         var region: UInt64
         var damage: String
-        /// Both slots, as they are; one that the disk does not give is `unreadable`.
+        /// Both slots, as they are.
         var slots: [UInt8]
         /// The newer valid slot's; nil: there is none.
         var valid: TablePage?
@@ -55,20 +57,12 @@ package final class DamageSurvey {
     private let lowerPair = MemoryBlock(count: TablePage.pairSize)
     private let block = MemoryBlock(count: Geometry.blockSize)
     private static let pairsAtOnce = 128
-    /// Tests': what of a file the disk does not give, by offset and length.
-    typealias BadSectors = (ReplicaFile, UInt64, Int) -> Bool
-    private let isBad: BadSectors
-    /// In the place of a slot that cannot be read: no slot, and not one that was never written.
-    static let unreadable: UInt8 = 0xff
-    private var unreadableRegions: Set<LayerRegion> = []
+    /// Regions with a slot that cannot be read.
+    private var unreadable: Set<LayerRegion> = []
 
     /// `boot`: the host's, as a process that served the copy now would go by it.
-    init(
-        _ storage: DirectoryStorage, boot: BootID,
-        isBad: @escaping BadSectors = { _, _, _ in false }
-    ) throws(StorageError) {
+    package init(_ storage: DirectoryStorage, boot: BootID) throws(StorageError) {
         self.storage = storage
-        self.isBad = isBad
         switch try ReplicaCore.loadManifest(storage) {
         case .manifest(let found): manifest = found
         case .neverWritten: throw StorageError(.notFound, "no replica here")
@@ -137,7 +131,7 @@ package final class DamageSurvey {
             while first < end {
                 let count = Int(min(end - first, UInt64(Self.pairsAtOnce)))
                 let memory = pieces.memory.slice(0, count * TablePage.pairSize)
-                try readTable(layer, first, memory)
+                try readPairs(layer, first, memory)
                 for place in 0..<count {
                     let pair = memory.slice(place * TablePage.pairSize, TablePage.pairSize)
                     let region = first + UInt64(place)
@@ -150,7 +144,7 @@ package final class DamageSurvey {
         }
         // Without any space in the table, and yet the log knows that there was a page.
         for key in records.keys where key.layer == layer && !damaged.contains(key.region) {
-            try readTable(layer, key.region, pair.memory)
+            try readPairs(layer, key.region, pair.memory)
             if damage(layer, key.region, pair.memory) != nil { damaged.insert(key.region) }
         }
         for region in damaged.sorted() { try plan(layer, region) }
@@ -160,25 +154,23 @@ package final class DamageSurvey {
     private func read(_ file: ReplicaFile, _ offset: UInt64, _ memory: RawMemory)
         throws(StorageError)
     {
-        guard !isBad(file, offset, memory.count) else {
-            throw StorageError(.io(errno: EIO), "\(file): bad sector")
-        }
         let count = try storage.read(file, offset: offset, into: memory)
         memory.slice(count, memory.count - count).fill()
     }
-    /// Pairs of slots, from that region's on. What a disk does not give is lost as what has rotted
-    /// is, and the copy can go on without it; written again, a disk puts it somewhere else.
-    private func readTable(_ layer: LayerID, _ region: UInt64, _ memory: RawMemory)
+
+    /// Table pages from that region on. Slots that cannot be read are noted, and filled with what
+    /// no page is.
+    private func readPairs(_ layer: LayerID, _ first: UInt64, _ memory: RawMemory)
         throws(StorageError)
     {
-        let start = TablePage.pairOffset(region: region)
+        let start = TablePage.pairOffset(region: first)
         if try isRead(.table(layer), start, memory) { return }
-        for offset in stride(from: 0, to: memory.count, by: TablePage.size) {
-            let slot = memory.slice(offset, TablePage.size)
-            if try isRead(.table(layer), start + UInt64(offset), slot) { continue }
-            slot.fill(Self.unreadable)
-            let place = region + UInt64(offset / TablePage.pairSize)
-            unreadableRegions.insert(LayerRegion(layer, place))
+        for at in stride(from: 0, to: memory.count, by: TablePage.size) {
+            let slot = memory.slice(at, TablePage.size)
+            if try isRead(.table(layer), start + UInt64(at), slot) { continue }
+            for place in 0..<slot.count { slot[place] = 0xff }
+            let region = first + UInt64(at / TablePage.pairSize)
+            unreadable.insert(LayerRegion(layer, region))
         }
     }
     private func isRead(_ file: ReplicaFile, _ offset: UInt64, _ memory: RawMemory)
@@ -196,7 +188,7 @@ package final class DamageSurvey {
     /// As opening the copy, or loading the page, would find it; nil: it is as it must be.
     private func damage(_ layer: LayerID, _ region: UInt64, _ pair: RawMemory) -> String? {
         let (valid, isWhole) = Self.valid(layer, region, pair)
-        if unreadableRegions.contains(LayerRegion(layer, region)) {
+        if unreadable.contains(LayerRegion(layer, region)) {
             return valid == nil ? "it cannot be read" : "one slot cannot be read"
         }
         if valid == nil, !isWhole { return "both slots are damaged" }
@@ -223,7 +215,7 @@ package final class DamageSurvey {
     // MARK: blocks
 
     private func plan(_ layer: LayerID, _ region: UInt64) throws(StorageError) {
-        try readTable(layer, region, pair.memory)
+        try readPairs(layer, region, pair.memory)
         guard let damage = damage(layer, region, pair.memory) else { return }
         let (valid, _) = Self.valid(layer, region, pair.memory)
         var page = Page(
@@ -303,7 +295,7 @@ package final class DamageSurvey {
                 entries = page.entries
             } else {
                 let memory = lowerPair.memory
-                try readTable(lower, region, memory)
+                try readPairs(lower, region, memory)
                 let (valid, _) = Self.valid(lower, region, memory)
                 entries =
                     valid.map { self.entries(of: $0, memory) }
@@ -338,8 +330,8 @@ package final class DamageSurvey {
         -> UInt32?
     {
         let offset = region * UInt64(Geometry.regionSize) + UInt64(number * Geometry.blockSize)
-        guard try isRead(.data(layer), offset, block.memory) else { return nil }
-        return CRC32C.checksum(block.memory)
+        return try isRead(.data(layer), offset, block.memory)
+            ? CRC32C.checksum(block.memory) : nil
     }
 
     /// Layers with damaged pages that clones' copies have as well: nobody changes them.

@@ -52,6 +52,8 @@ package final class DirectoryStorage: ReplicaStorage {
     var openedHook: ((ReplicaFile) -> Void)?
     /// For tests: the error number a file's next syncs end with.
     var syncFault: ((ReplicaFile) -> Int32?)?
+    /// For tests: the error number that reads of these bytes end with.
+    var readFault: ((ReplicaFile, Range<UInt64>) -> Int32?)?
 
     package init(directory: String, mode: Mode) {
         self.directory = directory
@@ -186,6 +188,10 @@ package final class DirectoryStorage: ReplicaStorage {
         throws(StorageError) -> Int
     {
         let fd = try descriptor(file)
+        if let number = readFault?(file, offset..<offset + UInt64(memory.count)) {
+            errno = number
+            throw failure("read", file)
+        }
         var done = 0
         while done < memory.count {
             let rest = memory.slice(done, memory.count - done)

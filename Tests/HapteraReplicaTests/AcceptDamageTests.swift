@@ -139,39 +139,6 @@ import Testing
         #expect(try accept(directory.path) == "nothing is damaged\n")
     }
 
-    /// A bad sector of the table is lost like rot: so far the tool ended with the disk's error, and
-    /// the last copy had no way on.
-    @Test(arguments: [[0], [1], [0, 1]]) func aSlotThatCannotBeReadIsLost(slots: [Int]) throws {
-        let directory = try TestDirectory()
-        try make(directory.path)
-        let before = try contents("\(directory.path)/layers")
-        let host = try HostBoot.read()
-        let bad = slots.map {
-            TablePage.pairOffset(region: 1) + UInt64($0 * TablePage.size)
-        }
-        do {
-            let storage = DirectoryStorage(
-                directory: directory.path, mode: .change(waitMilliseconds: 0))
-            let survey = try DamageSurvey(storage, boot: host) { file, offset, length in
-                file == .table(layer)
-                    && bad.contains { $0 >= offset && $0 < offset + UInt64(length) }
-            }
-            #expect(survey.pages.map(\.region) == [1])
-            #expect(survey.text.contains("cannot be read"))
-            #expect(survey.text.contains("3 become damaged") || slots.count == 1)
-            #expect(try contents("\(directory.path)/layers") == before)
-            try DamageAcceptance.accept(survey, boot: host)
-        }
-        #expect(try OfflineTools.verify(directory: directory.path).damagedPages == 0)
-        let copy = try ServedCopy(directory.path)
-        for block in [0, 1, 5] {
-            let found = try copy.read(Self.blocks + block)
-            #expect(found == nil || slots.count == 1 && found == ServedCopy.pattern(block))
-            #expect(try copy.read(2 * Self.blocks + block) == ServedCopy.pattern(block))
-        }
-        #expect(try copy.read(Self.blocks + 2) == Self.zeroes && copy.failure == nil)
-    }
-
     /// It does not even start: a page that the log names is needed at once.
     @Test func whatTheLogSaysIsKnown() throws {
         let directory = try TestDirectory()
@@ -235,6 +202,47 @@ import Testing
             case .page(let page, _) = TablePage.loadPair(pair.memory, layer: layer, region: region)
         else { return nil }
         return Int(page.version % 2)
+    }
+
+    /// Sectors that cannot be read are as damaged as any: they are written anew.
+    @Test(arguments: [[0, 1], [0], [1]] as [[Int]], [false, true])
+    func whatCannotBeReadIsWrittenAnew(slots: [Int], isActive: Bool) throws {
+        let directory = try TestDirectory()
+        try make(directory.path)
+        if isActive {
+            let copy = try ServedCopy(directory.path)
+            try copy.write(Self.blocks + 1, 20)
+            try copy.flush()
+        }
+        let newer = try newest(directory.path, region: 1)
+        let file = ReplicaFile.table(layer)
+        let bad = slots.map { TablePage.pairOffset(region: 1) + UInt64($0 * TablePage.size) }
+        let fault: (ReplicaFile, Range<UInt64>) -> Int32? = { name, range in
+            name == file && bad.contains(where: range.contains) ? EIO : nil
+        }
+        do {
+            let storage = DirectoryStorage(
+                directory: directory.path, mode: .inspect(waitMilliseconds: 0))
+            storage.readFault = fault
+            #expect(try DamageSurvey(storage, boot: HostBoot.read()).pages.map(\.region) == [1])
+        }
+        do {
+            let storage = DirectoryStorage(
+                directory: directory.path, mode: .change(waitMilliseconds: 0))
+            storage.readFault = fault
+            let survey = try DamageSurvey(storage, boot: HostBoot.read())
+            try DamageAcceptance.accept(survey, boot: HostBoot.read())
+        }
+        let copy = try ServedCopy(directory.path)
+        let isLost = slots.contains(newer ?? 0)
+        if isActive { #expect(try copy.read(Self.blocks + 1) == ServedCopy.pattern(20)) }
+        for block in [0, 5] {
+            let isKnown = !isLost
+            let found = try copy.read(Self.blocks + block)
+            #expect(found == (isKnown ? ServedCopy.pattern(block) : nil), "\(block)")
+            #expect(try copy.read(2 * Self.blocks + block) == ServedCopy.pattern(block))
+        }
+        #expect(try copy.read(Self.blocks + 2) == Self.zeroes && copy.failure == nil)
     }
 
     /// Whoever compares births never leaves the region out.

@@ -132,6 +132,39 @@ final class TestDirectory {
         #expect(ReplicaCommand.run(["help"]) == 2)
     }
 
+    /// A sector that cannot be read costs its block, and nothing if no block's data is there.
+    @Test func whatCannotBeReadIsDamagedAndNothingElse() throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        let storage = DirectoryStorage(
+            directory: directory.path, mode: .inspect(waitMilliseconds: 0))
+        let reader = try ReplicaReader(opening: storage)
+        let layer = LayerID(rawValue: 1)
+        for (bad, expected) in [
+            (1, [.intact, .damaged, .zero]), (2, [.intact, .intact, .zero]),
+        ] as [(Int, [ReplicaReader.BlockVerdict])] {
+            let offset = UInt64(Geometry.regionSize + bad * 4096)
+            storage.readFault = { file, range in
+                file == .data(layer) && range.contains(offset) ? EIO : nil
+            }
+            var verdicts: [ReplicaReader.BlockVerdict] = []
+            var first: [UInt8] = []
+            try reader.view(1, from: layer) { (block, verdict, bytes) throws(StorageError) in
+                verdicts.append(verdict)
+                if block == 0 { first = bytes.bytes() }
+            }
+            #expect([ReplicaReader.BlockVerdict](verdicts.prefix(3)) == expected)
+            #expect(first == (0..<4096).map { UInt8($0 % 249) })
+        }
+        storage.readFault = { file, range in
+            file == .table(layer) && range.contains(TablePage.pairOffset(region: 1)) ? EIO : nil
+        }
+        let error = #expect(throws: StorageError.self) { try reader.region(1, layer: layer) }
+        #expect(error?.code == .damaged)
+        // Whenever it was written: as of a damaged page.
+        #expect(try reader.births().values.reduce(0, +) == 2)
+    }
+
     @Test func exportIsTheRawImageAndSparse() throws {
         let directory = try TestDirectory()
         try fill(directory.path)

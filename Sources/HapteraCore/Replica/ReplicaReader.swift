@@ -78,10 +78,7 @@ package final class ReplicaReader {
             var latest: [UInt64: Epoch] = [:]
             for layer in layers where (first..<end).contains(where: { mayHold(layer, $0) }) {
                 let memory = pairs.memory.slice(0, Int(end - first) * TablePage.pairSize)
-                let count = try storage.read(
-                    .table(layer), offset: TablePage.pairOffset(region: first), into: memory)
-                // The volume may have grown since: what is behind its end was never written.
-                memory.slice(count, memory.count - count).fill()
+                try readPairs(layer, first, memory)
                 for region in first..<end where mayHold(layer, region) {
                     let pair = memory.slice(
                         Int(region - first) * TablePage.pairSize, TablePage.pairSize)
@@ -93,6 +90,26 @@ package final class ReplicaReader {
             first = end
         }
         return births
+    }
+    /// What cannot be read becomes what no page is.
+    private func readPairs(_ layer: LayerID, _ first: UInt64, _ memory: RawMemory)
+        throws(StorageError)
+    {
+        let offset = TablePage.pairOffset(region: first)
+        do throws(StorageError) {
+            let count = try storage.read(.table(layer), offset: offset, into: memory)
+            // The volume may have grown since: what is behind its end was never written.
+            memory.slice(count, memory.count - count).fill()
+        } catch {
+            guard case .io = error.code else { throw error }
+            guard memory.count > TablePage.pairSize else {
+                return memory.slice(0, TablePage.pairSize).store(UInt64.max, 0)
+            }
+            for place in 0..<memory.count / TablePage.pairSize {
+                let pair = memory.slice(place * TablePage.pairSize, TablePage.pairSize)
+                try readPairs(layer, first + UInt64(place), pair)
+            }
+        }
     }
     private func birth(_ layer: LayerID, _ region: UInt64, _ pair: RawMemory) -> Epoch? {
         if let frame = opened.cache.find(layer, region),
@@ -123,11 +140,7 @@ package final class ReplicaReader {
             return region(
                 opened.cache.frames[Int(frame)].birth, opened.cache.entries(frame), isActive: true)
         }
-        let count = try storage.read(
-            .table(layer), offset: TablePage.pairOffset(region: number), into: pair.memory)
-        guard count == pair.memory.count else {
-            throw StorageError(.damaged, "table: ends within the page of region \(number)")
-        }
+        try readPage(layer, number)
         switch TablePage.loadPair(pair.memory, layer: layer, region: number) {
         case .neverWritten: return region(.zero, none.memory)
         case .page(let page, isWhole: true):
@@ -137,6 +150,20 @@ package final class ReplicaReader {
                 pair.memory.slice(slot + TablePage.entriesOffset, TablePage.entriesSize))
         case .page(_, isWhole: false), .damaged:
             throw StorageError(.damaged, "table page of region \(number) is damaged")
+        }
+    }
+
+    private func readPage(_ layer: LayerID, _ number: UInt64) throws(StorageError) {
+        let count: Int
+        do throws(StorageError) {
+            count = try storage.read(
+                .table(layer), offset: TablePage.pairOffset(region: number), into: pair.memory)
+        } catch {
+            guard case .io = error.code else { throw error }
+            throw StorageError(.damaged, "table page of region \(number) cannot be read")
+        }
+        guard count == pair.memory.count else {
+            throw StorageError(.damaged, "table: ends within the page of region \(number)")
         }
     }
 
@@ -155,13 +182,8 @@ package final class ReplicaReader {
         let length = Int(min(UInt64(Geometry.regionSize), size - start))
         let count = length / Geometry.blockSize
         let holdsData = (0..<count).contains { entry(region, $0).state == .data }
-        if holdsData {
-            let got = try storage.read(
-                .data(region.layer), offset: start, into: data.memory.slice(0, length))
-            guard got == length else {
-                throw StorageError(.damaged, "data: ends within region \(region.number)")
-            }
-        }
+        let unreadable =
+            holdsData ? try read(region, start, data.memory.slice(0, length)) : BlockSet()
         for block in 0..<count {
             let bytes = data.memory.slice(block * Geometry.blockSize, Geometry.blockSize)
             let entry = entry(region, block)
@@ -170,11 +192,33 @@ package final class ReplicaReader {
                 try body(block, entry, .zero, bytes)
                 continue
             }
-            let isIntact = CRC32C.checksum(bytes) == entry.checksum
+            let isIntact = !unreadable[block] && CRC32C.checksum(bytes) == entry.checksum
             let verdict =
                 isIntact ? BlockVerdict.intact : region.isActive ? .doubtful : .damaged
             try body(block, entry, verdict, bytes)
         }
+    }
+
+    /// Returns the blocks that cannot be read: one bad sector costs no other block.
+    private func read(_ region: Region, _ start: UInt64, _ memory: RawMemory)
+        throws(StorageError) -> BlockSet
+    {
+        var unreadable = BlockSet()
+        do throws(StorageError) {
+            let got = try storage.read(.data(region.layer), offset: start, into: memory)
+            guard got == memory.count else {
+                throw StorageError(.damaged, "data: ends within region \(region.number)")
+            }
+        } catch {
+            guard case .io = error.code else { throw error }
+            for block in 0..<memory.count / Geometry.blockSize {
+                let bytes = memory.slice(block * Geometry.blockSize, Geometry.blockSize)
+                let offset = start + UInt64(block * Geometry.blockSize)
+                let count = try? storage.read(.data(region.layer), offset: offset, into: bytes)
+                unreadable[block] = count != bytes.count
+            }
+        }
+        return unreadable
     }
 
     /// Hands each block of the region to `body` as it is seen from the layer: its verdict is that
