@@ -36,6 +36,10 @@ package struct InspectReport {
         // Of a log that is written to meanwhile a record may be seen before the one ahead of it.
         let reader = try ReplicaReader(opening: storage, boot: isInUse ? .none : boot)
         take(reader.manifest, boot)
+        // A process that met damage has left it; others may refuse to serve the copy.
+        if let mark = storage.damageMark(of: reader.manifest.identity.member) {
+            fields.append(("damaged", .text(mark.reason)))
+        }
         fields.append(("inUse", .flag(isInUse)))
         take(reader)
         try takeBirths(reader)

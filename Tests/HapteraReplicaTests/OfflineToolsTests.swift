@@ -165,6 +165,19 @@ final class TestDirectory {
         #expect(try reader.births().values.reduce(0, +) == 2)
     }
 
+    @Test func inspectTellsOfTheMark() throws {
+        let directory = try TestDirectory()
+        try fill(directory.path)
+        #expect(try !InspectReport(directory: directory.path).json.contains("\"damaged\""))
+        DirectoryStorage(directory: directory.path, mode: .peek)
+            .noteDamage("the page of region 1", of: identity.member)
+        #expect(
+            try InspectReport(directory: directory.path).json
+                .contains("\"damaged\":\"the page of region 1\""))
+        let text = try InspectReport(directory: directory.path).text
+        #expect(text.contains("damaged: the page of region 1\n"))
+    }
+
     @Test func exportIsTheRawImageAndSparse() throws {
         let directory = try TestDirectory()
         try fill(directory.path)
